@@ -1,0 +1,378 @@
+"""Blueprint (YAML) -> the runs of a zoo: ids, generating factors, seeds, lineage, kept epochs, splits.
+
+A blueprint declares one architecture, the images, a pre-training stage and a fine-tuning stage. Each stage has
+`settings` (the same for all its runs) and `factors`, a grid whose combinations are its runs; or `variants`, a list
+of such pairs. Every pre-training run becomes the parent of one run for each fine-tuning combination. A fine-tuned
+model inherits its parent's factors: its `regime` is that of its pre-training. Nothing is trained or loaded here.
+"""
+
+import itertools
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from vitzoo_hf.located_yaml import Located, load_located
+from vitzoo_hf.schema import SPLITS, STAGES, ZooError, did_you_mean, fingerprint, model_id, split_of
+
+CHOICES = {
+    "regime": ("supervised", "contrastive"),
+    "optimizer": ("adamw", "sgd"),
+    "schedule": ("constant", "cosine"),
+    "head": ("linear", "mlp"),
+    "init": ("timm", "kaiming"),
+    "augmentation": ("none", "crop", "crop-flip", "simclr", "simclr-no-flip"),
+}
+ID_PARTS = {
+    "regime": lambda value: {"supervised": "sl", "contrastive": "cl"}[value],
+    "seed": lambda value: f"s{value}",
+    "lr": lambda value: f"lr{value:g}",
+    "weight_decay": lambda value: f"wd{value:g}",
+    "optimizer": str,
+    "head": str,
+}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How one run is trained. Every field can be a setting or a generating factor.
+
+    `lr` is per step and unscaled; `mixup` and `cutmix` are the alphas, `random_erase` a probability, as in timm;
+    `temperature` and `projection_dim` matter to contrastive runs, `head_hidden` to MLP heads.
+    """
+
+    regime: str = "supervised"
+    optimizer: str = "adamw"
+    lr: float = 1e-3
+    weight_decay: float = 0.0
+    momentum: float = 0.0
+    schedule: str = "constant"
+    batch_size: int = 128
+    seed: int = 0
+    head: str = "linear"
+    head_hidden: int = 256
+    init: str = "timm"
+    augmentation: str = "none"
+    label_smoothing: float = 0.0
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    random_erase: float = 0.0
+    temperature: float = 0.07
+    projection_dim: int = 32
+    freeze_trunk: bool = False
+    ddp: bool = False
+
+
+@dataclass(frozen=True)
+class ImagesSpec:
+    """Which images, prepared how: `crop` pixels from the centre, resized to `size`, then (x/255 − mean)/std.
+
+    `selection` and `test` are shares of the images; a source with a test set of its own keeps it, and gives
+    `selection` from its training images.
+    """
+
+    source: str
+    size: int
+    crop: int | None = None
+    channels: int | None = None
+    mean: float = 0.5
+    std: float = 0.5
+    selection: float = 0.2
+    test: float = 0.2
+    split_seed: int = 0
+    path: str | None = None
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training: what `train.py` needs, plus its place in the zoo."""
+
+    run_id: str
+    stage: str
+    parent_id: str | None
+    images: str
+    epochs: int
+    keep_epochs: tuple[int, ...]
+    recipe: Recipe
+    factors: dict[str, Any]
+    split: str
+
+    @property
+    def parent_run(self) -> str | None:
+        """The run whose final weights initialise this one; None for pre-training."""
+        return self.parent_id.rpartition("@")[0] if self.parent_id else None
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """A zoo before it exists: all runs in an order in which parents come before their children.
+
+    Example:
+        >>> blueprint = Blueprint.load("mini")
+        >>> len(blueprint.runs), blueprint.factor_types["lr"]
+        (50, 'float')
+    """
+
+    name: str
+    architecture: str
+    architecture_args: dict[str, Any]
+    images: dict[str, ImagesSpec]
+    runs: tuple[Run, ...]
+    factor_types: dict[str, str]
+    splits: dict[str, Any]
+
+    @classmethod
+    def load(cls, source: str | Path) -> "Blueprint":
+        """A blueprint of the package by name, or any by the path of its YAML file.
+
+        Raises:
+            ZooError: naming file and line, for anything misspelt, mistyped, missing or impossible.
+        """
+        path = Path(source)
+        if path.suffix not in (".yaml", ".yml"):
+            path = BLUEPRINTS / f"{source}.yaml"
+            if not path.is_file():
+                known = sorted(file.stem for file in BLUEPRINTS.glob("*.yaml"))
+                raise ZooError(f"unknown blueprint {str(source)!r}: {did_you_mean(str(source), known)}, or a .yaml file")
+        return _parse(load_located(path))
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes with anything that changes a weight, an id or a split."""
+        return fingerprint(asdict(self))
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the finished zoo: kept epochs over all runs."""
+        return sum(len(run.keep_epochs) for run in self.runs)
+
+
+BLUEPRINTS = Path(__file__).parent / "blueprints"
+
+
+def _parse(root: Located) -> Blueprint:
+    root.only("name", "description", "architecture", "images", "stages", "splits")
+    architecture = root.get("architecture")
+    architecture.only("name", "args")
+    images = {
+        key: _record(ImagesSpec, node, source=key) for key, node in root.get("images").items()
+    }
+    for key, spec in images.items():
+        _check_images(spec, root.get("images").get(key))
+    splits = _parse_splits(root)
+    stages = root.get("stages")
+    stages.only(*STAGES)
+    parents: list[Run] = []
+    children: list[Run] = []
+    for stage, into in (("pretrain", parents), ("finetune", children)):
+        if stage in stages:
+            into.extend(_stage_runs(stage, stages.get(stage), images, parents, splits))
+    if not parents:
+        raise stages.error("a blueprint needs a `pretrain` stage")
+    runs = _fill_factors((*parents, *children))
+    return Blueprint(
+        name=root.get("name").typed(str),
+        architecture=architecture.get("name").typed(str),
+        architecture_args={key: node.value for key, node in architecture.get("args").items()},
+        images=images,
+        runs=runs,
+        factor_types=_factor_types(runs),
+        splits=splits,
+    )
+
+
+def _stage_runs(
+    stage: str, node: Located, images: Mapping[str, ImagesSpec], parents: list[Run], splits: dict[str, Any]
+) -> Iterator[Run]:
+    node.only("images", "epochs", "keep_epochs", "settings", "factors", "variants")
+    dataset = node.get("images").typed(str)
+    if dataset not in images:
+        raise node.get("images").error(f"unknown images {dataset!r}: {did_you_mean(dataset, images)}")
+    epochs = node.get("epochs").typed(int)
+    keep = _kept(node, epochs)
+    shares = {split: splits[split] for split in SPLITS}
+    combinations = list(_combinations(stage, node))
+    seen: set[str] = set()
+    for parent in parents if stage == "finetune" else (None,):
+        for factors, recipe, place in combinations:
+            own = "-".join(_id_part(name, value) for name, value in factors.items())
+            run_id = f"{parent.run_id}--{own}" if parent else own
+            _check_id(run_id, seen, place)
+            group = run_id.partition("--")[0] if splits["by"] == "lineage" else run_id
+            yield Run(
+                run_id=run_id,
+                stage=stage,
+                parent_id=model_id(parent.run_id, parent.epochs) if parent else None,
+                images=dataset,
+                epochs=epochs,
+                keep_epochs=keep,
+                recipe=recipe,
+                factors=_inherit(factors, parent),
+                split=split_of(run_id, group, fractions=shares, seed=splits["seed"]),
+            )
+
+
+def _combinations(stage: str, node: Located) -> Iterator[tuple[dict[str, Any], Recipe, Located]]:
+    """Factors, recipe and place in the file of every combination of a stage."""
+    if "variants" in node and "factors" in node:
+        raise node.get("variants").error("a stage has either factors or variants, not both")
+    common = _settings(node.get("settings")) if "settings" in node else {}
+    for variant in node.get("variants").sequence() if "variants" in node else [node]:
+        own = {}
+        if variant is not node:
+            variant.only("factors", "settings")
+            own = _settings(variant.get("settings")) if "settings" in variant else {}
+        grid = variant.get("factors")
+        for factors in _expand(grid):
+            both = sorted(set(factors) & (set(common) | set(own)))
+            if both:
+                raise grid.error(f"{both[0]!r} is both a setting and a factor of this stage: keep one of the two")
+            yield factors, _recipe(stage, common | own | factors, grid), grid
+
+
+def _inherit(factors: dict[str, Any], parent: Run | None) -> dict[str, Any]:
+    """A child has its parent's factors too; one that both vary is kept twice, the parent's as `parent_<factor>`."""
+    if parent is None:
+        return dict(factors)
+    inherited = {
+        (f"parent_{name}" if name in factors else name): value for name, value in parent.factors.items()
+    }
+    return inherited | factors
+
+
+def _fill_factors(runs: tuple[Run, ...]) -> tuple[Run, ...]:
+    """Give every run a value for each factor of the zoo: where its stage does not vary it, what its recipe says."""
+    names = list(dict.fromkeys(name for run in runs for name in run.factors))
+    return tuple(
+        replace(run, factors={name: run.factors.get(name, getattr(run.recipe, name, None)) for name in names})
+        for run in runs
+    )
+
+
+def _expand(grid: Located) -> Iterator[dict[str, Any]]:
+    values: dict[str, list[Any]] = {}
+    for name, node in grid.items():
+        _known_setting(name, node)
+        values[name] = [_setting(name, entry) for entry in (node.sequence() if node.is_sequence else [node])]
+        if not values[name]:
+            raise node.error(f"factor {name!r} has no value")
+        if len(set(values[name])) < len(values[name]):
+            raise node.error(f"factor {name!r} lists a value twice: {values[name]}")
+    if not values:
+        raise grid.error("a stage needs at least one factor: its runs are told apart by their factors")
+    for combination in itertools.product(*values.values()):
+        yield dict(zip(values, combination, strict=True))
+
+
+def _settings(node: Located) -> dict[str, Any]:
+    for name, value in node.items():
+        _known_setting(name, value)
+    return {name: _setting(name, value) for name, value in node.items()}
+
+
+RECIPE_TYPES: dict[str, Any] = {field.name: field.type for field in fields(Recipe)}
+
+
+def _known_setting(name: str, node: Located) -> None:
+    if name not in RECIPE_TYPES:
+        raise node.error(f"unknown setting or factor {name!r}: {did_you_mean(name, RECIPE_TYPES)}")
+
+
+def _setting(name: str, node: Located) -> Any:
+    value = node.typed(RECIPE_TYPES[name])
+    if name in CHOICES and value not in CHOICES[name]:
+        raise node.error(f"unknown {name} {value!r}: {did_you_mean(str(value), CHOICES[name])}")
+    if isinstance(value, float | int) and value < 0:
+        raise node.error(f"{name} is {value}; it must not be negative")
+    if name in ("lr", "batch_size", "temperature", "head_hidden", "projection_dim") and value == 0:
+        raise node.error(f"{name} is 0; it must be positive")
+    if name in ("label_smoothing", "random_erase", "momentum") and value > 1:
+        raise node.error(f"{name} is {value}; it must lie between 0 and 1")
+    return value
+
+
+def _recipe(stage: str, values: Mapping[str, Any], node: Located) -> Recipe:
+    """The recipe, refused if its parts contradict each other."""
+    recipe = Recipe(**values)
+    contrastive = recipe.regime == "contrastive"
+    contradictions = {
+        "a contrastive run is a pre-training run": contrastive and stage == "finetune",
+        "a contrastive run has no labels to smooth or mix: drop label_smoothing, mixup, cutmix": contrastive
+        and bool(recipe.label_smoothing or recipe.mixup or recipe.cutmix),
+        "a contrastive run needs two different views: set an augmentation": contrastive
+        and recipe.augmentation == "none",
+        "a contrastive run needs a batch of at least 2": contrastive and recipe.batch_size < 2,
+        "a contrastive run's head is its projection: it is linear": contrastive and recipe.head == "mlp",
+        "adamw has no momentum setting": recipe.optimizer == "adamw" and recipe.momentum > 0,
+        "a trunk can be frozen only in fine-tuning": recipe.freeze_trunk and stage == "pretrain",
+    }
+    for message, broken in contradictions.items():
+        if broken:
+            raise node.error(f"{message} (in the combination {dict(values)})")
+    return recipe
+
+
+def _kept(node: Located, epochs: int) -> tuple[int, ...]:
+    if epochs < 1:
+        raise node.get("epochs").error(f"epochs is {epochs}; it must be at least 1")
+    if "keep_epochs" not in node:
+        return (epochs,)
+    keep = node.get("keep_epochs")
+    if keep.value == "all":
+        return tuple(range(epochs + 1))
+    kept = sorted({entry.typed(int) for entry in keep.sequence()} | {epochs})
+    if kept[0] < 0 or kept[-1] > epochs:
+        raise keep.error(f"keep_epochs {kept} must lie between 0 (initial weights) and epochs = {epochs}")
+    return tuple(kept)
+
+
+def _parse_splits(root: Located) -> dict[str, Any]:
+    node = root.get("splits")
+    node.only("by", "seed", *SPLITS)
+    by = node.get("by").typed(str)
+    if by not in ("run", "lineage"):
+        raise node.get("by").error(f"splits are by 'run' or by 'lineage', not by {by!r}")
+    shares = {split: node.get(split).typed(float) for split in SPLITS}
+    if abs(sum(shares.values()) - 1) > 1e-9 or min(shares.values()) < 0:
+        raise node.error(f"the shares of {', '.join(SPLITS)} are {list(shares.values())}; they must sum to 1")
+    return {"by": by, "seed": node.get("seed").typed(int)} | shares
+
+
+def _record(kind: type, node: Located, **defaults: Any) -> Any:
+    types = {field.name: field.type for field in fields(kind)}
+    node.only(*types)
+    values = defaults | {name: entry.typed(types[name]) for name, entry in node.items()}
+    try:
+        return kind(**values)
+    except TypeError as error:
+        raise node.error(str(error).partition(")")[2].strip()) from None
+
+
+def _check_images(spec: ImagesSpec, node: Located) -> None:
+    if spec.size < 1 or (spec.crop is not None and spec.crop < 1) or spec.std <= 0:
+        raise node.error("size, crop and std must be positive")
+    if not (0 < spec.selection < 1 and 0 < spec.test < 1 and spec.selection + spec.test < 1):
+        raise node.error("selection and test are shares above 0 that leave images to train on")
+
+
+def _id_part(name: str, value: Any) -> str:
+    if name in ID_PARTS:
+        return ID_PARTS[name](value)
+    if isinstance(value, bool):
+        return name if value else f"no-{name}"
+    return f"{name}{value:g}" if isinstance(value, float) else f"{name}{value}"
+
+
+def _check_id(run_id: str, seen: set[str], node: Located) -> None:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._=+-]*", run_id):
+        raise node.error(f"the run id {run_id!r} would not be safe as a file name")
+    if run_id in seen:
+        raise node.error(f"two combinations give the run id {run_id!r}: tell them apart by a factor")
+    seen.add(run_id)
+
+
+def _factor_types(runs: tuple[Run, ...]) -> dict[str, str]:
+    types = {name: RECIPE_TYPES[name.removeprefix("parent_")] for run in runs for name in run.factors}
+    names = {str: "string", float: "float", int: "int", bool: "bool"}
+    return {name: names[kind] for name, kind in types.items()}

@@ -1,0 +1,122 @@
+"""YAML whose every value knows its line, so that a mistake is reported where it stands."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import UnionType
+from typing import Any, get_args
+
+import yaml
+
+from vitzoo_hf.schema import ZooError, did_you_mean
+
+
+@dataclass(frozen=True)
+class Located:
+    """A value of a YAML file with its place."""
+
+    value: Any
+    path: Path
+    line: int
+    key: str
+
+    def error(self, message: str) -> ZooError:
+        """An error that names file and line; the caller raises it."""
+        return ZooError(f"{self.path.name}, line {self.line}: {message}")
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._mapping()
+
+    def get(self, key: str) -> "Located":
+        """The value under `key`.
+
+        Raises:
+            ZooError: if it is missing.
+        """
+        mapping = self._mapping()
+        if key not in mapping:
+            raise self.error(f"{self.key} lacks {key!r}")
+        return mapping[key]
+
+    def items(self) -> Iterator[tuple[str, "Located"]]:
+        """Keys and values of a mapping."""
+        yield from self._mapping().items()
+
+    def only(self, *known: str) -> None:
+        """Refuse keys that are not among `known`."""
+        for key, node in self.items():
+            if key not in known:
+                raise node.error(f"unknown key {key!r} in {self.key}: {did_you_mean(key, known)}")
+
+    @property
+    def is_sequence(self) -> bool:
+        """Whether the value is a list."""
+        return isinstance(self.value, list)
+
+    def sequence(self) -> list["Located"]:
+        """The entries of a list."""
+        if not self.is_sequence:
+            raise self.error(f"{self.key} must be a list")
+        return self.value
+
+    def typed(self, kind: Any) -> Any:
+        """The value as `kind`: `str`, `int`, `float`, `bool`, or one of these `| None`.
+
+        `3e-3` is a number here, although YAML 1.1 reads it as text.
+        """
+        if isinstance(kind, UnionType):
+            if self.value is None:
+                return None
+            kind = get_args(kind)[0]
+        value = self.value
+        if kind is float:
+            try:
+                number = float(value) if not isinstance(value, bool | list | dict) else math.nan
+            except (TypeError, ValueError):
+                number = math.nan
+            if math.isfinite(number):
+                return number
+        elif isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
+            return value
+        raise self.error(f"{self.key} is {value!r}; expected {KINDS[kind]}")
+
+    def _mapping(self) -> dict[str, "Located"]:
+        if not isinstance(self.value, dict):
+            raise self.error(f"{self.key} must be a mapping of names to values")
+        return self.value
+
+
+KINDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
+
+
+def load_located(path: Path) -> Located:
+    """Read a YAML file.
+
+    Raises:
+        ZooError: if it cannot be read, is not YAML, or repeats a key.
+    """
+    try:
+        node = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ZooError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
+    except yaml.YAMLError as error:
+        raise ZooError(f"{path.name} is not valid YAML: {' '.join(str(error).split())}") from None
+    if node is None:
+        raise ZooError(f"{path.name} is empty; expected a blueprint")
+    return _locate(node, path, "the blueprint")
+
+
+def _locate(node: yaml.Node, path: Path, key: str) -> Located:
+    line = node.start_mark.line + 1
+    if isinstance(node, yaml.MappingNode):
+        mapping: dict[str, Located] = {}
+        for name, value in node.value:
+            if name.value in mapping:
+                raise ZooError(f"{path.name}, line {name.start_mark.line + 1}: {name.value!r} is given twice")
+            mapping[name.value] = _locate(value, path, name.value)
+        return Located(mapping, path, line, key)
+    if isinstance(node, yaml.SequenceNode):
+        return Located([_locate(entry, path, key) for entry in node.value], path, line, key)
+    loader = yaml.SafeLoader("")
+    return Located(loader.construct_object(node, deep=True), path, line, key)

@@ -1,0 +1,185 @@
+"""Architecture name and arguments -> timm ViT with a linear or MLP head. The only file that imports timm.
+
+`create` draws initial weights; `skeleton` gives a module without weights, to be filled with views of a flat
+vector. Importing timm costs about a second, so it waits until a model is needed.
+"""
+
+import sys
+from collections.abc import Mapping
+from functools import lru_cache
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vitzoo_hf.flatten import Layout
+from vitzoo_hf.schema import HEADS, ZooError, canonical_json, did_you_mean
+
+INITS = ("timm", "kaiming")
+
+_declared_operators: list[torch.library.Library] = []
+
+
+def import_timm() -> ModuleType:
+    """Import timm, also beside a CPU build of torch whose torchvision wheel is a CUDA build.
+
+    Such a torchvision cannot load its compiled operators and raises `operator torchvision::nms does not exist`
+    while registering their fake kernels. Declaring the two missing schemas first lets it load; the operators
+    themselves stay unusable, and a ViT calls neither. See `needs_operator_schemas` for when this is done.
+    """
+    if needs_operator_schemas():
+        declare_operator_schemas()
+    import timm
+
+    return timm
+
+
+def needs_operator_schemas() -> bool:
+    """Whether torchvision is about to fail for want of its compiled operators.
+
+    True only if torch is a CPU build, torchvision is not imported yet, and its extension library does not load.
+    A working torchvision, on any machine, is never touched.
+    """
+    if torch.version.cuda is not None or torch.version.hip is not None:
+        return False
+    if "torchvision" in sys.modules or _declared_operators:
+        return False
+    return not _torchvision_extension_loads()
+
+
+def _torchvision_extension_loads() -> bool:
+    import importlib.util
+    from pathlib import Path
+
+    spec = importlib.util.find_spec("torchvision")
+    if spec is None or spec.origin is None:
+        return True
+    libraries = sorted(Path(spec.origin).parent.glob("_C*.so")) + sorted(Path(spec.origin).parent.glob("_C*.pyd"))
+    try:
+        for library in libraries:
+            torch.ops.load_library(str(library))
+    except OSError:
+        return False
+    return True
+
+
+def declare_operator_schemas() -> None:
+    """Declare `torchvision::nms` and `torchvision::qnms` so that a torchvision without operators can load."""
+    library = torch.library.Library("torchvision", "FRAGMENT")
+    for operator in ("nms", "qnms"):
+        library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    _declared_operators.append(library)
+
+
+def create(
+    architecture: str,
+    args: Mapping[str, Any],
+    *,
+    head: str = "linear",
+    head_hidden: int | None = None,
+    init: str = "timm",
+    seed: int | None = None,
+) -> nn.Module:
+    """A timm ViT with fresh weights, in training mode.
+
+    Args:
+        architecture: timm name, such as `vit_small_patch16_224`.
+        args: keyword arguments of `timm.create_model`, `num_classes` among them.
+        head: `linear`, or `mlp` for Linear–ReLU–Linear.
+        head_hidden: width of the MLP head's hidden layer; None with a linear head.
+        init: `timm` keeps timm's initialisation; `kaiming` draws every Linear and Conv2d from
+            `kaiming_normal_` with biases 0.01, while an MLP head keeps torch's own, as the ViT model zoo did.
+        seed: seeds the draw and leaves the global generator as it was; None draws from the global generator.
+
+    Raises:
+        ZooError: for an unknown architecture, head or init, or arguments that timm refuses.
+
+    Example:
+        >>> model = create("vit_tiny_patch16_224", dict(img_size=16, patch_size=4, in_chans=1, num_classes=10,
+        ...                embed_dim=32, depth=2, num_heads=2), head="mlp", head_hidden=16, seed=0)
+        >>> model.head
+        Sequential(
+          (0): Linear(in_features=32, out_features=16, bias=True)
+          (1): ReLU()
+          (2): Linear(in_features=16, out_features=10, bias=True)
+        )
+    """
+    _check_head(head, head_hidden)
+    if init not in INITS:
+        raise ZooError(f"unknown init {init!r}: {did_you_mean(init, INITS)}")
+    if seed is None:
+        return _build(architecture, args, head, head_hidden, init)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return _build(architecture, args, head, head_hidden, init)
+
+
+def _build(architecture: str, args: Mapping[str, Any], head: str, head_hidden: int | None, init: str) -> nn.Module:
+    timm = import_timm()
+    known = timm.list_models("*vit*") if not timm.is_model(architecture) else []
+    if known:
+        raise ZooError(f"unknown architecture {architecture!r}: {did_you_mean(architecture, known)}")
+    try:
+        model = timm.create_model(architecture, pretrained=False, **args)
+    except (TypeError, ValueError, RuntimeError, AssertionError) as error:
+        raise ZooError(f"timm cannot build {architecture!r} with {dict(args)}: {error}") from None
+    if not isinstance(getattr(model, "head", None), nn.Linear):
+        raise ZooError(f"{architecture!r} has no linear `head` to train: a zoo needs num_classes above 0")
+    if init == "kaiming":
+        model.apply(_kaiming)
+    if head == "mlp":
+        features, classes = model.head.in_features, model.head.out_features
+        model.head = nn.Sequential(nn.Linear(features, head_hidden), nn.ReLU(), nn.Linear(head_hidden, classes))
+    return model
+
+
+def _kaiming(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear | nn.Conv2d):
+        nn.init.kaiming_normal_(module.weight)
+        if module.bias is not None:
+            nn.init.constant_(module.bias, 0.01)
+
+
+def _check_head(head: str, head_hidden: int | None) -> None:
+    if head not in HEADS:
+        raise ZooError(f"unknown head {head!r}: {did_you_mean(head, HEADS)}")
+    if (head == "mlp") != (head_hidden is not None):
+        raise ZooError(f"head {head!r} with head_hidden {head_hidden}: only an mlp head has, and needs, a hidden width")
+
+
+def skeleton(architecture: str, args: Mapping[str, Any], head: str, head_hidden: int | None) -> nn.Module:
+    """A module of this architecture in eval mode, shared by every caller: use it through `functional_call` only.
+
+    It is built once an architecture; its own weights mean nothing.
+    """
+    return _skeleton(architecture, canonical_json(dict(args)), head, head_hidden)[0]
+
+
+def layout_of(architecture: str, args: Mapping[str, Any], head: str, head_hidden: int | None) -> Layout:
+    """The layout of this architecture's flat vector."""
+    return _skeleton(architecture, canonical_json(dict(args)), head, head_hidden)[1]
+
+
+@lru_cache(maxsize=16)
+def _skeleton(architecture: str, args_json: str, head: str, head_hidden: int | None) -> tuple[nn.Module, Layout]:
+    import json
+
+    model = create(architecture, json.loads(args_json), head=head, head_hidden=head_hidden, seed=0).eval()
+    unsaved = {name for name, _ in model.named_buffers()} - set(model.state_dict())
+    if unsaved:
+        raise ZooError(f"{architecture!r} keeps {sorted(unsaved)} outside its state dict; a row could not rebuild it")
+    return model.requires_grad_(False), Layout.of(model.state_dict())
+
+
+def assign(model: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
+    """Give `model` these tensors as its parameters, without a copy, and return it.
+
+    Raises:
+        ZooError: if names or shapes differ from the model's.
+    """
+    try:
+        model.load_state_dict(dict(tensors), strict=True, assign=True)
+    except RuntimeError as error:
+        raise ZooError(f"weights do not fit the model: {' '.join(str(error).split())}") from None
+    return model
