@@ -9,7 +9,7 @@ model inherits its parent's factors: its `regime` is that of its pre-training. N
 import itertools
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +121,7 @@ class Blueprint:
     runs: tuple[Run, ...]
     factor_types: dict[str, str]
     splits: dict[str, Any]
+    text: str = field(repr=False)
 
     @classmethod
     def load(cls, source: str | Path) -> "Blueprint":
@@ -140,7 +141,9 @@ class Blueprint:
     @property
     def fingerprint(self) -> str:
         """Changes with anything that changes a weight, an id or a split."""
-        return fingerprint(asdict(self))
+        decides = asdict(self)
+        del decides["text"]
+        return fingerprint(decides)
 
     @property
     def num_rows(self) -> int:
@@ -179,6 +182,7 @@ def _parse(root: Located) -> Blueprint:
         runs=runs,
         factor_types=_factor_types(runs),
         splits=splits,
+        text=_without_paths(root.path.read_text(encoding="utf-8"), images),
     )
 
 
@@ -271,7 +275,7 @@ def _settings(node: Located) -> dict[str, Any]:
     return {name: _setting(name, value) for name, value in node.items()}
 
 
-RECIPE_TYPES: dict[str, Any] = {field.name: field.type for field in fields(Recipe)}
+RECIPE_TYPES: dict[str, Any] = {entry.name: entry.type for entry in fields(Recipe)}
 
 
 def _known_setting(name: str, node: Located) -> None:
@@ -340,7 +344,7 @@ def _parse_splits(root: Located) -> dict[str, Any]:
 
 
 def _record(kind: type, node: Located, **defaults: Any) -> Any:
-    types = {field.name: field.type for field in fields(kind)}
+    types = {entry.name: entry.type for entry in fields(kind)}
     node.only(*types)
     values = defaults | {name: entry.typed(types[name]) for name, entry in node.items()}
     try:
@@ -354,6 +358,14 @@ def _check_images(spec: ImagesSpec, node: Located) -> None:
         raise node.error("size, crop and std must be positive")
     if not (0 < spec.selection < 1 and 0 < spec.test < 1 and spec.selection + spec.test < 1):
         raise node.error("selection and test are shares above 0 that leave images to train on")
+
+
+def _without_paths(text: str, images: Mapping[str, ImagesSpec]) -> str:
+    """The blueprint as it may be published: folders of this machine keep their last part only."""
+    for spec in images.values():
+        if spec.path:
+            text = text.replace(spec.path, Path(spec.path).name)
+    return text
 
 
 def _id_part(name: str, value: Any) -> str:

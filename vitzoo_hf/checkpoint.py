@@ -57,13 +57,22 @@ class RunFolder:
         """Kept epochs that are complete on disk, ascending."""
         return sorted(int(file.stem.removeprefix("epoch-")) for file in self.path.glob("epoch-*.json"))
 
+    def intact(self) -> bool:
+        """Whether the weights of every complete epoch are there in full length; `load_epoch` also checks the hash."""
+        for epoch in self.epochs():
+            file = self._weights(epoch)
+            if not file.is_file() or file.stat().st_size != read_json(self._record(epoch))["file_size"]:
+                return False
+        return True
+
     def save_epoch(self, epoch: int, state_dict: Mapping[str, Tensor], results: Mapping[str, float | None]) -> None:
         """Keep the weights of `epoch` with its results."""
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state_dict.items()}
         order = {"order": json.dumps(list(tensors))}
         write_atomically(self._weights(epoch), lambda file: save_file(tensors, file, metadata=order))
         sha256 = weights_sha256(flatten(tensors).numpy())
-        write_json(self._record(epoch), {"epoch": epoch, "results": dict(results), "weights_sha256": sha256})
+        record = {"epoch": epoch, "results": dict(results), "weights_sha256": sha256}
+        write_json(self._record(epoch), record | {"file_size": self._weights(epoch).stat().st_size})
 
     def load_epoch(self, epoch: int) -> tuple[dict[str, Tensor], dict[str, float | None]]:
         """Weights and results of a kept epoch; the weights are checked against their hash.

@@ -60,7 +60,7 @@ def train_run(
     place.open(run_spec(blueprint, run))
     if place.divergence:
         raise DivergedError(f"{run.run_id} diverged in epoch {place.divergence['epoch']}")
-    if run.epochs in place.epochs():
+    if set(run.keep_epochs) <= set(place.epochs()) and place.intact():
         place.drop_resume()
         on_epoch(run.epochs)
         return
@@ -84,6 +84,19 @@ def train_run(
                 place.save_resume(epoch, trainer.resume_tensors())
         on_epoch(epoch)
     place.drop_resume()
+
+
+def is_finished(blueprint: Blueprint, run: Run, folder: Path) -> bool:
+    """Whether `folder` holds all of this run.
+
+    Raises:
+        ZooError: if it holds another training under the same id.
+    """
+    place = RunFolder(folder / run.run_id)
+    if not (place.path / "run.json").is_file():
+        return False
+    place.open(run_spec(blueprint, run))
+    return set(run.keep_epochs) <= set(place.epochs()) and place.intact()
 
 
 def run_spec(blueprint: Blueprint, run: Run) -> dict[str, Any]:
@@ -193,9 +206,9 @@ class Trainer:
         seed = self.recipe.seed
         order = torch.randperm(len(self.labels), generator=torch.Generator().manual_seed(derive_seed(seed, "order", epoch)))
         views = torch.Generator(self.device).manual_seed(derive_seed(seed, "views", epoch))
-        batches = order.to(self.device).split(self.recipe.batch_size)
-        if self.contrastive and len(batches) > 1 and len(batches[-1]) < self.recipe.batch_size:
-            batches = batches[:-1]
+        order = order.to(self.device)
+        size = self.recipe.batch_size
+        batches = full_batches(order, size) if self.contrastive else order.split(size)
         self.model.train()
         total = torch.zeros((), device=self.device)
         with seeded_globals(derive_seed(seed, "mix", epoch)):
@@ -251,15 +264,11 @@ class Trainer:
 
     def _contrastive_loss(self, pixels: Tensor) -> float:
         views = torch.Generator(self.device).manual_seed(derive_seed(0, "fixed views"))
-        batches = [part for part in pixels.split(self.recipe.batch_size) if len(part) > 1]
         losses = [
-            info_nce(
-                self.model(torch.cat([self._views(part, views), self._views(part, views)])), self.recipe.temperature
-            )
-            for part in batches
+            info_nce(self.model(torch.cat([self._views(part, views) for _ in range(2)])), self.recipe.temperature)
+            for part in full_batches(pixels, self.recipe.batch_size)
         ]
-        weights = torch.tensor([len(part) for part in batches], dtype=torch.float64)
-        return float((torch.stack(losses).double().cpu() * weights).sum() / weights.sum())
+        return float(torch.stack(losses).double().mean())
 
     def resume_tensors(self) -> dict[str, Tensor]:
         """Weights and optimizer state."""
@@ -278,6 +287,11 @@ class Trainer:
         self.model.load_state_dict(weights)
         load_optimizer_tensors(self.optimizer, tensors)
         return epoch
+
+
+def full_batches(items: Tensor, size: int) -> tuple[Tensor, ...]:
+    """Batches of exactly `size`, so that each has equally many negatives; all items at once if they are fewer."""
+    return items[: max(len(items) // size, 1) * size].split(size)
 
 
 def make_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
