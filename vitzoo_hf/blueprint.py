@@ -69,7 +69,7 @@ class ImagesSpec:
     """Which images, prepared how: `crop` pixels from the centre, resized to `size`, then (x/255 − mean)/std.
 
     `selection` and `test` are shares of the images; a source with a test set of its own keeps it, and gives
-    `selection` from its training images.
+    `selection` from its training images. `classes` lets a blueprint be planned where its images are not.
     """
 
     source: str
@@ -82,6 +82,7 @@ class ImagesSpec:
     test: float = 0.2
     split_seed: int = 0
     path: str | None = None
+    classes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,9 @@ class Blueprint:
             path = BLUEPRINTS / f"{source}.yaml"
             if not path.is_file():
                 known = sorted(file.stem for file in BLUEPRINTS.glob("*.yaml"))
-                raise ZooError(f"unknown blueprint {str(source)!r}: {did_you_mean(str(source), known)}, or a .yaml file")
+                raise ZooError(
+                    f"unknown blueprint {str(source)!r}: {did_you_mean(str(source), known)}, or a .yaml file"
+                )
         return _parse(load_located(path))
 
     @property
@@ -158,9 +161,7 @@ def _parse(root: Located) -> Blueprint:
     root.only("name", "description", "architecture", "images", "stages", "splits")
     architecture = root.get("architecture")
     architecture.only("name", "args")
-    images = {
-        key: _record(ImagesSpec, node, source=key) for key, node in root.get("images").items()
-    }
+    images = {key: _record(ImagesSpec, node, source=key) for key, node in root.get("images").items()}
     for key, spec in images.items():
         _check_images(spec, root.get("images").get(key))
     splits = _parse_splits(root)
@@ -239,9 +240,7 @@ def _inherit(factors: dict[str, Any], parent: Run | None) -> dict[str, Any]:
     """A child has its parent's factors too; one that both vary is kept twice, the parent's as `parent_<factor>`."""
     if parent is None:
         return dict(factors)
-    inherited = {
-        (f"parent_{name}" if name in factors else name): value for name, value in parent.factors.items()
-    }
+    inherited = {(f"parent_{name}" if name in factors else name): value for name, value in parent.factors.items()}
     return inherited | factors
 
 

@@ -86,7 +86,9 @@ class RunFolder:
         try:
             tensors = load_file(self._weights(epoch))
         except (OSError, SafetensorError) as error:
-            raise ZooError(f"{self._weights(epoch)} is damaged ({error}): delete {self.path} and train again") from None
+            raise ZooError(
+                f"{self._weights(epoch)} is damaged ({error}): delete {self.path} and train again"
+            ) from None
         # safetensors returns tensors by position in the file, which is not the order of the state dict
         with safe_open(self._weights(epoch), framework="pt") as file:
             order = json.loads((file.metadata() or {}).get("order", "null")) or list(tensors)

@@ -48,9 +48,7 @@ class Layout:
         Raises:
             ZooError: if the offsets are not those of tensors lying one behind the other.
         """
-        layout = cls(
-            tuple(entry["name"] for entry in entries), tuple(tuple(entry["shape"]) for entry in entries)
-        )
+        layout = cls(tuple(entry["name"] for entry in entries), tuple(tuple(entry["shape"]) for entry in entries))
         if [entry["offset"] for entry in entries] != list(layout.offsets):
             raise ZooError("a layout's offsets do not follow from its shapes: layouts.json is damaged")
         return layout

@@ -57,7 +57,7 @@ class ImageSet:
     def record(self) -> dict[str, Any]:
         """Everything needed to feed a model as training did, as JSON values; no path of this machine."""
         spec = asdict(self.spec) | {"channels": self.images.shape[1]}
-        del spec["path"]
+        del spec["path"], spec["classes"]
         return spec | {"licence": self.licence, "class_names": list(self.class_names)}
 
     def part(self, role: str) -> tuple[UInt8[Tensor, "n C H W"], Int64[Tensor, " n"]]:
@@ -89,6 +89,8 @@ def load_images(name: str, spec: ImagesSpec) -> ImageSet:
         ZooError: for an unknown source, or one that is not on this machine, with how to get it.
     """
     source = _read_source(spec)
+    if spec.classes not in (None, len(source.class_names)):
+        raise ZooError(f"images {name!r} have {len(source.class_names)} classes; the blueprint says {spec.classes}")
     images = prepare(source.images, spec)
     return ImageSet(name, spec, images, source.labels, source.class_names, source.licence, _split(source, spec))
 
@@ -102,7 +104,9 @@ def prepare(images: UInt8[Tensor, "N C h w"], spec: ImagesSpec) -> UInt8[Tensor,
     height, width = images.shape[-2:]
     crop = spec.crop or min(height, width)
     if crop > min(height, width):
-        raise ZooError(f"images {spec.source!r} are {height}×{width}; crop {crop} does not fit: use at most their size")
+        raise ZooError(
+            f"images {spec.source!r} are {height}×{width}; crop {crop} does not fit: use at most their size"
+        )
     top, left = (height - crop) // 2, (width - crop) // 2
     images = _with_channels(images[..., top : top + crop, left : left + crop], spec)
     if crop == spec.size:
@@ -169,7 +173,9 @@ def _read_digits(spec: ImagesSpec) -> Source:
 
     data = load_digits()
     images = torch.from_numpy(np.rint(data.images * (255 / 16)).astype(np.uint8)).unsqueeze(1)
-    return Source(images, torch.from_numpy(data.target.astype(np.int64)), DIGITS, "CC-BY-4.0 (UCI), scikit-learn BSD-3")
+    return Source(
+        images, torch.from_numpy(data.target.astype(np.int64)), DIGITS, "CC-BY-4.0 (UCI), scikit-learn BSD-3"
+    )
 
 
 def _read_mnist5k(spec: ImagesSpec) -> Source:
@@ -245,7 +251,9 @@ def _read_hugging_face(spec: ImagesSpec) -> Source:
         test_images, test_labels = _decode(test, image_column, label_column, spec)
         images, labels = torch.cat([images, test_images]), torch.cat([labels, test_labels])
     names = tuple(train.features[label_column].names)
-    return Source(images, labels, names, train.info.license or "see the dataset", len(test) if test is not None else 0)
+    return Source(
+        images, labels, names, train.info.license or "see the dataset", len(test) if test is not None else 0
+    )
 
 
 def _column(dataset: Any, kind: type, identifier: str) -> str:

@@ -204,7 +204,12 @@ class _Pool:
             self.bar.update(-worker.epochs)
         worker.connection.close()
         fresh = self._spawn()
-        worker.process, worker.connection, worker.run, worker.epochs = fresh.process, fresh.connection, None, 0
+        worker.process, worker.connection, worker.run, worker.epochs = (
+            fresh.process,
+            fresh.connection,
+            None,
+            0,
+        )
 
     def _spawn(self) -> _Worker:
         context = multiprocessing.get_context("spawn")
@@ -259,7 +264,11 @@ def _work(connection: Connection, blueprint: Blueprint, folder: Path, device: st
             run = runs[connection.recv()]
             try:
                 train_run(
-                    blueprint, run, folder, device=device, on_epoch=lambda epoch: connection.send(("epoch", epoch))
+                    blueprint,
+                    run,
+                    folder,
+                    device=device,
+                    on_epoch=lambda epoch: connection.send(("epoch", epoch)),
                 )
                 connection.send(("finished", None))
             except DivergedError as error:

@@ -6,7 +6,6 @@ folder appears complete or not at all. `write_config` adds tables to a finished 
 
 import hashlib
 import io
-import json
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
@@ -14,8 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import yaml
 from torch import Tensor
 
@@ -26,6 +23,7 @@ from vitzoo_hf.flatten import Layout, flatten
 from vitzoo_hf.images import ImageSet, load_images
 from vitzoo_hf.launch import progress_bar
 from vitzoo_hf.schema import ZooError
+from vitzoo_hf.shards import write_parquet
 from vitzoo_hf.train import architecture_args, head_hidden, is_finished
 
 SHARD_BYTES = 500_000_000
@@ -105,7 +103,12 @@ def _runs_to_pack(blueprint: Blueprint, runs: Path) -> tuple[list[Run], dict[str
 
 
 def _write_rows(
-    blueprint: Blueprint, kept: list[Run], runs: Path, folder: Path, layouts: dict[str, Layout], progress: bool
+    blueprint: Blueprint,
+    kept: list[Run],
+    runs: Path,
+    folder: Path,
+    layouts: dict[str, Layout],
+    progress: bool,
 ) -> None:
     total = sum(len(run.keep_epochs) for run in kept)
     largest = max(_num_parameters(run, runs) for run in kept)
@@ -241,56 +244,6 @@ def _probe_rows(images: ImageSet, role: str) -> Iterator[dict[str, Any]]:
         }
 
 
-def write_parquet(
-    file: Path, features: Any, groups: Iterable[list[dict[str, Any]]], layouts: Mapping[str, Layout]
-) -> None:
-    """Write rows, one row group for each list of `groups`, with page checksums.
-
-    Weights are neither compressed nor dictionary-encoded: the file is as large as they are. The layouts met so far
-    are put into the file's metadata, so that one shard alone can be rebuilt.
-    """
-    file.parent.mkdir(parents=True, exist_ok=True)
-    arrow_schema = features.arrow_schema
-    light = [name for name in arrow_schema.names if name not in ("weights", "image")]
-    with pq.ParquetWriter(
-        file,
-        arrow_schema,
-        compression={name: "snappy" if name in light else "none" for name in arrow_schema.names},
-        use_dictionary=light,
-        write_statistics=light,
-        write_page_index=True,
-        write_page_checksum=True,
-    ) as writer:
-        for rows in groups:
-            writer.write_table(_table(rows, features))
-        held = {key: layout.to_json() for key, layout in layouts.items()}
-        writer.add_key_value_metadata(
-            {"vitzoo.format": str(schema.FORMAT_VERSION), "vitzoo.layouts": schema.canonical_json(held)}
-        )
-
-
-def _table(rows: list[dict[str, Any]], features: Any) -> pa.Table:
-    arrow_schema = features.arrow_schema
-    columns = []
-    for column in arrow_schema:
-        values = [row[column.name] for row in rows]
-        if column.name == "weights":
-            columns.append(_weights_array(values, column.type))
-            continue
-        feature = features[column.name]
-        if hasattr(feature, "str2int"):
-            values = [feature.str2int(value) if isinstance(value, str) else value for value in values]
-        columns.append(pa.array(values, column.type))
-    return pa.Table.from_arrays(columns, schema=arrow_schema)
-
-
-def _weights_array(vectors: list[np.ndarray], kind: pa.DataType) -> pa.Array:
-    if pa.types.is_binary(kind):
-        return pa.array([vector.tobytes() for vector in vectors], kind)
-    ends = np.cumsum([0] + [len(vector) for vector in vectors], dtype=np.int32)
-    return pa.ListArray.from_arrays(pa.array(ends), pa.array(np.concatenate(vectors)), type=kind)
-
-
 def _manifest(blueprint: Blueprint, missing: Mapping[str, str]) -> dict[str, Any]:
     used = dict.fromkeys(run.images for run in blueprint.runs)
     return {
@@ -350,12 +303,17 @@ def _finish(folder: Path, manifest: dict[str, Any]) -> None:
     manifest["files"] = {
         file.relative_to(folder).as_posix(): {
             "bytes": file.stat().st_size,
-            "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
+            "sha256": _sha256(file),
         }
         for file in files
         if file.is_file()
     }
     write_json(folder / schema.MANIFEST, manifest)
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def _config_entry(folder: Path, config: str) -> dict[str, Any] | None:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize, one_hot
 
@@ -105,7 +105,7 @@ def run_spec(blueprint: Blueprint, run: Run) -> dict[str, Any]:
     Paths and anything else of this machine stay out.
     """
     spec = asdict(blueprint.images[run.images])
-    del spec["path"]
+    del spec["path"], spec["classes"]
     parent = next((other for other in blueprint.runs if other.run_id == run.parent_run), None)
     decides = {
         "architecture": blueprint.architecture,
@@ -115,7 +115,9 @@ def run_spec(blueprint: Blueprint, run: Run) -> dict[str, Any]:
         "stage": run.stage,
         "epochs": run.epochs,
         "keep_epochs": list(run.keep_epochs),
-        "parent": {"id": run.parent_id, "fingerprint": run_spec(blueprint, parent)["fingerprint"]} if parent else None,
+        "parent": {"id": run.parent_id, "fingerprint": run_spec(blueprint, parent)["fingerprint"]}
+        if parent
+        else None,
     }
     timm = import_timm()
     versions = {"vitzoo_hf": __version__, "torch": torch.__version__, "timm": timm.__version__}
@@ -204,7 +206,9 @@ class Trainer:
             DivergedError: if the mean loss or a weight is not finite afterwards.
         """
         seed = self.recipe.seed
-        order = torch.randperm(len(self.labels), generator=torch.Generator().manual_seed(derive_seed(seed, "order", epoch)))
+        order = torch.randperm(
+            len(self.labels), generator=torch.Generator().manual_seed(derive_seed(seed, "order", epoch))
+        )
         views = torch.Generator(self.device).manual_seed(derive_seed(seed, "views", epoch))
         order = order.to(self.device)
         size = self.recipe.batch_size
@@ -214,14 +218,18 @@ class Trainer:
         with seeded_globals(derive_seed(seed, "mix", epoch)):
             for number, batch in enumerate(batches):
                 self._set_lr(epoch - 1 + number / len(batches))
-                self.optimizer.zero_grad(set_to_none=True)
-                loss = self._loss(batch, views)
-                loss.backward()
-                self.optimizer.step()
-                total += loss.detach()
+                total += self.step(batch, views)
         finite = all(bool(parameter.isfinite().all()) for parameter in self.model.parameters())
         if not (math.isfinite(float(total)) and finite):
             raise DivergedError("the loss or a weight is no longer finite; lower the learning rate")
+
+    def step(self, batch: Int64[Tensor, " B"], views: torch.Generator) -> Tensor:
+        """One update on the training images at these positions; returns the loss, detached."""
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = self._loss(batch, views)
+        loss.backward()
+        self.optimizer.step()
+        return loss.detach()
 
     def _set_lr(self, position: float) -> None:
         if self.recipe.schedule == "cosine":
@@ -334,7 +342,7 @@ def soften(labels: Tensor, num_classes: int, smoothing: float) -> Float[Tensor, 
 
 
 def make_erase(recipe: Recipe, device: str) -> Callable[[Tensor], Tensor]:
-    """timm's RandomErasing ('pixel' mode), or nothing."""
+    """Timm's RandomErasing ('pixel' mode), or nothing."""
     if not recipe.random_erase:
         return lambda inputs: inputs
     return import_timm().data.random_erasing.RandomErasing(recipe.random_erase, mode="pixel", device=device)

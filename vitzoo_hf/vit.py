@@ -4,6 +4,8 @@
 vector. Importing timm costs about a second, so it waits until a model is needed.
 """
 
+import copy
+import json
 import sys
 from collections.abc import Mapping
 from functools import lru_cache
@@ -145,15 +147,22 @@ def _check_head(head: str, head_hidden: int | None) -> None:
     if head not in HEADS:
         raise ZooError(f"unknown head {head!r}: {did_you_mean(head, HEADS)}")
     if (head == "mlp") != (head_hidden is not None):
-        raise ZooError(f"head {head!r} with head_hidden {head_hidden}: only an mlp head has, and needs, a hidden width")
+        raise ZooError(
+            f"head {head!r} with head_hidden {head_hidden}: only an mlp head has, and needs, a hidden width"
+        )
 
 
 def skeleton(architecture: str, args: Mapping[str, Any], head: str, head_hidden: int | None) -> nn.Module:
     """A module of this architecture in eval mode, shared by every caller: use it through `functional_call` only.
 
-    It is built once an architecture; its own weights mean nothing.
+    It is built once an architecture, on the meta device: it holds no weights of its own.
     """
     return _skeleton(architecture, canonical_json(dict(args)), head, head_hidden)[0]
+
+
+def blank(architecture: str, args: Mapping[str, Any], head: str, head_hidden: int | None) -> nn.Module:
+    """A module of one's own without weights, on the meta device, to be filled by `assign`."""
+    return copy.deepcopy(skeleton(architecture, args, head, head_hidden))
 
 
 def layout_of(architecture: str, args: Mapping[str, Any], head: str, head_hidden: int | None) -> Layout:
@@ -163,13 +172,12 @@ def layout_of(architecture: str, args: Mapping[str, Any], head: str, head_hidden
 
 @lru_cache(maxsize=16)
 def _skeleton(architecture: str, args_json: str, head: str, head_hidden: int | None) -> tuple[nn.Module, Layout]:
-    import json
-
-    model = create(architecture, json.loads(args_json), head=head, head_hidden=head_hidden, seed=0).eval()
+    with torch.device("meta"):
+        model = create(architecture, json.loads(args_json), head=head, head_hidden=head_hidden).eval()
     unsaved = {name for name, _ in model.named_buffers()} - set(model.state_dict())
     if unsaved:
         raise ZooError(f"{architecture!r} keeps {sorted(unsaved)} outside its state dict; a row could not rebuild it")
-    return model.requires_grad_(False), Layout.of(model.state_dict())
+    return model, Layout.of(model.state_dict())
 
 
 def assign(model: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:

@@ -1,0 +1,397 @@
+"""The command line: one verb a step. Nothing heavy is imported before a verb needs it."""
+
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import App, Parameter
+from cyclopts.exceptions import CycloptsError
+
+from vitzoo_hf import __version__
+from vitzoo_hf.console import format_bytes, format_duration, hint, join, print_json, print_table
+from vitzoo_hf.schema import ZooError, did_you_mean
+
+if TYPE_CHECKING:
+    from vitzoo_hf.zoo import Zoo
+
+app = App(
+    name="vitzoo",
+    help="Populations of vision transformers as a Hugging Face dataset. Start with `vitzoo quickstart`.",
+    version=__version__,
+)
+
+Json = Annotated[bool, Parameter(name="--json", negative=(), help="Print one JSON value, and nothing else.")]
+Quiet = Annotated[bool, Parameter(name="--quiet", negative=(), help="No progress bars and no hints.")]
+Where = Annotated[
+    list[str] | None,
+    Parameter(
+        name="--where",
+        negative=(),
+        help="COLUMN=VALUE, COLUMN=A,B (any of them) or COLUMN=LOW..HIGH; repeat it to narrow down.",
+    ),
+]
+Workers = Annotated[int | None, Parameter(help="Training processes; one a core by default.")]
+
+
+@app.command
+def quickstart(
+    *,
+    out: Path = Path("vitzoo-quickstart"),
+    workers: Workers = None,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Build the mini zoo on real images, publish it as a dataset, open it, measure it.
+
+    Args:
+        out: Folder for the zoo, the report and the training checkpoints.
+    """
+    from vitzoo_hf.quickstart import quickstart as build
+    from vitzoo_hf.quickstart import summary_table
+    from vitzoo_hf.zoo import Zoo
+
+    start = time.perf_counter()
+    say = (lambda line: None) if json or quiet else print
+    outcome = build(out, workers=workers, progress=not (json or quiet), say=say)
+    zoo = Zoo(outcome.zoo)
+    table = summary_table(zoo)
+    if json:
+        print_json(
+            {
+                "zoo": str(outcome.zoo),
+                "report": str(outcome.report),
+                "already_done": outcome.already_done,
+                "seconds": round(time.perf_counter() - start, 1),
+                "rows": len(zoo),
+                "table": _records(table),
+            }
+        )
+        return
+    print_table(_records(table))
+    if outcome.already_done:
+        print(f"\nAlready done: the zoo in {outcome.zoo} is complete and measured; nothing was trained.")
+    else:
+        print(f"\n{len(zoo)} rows in {outcome.zoo} after {time.perf_counter() - start:.0f} s.")
+    if not quiet:
+        hint(
+            f"""Look at {outcome.report}, then open the zoo in Python:
+
+    from datasets import load_dataset
+    rows = load_dataset({str(outcome.zoo)!r}, split="train")      # weights and factors
+
+    import vitzoo_hf as vz
+    zoo = vz.Zoo({str(outcome.zoo)!r})
+    model = zoo.model({_best_model(zoo)!r})      # a live timm ViT
+
+or stay here: vitzoo ls {outcome.zoo} --where factor_optimizer=adamw"""
+        )
+
+
+@app.command
+def plan(blueprint: str, *, workers: Workers = None, json: Json = False, quiet: Quiet = False) -> None:
+    """Say what a blueprint will cost: runs, rows, parameters, disk, time. Nothing is trained.
+
+    Args:
+        blueprint: A name such as `mini`, or a YAML file.
+    """
+    from vitzoo_hf.blueprint import Blueprint
+    from vitzoo_hf.plan import make_plan
+
+    cost = make_plan(Blueprint.load(blueprint), workers=workers)
+    if json:
+        print_json(cost.to_json())
+        return
+    smallest, largest = cost.parameters
+    size = f"{smallest:,}" if smallest == largest else f"{smallest:,} to {largest:,}"
+    print(f"blueprint   {cost.name}")
+    print(f"models      {cost.models} ({', '.join(f'{n} {stage}' for stage, n in cost.stages.items())})")
+    print(f"rows        {cost.rows} kept checkpoints")
+    print(f"splits      {', '.join(f'{n} runs {split}' for split, n in sorted(cost.splits.items()))}")
+    print(f"parameters  {size} a model")
+    print(f"disk        {format_bytes(cost.disk_bytes)} of weights, and as much again for training checkpoints")
+    if cost.seconds is None:
+        print(f"time        unknown: {cost.note}")
+    else:
+        print(f"time        about {format_duration(cost.seconds)} of training on {cost.workers} worker(s)")
+    if not quiet:
+        hint(f"Next: vitzoo train {blueprint} --out RUNS")
+
+
+@app.command
+def train(
+    blueprint: str,
+    *,
+    out: Path,
+    workers: Workers = None,
+    device: str = "cpu",
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Train every run of a blueprint; what is finished is skipped, what was interrupted continues.
+
+    Args:
+        blueprint: A name such as `mini`, or a YAML file.
+        out: Folder for the checkpoints, one subfolder a run.
+        device: cpu or cuda.
+    """
+    from vitzoo_hf.blueprint import Blueprint
+    from vitzoo_hf.launch import launch
+
+    summary = launch(Blueprint.load(blueprint), out, workers=workers, device=device, progress=not (json or quiet))
+    if json:
+        print_json(vars(summary))
+        return
+    print(f"{len(summary.finished)} runs finished in {out}")
+    for run_id, reason in summary.diverged.items():
+        print(f"diverged: {run_id}: {reason}")
+    if summary.orphaned:
+        print(f"not trained, for want of their parent: {', '.join(summary.orphaned)}")
+    if not quiet:
+        hint(f"Next: vitzoo pack {blueprint} {out} --out ZOO")
+
+
+@app.command
+def pack(blueprint: str, runs: Path, *, out: Path, json: Json = False, quiet: Quiet = False) -> None:
+    """Publish trained runs as a dataset folder.
+
+    Args:
+        blueprint: The blueprint they were trained by.
+        runs: The folder `vitzoo train` filled.
+        out: Folder for the zoo; one that is there is replaced.
+    """
+    from vitzoo_hf.blueprint import Blueprint
+    from vitzoo_hf.pack import pack as write
+    from vitzoo_hf.zoo import Zoo
+
+    zoo = Zoo(write(Blueprint.load(blueprint), runs, out, progress=not (json or quiet)))
+    if json:
+        print_json({"zoo": str(out), "rows": len(zoo), "missing_runs": zoo.manifest["missing_runs"]})
+        return
+    print(f"{len(zoo)} rows in {out}")
+    for run_id, reason in zoo.manifest["missing_runs"].items():
+        print(f"left out: {run_id}: {reason}")
+    if not quiet:
+        hint(f"Next: vitzoo evaluate {out}")
+
+
+@app.command(name="ls")
+def list_rows(zoo: str, *, where: Where = None, limit: int = 20, json: Json = False, quiet: Quiet = False) -> None:
+    """List rows with their factors and results.
+
+    Args:
+        zoo: Folder, dataset id, or `sample`.
+        limit: At most so many rows; 0 for all.
+    """
+    opened = _open(zoo, where)
+    index = opened.to_pandas()
+    columns = ["model_id", "stage", "epoch", *opened.factors, "test_accuracy", "test_loss"]
+    shown = index[columns] if limit <= 0 else index[columns].head(limit)
+    if json:
+        print_json(_records(shown))
+        return
+    print_table(_records(shown.rename(columns={name: name.removeprefix("factor_") for name in columns})))
+    if not quiet:
+        more = f"{len(shown)} of {len(index)} rows; --limit 0 shows all. " if len(shown) < len(index) else ""
+        hint(f"{more}Next: vitzoo get {zoo} MODEL_ID --out FILE.safetensors")
+
+
+@app.command
+def info(zoo: str, *, json: Json = False, quiet: Quiet = False) -> None:
+    """Say what a zoo holds: rows, runs, factors and their values, configs, images.
+
+    Args:
+        zoo: Folder, dataset id, or `sample`.
+    """
+    opened = _open(zoo, None)
+    index = opened.to_pandas()
+    facts = {
+        "name": opened.manifest["name"],
+        "format": opened.manifest["format"],
+        "rows": len(index),
+        "runs": int(index["run_id"].nunique()),
+        "final_models": int(index["is_final"].sum()),
+        "parameters": sorted({int(count) for count in index["num_parameters"]}),
+        "factors": {name: sorted(index[name].dropna().unique().tolist()) for name in opened.factors},
+        "splits": {split: opened.splits_of(opened.model_ids).count(split) for split in opened.splits},
+        "configs": opened.configs,
+        "images": {name: record["licence"] for name, record in opened.manifest["images"].items()},
+        "missing_runs": opened.manifest["missing_runs"],
+    }
+    if json:
+        print_json(facts)
+        return
+    for name, value in facts.items():
+        if isinstance(value, Mapping):
+            print(f"{name}")
+            for key, entry in value.items():
+                print(f"    {key}: {join(entry)}")
+        else:
+            print(f"{name:<14}{join(value)}")
+    if not quiet:
+        hint(f"Next: vitzoo ls {zoo}")
+
+
+@app.command
+def get(zoo: str, model_id: str, *, out: Path, json: Json = False, quiet: Quiet = False) -> None:
+    """Write one model as safetensors with timm's tensor names.
+
+    Args:
+        zoo: Folder, dataset id, or `sample`.
+        model_id: A model of the zoo, as `vitzoo ls` shows it.
+        out: The .safetensors file to write.
+    """
+    from vitzoo_hf.export import export_row
+
+    row = _open(zoo, None).row(model_id)
+    export_row(row, out)
+    if json:
+        print_json({"model_id": model_id, "file": str(out)})
+        return
+    print(f"{model_id} in {out}")
+    if not quiet:
+        hint(f"Next: vitzoo export {zoo} --out FOLDER --where is_final=true")
+
+
+@app.command
+def export(zoo: str, *, out: Path, where: Where = None, json: Json = False, quiet: Quiet = False) -> None:
+    """Write many models as safetensors, one file each.
+
+    Args:
+        zoo: Folder, dataset id, or `sample`.
+        out: Folder for the files; those it already has in full are kept.
+    """
+    from vitzoo_hf.export import export_zoo
+
+    files = export_zoo(_open(zoo, where), out, progress=not (json or quiet))
+    if json:
+        print_json([str(file) for file in files])
+        return
+    print(f"{len(files)} models in {out}")
+
+
+@app.command
+def evaluate(zoo: Path, *, device: str = "cpu", json: Json = False, quiet: Quiet = False) -> None:
+    """Measure every model and every pair of final models, and write the result into the zoo.
+
+    Args:
+        zoo: The zoo's folder.
+        device: cpu or cuda.
+    """
+    from vitzoo_hf.evaluate import evaluate as measure
+    from vitzoo_hf.zoo import Zoo
+
+    report = measure(Zoo(zoo), device=device, progress=not (json or quiet))
+    report.write(zoo)
+    if json:
+        print_json({"evaluations": len(report.evaluations), "pairs": len(report.pairs), "dataset": report.dataset})
+        return
+    print(f"{len(report.evaluations)} models and {len(report.pairs)} pairs, compared on {report.dataset}, in {zoo}")
+    if not quiet:
+        hint(f"Next: vitzoo plot {zoo} --out REPORT")
+
+
+@app.command
+def plot(zoo: str, *, out: Path, json: Json = False, quiet: Quiet = False) -> None:
+    """Draw the figures of an evaluated zoo and a self-contained report.html.
+
+    Args:
+        zoo: Folder, dataset id, or `sample`.
+        out: Folder for the report.
+    """
+    from vitzoo_hf.quickstart import write_zoo_report
+
+    report = write_zoo_report(_open(zoo, None), out)
+    if json:
+        print_json({"report": str(report)})
+        return
+    print(report)
+
+
+@app.command
+def env(*, json: Json = False, quiet: Quiet = False) -> None:
+    """Say what this machine is and which versions are installed; paste it into a bug report."""
+    from vitzoo_hf.environment import describe
+
+    facts = describe()
+    if json:
+        print_json(facts)
+        return
+    for name, value in facts.items():
+        print(f"{name:<18}{join(value)}")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line; exit status 0, 1 for a failure, 2 for bad usage, 130 after Ctrl-C."""
+    sys.exit(run(sys.argv[1:] if arguments is None else arguments))
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one verb and return its exit status; a user's mistake is one line on standard error."""
+    try:
+        app(list(arguments), exit_on_error=False, print_error=False, result_action="return_value")
+    except CycloptsError as error:
+        print(f"vitzoo: {' '.join(str(error).split())} See `vitzoo --help`.", file=sys.stderr)
+        return 2
+    except ZooError as error:
+        print(f"vitzoo: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nvitzoo: interrupted; the same command continues where it was", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    return 0
+
+
+def _open(name: str, where: Sequence[str] | None) -> "Zoo":
+    from vitzoo_hf.zoo import Zoo
+
+    zoo = Zoo.sample() if name == "sample" else Zoo(name)
+    conditions = dict(_condition(zoo, text) for text in where or ())
+    return zoo.filter(**conditions) if conditions else zoo
+
+
+def _condition(zoo: "Zoo", text: str) -> tuple[str, Any]:
+    """`COLUMN=VALUE` in the column's type, as `Zoo.filter` takes it."""
+    column, equals, value = text.partition("=")
+    types = zoo.column_types
+    if not equals:
+        raise ZooError(f"--where {text!r}: expected COLUMN=VALUE, such as factor_lr=0.001")
+    if column not in types:
+        raise ZooError(f"--where: unknown column {column!r}: {did_you_mean(column, types)}")
+    parse = _bool if types[column] is bool else types[column]
+    try:
+        if ".." in value and parse is not str:
+            low, _, high = value.partition("..")
+            return column, (parse(low) if low else None, parse(high) if high else None)
+        entries = [parse(entry) for entry in value.split(",")]
+    except ValueError:
+        raise ZooError(
+            f"--where {text!r}: {value!r} is not a value of {column}, which is {types[column].__name__}"
+        ) from None
+    return column, entries if len(entries) > 1 else entries[0]
+
+
+def _records(table: Any) -> list[dict[str, Any]]:
+    from vitzoo_hf.row_tables import records
+
+    return records(table)
+
+
+def _bool(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise ValueError(text)
+    return text.lower() == "true"
+
+
+def _best_model(zoo: "Zoo") -> str:
+    """The final model that is best on the selection images."""
+    table = zoo.to_pandas("evaluations")
+    table = table[table["is_final"] & (table["stage"] == table["stage"].iloc[-1])]
+    if table["selection_accuracy"].isna().all():
+        return str(table["model_id"].iloc[-1])
+    return str(table.loc[table["selection_accuracy"].idxmax(), "model_id"])

@@ -1,0 +1,68 @@
+"""A row -> its checked vector, its layout, and a live timm ViT."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from vitzoo_hf import schema
+from vitzoo_hf.flatten import Layout, unflatten
+from vitzoo_hf.schema import ZooError
+from vitzoo_hf.vit import assign, blank, layout_of
+
+
+def reconstruct(row: Mapping[str, Any], *, device: str | torch.device = "cpu") -> nn.Module:
+    """A live timm ViT in eval mode from any row of `load_dataset(…)` or `Zoo.rows()`.
+
+    Args:
+        row: has `weights` (list, array, tensor or little-endian bytes) and the architecture columns.
+        device: where the model goes, in one copy; its parameters are views of one vector.
+
+    Raises:
+        ZooError: if columns are missing, the weights do not fit the architecture, or one is not finite.
+
+    Example:
+        >>> from vitzoo_hf.zoo import Zoo
+        >>> reconstruct(next(Zoo.sample().rows())).training
+        False
+    """
+    vector, layout = checked_vector(row)
+    model = blank(*architecture_of(row))
+    return assign(model, unflatten(vector.to(device, copy=True), layout)).eval()
+
+
+def architecture_of(row: Mapping[str, Any]) -> tuple[str, dict[str, Any], str, int | None]:
+    """Architecture, its arguments, head and hidden width of a row: what `vit.create` takes."""
+    missing = [name for name in ("architecture", "architecture_args", "head", "weights") if name not in row]
+    if missing:
+        raise ZooError(f"the row has no column {missing[0]!r}: take whole rows, `load_dataset(id, 'weights')`")
+    head = row["head"] if isinstance(row["head"], str) else schema.HEADS[row["head"]]
+    return row["architecture"], json.loads(row["architecture_args"]), head, row.get("head_hidden")
+
+
+def checked_vector(row: Mapping[str, Any]) -> tuple[Tensor, Layout]:
+    """The flat vector of a row and the layout of its architecture, checked against each other.
+
+    Raises:
+        ZooError: for a wrong length, a layout of another architecture, or a weight that is not finite.
+    """
+    layout = layout_of(*architecture_of(row))
+    weights, name = row["weights"], row.get("model_id", "the row")
+    if isinstance(weights, bytes | bytearray | memoryview):
+        weights = np.frombuffer(weights, dtype="<f4")
+    vector = weights.float() if isinstance(weights, Tensor) else torch.from_numpy(np.array(weights, dtype=np.float32))
+    if row.get("layout", layout.fingerprint) != layout.fingerprint:
+        raise ZooError(
+            f"{name} has layout {row['layout']}, its architecture {layout.fingerprint}: it was made otherwise"
+        )
+    if vector.shape != (layout.num_parameters,):
+        raise ZooError(
+            f"{name} has weights of shape {tuple(vector.shape)}; its layout wants [{layout.num_parameters}]"
+        )
+    bad = int(vector.numel() - vector.isfinite().sum())
+    if bad:
+        raise ZooError(f"{name} has {bad} weights that are not finite: it cannot be rebuilt")
+    return vector, layout

@@ -1,0 +1,107 @@
+"""Arrow tables of rows: names for class numbers, conditions, weight vectors, batches."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+
+from vitzoo_hf import schema
+from vitzoo_hf.schema import ZooError, did_you_mean
+
+
+def vector_of(value: pa.Scalar) -> np.ndarray:
+    """The weights of one row, a float32 view of the Arrow buffer, from either encoding."""
+    if isinstance(value, pa.BinaryScalar):
+        return np.frombuffer(value.as_buffer(), dtype="<f4")
+    return value.values.to_numpy(zero_copy_only=True)
+
+
+def records(frame: pd.DataFrame) -> list[dict[str, Any]]:
+    """Rows of a data frame, with None for every missing value."""
+    return frame.astype(object).where(frame.notna(), None).to_dict("records")
+
+
+def features_of(table: pa.Table) -> Any:
+    """The Hugging Face `Features` kept in a table's metadata."""
+    import datasets
+
+    return datasets.Features.from_arrow_schema(table.schema)
+
+
+def with_class_names(table: pa.Table, features: Mapping[str, Any]) -> pa.Table:
+    """The table with class numbers replaced by their names."""
+    for position, column in enumerate(table.column_names):
+        names = getattr(features.get(column), "names", None)
+        if names and not pa.types.is_string(table[column].type):
+            table = table.set_column(position, column, pa.array(names).take(table[column].combine_chunks()))
+    return table.replace_schema_metadata(None)
+
+
+def check_classes(column: str, condition: Any) -> None:
+    """Refuse a name that the class column does not have.
+
+    Raises:
+        ZooError: naming the closest known one.
+    """
+    known = {"stage": schema.STAGES, "head": schema.HEADS}[column]
+    for value in condition if isinstance(condition, list | tuple) else [condition]:
+        if value not in known:
+            raise ZooError(f"unknown {column} {value!r}: {did_you_mean(str(value), known)}")
+
+
+def matches(values: pa.ChunkedArray, column: str, condition: Any) -> np.ndarray:
+    """Which values meet the condition; null never does, except for the condition None.
+
+    Args:
+        values: a column.
+        column: its name, for the error.
+        condition: a value, a list of values, or a pair `(low, high)`.
+
+    Raises:
+        ZooError: if the condition does not fit the column's type.
+    """
+    try:
+        if condition is None:
+            mask = pc.is_null(values)
+        elif isinstance(condition, tuple):
+            low, high = condition
+            mask = pc.is_valid(values)
+            if low is not None:
+                mask = pc.and_(mask, pc.greater_equal(values, pa.scalar(low)))
+            if high is not None:
+                mask = pc.and_(mask, pc.less_equal(values, pa.scalar(high)))
+        else:
+            wanted = condition if isinstance(condition, list | set) else [condition]
+            kind = pa.array(wanted).type if wanted else values.type
+            if pa.types.is_string(kind) != pa.types.is_string(values.type):
+                raise TypeError
+            mask = pc.is_in(values, pa.array(wanted, values.type))
+    except (TypeError, ValueError, pa.ArrowException):
+        raise ZooError(
+            f"{column}={condition!r} does not fit the column's type {values.type}:"
+            " give a value, a list of values, or a pair (low, high)"
+        ) from None
+    return mask.fill_null(False).to_numpy()
+
+
+def collate(rows: Sequence[Mapping[str, Any]], types: pa.Schema, device: str | torch.device) -> dict[str, Any]:
+    """Columns of a batch; what becomes a tensor depends on the column's type alone, never on its values."""
+    batch: dict[str, Any] = {}
+    for column in rows[0]:
+        values = [row[column] for row in rows]
+        if column == "weights":
+            batch[column] = torch.from_numpy(np.stack(values)).to(device)
+        elif pa.types.is_boolean(types.field(column).type):
+            batch[column] = torch.tensor(values, device=device)
+        elif pa.types.is_integer(types.field(column).type) and column in ("epoch", "num_parameters"):
+            batch[column] = torch.tensor(values, dtype=torch.int64, device=device)
+        elif pa.types.is_integer(types.field(column).type) or pa.types.is_floating(types.field(column).type):
+            numbers = [float("nan") if value is None else value for value in values]
+            batch[column] = torch.tensor(numbers, dtype=torch.float64, device=device)
+        else:
+            batch[column] = values
+    return batch
