@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from vitzoo_hf.flatten import Layout as Layout
     from vitzoo_hf.flatten import flatten as flatten
     from vitzoo_hf.flatten import unflatten as unflatten
-    from vitzoo_hf.launch import launch as launch
-    from vitzoo_hf.pack import pack as pack
     from vitzoo_hf.population import Population as Population
     from vitzoo_hf.rebuild import reconstruct as reconstruct
     from vitzoo_hf.schema import ZooError as ZooError
@@ -45,8 +43,6 @@ _PUBLIC = {
     "evaluate": "evaluate",
     "expected_calibration_error": "behavior",
     "flatten": "flatten",
-    "launch": "launch",
-    "pack": "pack",
     "predictions": "behavior",
     "reconstruct": "rebuild",
     "unflatten": "flatten",

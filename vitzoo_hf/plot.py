@@ -1,12 +1,12 @@
 """Every figure of a zoo, drawn from its tables alone; no model is loaded and no window opened.
 
 The input are pandas tables of the configs `index`, `evaluations` and `pairs`, with class labels as text
-('finetune', 'linear'); the output are matplotlib `Figure` objects. What varies among the models is found in the
-tables, so any blueprint's factors work. `vitzoo_hf.report` writes the figures to files.
+('finetune', 'linear'); the output are matplotlib `Figure` objects. What varies among the models is found in
+the tables, so any blueprint's factors work. `vitzoo_hf.report` writes the figures to files.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -16,22 +16,20 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from vitzoo_hf.schema import ZooError, did_you_mean
 
-MAX_LEVELS = 8  # factors with more are neither colours nor strips, and panels thin out their tick labels
-MAX_PANELS = 8
+MAX_LEVELS = MAX_PANELS = 8  # factors with more levels are neither colours nor strips; panels thin out ticks
 # Okabe and Ito's colours, which the common forms of colour blindness keep apart.
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#8C6BB1", "#6B7280")
-RAMPS = ("viridis", "magma", "cividis")
 INK, MUTED, FAINT = "#1f2430", "#6b7280", "#e5e7eb"
-GREY = {"edgecolor": "#9ca3af", "labelcolor": INK, "grid": True, "axisbelow": True}
-STYLE: dict[Any, Any] = {f"axes.{key}": value for key, value in GREY.items()}
+STYLE: dict[Any, Any] = {"axes.edgecolor": "#9ca3af", "axes.labelcolor": INK, "axes.grid": True}
 STYLE |= {"axes.spines.top": False, "axes.spines.right": False, "axes.titlelocation": "left"}
 STYLE |= {"font.family": "DejaVu Sans", "font.size": 9, "axes.titlesize": 10, "axes.titleweight": "bold"}
 STYLE |= {"text.color": INK, "grid.color": FAINT, "xtick.color": "#4b5563", "ytick.color": "#4b5563"}
-STYLE |= {"legend.frameon": False, "hatch.linewidth": 0.6}
+STYLE |= {"legend.frameon": False, "hatch.linewidth": 0.6, "axes.axisbelow": True}
+PERCENT = FuncFormatter(lambda value, _: f"{100 * value:.4g} %")
 NAMES = {
     "agreement": "agreement (share of test images with the same prediction)",
     "cka": "CKA of features on test images (debiased)",
@@ -45,7 +43,7 @@ class NothingToDrawError(ZooError):
 
 
 def final_models(table: pd.DataFrame, value: str = "test_accuracy") -> pd.DataFrame:
-    """The final fine-tuned models that have a `value`; the final pre-trained ones where no fine-tuned one has.
+    """The final fine-tuned models that have a `value`; where there is none, the final pre-trained ones.
 
     Args:
         table: `evaluations` or `index`: columns `model_id`, `stage`, `is_final` and `value`.
@@ -54,7 +52,7 @@ def final_models(table: pd.DataFrame, value: str = "test_accuracy") -> pd.DataFr
     Raises:
         ZooError: if the table is empty, lacks a column, or no final model has a value.
     """
-    require(table, "of models", ("model_id", "stage", "is_final", value))
+    require(table, "evaluations", ("model_id", "stage", "is_final", value))
     final = table[table["is_final"].astype(bool) & table[value].notna()]
     if final.empty:
         raise NothingToDrawError(f"no final model has a value in column {value!r}: evaluate the zoo first")
@@ -66,8 +64,8 @@ def varying_factors(table: pd.DataFrame) -> dict[str, pd.Series]:
     """What differs among the rows -> the level of each row, a categorical of text, ordered if numeric.
 
     Columns `factor_*`, then `head`, `dataset` and `parent` (from `parent_id`) unless they only repeat a factor.
-    Left out: what is constant, and text that differs in every row. A number that was sampled rather than taken
-    from a grid (more than 8 values, fewer than two rows a value) is cut into quintiles.
+    Left out: what is constant, and what differs in every row. Numbers that were sampled rather than taken from
+    a grid (more than 8 values, fewer than two rows a value) are cut into quintiles.
     """
     columns = {str(c).removeprefix("factor_"): table[c] for c in table if str(c).startswith("factor_")}
     declared = set(columns)
@@ -119,17 +117,17 @@ def accuracy_by_factor(evaluations: pd.DataFrame) -> Figure:
     names = list(shares.index[:MAX_PANELS]) or list(levels)
     columns = len(names) if len(names) <= 5 else math.ceil(len(names) / 2)
     rows = math.ceil(len(names) / columns)
-    ratios = [2 + min(levels[name].nunique(), 12) if rows == 1 else 5 for name in names[:columns]]
+    ratios = [_room(levels[name].cat.categories) if rows == 1 else 5 for name in names[:columns]]
     figure = Figure(figsize=(max(5.2, 0.9 + 0.46 * sum(ratios)), 0.9 + 3.3 * rows), layout="constrained")
     grid = figure.subplots(rows, columns, sharey=True, squeeze=False, width_ratios=ratios)
-    for axes, name in zip(grid.flat, names, strict=False):
-        _strip_panel(axes, table["test_accuracy"].astype(float), levels[name], shares.get(name))
+    for axes, name, room in zip(grid.flat, names, ratios * rows, strict=False):
+        _strip_panel(axes, table["test_accuracy"].astype(float), levels[name], shares.get(name), room)
         axes.set_title(_short(name, 24), pad=22)
     for axes in grid.flat[len(names) :]:
         axes.set_visible(False)
     for axes in grid[:, 0]:
         axes.set_ylabel("test accuracy")
-        axes.yaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
+        axes.yaxis.set_major_formatter(PERCENT)
     told = f"{len(table)} final models; line: median, box: quartiles"
     told += "" if len(shares) <= MAX_PANELS else f"; the {MAX_PANELS} strongest of {len(shares)} factors"
     told += "\nη²: share of the variance between models that the factor explains" if len(shares) else ""
@@ -150,7 +148,7 @@ def learning_curves(index: pd.DataFrame) -> Figure:
     parts = [(stage, rows[rows["stage"] == stage]) for stage in stages if (rows["stage"] == stage).any()]
     if not parts:
         raise NothingToDrawError("table 'index': no row has a recorded test accuracy")
-    figure = Figure(figsize=(3.4 * len(parts) + 3.8, 4.4), layout="constrained")
+    figure = Figure(figsize=(3.8 * len(parts) + 3.8, 4.4), layout="constrained")
     panels = figure.subplots(1, len(parts), squeeze=False, width_ratios=[1, 1.6][-len(parts) :])[0]
     for axes, (stage, part) in zip(panels, parts, strict=True):
         runs = part.drop_duplicates("run_id", keep="last").reset_index(drop=True)
@@ -159,11 +157,12 @@ def learning_curves(index: pd.DataFrame) -> Figure:
         for name, found in list(key_factors(index, runs).items())[: stage == "finetune"]:
             title, level = name, found
         _curves(axes, part, pd.Series(level.array, index=runs["run_id"]))
-        axes.legend(title=title, loc="best", alignment="left", handlelength=1.4)
+        axes.legend(title=title, loc="upper left", bbox_to_anchor=(1, 1), alignment="left", handlelength=1.4)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
         axes.set_title(f"{stages[stage]} ({len(runs)} run{'s' * (len(runs) > 1)})")
-        axes.yaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
+        axes.yaxis.set_major_formatter(PERCENT)
         axes.set(xlabel="epoch (points: kept checkpoints)", ylabel="test accuracy")
-    _heading(figure, "How the population learns", "test accuracy in training; thin: one run, thick: median")
+    _heading(figure, "How the population learns: test accuracy by epoch", "thin: one run; thick: median")
     return figure
 
 
@@ -175,7 +174,7 @@ def pair_matrix(pairs: pd.DataFrame, index: pd.DataFrame, value: str = "agreemen
 
     Args:
         pairs: columns `model_a`, `model_b` and `value`.
-        index: `model_id`, `run_id`, `parent_id`, `stage`, `is_final`, `test_accuracy`, the factors; every model.
+        index: `model_id`, `run_id`, `parent_id`, `stage`, `is_final`, `test_accuracy`, and the factors.
         value: a metric of `pairs`: `agreement`, `cka`, `cka_biased`, `weight_l2`, `weight_cosine`.
     """
     require(pairs, "pairs", ("model_a", "model_b", value))
@@ -189,11 +188,10 @@ def pair_matrix(pairs: pd.DataFrame, index: pd.DataFrame, value: str = "agreemen
     matrix = np.full((size, size), np.nan)
     a, b = place[known["model_a"]].to_numpy(), place[known["model_b"]].to_numpy()
     matrix[a, b] = matrix[b, a] = known[value].to_numpy(float)
-
     figure = Figure(figsize=(8.6, 7.6), layout="constrained")
     axes = figure.subplots()
-    hatched: dict[str, Any] = {"facecolor": "#f3f4f6", "edgecolor": "#b6bcc6", "hatch": "/////", "lw": 0}
-    axes.add_patch(Rectangle((0, 0), size, size, **hatched))
+    hatched: dict[str, Any] = {"facecolor": "#f3f4f6", "edgecolor": "#b6bcc6", "hatch": "/////"}
+    axes.add_patch(Rectangle((0, 0), size, size, lw=0, zorder=-1, **hatched))
     low, high = np.nanquantile(matrix, [0.01, 0.99])
     shown: dict[str, Any] = {"cmap": "viridis_r" if value == "weight_l2" else "viridis", "vmin": low}
     image = axes.imshow(matrix, extent=(0, size, size, 0), vmax=max(high, low + 1e-9), **shown)
@@ -206,13 +204,11 @@ def pair_matrix(pairs: pd.DataFrame, index: pd.DataFrame, value: str = "agreemen
     bar.set_label(f"{NAMES.get(value, value)}; scale: 1st to 99th percentile")
     legend = figure.legend(handles=entries, loc="outside right upper", handlelength=1.1, alignment="left")
     for text in legend.get_texts():
-        text.set_weight("bold" if text.get_text().endswith(":") else "normal")
+        text.set_fontweight("bold" if text.get_text().endswith(":") else "normal")
     left_out = len(pd.unique(pairs[["model_a", "model_b"]].to_numpy().ravel())) - size
-    told = (
-        f"{size} final models in the same order on both axes, grouped by the run at the root of their lineage"
-    )
+    told = f"{size} final models in the same order on both axes, grouped by the run at the root of their lineage"
     told += f"\n{left_out} models without a value are left out" if left_out else ""
-    _heading(figure, f"Who resembles whom? {NAMES.get(value, value).split(' (')[0].capitalize()}", told)
+    _heading(figure, f"Who resembles whom? {NAMES.get(value, value).split(' (')[0]}", told)
     return figure
 
 
@@ -247,21 +243,18 @@ def distance_against_agreement(pairs: pd.DataFrame) -> Figure:
             margin.hist(part[column], bins=bins, color=colour, alpha=0.55, orientation=way, density=True)
     for margin in (grid[0, 0], grid[0, 1], grid[1, 1]):
         margin.set_axis_off()
-    axes.yaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
+    axes.yaxis.set_major_formatter(PERCENT)
     axes.set(xlabel=NAMES["weight_l2"], ylabel=NAMES["agreement"])
     figure.legend(loc="outside lower left", ncols=2, handletextpad=0.3)
-    _heading(
-        figure, "Close in weights, close in behaviour?", "a point: a pair of final models; margins: densities"
-    )
+    _heading(figure, "Close in weights, close in behaviour?", "a point is a pair of models; margins: densities")
     return figure
 
 
-def require(table: pd.DataFrame, name: str, columns: Sequence[str]) -> None:
+def require(table: pd.DataFrame, name: str, columns: Collection[str]) -> None:
     """Raise `ZooError` if the table lacks one of the columns, or has no rows."""
     for column in columns:
         if column not in table:
-            hint = did_you_mean(column, map(str, table.columns))
-            raise ZooError(f"table {name!r} has no column {column!r}: {hint}")
+            raise ZooError(f"table {name!r} has no column {column!r}: {did_you_mean(column, map(str, table))}")
     if table.empty:
         raise ZooError(f"table {name!r} has no rows: nothing to draw")
 
@@ -311,7 +304,7 @@ def _colours(level: pd.Series, shift: int = 0) -> dict[str, Any]:
     """Level -> colour: a ramp where order means something, else separate hues; `shift` tells factors apart."""
     names = [name for name in level.cat.categories if (level == name).any()]
     if len(names) > len(PALETTE) or (level.cat.ordered and len(names) > 2):
-        ramp = colormaps[RAMPS[shift % len(RAMPS)]](np.linspace(0.12, 0.85, len(names)))
+        ramp = colormaps[("viridis", "magma", "cividis")[shift % 3]](np.linspace(0.1, 0.82, len(names)))
         return dict(zip(names, ramp, strict=True))
     return {name: PALETTE[(i + 2 * shift) % len(PALETTE)] for i, name in enumerate(names)}
 
@@ -319,12 +312,16 @@ def _colours(level: pd.Series, shift: int = 0) -> dict[str, Any]:
 def _heading(figure: Figure, title: str, told: str) -> None:
     """A bold title and grey lines below it; blank lines in the title keep their place in the layout."""
     width, height = map(float, figure.get_size_inches())
-    blank = "\n" * (told.count("\n") + 1)
-    figure.suptitle(title + blank, x=0.08 / width, ha="left", fontsize=12.5, weight="bold")
+    title += "\n" * (told.count("\n") + 1)
+    figure.suptitle(title, x=0.08 / width, ha="left", fontsize=12.5, weight="bold")
     figure.text(0.08 / width, 1 - 0.3 / height, told, va="top", color=MUTED, linespacing=1.35)
 
 
-def _strip_panel(axes: Axes, y: pd.Series, level: pd.Series, share: float | None) -> None:
+def _room(names: Collection[str]) -> float:
+    return max(2.0 + min(len(names), 12), min(8.0, 0.2 * sum(len(name) + 1 for name in names)))
+
+
+def _strip_panel(axes: Axes, y: pd.Series, level: pd.Series, share: float | None, room: float) -> None:
     names = list(_colours(level))
     rng = np.random.default_rng(0)
     for i, (name, colour) in enumerate(_colours(level).items()):
@@ -336,7 +333,7 @@ def _strip_panel(axes: Axes, y: pd.Series, level: pd.Series, share: float | None
         axes.plot([i - 0.32, i + 0.32], [median, median], color=INK, lw=1.6, zorder=3)
     step = math.ceil(len(names) / MAX_LEVELS)
     shown = [_short(name, 14) for name in names[::step]]
-    tilt = 35 if sum(map(len, shown)) > 9 + 5 * len(shown) else 0
+    tilt = 35 if 0.2 * sum(len(name) + 1 for name in shown) > room else 0
     axes.set_xticks(range(0, len(names), step), shown, rotation=tilt, ha="right" if tilt else "center")
     axes.set_xlim(-0.6, len(names) - 0.4)
     axes.grid(axis="x", visible=False)
@@ -354,21 +351,21 @@ def _curves(axes: Axes, rows: pd.DataFrame, level: pd.Series) -> None:
     for name, colour in _colours(level).items():
         part = rows[rows["run_id"].isin(level.index[level == name])]
         for _, run in part.groupby("run_id"):
-            axes.plot(run["epoch"], run["test_accuracy"], color=colour, lw=0.8, alpha=0.35)
+            axes.plot(run["epoch"], run["test_accuracy"], color=colour, lw=0.8, alpha=0.3)
         by_epoch = part.groupby("epoch")["test_accuracy"].agg(["median", "size"])
         median = by_epoch.loc[2 * by_epoch["size"] >= by_epoch["size"].max(), "median"]
-        points: dict[str, Any] = {"marker": "o", "ms": 4.5, "mec": "white", "mew": 0.7}
-        axes.plot(median.index, median, color=colour, lw=2.4, label=_short(name, 24), **points)
+        label = _short(name, 24)
+        axes.plot(median.index, median, "o-", color=colour, lw=2.4, ms=5, mec="white", label=label, zorder=3)
 
 
-def _by_lineage(models: Sequence[str], index: pd.DataFrame) -> tuple[pd.DataFrame, dict[str, pd.Series]]:
-    """The rows of `models` with their `lineage`, the run at the root, sorted by it; and the factors to show."""
+def _by_lineage(models: Collection[str], index: pd.DataFrame) -> tuple[pd.DataFrame, dict[str, pd.Series]]:
+    """The rows of `models`, sorted by `lineage` (the run at their root), and the factors to show."""
     known = index.drop_duplicates("model_id").set_index("model_id", drop=False)
     if unknown := sorted(set(models) - set(known.index)):
         raise ZooError(f"table 'index' lacks {unknown[0]!r}, a model of 'pairs': use tables of the same zoo")
     parents = known["parent_id"].dropna().to_dict()
     roots = {model: model for model in models}
-    while any(root in parents for root in roots.values()):
+    for _ in range(32):  # deeper than any lineage; a circle would never end
         roots = {model: parents.get(root, root) for model, root in roots.items()}
     rows = known.loc[list(models)].reset_index(drop=True)
     rows = rows.assign(lineage=rows["model_id"].map(roots).map(_run_of), tuned=rows["parent_id"].notna())
@@ -379,7 +376,7 @@ def _by_lineage(models: Sequence[str], index: pd.DataFrame) -> tuple[pd.DataFram
 
 
 def _margin(axes: Axes, rows: pd.DataFrame, strips: dict[str, pd.Series]) -> list[Patch]:
-    """Factors as strips on the left, lineages as brackets on top, lines between them; gives legend entries."""
+    """Factors as strips on the left, lineages as brackets on top, lines between; returns legend entries."""
     size, wide = len(rows), 0.035 * len(rows)
     entries = []
     for j, (name, level) in enumerate(strips.items()):
@@ -387,8 +384,7 @@ def _margin(axes: Axes, rows: pd.DataFrame, strips: dict[str, pd.Series]) -> lis
         cells = np.array([[to_rgb(colours[label])] for label in level])
         axes.imshow(cells, extent=(left, left + wide, size, 0), interpolation="nearest")
         axes.text(left + wide / 2, 1.01 * size, _short(name), rotation=90, va="top", ha="center", fontsize=8)
-        entries += [Patch(alpha=0, label=f"{name}:")]
-        entries += [Patch(color=colour, label=_short(label)) for label, colour in colours.items()]
+        entries += [Patch(alpha=0, label=f"{name}:")] + [Patch(color=c, label=n) for n, c in colours.items()]
     groups = rows.groupby("lineage", sort=False).indices
     tilt = 60 if max(map(len, groups)) * len(groups) > 60 else 0
     for name, members in groups.items():

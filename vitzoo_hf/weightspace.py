@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
 BLOCK_ELEMENTS = 2**20
-RELATIVE_ERROR = 1e-6
+RELATIVE_ERROR = 5e-7
 
 
 @torch.no_grad()
@@ -42,9 +42,7 @@ def norms(weights: Float[Tensor, "P D"]) -> Float64[Tensor, " P"]:
 
 
 @torch.no_grad()
-def weight_distances(
-    weights: Float[Tensor, "P D"], metric: Literal["l2", "cosine"] = "l2"
-) -> Float64[Tensor, "P P"]:
+def weight_distances(weights: Float[Tensor, "P D"], metric: Literal["l2", "cosine"] = "l2") -> Float64[Tensor, "P P"]:
     """Distance of all pairs of models in weight space.
 
     "l2" is the Euclidean distance from the Gram matrix of the weights less their mean,

@@ -1,0 +1,55 @@
+"""One tiny zoo, built once by the real pipeline, and what tests of single modules share."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from vitzoo_hf.blueprint import Blueprint
+
+TESTS = Path(__file__).parent
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _private_caches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep `datasets` from writing into the user's cache, and everything from the network."""
+    patch = pytest.MonkeyPatch()
+    cache = tmp_path_factory.mktemp("hf")
+    patch.setenv("HF_HOME", str(cache))
+    patch.setattr("datasets.config.HF_DATASETS_CACHE", cache / "datasets")
+    patch.setattr("datasets.builder.config.HF_DATASETS_CACHE", cache / "datasets")
+    yield
+    patch.undo()
+
+
+@pytest.fixture(scope="session")
+def tiny_blueprint() -> Blueprint:
+    return Blueprint.load(TESTS / "tiny.yaml")
+
+
+@pytest.fixture(scope="session")
+def tiny_runs(tiny_blueprint: Blueprint, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from vitzoo_hf.launch import launch
+
+    folder = tmp_path_factory.mktemp("tiny") / "runs"
+    launch(tiny_blueprint, folder, workers=2, progress=False)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_zoo(tiny_blueprint: Blueprint, tiny_runs: Path) -> Path:
+    """A finished and evaluated zoo; tests that change it take `zoo_copy`."""
+    from vitzoo_hf.evaluate import evaluate
+    from vitzoo_hf.pack import pack
+    from vitzoo_hf.zoo import Zoo
+
+    folder = pack(tiny_blueprint, tiny_runs, tiny_runs.parent / "zoo", progress=False)
+    evaluate(Zoo(folder), progress=False).write(folder)
+    return folder
+
+
+@pytest.fixture
+def zoo_copy(tiny_zoo: Path, tmp_path: Path) -> Path:
+    """A zoo of one's own, to damage."""
+    return Path(shutil.copytree(tiny_zoo, tmp_path / "zoo"))

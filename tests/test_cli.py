@@ -1,0 +1,147 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from vitzoo_hf.cli import run
+from vitzoo_hf.zoo import Zoo
+
+TINY = str(Path(__file__).parent / "tiny.yaml")
+
+
+def call(capsys, *arguments):
+    status = run([str(argument) for argument in arguments])
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def test_train_pack_evaluate_plot_by_hand(capsys, tmp_path, tiny_runs):
+    """`tiny_runs` is finished, so training has nothing left to do here."""
+    status, out, _ = call(capsys, "train", TINY, "--out", tiny_runs)
+    assert status == 0
+    assert "10 runs finished" in out
+    assert "Next: vitzoo pack" in out
+    status, out, _ = call(capsys, "pack", TINY, tiny_runs, "--out", tmp_path / "zoo", "--quiet")
+    assert (status, out) == (0, f"18 rows in {tmp_path / 'zoo'}\n")
+    status, out, err = call(capsys, "plot", tmp_path / "zoo", "--out", tmp_path / "report")
+    assert status == 1
+    assert "has no config 'evaluations'; `vitzoo evaluate` writes it" in err
+    status, out, _ = call(capsys, "evaluate", tmp_path / "zoo", "--json")
+    assert json.loads(out) == {"evaluations": 18, "pairs": 45, "dataset": "digits"}
+    status, out, _ = call(capsys, "plot", tmp_path / "zoo", "--out", tmp_path / "report", "--json")
+    assert Path(json.loads(out)["report"]).is_file()
+
+
+def test_plan_counts_and_estimates(capsys):
+    status, out, _ = call(capsys, "plan", TINY, "--json")
+    plan = json.loads(out)
+    assert status == 0
+    assert (plan["models"], plan["rows"]) == (10, 18)
+    assert plan["stages"] == {"pretrain": 2, "finetune": 8}
+    assert plan["seconds"] > 0
+    status, out, _ = call(capsys, "plan", "mini")
+    assert "50 (2 pretrain, 48 finetune)" in out
+
+
+def test_plan_without_the_images_says_why_it_cannot_estimate(capsys, tmp_path):
+    text = Path(TINY).read_text().replace("{size: 8}", "{size: 8, source: folder, path: nowhere, classes: 10}")
+    (tmp_path / "absent.yaml").write_text(text)
+    status, out, _ = call(capsys, "plan", tmp_path / "absent.yaml")
+    assert status == 0
+    assert "time        unknown: images 'folder' need `path`" in out
+
+
+def test_ls_filters_and_limits(capsys, tiny_zoo):
+    status, out, _ = call(capsys, "ls", tiny_zoo, "--where", "head=mlp", "--where", "epoch=1..", "--json")
+    rows = json.loads(out)
+    assert status == 0
+    assert [row["factor_head"] for row in rows] == ["mlp"] * 4
+    _, out, _ = call(capsys, "ls", tiny_zoo, "--limit", "3")
+    assert "3 of 18 rows" in out
+    _, out, _ = call(capsys, "ls", tiny_zoo, "--where", "factor_lr=5", "--quiet")
+    assert out == "no rows\n"
+
+
+def test_info_says_what_there_is(capsys, tiny_zoo):
+    _, out, _ = call(capsys, "info", tiny_zoo, "--json")
+    facts = json.loads(out)
+    assert facts["rows"] == 18
+    assert facts["factors"]["factor_regime"] == ["contrastive", "supervised"]
+    assert facts["configs"] == ["weights", "index", "evaluations", "pairs", "probes"]
+    _, out, _ = call(capsys, "info", tiny_zoo)
+    assert "factor_optimizer: adamw, sgd" in out
+
+
+def test_get_and_export_are_exact(capsys, tiny_zoo, tmp_path):
+    zoo = Zoo(tiny_zoo)
+    model_id = zoo.model_ids[0]
+    status, _, _ = call(capsys, "get", tiny_zoo, model_id, "--out", tmp_path / "one.safetensors")
+    assert status == 0
+    expected = zoo.model(model_id).state_dict()
+    loaded = load_file(tmp_path / "one.safetensors")
+    assert set(loaded) == set(expected)
+    assert all(torch.equal(loaded[name], expected[name]) for name in expected)
+    status, out, _ = call(capsys, "export", tiny_zoo, "--out", tmp_path / "many", "--where", "is_final=true", "--json")
+    files = [Path(file) for file in json.loads(out)]
+    assert len(files) == 10
+    times = [file.stat().st_mtime_ns for file in files]
+    call(capsys, "export", tiny_zoo, "--out", tmp_path / "many", "--where", "is_final=true", "--quiet")
+    assert [file.stat().st_mtime_ns for file in files] == times
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (["lss"], 2, 'vitzoo: Unknown command "lss". Did you mean "ls"?'),
+        (["ls"], 2, "requires an argument"),
+        (["ls", "ZOO", "--limit", "many"], 2, "--limit"),
+        (["ls", "ZOO", "--where", "factor_lr"], 1, "expected COLUMN=VALUE"),
+        (["ls", "ZOO", "--where", "lr=1"], 1, "unknown column 'lr': did you mean"),
+        (["ls", "ZOO", "--where", "factor_lr=fast"], 1, "'fast' is not a value of factor_lr, which is float"),
+        (["ls", "ZOO", "--where", "is_final=yes"], 1, "'yes' is not a value of is_final, which is bool"),
+        (["ls", "nowhere"], 1, "no zoo at 'nowhere'"),
+        (["get", "ZOO", "nobody@1", "--out", "x.safetensors"], 1, "has no model 'nobody@1'"),
+        (["get", "ZOO", "sl-s1@2", "--out", "x.bin"], 1, "does not end in .safetensors"),
+        (["export", "ZOO", "--out", "x", "--where", "factor_lr=9"], 1, "the filter matches none"),
+        (["plan", "mnii"], 1, "unknown blueprint 'mnii': did you mean 'mini'?"),
+        (["plan", "nowhere.yaml"], 1, "cannot read nowhere.yaml: No such file or directory"),
+        (["train", TINY, "--out", "/dev/null/runs"], 1, "cannot write into /dev/null/runs"),
+        (["pack", TINY, "nowhere", "--out", "zoo"], 1, "are unfinished"),
+    ],
+)
+def test_a_mistake_is_one_line(capsys, tiny_zoo, arguments, status, message):
+    arguments = [str(tiny_zoo) if argument == "ZOO" else argument for argument in arguments]
+    code, out, err = call(capsys, *arguments)
+    assert code == status
+    assert message in err
+    assert err.startswith("vitzoo: ")
+    assert err.count("\n") == 1
+    assert out == ""
+
+
+def test_ctrl_c_is_one_line_with_the_way_on(capsys, monkeypatch):
+    def interrupted(*arguments, **keywords):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys.modules["vitzoo_hf.cli"], "_open", interrupted)
+    assert call(capsys, "ls", "sample")[::2] == (130, "\nvitzoo: interrupted; the same command continues where it was\n")
+
+
+def test_env_names_no_machine(capsys):
+    import platform
+
+    _, out, _ = call(capsys, "env", "--json")
+    facts = json.loads(out)
+    assert facts["torch"] == torch.__version__
+    assert platform.node() not in out.split()
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["quickstart", "--help"], ["ls", "--help"]])
+def test_help_imports_nothing_heavy(arguments):
+    code = f"import sys; from vitzoo_hf.cli import run; run({arguments!r});"
+    code += "sys.exit(any(name in sys.modules for name in ('torch', 'timm', 'datasets', 'pandas', 'numpy')))"
+    assert subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL, check=False).returncode == 0

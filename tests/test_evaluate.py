@@ -1,0 +1,143 @@
+import itertools
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import accuracy_score, log_loss
+
+import vitzoo_hf as vz
+from vitzoo_hf.evaluate import is_classifier
+from vitzoo_hf.schema import ZooError
+from vitzoo_hf.zoo import Zoo
+
+
+@pytest.fixture(scope="module")
+def zoo(tiny_zoo):
+    return Zoo(tiny_zoo)
+
+
+@pytest.fixture(scope="module")
+def report(zoo):
+    return vz.evaluate(zoo, progress=False)
+
+
+@pytest.fixture(scope="module")
+def probabilities(zoo):
+    """Softmax outputs of each classifier on selection and test, one model at a time, in float64."""
+    found = {}
+    for row in zoo.rows():
+        if row["test_accuracy"] is not None:
+            for role in ("selection", "test"):
+                with torch.inference_mode():
+                    logits = zoo.model(row["model_id"])(zoo.probes("digits", role)[0])
+                found[row["model_id"], role] = logits.double().softmax(1).numpy()
+    return found
+
+
+def test_model_metrics_agree_with_scikit_learn(zoo, report, probabilities):
+    measured = report.evaluations.set_index("model_id")
+    for (model_id, role), probability in probabilities.items():
+        labels = zoo.probes("digits", role)[1].numpy()
+        assert measured.loc[model_id, f"{role}_accuracy"] == accuracy_score(labels, probability.argmax(1))
+        expected = log_loss(labels, probability, labels=range(10))
+        assert measured.loc[model_id, f"{role}_loss"] == pytest.approx(expected, abs=1e-6)
+
+
+def test_calibration_agrees_with_an_independent_sum(zoo, report, probabilities):
+    labels = zoo.probes("digits")[1].numpy()
+    measured = report.evaluations.set_index("model_id")
+    for (model_id, role), probability in probabilities.items():
+        if role == "test":
+            confidence, right = probability.max(1), probability.argmax(1) == labels
+            bins = np.ceil(confidence * 15).astype(int)
+            error = sum(abs((right[bins == b] * 1.0 - confidence[bins == b]).sum()) for b in range(16)) / len(labels)
+            assert measured.loc[model_id, "test_ece"] == pytest.approx(error, abs=1e-5)
+
+
+def test_recomputed_metrics_are_those_training_recorded(zoo, report):
+    index = zoo.to_pandas()
+    recorded = index["test_accuracy"].astype(np.float32)
+    assert (recorded.isna() == report.evaluations["test_accuracy"].isna()).all()
+    both = recorded.notna()
+    assert (recorded[both] == report.evaluations["test_accuracy"][both].astype(np.float32)).all()
+
+
+def test_a_contrastive_model_has_no_accuracy_but_its_children_have(zoo, report):
+    contrastive = [row for row in zoo.rows() if not is_classifier(row, zoo.manifest)]
+    assert {row["run_id"] for row in contrastive} == {"cl-s1"}
+    assert report.evaluations.set_index("model_id").loc["cl-s1@2"]["test_accuracy":"test_ece"].isna().all()
+
+
+def test_pair_metrics_agree_with_one_pair_at_a_time(zoo, report, probabilities):
+    final = zoo.filter(is_final=True)
+    pairs = {(row["model_a"], row["model_b"]): row for _, row in report.pairs.iterrows()}
+    assert list(pairs) == list(itertools.combinations(final.model_ids, 2))
+    images = zoo.probes("digits")[0]
+    features = {}
+    trunks = {}
+    for model_id in final.model_ids:
+        model = zoo.model(model_id)
+        with torch.inference_mode():
+            features[model_id] = model.forward_features(images)[:, 0].double().numpy()
+        trunks[model_id] = np.concatenate(
+            [value.double().numpy().ravel() for name, value in model.state_dict().items() if "head." not in name]
+        )
+    for (a, b), row in pairs.items():
+        x, y = (features[name] - features[name].mean(0) for name in (a, b))
+        biased = (x.T @ y).__pow__(2).sum() / np.linalg.norm(x.T @ x) / np.linalg.norm(y.T @ y)
+        assert row["cka_biased"] == pytest.approx(biased, abs=1e-5)
+        assert row["cka"] <= row["cka_biased"] + 1e-3
+        assert row["weight_l2"] == pytest.approx(np.linalg.norm(trunks[a] - trunks[b]), rel=1e-5)
+        cosine = trunks[a] @ trunks[b] / np.linalg.norm(trunks[a]) / np.linalg.norm(trunks[b])
+        assert row["weight_cosine"] == pytest.approx(cosine, abs=1e-6)
+        if (a, "test") in probabilities and (b, "test") in probabilities:
+            same = probabilities[a, "test"].argmax(1) == probabilities[b, "test"].argmax(1)
+            assert row["agreement"] == same.mean()
+        else:
+            assert np.isnan(row["agreement"])
+
+
+def test_written_configs_load_with_plain_datasets(tiny_zoo, report):
+    evaluations = datasets.concatenate_datasets(list(datasets.load_dataset(str(tiny_zoo), "evaluations").values()))
+    assert sorted(evaluations["model_id"]) == sorted(report.evaluations["model_id"])
+    pairs = datasets.load_dataset(str(tiny_zoo), "pairs", split="full")
+    assert len(pairs) == 45
+    assert pairs[0]["agreement"] is None
+    assert datasets.load_dataset(str(tiny_zoo), split="train").features["weights"]
+
+
+def test_writing_again_changes_nothing(zoo_copy, zoo):
+    before = {file: file.read_bytes() for file in zoo_copy.rglob("*") if file.is_file()}
+    vz.evaluate(Zoo(zoo_copy), progress=False).write(zoo_copy)
+    assert {file: file.read_bytes() for file in zoo_copy.rglob("*") if file.is_file()} == before
+
+
+def test_a_partial_report_is_not_written(zoo_copy):
+    partial = vz.evaluate(Zoo(zoo_copy).filter(head="mlp"), progress=False)
+    with pytest.raises(ZooError, match="does not hold the models of this report"):
+        partial.write(zoo_copy)
+
+
+def test_matrix_is_symmetric_with_its_diagonal(report):
+    matrix = report.matrix("cka")
+    assert (matrix.to_numpy() == matrix.to_numpy().T).all()
+    assert (matrix.to_numpy().diagonal() == 1).all()
+    assert (report.matrix("weight_l2").to_numpy().diagonal() == 0).all()
+    with pytest.raises(ZooError, match=r"unknown pair metric 'ckaa': did you mean 'cka'\?"):
+        report.matrix("ckaa")
+
+
+def test_images_of_ones_own(zoo):
+    images, labels = zoo.probes("digits", "selection")
+    chosen = zoo.filter(stage="finetune")
+    own = vz.evaluate(chosen, images, labels, progress=False)
+    default = vz.evaluate(chosen, progress=False)
+    assert list(own.evaluations["test_accuracy"]) == list(default.evaluations["selection_accuracy"])
+    with pytest.raises(ZooError, match="give images and labels, or neither"):
+        vz.evaluate(zoo, images)
+
+
+def test_an_empty_selection_is_refused(zoo):
+    with pytest.raises(ZooError, match="there is no model to evaluate"):
+        vz.evaluate(zoo.filter(factor_lr=7.0))

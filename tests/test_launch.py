@@ -1,0 +1,139 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from vitzoo_hf.blueprint import Blueprint
+from vitzoo_hf.checkpoint import RunFolder
+from vitzoo_hf.launch import exclusive, launch
+from vitzoo_hf.schema import ZooError
+
+TINY = Path(__file__).parent / "tiny.yaml"
+LAUNCH = "from pathlib import Path; from vitzoo_hf.launch import launch; from vitzoo_hf.blueprint import Blueprint\n"
+LAUNCH += "if __name__ == '__main__': launch(Blueprint.load({tiny!r}), Path({folder!r}), workers=2, progress=False)"
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    files = sorted(folder.glob("*/epoch-*.json"))
+    return {f"{file.parent.name}/{file.name}": json.loads(file.read_text())["weights_sha256"] for file in files}
+
+
+def start(folder: Path) -> subprocess.Popen[bytes]:
+    code = LAUNCH.format(tiny=str(TINY), folder=str(folder))
+    return subprocess.Popen([sys.executable, "-c", code], start_new_session=True, stderr=subprocess.PIPE)
+
+
+def children(process: subprocess.Popen[bytes]) -> list[int]:
+    try:
+        listed = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
+    except FileNotFoundError:
+        return []
+    commands = {int(pid): Path(f"/proc/{pid}/cmdline").read_bytes() for pid in listed.split()}
+    return [pid for pid, command in commands.items() if b"spawn_main" in command]
+
+
+def wait_for(condition, seconds: float = 60.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.05)
+
+
+def test_everything_is_trained_once(tiny_blueprint, tiny_runs):
+    before = {file: file.stat().st_mtime_ns for file in tiny_runs.rglob("epoch-*")}
+    summary = launch(tiny_blueprint, tiny_runs, progress=False)
+    assert sorted(summary.finished) == sorted(run.run_id for run in tiny_blueprint.runs)
+    assert {file: file.stat().st_mtime_ns for file in tiny_runs.rglob("epoch-*")} == before
+
+
+def test_one_worker_or_two_give_the_same_weights(tiny_blueprint, tiny_runs, tmp_path):
+    launch(tiny_blueprint, tmp_path, workers=1, progress=False)
+    assert hashes(tmp_path) == hashes(tiny_runs)
+
+
+def test_killed_at_any_moment_it_continues_to_the_same_zoo(tiny_runs, tmp_path):
+    for delay in (0.5, 3.0, 4.5):
+        process = start(tmp_path)
+        time.sleep(delay)
+        workers = children(process)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        process.stderr.close()
+        wait_for(lambda pids=workers: not any(Path(f"/proc/{pid}").exists() for pid in pids))
+    process = start(tmp_path)
+    assert process.wait(120) == 0, process.stderr.read().decode()
+    process.stderr.close()
+    assert hashes(tmp_path) == hashes(tiny_runs)
+    assert not list(tmp_path.rglob(".tmp-*"))
+
+
+def test_a_dead_worker_is_replaced(tiny_runs, tmp_path):
+    process = start(tmp_path)
+    wait_for(lambda: list(tmp_path.glob("*/run.json")))
+    os.kill(children(process)[0], signal.SIGKILL)
+    assert process.wait(120) == 0, process.stderr.read().decode()
+    process.stderr.close()
+    assert hashes(tmp_path) == hashes(tiny_runs)
+
+
+def test_ctrl_c_stops_the_workers(tmp_path):
+    process = start(tmp_path)
+    wait_for(lambda: list(tmp_path.glob("*/run.json")))
+    workers = children(process)
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(30) != 0
+    assert b"KeyboardInterrupt" in process.stderr.read()
+    process.stderr.close()
+    wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers))
+
+
+def test_a_worker_that_always_dies_is_given_up_with_a_hint(tiny_blueprint, tmp_path, monkeypatch):
+    monkeypatch.setattr("vitzoo_hf.launch._work", _die)
+    with pytest.raises(ZooError, match=r"the worker training sl-s1 died 3 times \(exit code 7\).*fewer workers"):
+        launch(tiny_blueprint, tmp_path, workers=1, progress=False)
+
+
+def _die(connection, *arguments):
+    connection.recv()
+    os._exit(7)
+
+
+def test_a_mistake_in_a_worker_is_one_line_here(tmp_path):
+    text = TINY.read_text().replace("digits: {size: 8}", "digits: {size: 12}")
+    (tmp_path / "wrong.yaml").write_text(text)
+    with pytest.raises(ZooError, match=r"takes 1 channels of 8×8, images 'digits' have 1 of 12×12"):
+        launch(Blueprint.load(tmp_path / "wrong.yaml"), tmp_path / "runs", progress=False)
+
+
+def test_a_diverged_parent_leaves_its_children_out(tiny_blueprint, tmp_path):
+    place = RunFolder(tmp_path / "cl-s1")
+    from vitzoo_hf.train import run_spec
+
+    run = next(run for run in tiny_blueprint.runs if run.run_id == "cl-s1")
+    place.open(run_spec(tiny_blueprint, run))
+    place.record_divergence(1, "for the test")
+    summary = launch(tiny_blueprint, tmp_path, workers=1, progress=False)
+    assert list(summary.diverged) == ["cl-s1"]
+    assert len(summary.orphaned) == 4
+    assert len(summary.finished) == 5
+
+
+def test_two_trainings_cannot_share_a_folder(tiny_blueprint, tmp_path):
+    with exclusive(tmp_path), pytest.raises(ZooError, match="another process is working in"):
+        launch(tiny_blueprint, tmp_path, progress=False)
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(tiny_blueprint, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ZooError, match="cannot write into .*file/runs"):
+        launch(tiny_blueprint, tmp_path / "file" / "runs", progress=False)
+
+
+def test_no_workers_are_refused(tiny_blueprint, tmp_path):
+    with pytest.raises(ZooError, match="workers is 0; it must be at least 1"):
+        launch(tiny_blueprint, tmp_path, workers=0, progress=False)

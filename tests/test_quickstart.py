@@ -1,0 +1,98 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from vitzoo_hf.quickstart import quickstart, summary_table
+from vitzoo_hf.schema import ZooError
+from vitzoo_hf.zoo import Zoo
+
+REPOSITORY = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_blueprint, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("quickstart") / "out"
+    outcome = quickstart(folder, blueprint=tiny_blueprint, progress=False, say=lambda line: None)
+    return folder, outcome
+
+
+def test_it_leaves_a_measured_zoo_and_a_report(finished):
+    folder, outcome = finished
+    assert not outcome.already_done
+    zoo = Zoo(folder / "zoo")
+    assert len(zoo.to_pandas("evaluations")) == len(zoo) == 18
+    html = (folder / "report" / "report.html").read_text()
+    assert "src=\"data:image/png;base64," in html
+    assert "http://" not in html.replace("http://www.w3.org", "")
+
+
+def test_a_second_time_finds_its_work_done(finished, tiny_blueprint):
+    folder, _ = finished
+    before = {file: file.stat().st_mtime_ns for file in folder.rglob("*") if file.is_file() and file.name != ".lock"}
+    again = quickstart(folder, blueprint=tiny_blueprint, progress=False, say=lambda line: None)
+    assert again.already_done
+    after = {file: file.stat().st_mtime_ns for file in folder.rglob("*") if file.is_file() and file.name != ".lock"}
+    assert after == before
+
+
+def test_a_damaged_zoo_is_packed_again_from_its_checkpoints(finished, tiny_blueprint):
+    folder, _ = finished
+    hashes = list(Zoo(folder / "zoo").index["weights_sha256"])
+    file = next((folder / "zoo" / "weights").glob("*.parquet"))
+    file.write_bytes(file.read_bytes()[:-1])
+    quickstart(folder, blueprint=tiny_blueprint, progress=False, say=lambda line: None)
+    assert list(Zoo(folder / "zoo").index["weights_sha256"]) == hashes
+
+
+def test_a_folder_of_another_blueprint_is_refused(finished, tmp_path):
+    from vitzoo_hf.blueprint import Blueprint
+
+    folder, _ = finished
+    text = (REPOSITORY / "tests" / "tiny.yaml").read_text().replace("lr: 0.003", "lr: 0.004")
+    (tmp_path / "other.yaml").write_text(text)
+    other = Blueprint.load(tmp_path / "other.yaml")
+    with pytest.raises(ZooError, match="holds a run trained by another blueprint"):
+        quickstart(folder, blueprint=other, progress=False, say=lambda line: None)
+
+
+def test_the_table_averages_over_seeds(finished):
+    folder, _ = finished
+    table = summary_table(Zoo(folder / "zoo"))
+    assert table["models"].sum() == 10
+    assert list(table.columns[:2]) == ["stage", "dataset"]
+    assert "seed" not in table.columns
+
+
+def test_the_loading_script_recomputes_every_accuracy(finished):
+    """With datasets, timm and torch alone; the way around a CUDA torchvision is put in front of it."""
+    folder, _ = finished
+    script = REPOSITORY / "loading_script" / "load_zoo.py"
+    code = f"""
+import sys
+from vitzoo_hf.vit import import_timm
+import_timm()
+for name in [name for name in sys.modules if name.startswith("vitzoo_hf")]:
+    del sys.modules[name]
+sys.modules["vitzoo_hf"] = None
+sys.path.insert(0, {str(script.parent)!r})
+import load_zoo
+sys.exit(load_zoo.main({str(folder / "zoo")!r}))
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.endswith("10 models rebuilt, 0 accuracies differ\n")
+
+
+def test_the_command_prints_json(finished, capsys, monkeypatch, tiny_blueprint):
+    from vitzoo_hf.blueprint import Blueprint
+    from vitzoo_hf.cli import run
+
+    folder, _ = finished
+    monkeypatch.setattr(Blueprint, "load", classmethod(lambda cls, name: tiny_blueprint))
+    assert run(["quickstart", "--out", str(folder), "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["already_done"] is True
+    assert printed["rows"] == 18

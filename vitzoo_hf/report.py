@@ -1,0 +1,360 @@
+"""The figures of a zoo as files, and one self-contained HTML page that shows and explains them."""
+
+import base64
+import html
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pandas as pd  # type: ignore[import-untyped]
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+
+from vitzoo_hf import plot
+from vitzoo_hf.schema import ZooError, did_you_mean
+
+
+class Entry(NamedTuple):
+    """A figure of the report: how it is drawn from (index, evaluations, pairs), and what the page says of it."""
+
+    draw: Callable[[pd.DataFrame, pd.DataFrame, pd.DataFrame], Figure]
+    heading: str
+    caption: str
+    of_pairs: bool = False
+
+
+FIGURES: dict[str, Entry] = {
+    "accuracy_by_factor": Entry(
+        lambda index, evaluations, pairs: plot.accuracy_by_factor(evaluations),
+        "Accuracy by factor",
+        "Each point is one final model, measured on the test images; every panel shows the same models, sorted by"
+        " another factor. A black line is the median of a level, its box the middle half. Panels are ordered by η²,"
+        " the bar on top: how much of the differences between models the factor explains by itself. Table:"
+        " evaluations.",
+    ),
+    "learning_curves": Entry(
+        lambda index, evaluations, pairs: plot.learning_curves(index),
+        "Learning curves",
+        "A thin line is one run, a thick line the median of the runs that share a level of the strongest factor;"
+        " points are checkpoints kept in the zoo. Test accuracy as recorded during training; contrastive"
+        " pre-training has none, so it is not shown. Table: index.",
+    ),
+    "agreement_matrix": Entry(
+        lambda index, evaluations, pairs: plot.pair_matrix(pairs, index, "agreement"),
+        "Agreement of predictions",
+        "Each cell is a pair of final models: the share of test images for which both predict the same class."
+        " Rows and columns have the same order: by lineage (brackets, white lines), then by the factors in the"
+        " strips on the left. Bright blocks on the diagonal mean that models of one parent decide alike. Hatched:"
+        " not defined, for example between different label sets. Tables: pairs, index.",
+        True,
+    ),
+    "cka_matrix": Entry(
+        lambda index, evaluations, pairs: plot.pair_matrix(pairs, index, "cka"),
+        "Similarity of representations",
+        "As above, with the centred kernel alignment (CKA, debiased) of the features that two models compute for"
+        " the test images: 1 means the same geometry up to rotation and scale, 0 unrelated. It needs no labels, so"
+        " pre-trained models are included where they were measured. Tables: pairs, index.",
+        True,
+    ),
+    "distance_against_agreement": Entry(
+        lambda index, evaluations, pairs: plot.distance_against_agreement(pairs),
+        "Distance in weights and agreement in behaviour",
+        "Each point is a pair of final models: how far apart their trunk weights are, and how often they agree on"
+        " test images. Spearman's rank correlation is computed within each colour; a correlation over both colours"
+        " would mostly show the difference between the groups. Pairs share models and are not independent, so read"
+        " it as a description and not as a test. Table: pairs.",
+        True,
+    ),
+}
+"""File name -> figure, in the order of the report."""
+
+
+def write_figures(
+    index: pd.DataFrame,
+    evaluations: pd.DataFrame,
+    pairs: pd.DataFrame | None,
+    folder: Path,
+    *,
+    formats: Sequence[str] = ("png",),
+) -> list[Path]:
+    """Write every figure that applies to this zoo, each file atomically; returns the files in report order.
+
+    A figure is skipped where its columns hold no value, such as learning curves without recorded accuracy.
+
+    Args:
+        index: see `plot.learning_curves`.
+        evaluations: see `plot.accuracy_by_factor`.
+        pairs: see `plot.pair_matrix` and `plot.distance_against_agreement`; None or empty: no figure of pairs.
+        folder: created where missing.
+        formats: file endings that matplotlib can write, such as `png`, `svg`, `pdf`.
+
+    Raises:
+        ZooError: for an unknown format, a missing column, or an empty `index` or `evaluations`.
+    """
+    known = Figure().canvas.get_supported_filetypes()
+    for ending in formats:
+        if ending not in known:
+            raise ZooError(f"cannot write figures as {ending!r}: {did_you_mean(ending, known)}")
+    if pairs is None:
+        pairs = pd.DataFrame()
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for name, entry in FIGURES.items():
+        if entry.of_pairs and pairs.empty:
+            continue
+        try:
+            figure = entry.draw(index, evaluations, pairs)
+        except plot.NothingToDrawError:
+            continue
+        for ending in formats:
+            with BytesIO() as buffer, rc_context(plot.STYLE):
+                figure.savefig(buffer, format=ending, dpi=200)
+                written.append(_write(folder / f"{name}.{ending}", buffer.getvalue()))
+    return written
+
+
+def write_report(
+    index: pd.DataFrame,
+    evaluations: pd.DataFrame,
+    pairs: pd.DataFrame | None,
+    folder: Path,
+    *,
+    title: str,
+    facts: Mapping[str, str],
+) -> Path:
+    """Write `folder/figures/*.png` and `folder/report.html`, one page that needs no other file and no network.
+
+    Args:
+        index: see `plot.learning_curves`.
+        evaluations: see `plot.accuracy_by_factor`; `test_loss`, `test_ece` and so on are listed where present.
+        pairs: see `write_figures`.
+        folder: created where missing.
+        title: the heading, plain text.
+        facts: label -> value, plain text: what the zoo is, where it comes from.
+
+    Raises:
+        ZooError: for a missing column, or an empty `index` or `evaluations`.
+    """
+    plot.require(index, "index", ("model_id", "is_final"))
+    models = plot.final_models(evaluations)
+    shares = plot.explained_variance(evaluations)
+    figures = write_figures(index, evaluations, pairs, folder / "figures")
+    drawn = {path.stem for path in figures}
+    missing = [entry.heading for name, entry in FIGURES.items() if name not in drawn]
+    sections = [
+        f"<header><h1>{_escape(title)}</h1><dl>{''.join(_fact(*fact) for fact in facts.items())}</dl></header>",
+        "<section><h2>What drives the spread</h2>",
+        *(f"<p>{sentence}</p>" for sentence in _sentences(models, shares, pairs)),
+        _share_table(models, shares),
+        "</section><section><h2>Figures</h2>",
+        *(_figure(path, FIGURES[path.stem]) for path in figures),
+        f"<p class=note>Not drawn, for lack of data: {_escape(', '.join(missing))}.</p>" if missing else "",
+        "</section>",
+        _model_section(models, index),
+    ]
+    page = _PAGE.format(title=_escape(title), style=_STYLE, script=_SCRIPT, body="\n".join(sections))
+    return _write(folder / "report.html", page.encode())
+
+
+def _write(path: Path, content: bytes) -> Path:
+    """The whole file or the old one: a temporary file beside it, then a rename."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def _escape(text: Any) -> str:
+    return html.escape(str(text))
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.1f} %"
+
+
+def _fact(label: str, value: str) -> str:
+    return f"<div><dt>{_escape(label)}</dt><dd>{_escape(value)}</dd></div>"
+
+
+def _sentences(models: pd.DataFrame, shares: pd.Series, pairs: pd.DataFrame | None) -> Iterable[str]:
+    """What the tables say, in words, as HTML."""
+    accuracy = models["test_accuracy"].astype(float)
+    kind = "fine-tuned" if (models["stage"] == "finetune").all() else "pre-trained"
+    yield (
+        f"Test accuracy of the {len(models)} final {kind} models: from <b>{_percent(accuracy.min())}</b> to"
+        f" <b>{_percent(accuracy.max())}</b>, median <b>{_percent(accuracy.median())}</b>."
+    )
+    defined = shares.dropna()
+    if defined.empty:
+        yield "No factor can be named: nothing varies among these models, or all have the same accuracy."
+    levels = plot.varying_factors(models)
+    for rank, (name, share) in enumerate(defined.head(2).items()):
+        medians = accuracy.groupby(levels[str(name)], observed=True).median().sort_values()
+        lead = "Most of what one factor explains is due to" if rank == 0 else "Next comes"
+        yield (
+            f"{lead} <b>{_escape(name)}</b>: η² = {share:.2f}, so by itself it accounts for {_percent(share)} of the"
+            f" variance between models; the median goes from {_percent(medians.iloc[0])}"
+            f" ({_escape(medians.index[0])}) to {_percent(medians.iloc[-1])} ({_escape(medians.index[-1])})."
+        )
+    chance = {name: (levels[name].nunique() - 1) / (len(models) - 1) for name in defined.index}
+    weak = [str(name) for name, share in defined.items() if share <= chance[name]]
+    if weak:
+        yield f"No more than chance would give: {_escape(', '.join(weak))}."
+    for value, words in (("agreement", "predict the same class for"), ("cka", "")):
+        yield from _pair_sentence(pairs, value, words)
+
+
+def _pair_sentence(pairs: pd.DataFrame | None, value: str, words: str) -> Iterable[str]:
+    if pairs is None or not {value, "same_parent"} <= set(pairs):
+        return
+    known = pairs.dropna(subset=[value])
+    medians = known[value].astype(float).groupby(known["same_parent"].astype(bool)).median()
+    if not {True, False} <= set(medians.index):
+        return
+    same, other = float(medians[True]), float(medians[False])
+    if words:
+        yield (
+            f"Two models of the same parent {words} {_percent(same)} of the test images, two of different parents"
+            f" for {_percent(other)} (medians over pairs)."
+        )
+    else:
+        yield f"Their features have a median CKA of {same:.2f} with the same parent and {other:.2f} with another."
+
+
+def _share_table(models: pd.DataFrame, shares: pd.Series) -> str:
+    """Factor, levels, eta squared, and what chance alone would give."""
+    levels = plot.varying_factors(models)
+    rows = [
+        [str(name), levels[str(name)].nunique(), share, (levels[str(name)].nunique() - 1) / (len(models) - 1)]
+        for name, share in shares.items()
+    ]
+    note = (
+        "<p class=note>η² (eta squared, one factor at a time) is the variance between the levels of a factor over"
+        " all variance; “by chance” is what a factor without effect and with as many levels gives on average. In a"
+        " balanced grid the shares of the factors add up to at most 1, and the rest is interaction and noise."
+        " Factors that always change together cannot be told apart.</p>"
+    )
+    return (_table(["factor", "levels", "η²", "by chance"], rows) + note) if rows else ""
+
+
+def _figure(path: Path, entry: Entry) -> str:
+    image = base64.b64encode(path.read_bytes()).decode()
+    return (
+        f'<figure id="{path.stem}"><h3>{_escape(entry.heading)}</h3><img alt="{_escape(entry.heading)}"'
+        f' src="data:image/png;base64,{image}"><figcaption>{_escape(entry.caption)}</figcaption></figure>'
+    )
+
+
+def _model_section(models: pd.DataFrame, index: pd.DataFrame) -> str:
+    """All final models, best first, with their factors and whatever was measured."""
+    wanted = ("test_accuracy", "test_loss", "test_ece", "selection_accuracy", "generalization_gap")
+    if "generalization_gap" in index and "generalization_gap" not in models:
+        recorded = index.drop_duplicates("model_id").set_index("model_id")["generalization_gap"]
+        models = models.assign(generalization_gap=models["model_id"].map(recorded))
+    models = models.sort_values("test_accuracy", ascending=False, ignore_index=True)
+    table = {"model": models["model_id"]}
+    for name in plot.varying_factors(models):
+        column = f"factor_{name}" if f"factor_{name}" in models else name
+        table[name] = models["parent_id" if column == "parent" else column]
+    for name in wanted:
+        if name in models and models[name].notna().any():
+            table[name.replace("_", " ")] = models[name]
+    rows = zip(*(column.tolist() for column in table.values()), strict=True)
+    return (
+        "<section><h2>Final models</h2><p class=note>Measured on the test images, best first; a click on a column's"
+        f" name sorts by it.</p>{_table(list(table), rows, sortable=True)}</section>"
+    )
+
+
+def _table(names: Sequence[str], rows: Iterable[Sequence[Any]], *, sortable: bool = False) -> str:
+    cells = "".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in rows)
+    label = '<button type="button">{}</button>' if sortable else "{}"
+    head = "".join(f"<th>{label.format(_escape(name))}</th>" for name in names)
+    kind = " class=sortable" if sortable else ""
+    return f"<div class=scroll><table{kind}><thead><tr>{head}</tr></thead><tbody>{cells}</tbody></table></div>"
+
+
+def _cell(value: Any) -> str:
+    if pd.isna(value):
+        return "<td class=null>–</td>"
+    if isinstance(value, bool | str):
+        return f"<td>{_escape(value)}</td>"
+    shown = f"{value:.4g}" if isinstance(value, float) else str(value)
+    return f'<td class=number data-value="{_escape(value)}">{_escape(shown)}</td>'
+
+
+_PAGE = """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy"
+ content="default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'">
+<title>{title}</title>
+<style>{style}</style>
+</head>
+<body>
+<main>
+{body}
+</main>
+<script>{script}</script>
+</body>
+</html>
+"""
+
+_STYLE = """
+:root { color-scheme: light dark; --ink: #1f2430; --muted: #5b6472; --line: #dde1e7; --page: #fff; --band: #f5f6f8;
+  --accent: #0072b2 }
+@media (prefers-color-scheme: dark) { :root { --ink: #e6e9ef; --muted: #a3acba; --line: #363d49; --page: #14171c;
+  --band: #1d2129; --accent: #56b4e9 } }
+* { box-sizing: border-box }
+body { margin: 0; background: var(--page); color: var(--ink); font: 16px/1.55 system-ui, sans-serif }
+main { max-width: 62rem; margin: 0 auto; padding: 1.5rem 1rem 4rem }
+h1 { font-size: 1.8rem; line-height: 1.2; margin: .5rem 0 1rem }
+h2 { font-size: 1.3rem; margin: 2.5rem 0 .6rem; padding-top: .8rem; border-top: 1px solid var(--line) }
+h3 { font-size: 1.05rem; margin: 0 0 .5rem }
+h1, dd, td { overflow-wrap: anywhere }
+dl { display: grid; grid-template-columns: repeat(auto-fit, minmax(11rem, 1fr)); gap: .8rem 1.2rem; margin: 0;
+  padding: 1rem; background: var(--band); border-radius: .6rem }
+dt, .note, figcaption { color: var(--muted); font-size: .88rem }
+dd { margin: 0; font-weight: 600 }
+figure { margin: 2rem 0 }
+figure img { display: block; width: 100%; max-width: 58rem; height: auto; background: #fff; border-radius: .5rem;
+  border: 1px solid var(--line); padding: .4rem }
+figcaption { margin-top: .5rem; max-width: 46rem }
+p { max-width: 46rem }
+.scroll { overflow: auto; max-height: 34rem; border: 1px solid var(--line); border-radius: .5rem }
+table { border-collapse: collapse; width: 100%; font-size: .86rem; font-variant-numeric: tabular-nums }
+th { position: sticky; top: 0; background: var(--band); text-align: left; white-space: nowrap }
+th, td { padding: .35rem .7rem; border-bottom: 1px solid var(--line) }
+td { white-space: nowrap; overflow-wrap: normal }
+td.null { color: var(--muted) }
+th button { all: unset; cursor: pointer; font-weight: 600 }
+th button:focus-visible { outline: 2px solid var(--accent) }
+th[aria-sort] button { color: var(--accent) }
+th[aria-sort=ascending] button::after { content: " \\2191" }
+th[aria-sort=descending] button::after { content: " \\2193" }
+"""
+
+_SCRIPT = """
+for (const table of document.querySelectorAll("table.sortable")) {
+  const heads = [...table.tHead.rows[0].cells];
+  heads.forEach((head, i) => head.querySelector("button").addEventListener("click", () => {
+    const down = head.getAttribute("aria-sort") === "ascending";
+    heads.forEach(other => other.removeAttribute("aria-sort"));
+    head.setAttribute("aria-sort", down ? "descending" : "ascending");
+    const key = row => row.cells[i].dataset.value ?? row.cells[i].textContent;
+    const order = (a, b) => {
+      const x = key(a), y = key(b);
+      if (x === "–" || y === "–") return (x === "–") - (y === "–");
+      return (down ? -1 : 1) * (isNaN(x) || isNaN(y) ? x.localeCompare(y) : x - y);
+    };
+    table.tBodies[0].append(...[...table.tBodies[0].rows].sort(order));
+  }));
+}
+"""
