@@ -1,7 +1,6 @@
 """The report of synthetic tables: complete, self-contained, escaped, written whole or not at all."""
 
 import html.parser
-import os
 import re
 
 import numpy as np
@@ -10,6 +9,14 @@ import pytest
 
 from vitzoo_hf import report
 from vitzoo_hf.schema import ZooError
+
+
+@pytest.fixture(scope="module", autouse=True)
+def coarse_figures():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "DPI", 30)
+        yield
+
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -81,7 +88,7 @@ def test_report_shows_facts_sentences_figures_and_models(page):
     assert "<b>CC & BY</b>" in text
     assert re.search(r"of the 12 final fine-tuned models: from \s*1\d\.\d %", text)
     assert re.search(r"\blr : η² = (0\.9\d|1\.00)", text)
-    assert "No more than chance would give" in text
+    assert "No more than chance would explain" in text
     assert re.search(r"same parent predict the same class for 75\.\d % .* for 50\.\d %", text)
     assert all(entry.heading in text and entry.caption in text for entry in report.FIGURES.values())
     assert "Not drawn" not in text
@@ -91,7 +98,7 @@ def test_report_shows_facts_sentences_figures_and_models(page):
 
 
 def test_everything_from_outside_is_escaped(tmp_path):
-    evil = '"><img src=x onerror=alert(1)>'
+    evil = '$\\frac$"><img src=x onerror=alert(1)>'
     index, evaluations, pairs = small_tables()
     for table in (index, evaluations):
         table["factor_" + evil] = np.where(table["factor_lr"] > 0.005, evil, "b")
@@ -133,7 +140,7 @@ def test_formats_and_files(tmp_path):
     index, evaluations, pairs = small_tables()
     written = report.write_figures(index, evaluations, pairs, tmp_path / "a" / "b", formats=("png", "svg"))
     assert [path.suffix for path in written] == [".png", ".svg"] * len(report.FIGURES)
-    assert sorted(os.listdir(tmp_path / "a" / "b")) == sorted(path.name for path in written)
+    assert sorted(path.name for path in (tmp_path / "a" / "b").iterdir()) == sorted(path.name for path in written)
     assert all(path.read_bytes().startswith(PNG) for path in written[::2])
     assert all(b"<svg" in path.read_bytes() for path in written[1::2])
 
@@ -159,5 +166,5 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     monkeypatch.setattr(type(path), "replace", fail)
     with pytest.raises(OSError, match="disk full"):
         report._write(path, b"new")
-    assert os.listdir(tmp_path) == ["x"]
+    assert list(tmp_path.iterdir()) == [path]
     assert path.read_bytes() == b"old"

@@ -38,7 +38,7 @@ def test_index_is_a_dataset_without_weights(zoo):
 def test_filter_keeps_exactly_the_rows_that_match(zoo, conditions, check):
     everything = list(zoo.rows())
     chosen = zoo.filter(**conditions)
-    assert 0 < len(chosen)
+    assert len(chosen) > 0
     assert chosen.model_ids == [row["model_id"] for row in everything if check(row)]
     assert [row["model_id"] for row in chosen.rows()] == chosen.model_ids
 

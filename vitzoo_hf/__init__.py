@@ -8,6 +8,8 @@ from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from vitzoo_hf import schema
+
 if TYPE_CHECKING:
     from vitzoo_hf.behavior import accuracy as accuracy
     from vitzoo_hf.behavior import agreement as agreement
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
     from vitzoo_hf.weightspace import weight_distances as weight_distances
     from vitzoo_hf.zoo import Zoo as Zoo
 
-__version__ = "0.1.0"
+__version__ = schema.VERSION
 
 _PUBLIC = {
     "Blueprint": "blueprint",

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float64, Int, Int64, Num
+from jaxtyping import Float, Float64, Int64, Integer, Num
 from torch import Tensor
 
 BLOCK_ELEMENTS = 2**20
@@ -41,7 +41,7 @@ def predictions(logits: Float[Tensor, "*P N C"]) -> Int64[Tensor, "*P N"]:
 
 @torch.no_grad()
 def accuracy(
-    predictions_or_logits: Num[Tensor, "P N"] | Float[Tensor, "P N C"], labels: Int[Tensor, " N"]
+    predictions_or_logits: Num[Tensor, "P N"] | Float[Tensor, "P N C"], labels: Integer[Tensor, " N"]
 ) -> Float64[Tensor, " P"]:
     """Share of images whose predicted class is the label.
 
@@ -63,11 +63,12 @@ def accuracy(
         _check_predictions(predictions_or_logits)
         predicted, classes = predictions_or_logits, None
     labels = _checked_labels(labels, predicted, classes)
-    return (predicted == labels).sum(-1).double() / len(labels)
+    counts = (predicted == labels).sum(-1)
+    return counts.double() / torch.full_like(counts, len(labels))
 
 
 @torch.no_grad()
-def cross_entropy(logits: Float[Tensor, "P N C"], labels: Int[Tensor, " N"]) -> Float64[Tensor, " P"]:
+def cross_entropy(logits: Float[Tensor, "P N C"], labels: Integer[Tensor, " N"]) -> Float64[Tensor, " P"]:
     """Mean negative log-likelihood of the labels, in nats: `mean(log sum_c exp(z_c) - z_label)`.
 
     Args:
@@ -92,7 +93,7 @@ def cross_entropy(logits: Float[Tensor, "P N C"], labels: Int[Tensor, " N"]) -> 
 
 @torch.no_grad()
 def expected_calibration_error(
-    logits: Float[Tensor, "P N C"], labels: Int[Tensor, " N"], bins: int = 15
+    logits: Float[Tensor, "P N C"], labels: Integer[Tensor, " N"], bins: int = 15
 ) -> Float64[Tensor, " P"]:
     """Top-label expected calibration error over equal-width bins `(lo, hi]`.
 
@@ -130,11 +131,8 @@ def expected_calibration_error(
 def agreement(predictions: Num[Tensor, "P N"]) -> Float64[Tensor, "P P"]:
     """Share of images on which two models predict the same class, for all pairs.
 
-    Classes are compared for equality only: any integers do. On the CPU each image is one bit of `log2(C)` bit
+    Classes are compared for equality only: any integers do, of any integer dtype. On the CPU each image is one bit of `log2(C)` bit
     planes; two models differ where the OR of the XORed planes is set, and a population count adds up.
-
-    Args:
-        predictions: class indices, any integer dtype.
 
     Returns:
         Exact counts / N: symmetric, ones on the diagonal.
@@ -149,10 +147,11 @@ def agreement(predictions: Num[Tensor, "P N"]) -> Float64[Tensor, "P P"]:
     """
     _check_predictions(predictions)
     count = _matches_by_bit_planes if predictions.device.type == "cpu" else _matches_by_comparison
-    return count(predictions).double() / predictions.shape[1]
+    matches = count(predictions)
+    return matches.double() / matches.diagonal()  # a scalar divisor is inverted on GPUs: N / N would not be 1
 
 
-def _matches_by_bit_planes(predicted: Int[Tensor, "P N"]) -> Int64[Tensor, "P P"]:
+def _matches_by_bit_planes(predicted: Integer[Tensor, "P N"]) -> Int64[Tensor, "P P"]:
     P, N = predicted.shape
     codes = predicted.numpy()
     lowest, highest = int(codes.min()), int(codes.max())
@@ -163,7 +162,7 @@ def _matches_by_bit_planes(predicted: Int[Tensor, "P N"]) -> Int64[Tensor, "P P"
     matches = np.full((P, P), N, np.int64)
     step = max(64, BLOCK_ELEMENTS * 8 // (P * max(width, 1)) // 64 * 64)
     for start in range(0, N, step):
-        block = (codes[:, start : start + step].astype(np.int64) - lowest).astype(np.uint16)
+        block = (codes[:, start : start + step].astype(np.int64, order="C") - lowest).astype(np.uint16)
         block = np.pad(block, ((0, 0), (0, -block.shape[1] % 64)))
         bits = ((block >> bit) & 1 for bit in range(width))
         planes = [np.packbits(plane.astype(bool), axis=1).view(np.uint64) for plane in bits]
@@ -175,7 +174,7 @@ def _matches_by_bit_planes(predicted: Int[Tensor, "P N"]) -> Int64[Tensor, "P P"
     return torch.from_numpy(np.triu(matches) + np.triu(matches, 1).T)
 
 
-def _matches_by_comparison(predicted: Int[Tensor, "P N"]) -> Int64[Tensor, "P P"]:
+def _matches_by_comparison(predicted: Integer[Tensor, "P N"]) -> Int64[Tensor, "P P"]:
     P = len(predicted)
     matches = torch.zeros(P, P, dtype=torch.int64, device=predicted.device)
     budget = 64 * BLOCK_ELEMENTS  # of one-byte comparisons

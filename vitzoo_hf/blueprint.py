@@ -8,7 +8,7 @@ model inherits its parent's factors: its `regime` is that of its pre-training. N
 
 import itertools
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ CHOICES = {
     "init": ("timm", "kaiming"),
     "augmentation": ("none", "crop", "crop-flip", "simclr", "simclr-no-flip"),
 }
-ID_PARTS = {
+ID_PARTS: dict[str, Callable[[Any], str]] = {
     "regime": lambda value: {"supervised": "sl", "contrastive": "cl"}[value],
     "seed": lambda value: f"s{value}",
     "lr": lambda value: f"lr{value:g}",

@@ -32,7 +32,7 @@ Kernel = Literal["linear", "rbf"]
 class Products(NamedTuple):
     """What HSIC needs of the scaled Gram matrices."""
 
-    inner: Float64[Tensor, "P P"]  # <K,L> without the diagonals
+    inner: Float64[Tensor, "P P"]  # <K,L> without the diagonals; only the upper triangle counts
     rows: Float64[Tensor, "P N"]  # row sums without the diagonal
     diagonal: Float64[Tensor, "P N"]
     scales: Float64[Tensor, " P"]  # a Gram matrix is scales^2 times the scaled one; 1 for RBF
@@ -73,9 +73,8 @@ def cka(
     """
     products = _products(features, debiased, kernel, bandwidth)
     values = _hsic(products, debiased)
-    own = values.diagonal()
     rounding = 16 * products.eps * (products.inner.diagonal() + products.diagonal.square().sum(1))
-    own = own.where(own > rounding, torch.nan)
+    own = values.diagonal().where(values.diagonal() > rounding, torch.nan)
     return values / torch.outer(own, own).sqrt()
 
 
@@ -106,7 +105,8 @@ def _hsic(products: Products, debiased: bool) -> Float64[Tensor, "P P"]:
         inner, rows = inner + diagonal @ diagonal.T, rows + diagonal
     total = rows.sum(1)
     linear, constant = (2 / (N - 2), (N - 1) * (N - 2)) if debiased else (2 / N, N**2)
-    return inner - linear * (rows @ rows.T) + torch.outer(total, total) / constant
+    values = inner - linear * (rows @ rows.T) + torch.outer(total, total) / constant
+    return values.triu() + values.triu(1).T
 
 
 def _products(features: Features, debiased: bool, kernel: str, bandwidth: float) -> Products:
@@ -162,14 +162,13 @@ def _centred(features: Features) -> tuple[Float[Tensor, "P N F"], Float64[Tensor
 
 def _tiles(N: int, size: int) -> Iterator[tuple[slice, slice]]:
     """Pairs of slices that cover the upper triangle of an N x N matrix, diagonal tiles whole."""
-    slices = [slice(start, start + size) for start in range(0, N, size)]
-    return combinations_with_replacement(slices, 2)
+    return combinations_with_replacement([slice(start, start + size) for start in range(0, N, size)], 2)
 
 
 def _sample_route(
     centred: Float[Tensor, "P N F"], kernel: Callable[[Tensor, slice, slice], Tensor] | None = None
 ) -> tuple[Float64[Tensor, "P P"], Float64[Tensor, "P N"]]:
-    """Inner products of the Gram matrices off their diagonals, and their row sums, tile by tile."""
+    """Inner products of the Gram matrices off their diagonals, for models p <= q, and their row sums."""
     P, N, _ = centred.shape
     inner = torch.zeros(P, P, dtype=torch.float64, device=centred.device)
     rows = torch.zeros(P, N, dtype=torch.float64, device=centred.device)
@@ -186,7 +185,7 @@ def _sample_route(
         for start in range(0, P, MODEL_BLOCK):
             block = slice(start, start + MODEL_BLOCK)
             inner[block, start:] += copies * (flat[block] @ flat[start:].T)
-    return inner.triu() + inner.triu(1).T, rows
+    return inner, rows
 
 
 def _feature_route(centred: Float[Tensor, "P N F"]) -> Float64[Tensor, "P P"]:
@@ -197,7 +196,7 @@ def _feature_route(centred: Float[Tensor, "P N F"]) -> Float64[Tensor, "P P"]:
         left, right = (centred[block].transpose(0, 1).reshape(N, -1) for block in (p, q))
         products = (left.T @ right).unflatten(0, (-1, F)).unflatten(2, (-1, F))
         inner[p, q] = torch.linalg.vector_norm(products, dim=(1, 3)).double().square()
-    return inner.triu() + inner.triu(1).T
+    return inner
 
 
 def _rbf(

@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import App, Parameter
 from cyclopts.exceptions import CycloptsError
 
-from vitzoo_hf import __version__
 from vitzoo_hf.console import format_bytes, format_duration, hint, join, print_json, print_table
-from vitzoo_hf.schema import ZooError, did_you_mean
+from vitzoo_hf.schema import VERSION, ZooError, did_you_mean
 
 if TYPE_CHECKING:
     from vitzoo_hf.zoo import Zoo
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
 app = App(
     name="vitzoo",
     help="Populations of vision transformers as a Hugging Face dataset. Start with `vitzoo quickstart`.",
-    version=__version__,
+    version=VERSION,
 )
 
 Json = Annotated[bool, Parameter(name="--json", negative=(), help="Print one JSON value, and nothing else.")]

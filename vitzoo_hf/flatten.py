@@ -22,7 +22,7 @@ class Layout:
 
     Example:
         >>> layout = Layout.of({"w": torch.zeros(2, 3), "b": torch.zeros(3)})
-        >>> layout.num_parameters, layout.slice("b")
+        >>> layout.num_parameters, layout.place("b")
         (9, slice(6, 9, None))
     """
 
@@ -83,17 +83,16 @@ class Layout:
         """Sixteen hexadecimal digits that two layouts share exactly when names, order and shapes agree."""
         return fingerprint([[name, list(shape)] for name, shape in zip(self.names, self.shapes, strict=True)])
 
-    def slice(self, name: str) -> slice:
+    def place(self, name: str) -> slice:
         """Where tensor `name` lies in the vector."""
-        position = self.names.index(name)
-        return slice(self.offsets[position], self.offsets[position] + self.sizes[position])
+        return dict(self.items())[name]
 
     def trunk(self) -> Tensor:
         """Positions in the vector of everything but the head: int64 `[trunk parameters]`."""
         kept = [torch.arange(part.start, part.stop) for name, part in self.items() if not is_head(name)]
         return torch.cat(kept) if kept else torch.empty(0, dtype=torch.int64)
 
-    def items(self) -> Iterator[tuple[str, "slice"]]:
+    def items(self) -> Iterator[tuple[str, slice]]:
         """`(name, slice)` of each tensor, in order."""
         for name, offset, size in zip(self.names, self.offsets, self.sizes, strict=True):
             yield name, slice(offset, offset + size)

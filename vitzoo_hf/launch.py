@@ -127,10 +127,12 @@ class _Pool:
         self.attempts: dict[str, int] = {}
         self.bar = progress_bar("training", "epoch", shown=progress)
         self.workers: list[_Worker] = []
+        self.total = 0
 
     def train(self, todo: Sequence[Run], count: int) -> None:
         waiting = list(todo)
-        self.bar.reset(total=sum(run.epochs for run in waiting))
+        self.total = sum(run.epochs for run in waiting)
+        self.bar.reset(total=self.total)
         try:
             self.workers = [self._spawn() for _ in range(count)]
             while waiting or any(worker.run for worker in self.workers):
@@ -152,7 +154,8 @@ class _Pool:
         lost = set(self.summary.diverged) | set(self.summary.orphaned)
         orphans = [run for run in waiting if run.parent_run in lost]
         self.summary.orphaned += [run.run_id for run in orphans]
-        self.bar.total -= sum(run.epochs for run in orphans)
+        self.total -= sum(run.epochs for run in orphans)
+        self.bar.total = self.total
         return [run for run in waiting if run not in orphans]
 
     def _assign(self, waiting: list[Run]) -> None:

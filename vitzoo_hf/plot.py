@@ -10,7 +10,7 @@ from collections.abc import Collection
 from typing import Any
 
 import numpy as np
-import pandas as pd  # type: ignore[import-untyped]
+import pandas as pd
 from matplotlib import colormaps, rc_context
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
@@ -28,7 +28,7 @@ STYLE: dict[Any, Any] = {"axes.edgecolor": "#9ca3af", "axes.labelcolor": INK, "a
 STYLE |= {"axes.spines.top": False, "axes.spines.right": False, "axes.titlelocation": "left"}
 STYLE |= {"font.family": "DejaVu Sans", "font.size": 9, "axes.titlesize": 10, "axes.titleweight": "bold"}
 STYLE |= {"text.color": INK, "grid.color": FAINT, "xtick.color": "#4b5563", "ytick.color": "#4b5563"}
-STYLE |= {"legend.frameon": False, "hatch.linewidth": 0.6, "axes.axisbelow": True}
+STYLE |= {"legend.frameon": False, "text.parse_math": False, "hatch.linewidth": 0.6, "axes.axisbelow": True}
 PERCENT = FuncFormatter(lambda value, _: f"{100 * value:.4g} %")
 NAMES = {
     "agreement": "agreement (share of test images with the same prediction)",
@@ -195,10 +195,10 @@ def pair_matrix(pairs: pd.DataFrame, index: pd.DataFrame, value: str = "agreemen
     low, high = np.nanquantile(matrix, [0.01, 0.99])
     shown: dict[str, Any] = {"cmap": "viridis_r" if value == "weight_l2" else "viridis", "vmin": low}
     image = axes.imshow(matrix, extent=(0, size, size, 0), vmax=max(high, low + 1e-9), **shown)
-    for i in range(size):
-        axes.add_patch(Rectangle((i, i), 1, 1, facecolor="white", lw=0))
+    diagonal = np.where(np.eye(size) > 0, 0.0, np.nan)
+    axes.imshow(diagonal, extent=(0, size, size, 0), cmap="gray_r", vmin=0, vmax=1)
     entries = _margin(axes, models, strips)
-    if np.isnan(matrix[~np.eye(size, dtype=bool)]).any():
+    if np.isnan(matrix[np.isnan(diagonal)]).any():
         entries.append(Patch(label="no value", **hatched))
     bar = figure.colorbar(image, ax=axes, location="bottom", shrink=0.6, aspect=34, pad=0.02, extend="both")
     bar.set_label(f"{NAMES.get(value, value)}; scale: 1st to 99th percentile")
@@ -207,8 +207,8 @@ def pair_matrix(pairs: pd.DataFrame, index: pd.DataFrame, value: str = "agreemen
         text.set_fontweight("bold" if text.get_text().endswith(":") else "normal")
     left_out = len(pd.unique(pairs[["model_a", "model_b"]].to_numpy().ravel())) - size
     told = f"{size} final models in the same order on both axes, grouped by the run at the root of their lineage"
-    told += f"\n{left_out} models without a value are left out" if left_out else ""
-    _heading(figure, f"Who resembles whom? {NAMES.get(value, value).split(' (')[0]}", told)
+    told += f"\nleft out, without a value: {left_out}" if left_out else ""
+    _heading(figure, f"Who resembles whom: {NAMES.get(value, value).split(' (')[0]}", told)
     return figure
 
 
@@ -224,8 +224,7 @@ def distance_against_agreement(pairs: pd.DataFrame) -> Figure:
     if known.empty:
         raise NothingToDrawError("table 'pairs': no pair has both a weight distance and an agreement")
     figure = Figure(figsize=(7.4, 5.8), layout="constrained")
-    ratios: dict[str, Any] = {"width_ratios": (5, 1), "height_ratios": (1, 5)}
-    grid = figure.subplots(2, 2, sharex="col", sharey="row", **ratios)
+    grid = figure.subplots(2, 2, sharex="col", sharey="row", width_ratios=(5, 1), height_ratios=(1, 5))
     axes, margins = (
         grid[1, 0],
         ((grid[0, 0], "weight_l2", "vertical"), (grid[1, 1], "agreement", "horizontal")),
@@ -237,7 +236,8 @@ def distance_against_agreement(pairs: pd.DataFrame) -> Figure:
         defined = len(x) > 2 and x.nunique() > 1 and y.nunique() > 1
         rho = f"{x.rank().corr(y.rank()):+.2f}" if defined else "not defined"
         axes.scatter(x, y, s=14, color=colour, alpha=alpha, linewidths=0, rasterized=True)
-        axes.scatter([], [], s=26, color=colour, label=f"{label}: {len(x):,} pairs, Spearman {rho}")
+        told = f"{label}: {len(x):,} pairs, Spearman {rho}" if len(x) else None
+        axes.scatter([], [], s=26, color=colour, label=told)
         for margin, column, way in margins if len(x) else ():
             bins = np.histogram_bin_edges(known[column].astype(float), bins=40)
             margin.hist(part[column], bins=bins, color=colour, alpha=0.55, orientation=way, density=True)

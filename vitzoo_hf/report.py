@@ -8,12 +8,14 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import pandas as pd  # type: ignore[import-untyped]
+import pandas as pd
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from vitzoo_hf import plot
 from vitzoo_hf.schema import ZooError, did_you_mean
+
+DPI = 200
 
 
 class Entry(NamedTuple):
@@ -110,7 +112,7 @@ def write_figures(
             continue
         for ending in formats:
             with BytesIO() as buffer, rc_context(plot.STYLE):
-                figure.savefig(buffer, format=ending, dpi=200)
+                figure.savefig(buffer, format=ending, dpi=DPI)
                 written.append(_write(folder / f"{name}.{ending}", buffer.getvalue()))
     return written
 
@@ -193,18 +195,18 @@ def _sentences(models: pd.DataFrame, shares: pd.Series, pairs: pd.DataFrame | No
     if defined.empty:
         yield "No factor can be named: nothing varies among these models, or all have the same accuracy."
     levels = plot.varying_factors(models)
-    for rank, (name, share) in enumerate(defined.head(2).items()):
+    chance = {name: (levels[str(name)].nunique() - 1) / (len(models) - 1) for name in defined.index}
+    weak = [str(name) for name, share in defined.items() if share <= chance[name]]
+    for rank, (name, share) in enumerate(defined.drop(weak).head(2).items()):
         medians = accuracy.groupby(levels[str(name)], observed=True).median().sort_values()
-        lead = "Most of what one factor explains is due to" if rank == 0 else "Next comes"
+        lead = "The strongest factor is" if rank == 0 else "Next comes"
         yield (
             f"{lead} <b>{_escape(name)}</b>: η² = {share:.2f}, so by itself it accounts for {_percent(share)} of the"
             f" variance between models; the median goes from {_percent(medians.iloc[0])}"
             f" ({_escape(medians.index[0])}) to {_percent(medians.iloc[-1])} ({_escape(medians.index[-1])})."
         )
-    chance = {name: (levels[name].nunique() - 1) / (len(models) - 1) for name in defined.index}
-    weak = [str(name) for name, share in defined.items() if share <= chance[name]]
     if weak:
-        yield f"No more than chance would give: {_escape(', '.join(weak))}."
+        yield f"No more than chance would explain: {_escape(', '.join(weak))}."
     for value, words in (("agreement", "predict the same class for"), ("cka", "")):
         yield from _pair_sentence(pairs, value, words)
 
@@ -230,8 +232,9 @@ def _share_table(models: pd.DataFrame, shares: pd.Series) -> str:
     """Factor, levels, eta squared, and what chance alone would give."""
     levels = plot.varying_factors(models)
     rows = [
-        [str(name), levels[str(name)].nunique(), share, (levels[str(name)].nunique() - 1) / (len(models) - 1)]
+        [name, count, round(share, 3), round((count - 1) / (len(models) - 1), 3)]
         for name, share in shares.items()
+        for count in [levels[str(name)].nunique()]
     ]
     note = (
         "<p class=note>η² (eta squared, one factor at a time) is the variance between the levels of a factor over"

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import datasets
 
+VERSION = "0.1.0"
+
 FORMAT_VERSION = 1
 """A reader of format N opens every format up to N and refuses a newer one."""
 
@@ -128,7 +130,7 @@ EVALUATIONS = ("selection_loss", "selection_accuracy", "test_loss", "test_accura
 
 
 def pair_features() -> "datasets.Features":
-    """`Features` of the `pairs` config: one row for each unordered pair of final models, `model_a` before `model_b`."""
+    """`Features` of the `pairs` config: one row a pair of final models, `model_a` before `model_b` in the zoo."""
     from datasets import Features, Value
 
     columns: dict[str, Any] = {"model_a": Value("string"), "model_b": Value("string")}
@@ -169,7 +171,7 @@ def split_of(run_id: str, group: str, *, fractions: Mapping[str, float], seed: i
         if position < share:
             return split
         position -= share
-    return next(reversed(fractions))
+    return list(fractions)[-1]
 
 
 def canonical_json(value: Any) -> str:

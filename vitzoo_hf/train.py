@@ -19,13 +19,12 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize, one_hot
 
-from vitzoo_hf import __version__
 from vitzoo_hf.augment import augment
 from vitzoo_hf.blueprint import Blueprint, Recipe, Run
 from vitzoo_hf.checkpoint import RunFolder, load_optimizer_tensors, optimizer_tensors
 from vitzoo_hf.flatten import is_head
 from vitzoo_hf.images import ImageSet, load_images
-from vitzoo_hf.schema import ZooError, fingerprint
+from vitzoo_hf.schema import VERSION, ZooError, fingerprint
 from vitzoo_hf.vit import create, import_timm
 
 EVALUATION_BATCH = 256
@@ -120,7 +119,7 @@ def run_spec(blueprint: Blueprint, run: Run) -> dict[str, Any]:
         else None,
     }
     timm = import_timm()
-    versions = {"vitzoo_hf": __version__, "torch": torch.__version__, "timm": timm.__version__}
+    versions = {"vitzoo_hf": VERSION, "torch": torch.__version__, "timm": timm.__version__}
     return {"fingerprint": fingerprint(decides), **decides, "versions": versions}
 
 

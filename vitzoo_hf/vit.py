@@ -130,7 +130,7 @@ def _build(architecture: str, args: Mapping[str, Any], head: str, head_hidden: i
         raise ZooError(f"{architecture!r} has no linear `head` to train: a zoo needs num_classes above 0")
     if init == "kaiming":
         model.apply(_kaiming)
-    if head == "mlp":
+    if head_hidden is not None:
         features, classes = model.head.in_features, model.head.out_features
         model.head = nn.Sequential(nn.Linear(features, head_hidden), nn.ReLU(), nn.Linear(head_hidden, classes))
     return model

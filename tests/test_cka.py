@@ -1,0 +1,284 @@
+import importlib
+
+import numpy as np
+import pytest
+import torch
+from jaxtyping import config
+from sklearn.metrics.pairwise import rbf_kernel
+
+from vitzoo_hf.cka import cka, hsic
+
+cka_module = importlib.import_module("vitzoo_hf.cka")
+
+LINEAR, DEBIASED, RBF = 0.55761, 0.51346, 0.65483  # google-research/representation_similarity, its notebook
+
+
+@pytest.fixture
+def unchecked():
+    config.update("jaxtyping_disable", True)
+    yield
+    config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture
+def notebook():
+    random = np.random.RandomState(1337)
+    x = random.randn(100, 10)
+    y = random.randn(100, 10) + x
+    return torch.tensor(np.stack([x, y]))
+
+
+def randn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def related(P, N, F, seed=0):
+    """Models that share a signal, each in its own basis, with an offset and a scale of its own."""
+    signal, noise = randn(1, N, F, seed=seed), randn(P, N, F, seed=seed + 1)
+    mixed = signal @ randn(P, F, F, seed=seed + 2) / F**0.5 + noise
+    return mixed * torch.logspace(-2, 2, P)[:, None, None] + torch.linspace(-3, 3, P)[:, None, None]
+
+
+def gram(x, kernel, bandwidth):
+    x = x.double().numpy()
+    if kernel == "linear":
+        return x @ x.T
+    distances = ((x[:, None] - x[None]) ** 2).sum(-1)
+    return rbf_kernel(x, gamma=1 / (2 * bandwidth**2 * np.median(distances)))
+
+
+def hsic_oracle(features, debiased, kernel="linear", bandwidth=1.0):
+    """Biased by centring matrices; unbiased by U-centring (Szekely and Rizzo 2014), not by Song's formula."""
+    n = len(features[0])
+    centred = []
+    for x in features:
+        k = gram(x, kernel, bandwidth)
+        if debiased:
+            np.fill_diagonal(k, 0)
+            k = k - k.sum(0) / (n - 2) - k.sum(1)[:, None] / (n - 2) + k.sum() / ((n - 1) * (n - 2))
+            np.fill_diagonal(k, 0)
+        else:
+            h = np.eye(n) - 1 / n
+            k = h @ k @ h
+        centred.append(k)
+    return np.array([[(k * m).sum() for m in centred] for k in centred]) / (n * (n - 3) if debiased else (n - 1) ** 2)
+
+
+def cka_oracle(*args, **kwargs):
+    h = hsic_oracle(*args, **kwargs)
+    return h / np.sqrt(np.outer(np.diag(h), np.diag(h)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_notebook_of_kornblith(notebook, dtype):
+    features = notebook.to(dtype)
+    assert cka(features, debiased=False)[0, 1].item() == pytest.approx(LINEAR, abs=5e-6)
+    assert cka(features)[0, 1].item() == pytest.approx(DEBIASED, abs=5e-6)
+    rbf = cka(features, debiased=False, kernel="rbf", bandwidth=0.5)
+    assert rbf[0, 1].item() == pytest.approx(RBF, abs=5e-6)
+
+
+@pytest.mark.parametrize("kernel", ["linear", "rbf"])
+@pytest.mark.parametrize(
+    "change",
+    [lambda x: x / 1000, lambda x: x * 1e-15, lambda x: x * 1e15, lambda x: x + 100, lambda x: -2 * x + 3000],
+    ids=["/1000", "1e-15", "1e15", "+100", "+3000"],
+)
+def test_scale_and_offset_where_peers_break(notebook, change, kernel):
+    truth = cka(notebook, kernel=kernel)[0, 1].item()
+    features = change(notebook.float())
+    assert cka(features, kernel=kernel)[0, 1].item() == pytest.approx(truth, abs=1e-4 if kernel == "rbf" else 2e-5)
+
+
+@pytest.mark.parametrize("kernel", ["linear", "rbf"])
+@pytest.mark.parametrize("debiased", [True, False])
+@pytest.mark.parametrize(("P", "N", "F"), [(1, 4, 1), (3, 5, 2), (4, 40, 3), (4, 33, 100), (6, 65, 17)])
+def test_cka_and_hsic_equal_their_oracles(P, N, F, debiased, kernel):
+    features = related(P, N, F)
+    options = {"debiased": debiased, "kernel": kernel, "bandwidth": 0.8}
+    result = cka(features, **options)
+    assert result.dtype == torch.float64
+    assert torch.equal(result, result.T)
+    assert torch.equal(result.diagonal(), torch.ones(P, dtype=torch.float64))
+    np.testing.assert_allclose(result, cka_oracle(features, **options), atol=2e-5)
+    expected = hsic_oracle(features, **options)
+    size = np.sqrt(np.outer(np.diag(expected), np.diag(expected)))
+    np.testing.assert_allclose(hsic(features, **options).numpy() / size, expected / size, atol=2e-5)
+
+
+@pytest.mark.parametrize("debiased", [True, False])
+@pytest.mark.parametrize("tile", [16, 20, 39, 40, 41])
+def test_tiles_and_both_routes_agree(monkeypatch, tile, debiased):
+    features = related(7, 40, 6)
+    centred, _ = cka_module._centred(features)
+    expected = cka_oracle(features, debiased)
+    monkeypatch.setattr(cka_module, "MAX_TILE", tile)
+    monkeypatch.setattr(cka_module, "MODEL_BLOCK", 3)
+    monkeypatch.setattr(cka_module, "FEATURE_COLUMNS", 13)
+    squares = centred.square().sum(2).double()
+    whole = cka_module._feature_route(centred)
+    off_diagonal, _ = cka_module._sample_route(centred)
+    torch.testing.assert_close(whole.triu(), (off_diagonal + squares @ squares.T).triu(), rtol=1e-6, atol=1e-6)
+    for inner in (whole - squares @ squares.T, off_diagonal):
+        monkeypatch.setattr(cka_module, "_feature_route", lambda _, inner=inner: inner + squares @ squares.T)
+        monkeypatch.setattr(cka_module, "_sample_route", lambda _, inner=inner: (inner, None))
+        np.testing.assert_allclose(cka(features, debiased=debiased), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("tile", [16, 30])
+def test_rbf_tiles(monkeypatch, tile):
+    features = related(3, 70, 5)
+    monkeypatch.setattr(cka_module, "MAX_TILE", tile)
+    for debiased in (True, False):
+        expected = cka_oracle(features, debiased, "rbf", 0.5)
+        np.testing.assert_allclose(cka(features, debiased=debiased, kernel="rbf", bandwidth=0.5), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(("N", "F"), [(2, 1), (5, 3), (64, 1), (65, 8), (300, 2)])
+def test_the_median_distance_is_exact(monkeypatch, N, F):
+    monkeypatch.setattr(cka_module, "MAX_TILE", 16)
+    model = randn(N, F).double()
+    distances = ((model[:, None] - model[None]) ** 2).sum(-1).numpy()
+    result = cka_module._median(model, model.square().sum(1))
+    assert result.item() == pytest.approx(np.median(distances), rel=1e-6)
+
+
+def test_many_features_keep_the_debiased_estimate_accurate():
+    """With F >> N the diagonal dwarfs what HSIC_1 measures; it is left out rather than subtracted."""
+    features = randn(3, 12, 2000) + randn(1, 12, 2000, seed=1)
+    np.testing.assert_allclose(cka(features), cka_oracle(features, True), atol=1e-5)
+
+
+def test_pytorch_cka_agrees_on_centred_features():
+    peer = pytest.importorskip("cka")
+    features = related(4, 60, 8)
+    features = (features - features.mean(1, keepdim=True)).double()
+    expected = peer.cka_from_features(list(features), list(features))
+    np.testing.assert_allclose(cka(features).clamp(0, 1), expected, atol=1e-5)
+
+
+def test_closed_forms_of_orthonormal_columns():
+    q, _ = torch.linalg.qr(randn(100, 9).double() - randn(100, 9).double().mean(0))
+    q, _ = torch.linalg.qr(q - q.mean(0))
+    s, t = torch.arange(1.0, 10).double(), torch.arange(9.0, 0, -1).double()
+    pair = [q, q[:, :4]]
+    assert cka(pair, debiased=False)[0, 1].item() == pytest.approx(2 / 3, abs=1e-9)
+    assert cka([m.float() for m in pair])[0, 1].item() == pytest.approx(0.64606, abs=5e-3)
+    spectra = cka(torch.stack([q * s, q * t]), debiased=False)[0, 1].item()
+    assert spectra == pytest.approx(((s * t) ** 2).sum().item() / (s**4).sum().item(), abs=1e-9)
+
+
+def test_independent_gaussians():
+    pairs = torch.stack([cka(randn(2, 64, 256, seed=s), debiased=False)[0, 1] for s in range(20)])
+    assert pairs.mean().item() == pytest.approx(0.8, abs=2e-3)  # sqrt(pq / ((n+p)(n+q))), Wishart
+    debiased = torch.stack([cka(randn(2, 64, 256, seed=s))[0, 1] for s in range(60)])
+    assert abs(debiased.mean().item()) < 3 * debiased.std().item() / 60**0.5 + 1e-3
+    assert (debiased < 0).any()
+
+
+@pytest.mark.parametrize("debiased", [True, False])
+@pytest.mark.parametrize("kernel", ["linear", "rbf"])
+def test_invariances(debiased, kernel):
+    features = related(5, 50, 6)
+    options = {"debiased": debiased, "kernel": kernel}
+    result = cka(features, **options)
+    rotation, _ = torch.linalg.qr(randn(6, 6))
+    images, models = torch.randperm(50), torch.randperm(5)
+    close = {"atol": 1e-5, "rtol": 0}
+    torch.testing.assert_close(cka(features @ rotation, **options), result, **close)
+    torch.testing.assert_close(cka(-3 * features, **options), result, **close)
+    torch.testing.assert_close(cka(features[:, images], **options), result, **close)
+    torch.testing.assert_close(cka(features[models], **options), result[models][:, models], **close)
+    copies = torch.stack([features[0], features[0] * 5 - 1, features[0] @ rotation])
+    torch.testing.assert_close(cka(copies, **options), torch.ones(3, 3).double(), **close)
+    paired = torch.cat([features[:, :, :3], features[:, :, :3] + 1], 2)
+    assert cka(torch.cat([features, paired]), **options).shape == (10, 10)
+
+
+def test_a_change_of_one_model_changes_only_its_row():
+    features = related(4, 30, 5)
+    other = features.clone()
+    other[2] = randn(30, 5, seed=9)
+    kept = [0, 1, 3]
+    difference = (cka(features) - cka(other))[kept][:, kept]
+    assert difference.abs().max() < 1e-6
+
+
+def test_widths_may_differ():
+    models = [randn(40, width, seed=width) for width in (1, 5, 12)]
+    for options in ({"debiased": True}, {"debiased": False, "kernel": "rbf"}):
+        np.testing.assert_allclose(cka(models, **options), cka_oracle(models, **options), atol=1e-5)
+    torch.testing.assert_close(cka(list(related(3, 20, 4))), cka(related(3, 20, 4)))
+
+
+@pytest.mark.parametrize("kernel", ["linear", "rbf"])
+@pytest.mark.parametrize("debiased", [True, False])
+@pytest.mark.parametrize("F", [4, 90])
+def test_constant_models_are_nan(debiased, kernel, F):
+    features = randn(5, 37, F)
+    features[1] = 0
+    features[2] = 1e3 + 0.1
+    features[3] = torch.linspace(-7.7, 1e5, F)
+    features[3, ::2] = torch.nextafter(features[3, ::2], torch.tensor(torch.inf))
+    result = cka(features, debiased=debiased, kernel=kernel)
+    nan = torch.zeros(5, dtype=bool).index_fill(0, torch.tensor([1, 2, 3]), True)
+    assert torch.equal(result.isnan(), nan[:, None] | nan)
+    assert torch.equal(hsic(features, debiased=debiased, kernel=kernel) == 0, nan[:, None] | nan)
+
+
+def test_a_small_variation_upon_a_large_offset_is_no_constant():
+    signal = randn(1, 50, 4)
+    features = torch.cat([signal, signal * 0.01 + 1000])
+    assert cka(features)[0, 1].item() == pytest.approx(1, abs=1e-3)
+
+
+def test_debiased_cka_of_equidistant_images_is_nan_rather_than_noise():
+    one_outlier = torch.zeros(12, 3)
+    one_outlier[4] = 2.3
+    simplex = torch.eye(12)
+    result = cka([one_outlier, simplex, randn(12, 5)])
+    assert result.isnan().tolist() == [[True, True, True], [True, True, True], [True, True, False]]
+    assert cka([one_outlier, simplex, randn(12, 5)], debiased=False).isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_exact_on_the_stored_values(dtype):
+    features = randn(3, 40, 7).to(dtype)
+    np.testing.assert_allclose(cka(features), cka_oracle(features, True), atol=1e-6)
+
+
+def test_strided_features_are_read_and_not_written():
+    features = related(3, 40, 7).permute(2, 0, 1).contiguous().permute(1, 2, 0).requires_grad_()
+    before = features.detach().clone()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for kernel in ("linear", "rbf"):
+            result = cka(features, kernel=kernel)
+            np.testing.assert_allclose(result, cka_oracle(before, True, kernel), atol=1e-5)
+            assert not result.requires_grad
+    assert torch.equal(features, before)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda x: cka(x[:, :3]), "features of 3 images; expected at least 4 for debiased HSIC"),
+        (lambda x: cka(x[:, :1], debiased=False), "features of 1 images; expected at least 2 for biased HSIC"),
+        (lambda x: hsic(x, kernel="cosine"), "kernel='cosine', bandwidth=1.0; expected 'linear' or 'rbf'"),
+        (lambda x: cka(x, kernel="rbf", bandwidth=0.0), "bandwidth=0.0; expected .* a bandwidth above 0"),
+        (lambda x: cka(x[0]), r"features are floating \[6, 3\]; expected non-empty floating \[P, N, F\]"),
+        (lambda x: cka(x[..., None]), r"\[4, 6, 3, 1\]; expected .*tokens: flatten or pool them"),
+        (lambda x: cka(x.int()), r"features are not floating \[4, 6, 3\]"),
+        (lambda x: cka(x[:0]), "expected non-empty floating"),
+        (lambda x: cka(x[..., :0]), "expected non-empty floating"),
+        (lambda x: cka([x[0], x[1, :5]]), r"features of \[5, 6\] images; expected the same images"),
+        (
+            lambda x: cka(x.index_put((torch.tensor([0, 2]), torch.tensor([1, 5])), torch.tensor(torch.nan))),
+            r"NaN or infinite features in 2 of 4 models \(positions 0, 2\): drop these models",
+        ),
+        (lambda x: hsic(x.index_fill(0, torch.tensor(3), torch.inf)), r"1 of 4 models \(positions 3\)"),
+        (lambda x: cka(x.index_put((torch.tensor(1), torch.tensor(0)), torch.tensor(-torch.inf))), r"positions 1\)"),
+    ],
+)
+def test_refusals(unchecked, call, message):
+    with pytest.raises(ValueError, match=message):
+        call(randn(4, 6, 3))

@@ -1,0 +1,164 @@
+import importlib
+
+import numpy as np
+import pytest
+import torch
+from jaxtyping import config
+from sklearn.metrics.pairwise import cosine_distances, euclidean_distances
+
+from vitzoo_hf.weightspace import cosine_similarity, norms, weight_distances
+
+weightspace = importlib.import_module("vitzoo_hf.weightspace")
+
+
+@pytest.fixture
+def unchecked():
+    config.update("jaxtyping_disable", True)
+    yield
+    config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture
+def generator():
+    return torch.Generator().manual_seed(0)
+
+
+def l2_oracle(weights):
+    w = weights.double().numpy()
+    return np.array([[np.sqrt(((a - b) ** 2).sum()) for b in w] for a in w])
+
+
+def assert_accurate(weights, tolerance=1e-6):
+    """Relative error at most `tolerance`, identical models exactly 0 apart, symmetric to the bit."""
+    result, expected = weight_distances(weights), l2_oracle(weights)
+    np.testing.assert_allclose(result, expected, rtol=tolerance, atol=0)
+    assert torch.equal(result, result.T)
+
+
+@pytest.mark.parametrize("epsilon", [1, 1e-2, 1e-3, 1e-4, 1e-6])
+@pytest.mark.parametrize("D", [1, 300, 5000])
+def test_l2_of_a_base_and_noise(generator, epsilon, D):
+    base = torch.randn(1, D, generator=generator)
+    assert_accurate(base + epsilon * torch.randn(30, D, generator=generator))
+
+
+def test_l2_equals_scikit_learn(generator):
+    weights = torch.randn(7, 1000, generator=generator)
+    expected = euclidean_distances(weights.double().numpy())
+    np.testing.assert_allclose(weight_distances(weights), expected, rtol=1e-6, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "case", ["outlier", "families", "nested", "trajectory", "identical", "all identical", "one pair", "overflow"]
+)
+def test_l2_where_the_gram_matrix_cancels(generator, case):
+    noise = torch.randn(12, 800, generator=generator)
+    roots = torch.randn(4, 1, 800, generator=generator).expand(4, 3, 800).reshape(12, 800)
+    weights = {
+        "outlier": torch.cat([noise[:1] + 1e-3 * noise, torch.full((1, 800), 1e4)]),
+        "families": roots + 1e-3 * noise,
+        "nested": torch.cat([roots + 1e-2 * noise, roots + 1e-2 * noise + 1e-5 * noise.flip(0), 1e3 + noise]),
+        "trajectory": torch.cumsum(noise * torch.logspace(0, -4, 12)[:, None], 0),
+        "identical": torch.cat([noise, noise[:5], noise[:2]]),
+        "all identical": noise[:1].expand(5, -1) + 0.1,
+        "one pair": torch.cat([noise, noise[3:4] * (1 + 1e-6)]),
+        "overflow": noise * 1e25,
+    }[case]
+    assert_accurate(weights)
+
+
+def test_identical_models_are_exactly_zero_apart(generator):
+    weights = torch.randn(6, 5000, generator=generator)[[0, 1, 0, 2, 3, 1, 4, 5, 0]] + 3
+    same = torch.tensor([[a == b for b in [0, 1, 0, 2, 3, 1, 4, 5, 0]] for a in [0, 1, 0, 2, 3, 1, 4, 5, 0]])
+    assert torch.equal(weight_distances(weights) == 0, same)
+    assert torch.equal(weight_distances(weights, "cosine") == 0, same)
+    assert torch.equal(cosine_similarity(weights) == 1, same)
+
+
+def test_float64_weights_are_measured_in_float64(generator):
+    weights = torch.randn(1, 500, generator=generator).double()
+    weights = weights + 1e-9 * torch.randn(20, 500, generator=generator).double()
+    assert_accurate(weights, 1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_exact_on_the_stored_values(generator, dtype):
+    weights = (torch.randn(1, 900, generator=generator) + 0.1 * torch.randn(9, 900, generator=generator)).to(dtype)
+    assert_accurate(weights)
+
+
+@pytest.mark.parametrize("columns", [256, 257, 999, 1000, 1001])
+def test_blocks_of_columns_change_nothing(monkeypatch, generator, columns):
+    weights = torch.randn(6, 1000, generator=generator)
+    weights[1] = weights[0] + 1e-5
+    monkeypatch.setattr(weightspace, "BLOCK_ELEMENTS", 6 * columns)
+    assert_accurate(weights)
+    np.testing.assert_allclose(norms(weights), np.linalg.norm(weights.double(), axis=1), rtol=1e-12)
+
+
+def test_strided_weights_are_read_and_not_written(generator):
+    weights = torch.randn(400, 8, generator=generator).T.requires_grad_()
+    before = weights.detach().clone()
+    assert_accurate(weights.detach())
+    assert not weight_distances(weights).requires_grad
+    assert torch.equal(weights, before)
+
+
+def test_autocast_does_not_reach_the_products(generator):
+    weights = torch.randn(8, 400, generator=generator)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert_accurate(weights)
+
+
+@pytest.mark.parametrize("metric", ["l2", "cosine"])
+def test_invariances(generator, metric):
+    weights = torch.randn(7, 600, generator=generator)
+    result = weight_distances(weights, metric)
+    order = torch.randperm(7, generator=generator)
+    torch.testing.assert_close(weight_distances(weights[order], metric), result[order][:, order], rtol=1e-6, atol=0)
+    columns = torch.randperm(600, generator=generator)
+    torch.testing.assert_close(weight_distances(weights[:, columns], metric), result, rtol=1e-6, atol=0)
+    scaled = weight_distances(4 * weights, metric) / (4 if metric == "l2" else 1)
+    torch.testing.assert_close(scaled, result, rtol=1e-12, atol=0)
+    assert weight_distances(weights[:1], metric).tolist() == [[0]]
+
+
+@pytest.mark.parametrize("epsilon", [1, 1e-2, 1e-4])
+def test_cosine_equals_scikit_learn(generator, epsilon):
+    weights = torch.randn(1, 900, generator=generator) + epsilon * torch.randn(10, 900, generator=generator)
+    expected = cosine_distances(weights.double().numpy())
+    result = weight_distances(weights, "cosine")
+    np.testing.assert_allclose(result, expected, rtol=1e-5, atol=1e-15)
+    np.testing.assert_allclose(cosine_similarity(weights), 1 - expected, atol=1e-6)
+
+
+def test_cosine_of_parallel_opposite_and_zero_vectors(generator):
+    base = torch.randn(500, generator=generator)
+    similarity = cosine_similarity(torch.stack([base, 3 * base, -base, 0 * base]))
+    expected = [[1, 1, -1, np.nan], [1, 1, -1, np.nan], [-1, -1, 1, np.nan], [np.nan] * 4]
+    np.testing.assert_allclose(similarity, expected, atol=1e-6)
+    assert similarity.nan_to_num().abs().max() <= 1
+    assert weight_distances(torch.stack([base, 0 * base])).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda w: weight_distances(w, "l1"), "metric='l1'; expected 'l2' or 'cosine'"),
+        (lambda w: weight_distances(w[0]), r"weights are float32 \[9\]; expected .*one model: weights\[None\]"),
+        (lambda w: weight_distances(w.int()), r"weights are int32 \[5, 9\]"),
+        (lambda w: norms(w[:, :0]), r"weights are float32 \[5, 0\]; expected non-empty"),
+        (lambda w: cosine_similarity(w[:0]), r"weights are float32 \[0, 9\]"),
+        (
+            lambda w: weight_distances(
+                w.index_put((torch.tensor([1, 4]), torch.tensor([0, 8])), torch.tensor(torch.nan))
+            ),
+            r"NaN or infinite weights in 2 of 5 models \(positions 1, 4\): drop these models",
+        ),
+        (lambda w: norms(w.index_fill(0, torch.tensor(2), -torch.inf)), r"1 of 5 models \(positions 2\)"),
+        (lambda w: norms(w.repeat(3, 1) * torch.nan), r"positions 0, 1, 2, 3, 4, 5, 6, 7, …\)"),
+    ],
+)
+def test_refusals(unchecked, call, message):
+    with pytest.raises(ValueError, match=message):
+        call(torch.randn(5, 9))
