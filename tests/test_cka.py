@@ -104,6 +104,7 @@ def test_cka_and_hsic_equal_their_oracles(P, N, F, debiased, kernel):
     expected = hsic_oracle(features, **options)
     size = np.sqrt(np.outer(np.diag(expected), np.diag(expected)))
     np.testing.assert_allclose(hsic(features, **options).numpy() / size, expected / size, atol=2e-5)
+    assert torch.equal(hsic(features, **options), hsic(features, **options).T)
 
 
 @pytest.mark.parametrize("debiased", [True, False])
@@ -230,6 +231,12 @@ def test_a_small_variation_upon_a_large_offset_is_no_constant():
     signal = randn(1, 50, 4)
     features = torch.cat([signal, signal * 0.01 + 1000])
     assert cka(features)[0, 1].item() == pytest.approx(1, abs=1e-3)
+
+
+def test_the_second_centring_removes_the_rounding_of_the_first_mean():
+    features = torch.randint(9, (2, 3001, 3), generator=torch.Generator().manual_seed(0)) + 2.0**23 - 9
+    centred, _ = cka_module._centred(features)
+    assert centred.double().mean(1).abs().max() < 1e-6
 
 
 def test_debiased_cka_of_equidistant_images_is_nan_rather_than_noise():

@@ -42,6 +42,14 @@ def test_l2_of_a_base_and_noise(generator, epsilon, D):
     assert_accurate(base + epsilon * torch.randn(30, D, generator=generator))
 
 
+def test_base_and_noise_and_families_need_no_direct_differences(monkeypatch, generator):
+    """Else a population around one pretrained model would take as long as a loop over its pairs."""
+    monkeypatch.setattr(weightspace, "_measure_directly", None)
+    noise = 1e-3 * torch.randn(12, 800, generator=generator)
+    assert_accurate(torch.randn(800, generator=generator) + noise)
+    assert_accurate(torch.randn(4, 1, 800, generator=generator).expand(4, 3, 800).reshape(12, 800) + noise)
+
+
 def test_l2_equals_scikit_learn(generator):
     weights = torch.randn(7, 1000, generator=generator)
     expected = euclidean_distances(weights.double().numpy())

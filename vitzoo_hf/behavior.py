@@ -131,7 +131,7 @@ def expected_calibration_error(
 def agreement(predictions: Num[Tensor, "P N"]) -> Float64[Tensor, "P P"]:
     """Share of images on which two models predict the same class, for all pairs.
 
-    Classes are compared for equality only: any integers do, of any integer dtype. On the CPU each image is one bit of `log2(C)` bit
+    Classes are compared for equality only, so any integers do. On the CPU each image is one bit of `log2(C)` bit
     planes; two models differ where the OR of the XORed planes is set, and a population count adds up.
 
     Returns:

@@ -92,9 +92,8 @@ def hsic(
     """
     products = _products(features, debiased, kernel, bandwidth)
     N = products.rows.shape[1]
-    scales = products.scales.square() / (1 if debiased else N - 1)
-    values = _hsic(products, debiased) * scales[:, None] * scales
-    return values / (N * (N - 3)) if debiased else values
+    scales = torch.outer(products.scales, products.scales).square()
+    return _hsic(products, debiased) * scales / (N * (N - 3) if debiased else (N - 1) ** 2)
 
 
 def _hsic(products: Products, debiased: bool) -> Float64[Tensor, "P P"]:

@@ -115,7 +115,7 @@ def evaluate(
     rows: dict[str, dict[str, Any]] = {}
     with progress_bar("evaluating", "model", shown=progress, total=len(zoo)) as bar:
         for dataset, members in index.groupby("dataset", sort=False):
-            probes = held or {role: zoo.probes(str(dataset), role) for role in ("selection", "test")}
+            probes = held or _held_out(zoo, str(dataset))
             ids = list(members["model_id"])
             for chunk in _chunks(ids, CHUNK):
                 rows |= _measure_models(zoo.filter(model_id=chunk), probes, zoo.manifest, device)
@@ -136,6 +136,14 @@ def evaluate(
     dataset = _common_dataset(index)
     pair_images = held.get("test") or zoo.probes(dataset, "test")
     return Report(evaluations, _measure_pairs(zoo, pair_images[0], dataset, device), dataset)
+
+
+def _held_out(zoo: Zoo, dataset: str) -> dict[str, tuple[Tensor, Tensor]]:
+    """Test images, which a zoo must carry, and selection images if it does; the counts go into the evaluations."""
+    held = {"test": zoo.probes(dataset, "test")}
+    if any(row["dataset"] == dataset for row in zoo.probe_rows("selection")):
+        held["selection"] = zoo.probes(dataset, "selection")
+    return held
 
 
 def is_classifier(row: Mapping[str, Any], manifest: Mapping[str, Any]) -> bool:

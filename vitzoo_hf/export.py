@@ -1,7 +1,7 @@
-"""Rows -> safetensors files with timm's tensor names, and what the row says in the file's metadata."""
+"""Rows -> safetensors files with timm's tensor names, or a smaller zoo."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from safetensors.torch import safe_open, save_file
 from vitzoo_hf.checkpoint import write_atomically
 from vitzoo_hf.flatten import unflatten
 from vitzoo_hf.launch import progress_bar
+from vitzoo_hf.pack import Rows, write_zoo
 from vitzoo_hf.rebuild import checked_vector
 from vitzoo_hf.schema import ZooError
 from vitzoo_hf.zoo import Zoo
@@ -55,6 +56,32 @@ def export_zoo(zoo: Zoo, folder: Path, *, progress: bool = True) -> list[Path]:
             export_row(row, files[row["model_id"]])
             bar.update(1)
     return list(files.values())
+
+
+def export_subset(zoo: Zoo, folder: Path, *, selection_of: Sequence[str] | None = None) -> Path:
+    """Write the rows of a filtered zoo as a zoo of their own, with their splits and held-out images.
+
+    Args:
+        zoo: the rows to keep.
+        folder: the new zoo.
+        selection_of: datasets whose selection images to take along, by default all; test images always are.
+
+    Raises:
+        ZooError: if there is no row, or the folder cannot be written.
+    """
+    if len(zoo) == 0:
+        raise ZooError("there is no model to export: the filter matches none")
+    used = set(zoo.index["dataset"])
+    wanted = {"selection": used if selection_of is None else used & set(selection_of), "test": used}
+    parts = {split: zoo.filter(split=split) for split in zoo.splits}
+    splits = {split: Rows(len(part), part.rows()) for split, part in parts.items()}
+    probes = {
+        role: [row for row in zoo.probe_rows(role) if row["dataset"] in datasets] for role, datasets in wanted.items()
+    }
+    manifest = {name: value for name, value in zoo.manifest.items() if name != "files"}
+    manifest |= {"blueprint_fingerprint": None, "subset_of": zoo.manifest["blueprint_fingerprint"]}
+    write_zoo(folder, manifest, splits, probes, zoo.blueprint_text)
+    return folder
 
 
 def _exported_hash(file: Path) -> str | None:

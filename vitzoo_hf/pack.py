@@ -6,9 +6,11 @@ folder appears complete or not at all. `write_config` adds tables to a finished 
 
 import hashlib
 import io
+import itertools
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +24,11 @@ from vitzoo_hf.checkpoint import RunFolder, read_json, write_json
 from vitzoo_hf.flatten import Layout, flatten
 from vitzoo_hf.images import ImageSet, load_images
 from vitzoo_hf.launch import progress_bar
+from vitzoo_hf.rebuild import architecture_of
 from vitzoo_hf.schema import ZooError
 from vitzoo_hf.shards import write_parquet
 from vitzoo_hf.train import architecture_args, head_hidden, is_finished
+from vitzoo_hf.vit import layout_of
 
 SHARD_BYTES = 500_000_000
 ROW_GROUP_BYTES = 4_000_000
@@ -47,26 +51,91 @@ def pack(blueprint: Blueprint, runs: Path, folder: Path, *, progress: bool = Tru
         ZooError: if a run is unfinished, a checkpoint is damaged or not finite, or the folder cannot be written.
     """
     kept, missing = _runs_to_pack(blueprint, runs)
+    members = {split: [run for run in kept if run.split == split] for split in schema.SPLITS}
+    write_zoo(
+        folder,
+        _manifest(blueprint, missing),
+        {
+            split: Rows(sum(len(run.keep_epochs) for run in part), _rows(blueprint, part, runs))
+            for split, part in members.items()
+        },
+        {role: _probes(blueprint, role) for role in ("selection", "test")},
+        blueprint.text,
+        progress=progress,
+    )
+    return folder
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows still to be read, and how many there are."""
+
+    count: int
+    rows: Iterator[dict[str, Any]]
+
+
+def write_zoo(
+    folder: Path,
+    manifest: Mapping[str, Any],
+    splits: Mapping[str, Rows],
+    probes: Mapping[str, list[dict[str, Any]]],
+    blueprint_text: str,
+    *,
+    progress: bool = False,
+) -> None:
+    """Write a zoo from rows, in a temporary folder that replaces `folder` at the end.
+
+    Args:
+        folder: the zoo.
+        manifest: what `zoo.json` says besides the files.
+        splits: split -> its rows, with weights and in their final order.
+        probes: role -> rows of held-out images.
+        blueprint_text: what the zoo was made from.
+        progress: show a bar.
+
+    Raises:
+        ZooError: if the folder cannot be written, or what stands there is not a zoo.
+    """
+    _refuse_to_replace(folder)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
+        for stale in folder.parent.glob(f".{folder.name}-*.tmp"):
+            shutil.rmtree(stale, ignore_errors=True)
+        temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-", suffix=".tmp"))
     except OSError as error:
         raise ZooError(f"cannot write into {folder.parent}: {error.strerror}") from None
     try:
         temporary.chmod(0o755)
         layouts: dict[str, Layout] = {}
-        manifest = _manifest(blueprint, missing)
-        _write_rows(blueprint, kept, runs, temporary, layouts, progress)
-        _write_probes(blueprint, temporary)
+        with progress_bar("packing", "row", shown=progress, total=sum(part.count for part in splits.values())) as bar:
+            for split, part in splits.items():
+                if part.count:
+                    _write_split(temporary, split, part, manifest["factors"], layouts, bar)
+        for role, rows in probes.items():
+            if rows:
+                write_parquet(_only_shard(temporary, "probes", role), schema.probe_features(), [rows], {})
         write_json(temporary / schema.LAYOUTS, {key: layout.to_json() for key, layout in layouts.items()})
-        (temporary / "blueprint.yaml").write_text(blueprint.text, encoding="utf-8")
-        _finish(temporary, manifest)
+        (temporary / "blueprint.yaml").write_text(blueprint_text, encoding="utf-8")
+        _finish(temporary, dict(manifest))
         _swap(temporary, folder)
     except OSError as error:
         raise ZooError(f"cannot write the zoo {folder}: {error.strerror or error}") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return folder
+
+
+def _refuse_to_replace(folder: Path) -> None:
+    """Never delete what is not a zoo."""
+    if (
+        folder.exists()
+        and not (folder / schema.MANIFEST).is_file()
+        and not (folder.is_dir() and not any(folder.iterdir()))
+    ):
+        raise ZooError(f"{folder} exists and is not a zoo: choose another folder, or remove it yourself")
+
+
+def _only_shard(folder: Path, config: str, split: str) -> Path:
+    return folder / config / f"{split}-00000-of-00001.parquet"
 
 
 def is_packed(blueprint: Blueprint, folder: Path) -> bool:
@@ -102,47 +171,33 @@ def _runs_to_pack(blueprint: Blueprint, runs: Path) -> tuple[list[Run], dict[str
     return kept, missing
 
 
-def _write_rows(
-    blueprint: Blueprint,
-    kept: list[Run],
-    runs: Path,
-    folder: Path,
-    layouts: dict[str, Layout],
-    progress: bool,
+def _write_split(
+    folder: Path, split: str, part: Rows, factors: Mapping[str, str], layouts: dict[str, Layout], bar: Any
 ) -> None:
-    total = sum(len(run.keep_epochs) for run in kept)
-    largest = max(_num_parameters(run, runs) for run in kept)
-    encoding = "list" if largest <= schema.LIST_LIMIT else "binary"
-    with progress_bar("packing", "row", shown=progress, total=total) as bar:
-        for split in schema.SPLITS:
-            members = [run for run in kept if run.split == split]
-            light: list[dict[str, Any]] = []
-            rows = _rows(blueprint, members, runs, layouts)
-            group_rows = max(1, ROW_GROUP_BYTES // (4 * largest)) if encoding == "list" else 1
-            shard_rows = max(1, SHARD_BYTES // (4 * largest) // group_rows) * group_rows
-            count = sum(len(run.keep_epochs) for run in members)
-            shards = -(-count // shard_rows)
-            features = schema.row_features(blueprint.factor_types, weights=encoding)
-            for shard in range(shards):
-                file = folder / "weights" / f"{split}-{shard:05d}-of-{shards:05d}.parquet"
-                taken = min(shard_rows, count - shard * shard_rows)
-                groups = _groups(rows, taken, group_rows)
-                write_parquet(file, features, _remember(groups, light, bar), layouts)
-            if light:
-                index = schema.row_features(blueprint.factor_types, weights=None)
-                write_parquet(folder / "index" / f"{split}-00000-of-00001.parquet", index, [light], layouts)
-
-
-def _num_parameters(run: Run, runs: Path) -> int:
-    tensors, _ = RunFolder(runs / run.run_id).load_epoch(run.epochs)
-    return Layout.of(tensors).num_parameters
+    first = next(part.rows)
+    rows = itertools.chain([first], part.rows)
+    size = 4 * first["num_parameters"]
+    encoding = "list" if first["num_parameters"] <= schema.LIST_LIMIT else "binary"
+    group_rows = max(1, ROW_GROUP_BYTES // size) if encoding == "list" else 1
+    shard_rows = max(1, SHARD_BYTES // size // group_rows) * group_rows
+    shards = -(-part.count // shard_rows)
+    features = schema.row_features(factors, weights=encoding)
+    light: list[dict[str, Any]] = []
+    for shard in range(shards):
+        file = folder / "weights" / f"{split}-{shard:05d}-of-{shards:05d}.parquet"
+        groups = _groups(rows, min(shard_rows, part.count - shard * shard_rows), group_rows)
+        write_parquet(file, features, _remember(groups, light, layouts, bar), layouts)
+    write_parquet(_only_shard(folder, "index", split), schema.row_features(factors, weights=None), [light], {})
 
 
 def _remember(
-    groups: Iterable[list[dict[str, Any]]], light: list[dict[str, Any]], bar: Any
+    groups: Iterable[list[dict[str, Any]]], light: list[dict[str, Any]], layouts: dict[str, Layout], bar: Any
 ) -> Iterator[list[dict[str, Any]]]:
+    """Pass groups on, keeping their light columns and noting their layouts."""
     for group in groups:
-        light.extend({name: value for name, value in row.items() if name != "weights"} for row in group)
+        for row in group:
+            layouts.setdefault(row["layout"], layout_of(*architecture_of(row)))
+            light.append({name: value for name, value in row.items() if name != "weights"})
         bar.update(len(group))
         yield group
 
@@ -154,9 +209,7 @@ def _groups(rows: Iterator[dict[str, Any]], count: int, size: int) -> Iterator[l
         yield group
 
 
-def _rows(
-    blueprint: Blueprint, members: Iterable[Run], runs: Path, layouts: dict[str, Layout]
-) -> Iterator[dict[str, Any]]:
+def _rows(blueprint: Blueprint, members: Iterable[Run], runs: Path) -> Iterator[dict[str, Any]]:
     for run in members:
         place = RunFolder(runs / run.run_id)
         images = load_images(run.images, blueprint.images[run.images])
@@ -165,7 +218,6 @@ def _rows(
         for epoch in run.keep_epochs:
             tensors, results = place.load_epoch(epoch)
             layout = Layout.of(tensors)
-            layouts.setdefault(layout.fingerprint, layout)
             vector = finite_weights(flatten(tensors), schema.model_id(run.run_id, epoch))
             yield {
                 "model_id": schema.model_id(run.run_id, epoch),
@@ -217,16 +269,14 @@ def _provenance(blueprint: Blueprint, spec: Mapping[str, Any]) -> str:
     )
 
 
-def _write_probes(blueprint: Blueprint, folder: Path) -> None:
-    """Selection and test images of every dataset whose held-out images are few enough to travel with the zoo."""
-    for role in ("selection", "test"):
-        rows = []
-        for name in dict.fromkeys(run.images for run in blueprint.runs):
-            images = load_images(name, blueprint.images[name])
-            if len(images.splits[role]) <= MAX_PROBES:
-                rows += list(_probe_rows(images, role))
-        if rows:
-            write_parquet(folder / "probes" / f"{role}-00000-of-00001.parquet", schema.probe_features(), [rows], {})
+def _probes(blueprint: Blueprint, role: str) -> list[dict[str, Any]]:
+    """Held-out images of every dataset that has few enough of them to travel with the zoo."""
+    rows: list[dict[str, Any]] = []
+    for name in dict.fromkeys(run.images for run in blueprint.runs):
+        images = load_images(name, blueprint.images[name])
+        if len(images.splits[role]) <= MAX_PROBES:
+            rows += list(_probe_rows(images, role))
+    return rows
 
 
 def _probe_rows(images: ImageSet, role: str) -> Iterator[dict[str, Any]]:
@@ -269,7 +319,7 @@ def write_config(folder: Path, config: str, tables: Mapping[str, list[dict[str, 
         try:
             fresh.chmod(0o755)
             for split, rows in tables.items():
-                write_parquet(fresh / f"{split}-00000-of-00001.parquet", features, [rows], {})
+                write_parquet(_only_shard(fresh.parent, fresh.name, split), features, [rows], {})
             _swap(fresh, folder / config)
         finally:
             shutil.rmtree(fresh, ignore_errors=True)

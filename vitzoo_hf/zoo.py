@@ -258,6 +258,16 @@ class Zoo:
         normalised = (pixels.float() / 255 - record["mean"]) / record["std"]
         return normalised, torch.tensor(table["label"].to_pylist())
 
+    def probe_rows(self, role: str) -> list[dict[str, Any]]:
+        """Rows of the `probes` config as they are stored, images still encoded."""
+        tables = [self._open(file).read() for file in self._files("probes", role)]
+        return pa.concat_tables(tables).to_pylist() if tables else []
+
+    @property
+    def blueprint_text(self) -> str:
+        """The blueprint the zoo was made from."""
+        return self._locate("blueprint.yaml").read_text(encoding="utf-8")
+
     def _checked(self, row: dict[str, Any], weights: np.ndarray, verify: bool) -> dict[str, Any]:
         layout = self.layouts.get(row["layout"])
         if layout is None or layout.num_parameters != len(weights) or row["num_parameters"] != len(weights):
