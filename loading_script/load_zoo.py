@@ -38,7 +38,7 @@ def rebuild(row):
     return model.eval()
 
 
-def test_images(zoo, dataset, mean=0.5, std=0.5):
+def held_out_images(zoo, dataset, mean=0.5, std=0.5):
     """Test images as the models are fed them, and labels; `zoo.json` has mean and std of each dataset."""
     probes = load_dataset(zoo, "probes", split="test")
     chosen = probes.select([i for i, name in enumerate(probes["dataset"]) if name == dataset])
@@ -59,7 +59,7 @@ def main(zoo):
         if row["test_accuracy"] is None:
             continue
         if row["dataset"] not in held_out:
-            held_out[row["dataset"]] = test_images(zoo, row["dataset"])
+            held_out[row["dataset"]] = held_out_images(zoo, row["dataset"])
         images, labels = held_out[row["dataset"]]
         accuracy = (model(images).argmax(1) == labels).double().mean().float().item()
         wrong += accuracy != row["test_accuracy"]

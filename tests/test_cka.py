@@ -150,6 +150,14 @@ def test_many_features_keep_the_debiased_estimate_accurate():
     np.testing.assert_allclose(cka(features), cka_oracle(features, True), atol=1e-5)
 
 
+@pytest.mark.parametrize(("N", "F"), [(1500, 130), (400, 900)], ids=["feature", "sample"])
+def test_float32_is_exact_to_seven_digits(N, F):
+    features = randn(1, N, F) + randn(3, N, F, seed=1) + 5
+    for debiased in (True, False):
+        exact = cka(features.double(), debiased=debiased)
+        assert (cka(features, debiased=debiased) - exact).abs().max() < 1e-7
+
+
 def test_pytorch_cka_agrees_on_centred_features():
     peer = pytest.importorskip("cka")
     features = related(4, 60, 8)

@@ -85,7 +85,9 @@ def test_get_and_export_are_exact(capsys, tiny_zoo, tmp_path):
     loaded = load_file(tmp_path / "one.safetensors")
     assert set(loaded) == set(expected)
     assert all(torch.equal(loaded[name], expected[name]) for name in expected)
-    status, out, _ = call(capsys, "export", tiny_zoo, "--out", tmp_path / "many", "--where", "is_final=true", "--json")
+    status, out, _ = call(
+        capsys, "export", tiny_zoo, "--out", tmp_path / "many", "--where", "is_final=true", "--json"
+    )
     files = [Path(file) for file in json.loads(out)]
     assert len(files) == 10
     times = [file.stat().st_mtime_ns for file in files]
@@ -128,7 +130,10 @@ def test_ctrl_c_is_one_line_with_the_way_on(capsys, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(sys.modules["vitzoo_hf.cli"], "_open", interrupted)
-    assert call(capsys, "ls", "sample")[::2] == (130, "\nvitzoo: interrupted; the same command continues where it was\n")
+    assert call(capsys, "ls", "sample")[::2] == (
+        130,
+        "\nvitzoo: interrupted; the same command continues where it was\n",
+    )
 
 
 def test_env_names_no_machine(capsys):

@@ -130,7 +130,7 @@ def test_two_trainings_cannot_share_a_folder(tiny_blueprint, tmp_path):
 
 def test_a_folder_that_cannot_be_written_is_one_line(tiny_blueprint, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ZooError, match="cannot write into .*file/runs"):
+    with pytest.raises(ZooError, match=r"cannot write into .*file/runs"):
         launch(tiny_blueprint, tmp_path / "file" / "runs", progress=False)
 
 

@@ -63,7 +63,9 @@ def test_weights_take_their_raw_size_and_nothing_more(tmp_path):
     from vitzoo_hf.shards import write_parquet
 
     vectors = np.random.default_rng(0).standard_normal((64, 27_000)).astype(np.float32)
-    features = datasets.Features({"model_id": datasets.Value("string"), "weights": datasets.List(datasets.Value("float32"))})
+    features = datasets.Features(
+        {"model_id": datasets.Value("string"), "weights": datasets.List(datasets.Value("float32"))}
+    )
     rows = [{"model_id": str(i), "weights": vector} for i, vector in enumerate(vectors)]
     write_parquet(tmp_path / "x.parquet", features, [rows[:32], rows[32:]], {})
     assert (tmp_path / "x.parquet").stat().st_size < 1.003 * vectors.nbytes
@@ -111,7 +113,9 @@ def test_nothing_of_this_machine_is_published(tiny_zoo):
 def test_unfinished_runs_are_named(tiny_blueprint, tiny_runs, tmp_path):
     runs = Path(shutil.copytree(tiny_runs, tmp_path / "runs"))
     shutil.rmtree(runs / "cl-s1")
-    with pytest.raises(ZooError, match=r"1 of 10 runs in .* are unfinished, cl-s1 the first: run `vitzoo train` again"):
+    with pytest.raises(
+        ZooError, match=r"1 of 10 runs in .* are unfinished, cl-s1 the first: run `vitzoo train` again"
+    ):
         pack(tiny_blueprint, runs, tmp_path / "zoo", progress=False)
     assert not (tmp_path / "zoo").exists()
 
@@ -158,7 +162,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tiny_blueprint, tiny_runs, t
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("vitzoo_hf.pack.write_parquet", full)
-    with pytest.raises(ZooError, match="cannot write the zoo .*: No space left on device"):
+    with pytest.raises(ZooError, match=r"cannot write the zoo .*: No space left on device"):
         pack(tiny_blueprint, tiny_runs, tmp_path / "zoo", progress=False)
     assert list(tmp_path.iterdir()) == []
 

@@ -25,7 +25,7 @@ def test_it_leaves_a_measured_zoo_and_a_report(finished):
     zoo = Zoo(folder / "zoo")
     assert len(zoo.to_pandas("evaluations")) == len(zoo) == 18
     html = (folder / "report" / "report.html").read_text()
-    assert "src=\"data:image/png;base64," in html
+    assert 'src="data:image/png;base64,' in html
     assert "http://" not in html.replace("http://www.w3.org", "")
 
 

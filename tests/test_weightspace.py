@@ -50,6 +50,10 @@ def test_base_and_noise_and_families_need_no_direct_differences(monkeypatch, gen
     assert_accurate(torch.randn(4, 1, 800, generator=generator).expand(4, 3, 800).reshape(12, 800) + noise)
 
 
+def test_the_error_does_not_grow_with_the_number_of_weights(generator):
+    assert_accurate(torch.randn(5, 1, generator=generator) + torch.randn(5, 300_000, generator=generator), 2e-7)
+
+
 def test_l2_equals_scikit_learn(generator):
     weights = torch.randn(7, 1000, generator=generator)
     expected = euclidean_distances(weights.double().numpy())

@@ -27,8 +27,14 @@ def test_index_is_a_dataset_without_weights(zoo):
     [
         ({"stage": "finetune"}, lambda row: row["stage"] == "finetune"),
         ({"factor_lr": 1e-3}, lambda row: row["factor_lr"] == 1e-3),
-        ({"factor_optimizer": ["sgd"], "head": "mlp"}, lambda row: row["factor_optimizer"] == "sgd" and row["head"] == "mlp"),
-        ({"test_accuracy": (0.1, 0.5)}, lambda row: row["test_accuracy"] is not None and 0.1 <= row["test_accuracy"] <= 0.5),
+        (
+            {"factor_optimizer": ["sgd"], "head": "mlp"},
+            lambda row: row["factor_optimizer"] == "sgd" and row["head"] == "mlp",
+        ),
+        (
+            {"test_accuracy": (0.1, 0.5)},
+            lambda row: row["test_accuracy"] is not None and 0.1 <= row["test_accuracy"] <= 0.5,
+        ),
         ({"epoch": (1, None)}, lambda row: row["epoch"] >= 1),
         ({"parent_id": None}, lambda row: row["parent_id"] is None),
         ({"test_accuracy": None}, lambda row: row["test_accuracy"] is None),
@@ -131,7 +137,7 @@ def test_a_cut_shard_is_refused_on_opening(zoo_copy):
 
 def test_a_missing_shard_is_named(zoo_copy):
     next((zoo_copy / "weights").glob("train-*.parquet")).unlink()
-    with pytest.raises(ZooError, match="weights/train-00000-of-00001.parquet of .* is missing"):
+    with pytest.raises(ZooError, match=r"weights/train-00000-of-00001.parquet of .* is missing"):
         Zoo(zoo_copy)
 
 
@@ -147,10 +153,14 @@ def test_no_flipped_bit_ever_gives_wrong_weights(tiny_zoo, zoo_copy):
         damaged[position] ^= 1 << int(generator.integers(8))
         file.write_bytes(damaged)
         try:
-            for row in Zoo(zoo_copy).rows():
-                assert row["weights"].tobytes() == truth[row["model_id"]]
-        except ZooError as error:
-            assert "pack the zoo again" in str(error)
+            read = {row["model_id"]: row["weights"].tobytes() for row in Zoo(zoo_copy).rows()}
+        except ZooError as caught:
+            message = str(caught)
+        else:
+            message = None
+            assert read == truth
+        if message is not None:
+            assert "pack the zoo again" in message
             refused += 1
     assert refused > 30
 
@@ -180,7 +190,7 @@ def test_a_newer_format_is_refused(zoo_copy):
 
 
 def test_what_is_no_zoo_is_said_to_be_none(tmp_path):
-    with pytest.raises(ZooError, match="is not a zoo: it has no zoo.json"):
+    with pytest.raises(ZooError, match=r"is not a zoo: it has no zoo.json"):
         Zoo(tmp_path)
     with pytest.raises(ZooError, match="neither a folder nor a dataset id like ORG/NAME"):
         Zoo(tmp_path / "a" / "b")

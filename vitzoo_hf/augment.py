@@ -50,14 +50,14 @@ def _resized_crop(images: Batch, smallest: float, generator: torch.Generator) ->
     width, height = (side * aspect).clamp(max=1), (side / aspect).clamp(max=1)
     theta = torch.zeros(count, 2, 3, device=images.device)
     theta[:, 0, 0], theta[:, 1, 1] = width, height
-    theta[:, 0, 2] = _uniform(count, -1, 1, generator) * (1 - width)
-    theta[:, 1, 2] = _uniform(count, -1, 1, generator) * (1 - height)
+    theta[:, 0, 2] = _uniform(count, -1.0, 1.0, generator) * (1 - width)
+    theta[:, 1, 2] = _uniform(count, -1.0, 1.0, generator) * (1 - height)
     grid = affine_grid(theta, list(images.shape), align_corners=False)
     return grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)
 
 
 def _flip(images: Batch, generator: torch.Generator) -> Batch:
-    chosen = _uniform(len(images), 0, 1, generator) < 0.5
+    chosen = _uniform(len(images), 0.0, 1.0, generator) < 0.5
     return torch.where(chosen.view(-1, 1, 1, 1), images.flip(-1), images)
 
 
@@ -70,12 +70,12 @@ def _jitter(images: Batch, generator: torch.Generator) -> Batch:
     view = ((view - mean) * contrast + mean).clamp(0, 1)
     grey = view.mean(1, keepdim=True)
     view = ((view - grey) * colour + grey).clamp(0, 1)
-    chosen = _uniform(count, 0, 1, generator) < 0.8
+    chosen = _uniform(count, 0.0, 1.0, generator) < 0.8
     return torch.where(chosen.view(-1, 1, 1, 1), view, images)
 
 
 def _greyscale(images: Batch, generator: torch.Generator) -> Batch:
-    chosen = _uniform(len(images), 0, 1, generator) < 0.2
+    chosen = _uniform(len(images), 0.0, 1.0, generator) < 0.2
     return torch.where(chosen.view(-1, 1, 1, 1), images.mean(1, keepdim=True).expand_as(images), images)
 
 
@@ -83,7 +83,7 @@ def _blur(images: Batch, generator: torch.Generator) -> Batch:
     """A 3×3 Gaussian of standard deviation 0.1 to 1 pixel for half of the images."""
     count, channels = images.shape[:2]
     sigma = _uniform(count, 0.1, 1.0, generator)
-    sigma = torch.where(_uniform(count, 0, 1, generator) < 0.5, sigma, torch.full_like(sigma, 0.05))
+    sigma = torch.where(_uniform(count, 0.0, 1.0, generator) < 0.5, sigma, torch.full_like(sigma, 0.05))
     taps = torch.arange(-1, 2, device=images.device)
     line = torch.exp(-(taps**2) / (2 * sigma[:, None] ** 2))
     line = (line / line.sum(1, keepdim=True)).repeat_interleave(channels, 0)

@@ -21,7 +21,7 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 TILE_ELEMENTS = 2**24
-MAX_TILE = 256
+MAX_TILE = 128
 FEATURE_COLUMNS = 2048
 MODEL_BLOCK = 64
 
@@ -194,7 +194,7 @@ def _feature_route(centred: Float[Tensor, "P N F"]) -> Float64[Tensor, "P P"]:
     for p, q in _tiles(P, max(1, FEATURE_COLUMNS // F)):
         left, right = (centred[block].transpose(0, 1).reshape(N, -1) for block in (p, q))
         products = (left.T @ right).unflatten(0, (-1, F)).unflatten(2, (-1, F))
-        inner[p, q] = torch.linalg.vector_norm(products, dim=(1, 3)).double().square()
+        inner[p, q] = products.double().square().sum((1, 3))
     return inner
 
 
@@ -220,7 +220,7 @@ def _median(model: Float[Tensor, "N F"], squares: Float[Tensor, " N"]) -> Float[
 def _digit_counts(model: Float[Tensor, "N F"], squares: Float[Tensor, " N"], leading: Tensor | None) -> Tensor:
     """How often each value of the upper 16 bits occurs, or of the lower 16 where the upper are `leading`."""
     counts = torch.zeros(2**16, dtype=torch.int64, device=model.device)
-    for i, j in _tiles(len(model), 4 * MAX_TILE):
+    for i, j in _tiles(len(model), 8 * MAX_TILE):
         distances = squares[i, None] + squares[j] - 2 * (model[i] @ model[j].T)
         if i == j:
             distances.fill_diagonal_(0)

@@ -11,7 +11,7 @@ from cyclopts import App, Parameter
 from cyclopts.exceptions import CycloptsError
 
 from vitzoo_hf.console import format_bytes, format_duration, hint, join, print_json, print_table
-from vitzoo_hf.schema import VERSION, ZooError, did_you_mean
+from vitzoo_hf.schema import VERSION, ZooError
 
 if TYPE_CHECKING:
     from vitzoo_hf.zoo import Zoo
@@ -20,6 +20,7 @@ app = App(
     name="vitzoo",
     help="Populations of vision transformers as a Hugging Face dataset. Start with `vitzoo quickstart`.",
     version=VERSION,
+    suppress_keyboard_interrupt=False,
 )
 
 Json = Annotated[bool, Parameter(name="--json", negative=(), help="Print one JSON value, and nothing else.")]
@@ -347,44 +348,18 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _open(name: str, where: Sequence[str] | None) -> "Zoo":
+    from vitzoo_hf.row_tables import parse_condition
     from vitzoo_hf.zoo import Zoo
 
     zoo = Zoo.sample() if name == "sample" else Zoo(name)
-    conditions = dict(_condition(zoo, text) for text in where or ())
+    conditions = dict(parse_condition(text, zoo.column_types) for text in where or ())
     return zoo.filter(**conditions) if conditions else zoo
-
-
-def _condition(zoo: "Zoo", text: str) -> tuple[str, Any]:
-    """`COLUMN=VALUE` in the column's type, as `Zoo.filter` takes it."""
-    column, equals, value = text.partition("=")
-    types = zoo.column_types
-    if not equals:
-        raise ZooError(f"--where {text!r}: expected COLUMN=VALUE, such as factor_lr=0.001")
-    if column not in types:
-        raise ZooError(f"--where: unknown column {column!r}: {did_you_mean(column, types)}")
-    parse = _bool if types[column] is bool else types[column]
-    try:
-        if ".." in value and parse is not str:
-            low, _, high = value.partition("..")
-            return column, (parse(low) if low else None, parse(high) if high else None)
-        entries = [parse(entry) for entry in value.split(",")]
-    except ValueError:
-        raise ZooError(
-            f"--where {text!r}: {value!r} is not a value of {column}, which is {types[column].__name__}"
-        ) from None
-    return column, entries if len(entries) > 1 else entries[0]
 
 
 def _records(table: Any) -> list[dict[str, Any]]:
     from vitzoo_hf.row_tables import records
 
     return records(table)
-
-
-def _bool(text: str) -> bool:
-    if text.lower() not in ("true", "false"):
-        raise ValueError(text)
-    return text.lower() == "true"
 
 
 def _best_model(zoo: "Zoo") -> str:
@@ -394,3 +369,7 @@ def _best_model(zoo: "Zoo") -> str:
     if table["selection_accuracy"].isna().all():
         return str(table["model_id"].iloc[-1])
     return str(table.loc[table["selection_accuracy"].idxmax(), "model_id"])
+
+
+if __name__ == "__main__":
+    main()

@@ -33,7 +33,7 @@ def join(value: Any) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
-def format_bytes(count: float) -> str:
+def format_bytes(count: int | float) -> str:
     """A number of bytes in a readable unit."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
@@ -42,7 +42,7 @@ def format_bytes(count: float) -> str:
     return f"{count:,.3g} TB"
 
 
-def format_duration(seconds: float) -> str:
+def format_duration(seconds: int | float) -> str:
     """Seconds in a readable unit."""
     if seconds < 120:
         return f"{seconds:.0f} s"

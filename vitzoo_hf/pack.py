@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from torch import Tensor
 
 from vitzoo_hf import schema
 from vitzoo_hf.blueprint import Blueprint, Run
+from vitzoo_hf.card import card_text
 from vitzoo_hf.checkpoint import RunFolder, read_json, write_json
 from vitzoo_hf.flatten import Layout, flatten
 from vitzoo_hf.images import ImageSet, load_images
@@ -341,14 +341,8 @@ def _swap(fresh: Path, place: Path) -> None:
 def _finish(folder: Path, manifest: dict[str, Any]) -> None:
     """Write the card, then the manifest that lists every other file with its size and hash."""
     files = sorted(file for file in folder.glob("*/*.parquet") if not file.parent.name.startswith("."))
-    header = {
-        "license": "cc-by-4.0",
-        "pretty_name": manifest["name"],
-        "tags": ["model-zoo", "weight-space", "vision-transformer"],
-        "configs": [entry for config in schema.CONFIGS if (entry := _config_entry(folder, config))],
-    }
-    text = f"---\n{yaml.safe_dump(header, sort_keys=False)}---\n\n{_card_body(manifest)}"
-    (folder / "README.md").write_text(text, encoding="utf-8")
+    held = [(file.parent.name, file.name.split("-")[0]) for file in files]
+    (folder / "README.md").write_text(card_text(manifest, held), encoding="utf-8")
     files += [folder / schema.LAYOUTS, folder / "blueprint.yaml", folder / "README.md"]
     manifest["files"] = {
         file.relative_to(folder).as_posix(): {
@@ -364,39 +358,3 @@ def _finish(folder: Path, manifest: dict[str, Any]) -> None:
 def _sha256(file: Path) -> str:
     with file.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
-
-
-def _config_entry(folder: Path, config: str) -> dict[str, Any] | None:
-    splits = dict.fromkeys(file.name.split("-")[0] for file in sorted((folder / config).glob("*.parquet")))
-    known = [split for split in schema.SPLITS if split in splits]
-    known += [split for split in splits if split not in known]
-    if not known:
-        return None
-    entry: dict[str, Any] = {"config_name": config}
-    entry["data_files"] = [{"split": split, "path": f"{config}/{split}-*.parquet"} for split in known]
-    return entry | ({"default": True} if config == "weights" else {})
-
-
-def _card_body(manifest: Mapping[str, Any]) -> str:
-    images = "\n".join(f"- `{name}`: {record['licence']}" for name, record in manifest["images"].items())
-    factors = ", ".join(f"`factor_{name}`" for name in manifest["factors"])
-    return f"""# {manifest["name"]}: a population of vision transformers
-
-Each row is one checkpoint: its flat float32 weights in the `state_dict` order of timm, its generating
-factors ({factors}), its lineage (`parent_id`) and its results.
-
-```python
-from datasets import load_dataset
-
-rows = load_dataset("PATH_OR_ID")            # weights and factors
-index = load_dataset("PATH_OR_ID", "index")  # the same rows without weights
-```
-
-Splits are by {manifest["splits"]["by"]}: no run has epochs in two of them. `layouts.json` gives names, shapes
-and offsets of the tensors in a vector; `blueprint.yaml` is what the zoo was made from; `probes` holds the
-held-out images exactly as the models are fed them, before `(x / 255 − mean) / std` (see `{schema.MANIFEST}`).
-
-Images trained on:
-
-{images}
-"""

@@ -88,6 +88,41 @@ def matches(values: pa.ChunkedArray, column: str, condition: Any) -> np.ndarray:
     return mask.fill_null(False).to_numpy()
 
 
+def parse_condition(text: str, types: Mapping[str, type]) -> tuple[str, Any]:
+    """`COLUMN=VALUE`, `COLUMN=A,B` or `COLUMN=LOW..HIGH` as a column and a condition of its type.
+
+    >>> parse_condition("factor_lr=1e-3..", {"factor_lr": float})
+    ('factor_lr', (0.001, None))
+    >>> parse_condition("head=linear,mlp", {"head": str})
+    ('head', ['linear', 'mlp'])
+
+    Raises:
+        ZooError: for an unknown column, or a value that is not of the column's type.
+    """
+    column, equals, value = text.partition("=")
+    if not equals:
+        raise ZooError(f"--where {text!r}: expected COLUMN=VALUE, such as factor_lr=0.001")
+    if column not in types:
+        raise ZooError(f"--where: unknown column {column!r}: {did_you_mean(column, types)}")
+    parse = _parse_bool if types[column] is bool else types[column]
+    try:
+        if ".." in value and parse is not str:
+            low, _, high = value.partition("..")
+            return column, (parse(low) if low else None, parse(high) if high else None)
+        entries = [parse(entry) for entry in value.split(",")]
+    except ValueError:
+        raise ZooError(
+            f"--where {text!r}: {value!r} is not a value of {column}, which is {types[column].__name__}"
+        ) from None
+    return column, entries if len(entries) > 1 else entries[0]
+
+
+def _parse_bool(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise ValueError(text)
+    return text.lower() == "true"
+
+
 def collate(rows: Sequence[Mapping[str, Any]], types: pa.Schema, device: str | torch.device) -> dict[str, Any]:
     """Columns of a batch; what becomes a tensor depends on the column's type alone, never on its values."""
     batch: dict[str, Any] = {}

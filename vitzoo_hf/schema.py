@@ -193,11 +193,14 @@ def did_you_mean(given: str, known: Iterable[str]) -> str:
 
     >>> did_you_mean("factor_lrr", ["factor_lr", "factor_seed"])
     "did you mean 'factor_lr'?"
+    >>> did_you_mean("lr", ["factor_lr", "factor_seed"])
+    "did you mean 'factor_lr'?"
     >>> did_you_mean("x", ["factor_lr", "factor_seed"])
     'expected one of: factor_lr, factor_seed'
     """
     names = [str(name) for name in known]
-    close = difflib.get_close_matches(given, names, n=1)
+    holding = [name for name in names if len(given) > 1 and f"_{given}" in f"_{name}"]
+    close = holding or difflib.get_close_matches(given, names, n=1)
     if close:
         return f"did you mean {close[0]!r}?"
     shown = ", ".join(names[:12]) + (f", … ({len(names)} in all)" if len(names) > 12 else "")

@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
 BLOCK_ELEMENTS = 2**20
+MAX_COLUMNS = 4096  # longer float32 sums would lose a digit
 RELATIVE_ERROR = 5e-7
 
 
@@ -154,7 +155,7 @@ def _measure_directly(
 def _column_blocks(weights: Float[Tensor, "P D"], models: Tensor | None = None) -> Iterator[Tensor]:
     """Blocks of columns, in the working precision."""
     rows = len(weights) if models is None else len(models)
-    for block in weights.split(max(256, BLOCK_ELEMENTS // rows), dim=1):
+    for block in weights.split(max(256, min(MAX_COLUMNS, BLOCK_ELEMENTS // rows)), dim=1):
         yield (block if models is None else block[models]).to(_working(weights.dtype))
 
 

@@ -1,0 +1,111 @@
+"""What README and examples say is run; what they list is compared with the disk."""
+
+import csv
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parent.parent
+README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.mark.parametrize("number", range(len(PYTHON)))
+def test_readme_blocks_run(number, tiny_zoo, capsys):
+    exec(compile(PYTHON[number], f"README block {number}", "exec"), {"ZOO": str(tiny_zoo)})
+
+
+def test_readme_blueprint_makes_six_models(tmp_path):
+    from vitzoo_hf.blueprint import Blueprint
+
+    (block,) = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
+    (tmp_path / "six.yaml").write_text(block)
+    assert len(Blueprint.load(tmp_path / "six.yaml").runs) == 6
+
+
+def test_readme_lists_every_setting_source_and_verb():
+    from vitzoo_hf.blueprint import CHOICES, RECIPE_TYPES
+    from vitzoo_hf.cli import app
+    from vitzoo_hf.images import SOURCES
+
+    for name in [*RECIPE_TYPES, *SOURCES]:
+        assert f"`{name}`" in README, name
+    for choices in CHOICES.values():
+        assert f"({', '.join(choices)})" in README, choices
+    verbs = {name for name in app if not name.startswith("-")}
+    assert verbs == set(re.findall(r"^\| `vitzoo (\w+)", README, re.MULTILINE))
+
+
+def test_readme_file_table_is_the_disk():
+    listed = re.findall(
+        r"^\| `((?:vitzoo_hf/|loading_script/|examples/|benchmarks/|tests/)\S*)`", README, re.MULTILINE
+    )
+    modules = {f"vitzoo_hf/{file.name}" for file in (REPOSITORY / "vitzoo_hf").glob("*.py")}
+    folders = {
+        f"vitzoo_hf/{folder.name}/"
+        for folder in (REPOSITORY / "vitzoo_hf").iterdir()
+        if folder.is_dir() and folder.name != "__pycache__" and any(folder.iterdir())
+    }
+    top = {"loading_script/", "examples/", "benchmarks/", "tests/"}
+    assert sorted(listed) == sorted((modules | folders | top) - {"vitzoo_hf/__init__.py"})
+
+
+def test_readme_table_of_files_is_in_the_order_of_the_layers():
+    import tomllib
+
+    contract = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"][0]
+    rank = {
+        name.strip().removeprefix("vitzoo_hf."): position
+        for position, layer in enumerate(reversed(contract["layers"]))
+        for name in layer.split("|")
+    }
+    listed = re.findall(r"^\| `vitzoo_hf/(\w+)\.py`", README, re.MULTILINE)
+    ranks = [rank[name] for name in listed]
+    assert ranks == sorted(ranks)
+
+
+def test_readme_results_are_those_of_the_results_file(tmp_path, monkeypatch):
+    sys.path.insert(0, str(REPOSITORY / "benchmarks"))
+    try:
+        import quickstart as benchmark
+    finally:
+        sys.path.pop(0)
+    with (REPOSITORY / "benchmarks" / "results" / "quickstart.csv").open() as file:
+        (row,) = csv.DictReader(file)
+    shutil.copy(REPOSITORY / "README.md", tmp_path)
+    monkeypatch.setattr(benchmark, "REPOSITORY", tmp_path)
+    benchmark.fill_readme(row)
+    assert (tmp_path / "README.md").read_text() == README
+
+
+def test_make_sample_runs(tmp_path):
+    """On the sample itself, which is the smallest zoo with the mini zoo's factors."""
+    from vitzoo_hf.zoo import Zoo
+
+    script = REPOSITORY / "examples" / "make_sample.py"
+    sample = REPOSITORY / "vitzoo_hf" / "sample"
+    subprocess.run([sys.executable, script, sample, tmp_path / "again"], check=True, stdout=subprocess.DEVNULL)
+    assert set(Zoo(tmp_path / "again").model_ids) == set(Zoo(sample).model_ids)
+
+
+def test_the_sample_is_small_and_whole():
+    import vitzoo_hf as vz
+
+    folder = REPOSITORY / "vitzoo_hf" / "sample"
+    assert sum(file.stat().st_size for file in folder.rglob("*")) <= 1_500_000
+    zoo = vz.Zoo.sample()
+    assert len(zoo) == 8
+    assert len({row["run_id"] for row in zoo.rows()}) == 8
+    stored = zoo.to_pandas("evaluations")["test_accuracy"]
+    again = vz.evaluate(zoo, progress=False).evaluations["test_accuracy"]
+    assert (stored.fillna(-1) - again.fillna(-1)).abs().max() <= 2 / 359
+
+
+def test_constraints_cover_torch_and_its_torchvision():
+    text = (REPOSITORY / "constraints.txt").read_text()
+    assert "torch==" in text
+    assert "torchvision==" in text

@@ -1,0 +1,74 @@
+"""The shape of the code: sizes, layers, public names, what importing costs, linters."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parent.parent
+MODULES = sorted((REPOSITORY / "vitzoo_hf").rglob("*.py"))
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda module: module.name)
+def test_modules_and_functions_stay_small(module):
+    text = module.read_text(encoding="utf-8")
+    assert text.count("\n") <= 400
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            assert node.end_lineno - node.lineno <= 60, node.name
+
+
+def test_importing_the_package_loads_nothing_heavy():
+    heavy = ("torch", "timm", "datasets", "numpy", "pandas", "pyarrow", "matplotlib")
+    code = f"import sys, vitzoo_hf; sys.exit(any(name in sys.modules for name in {heavy!r}))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_public_names():
+    import vitzoo_hf as vz
+
+    names = "Blueprint Layout Population Zoo ZooError accuracy agreement cka cosine_similarity cross_entropy evaluate"
+    names += " expected_calibration_error flatten predictions reconstruct unflatten weight_distances __version__"
+    assert sorted(vz.__all__) == sorted(names.split())
+    for name in vz.__all__:
+        assert getattr(vz, name) is not None
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        vz.nothing  # noqa: B018
+
+
+def test_functions_keep_their_names_beside_modules_of_the_same_name():
+    code = "import vitzoo_hf.cka, vitzoo_hf.evaluate, vitzoo_hf as vz; import sys;"
+    code += "sys.exit(not (callable(vz.cka) and callable(vz.evaluate)))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_only_vit_imports_timm():
+    importing = []
+    for module in MODULES:
+        for node in ast.walk(ast.parse(module.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            if any(name.split(".")[0] == "timm" for name in names):
+                importing.append(module.name)
+    assert importing == ["vit.py"]
+
+
+def test_no_pickle():
+    for module in MODULES:
+        text = module.read_text(encoding="utf-8")
+        assert "import pickle" not in text
+        assert "torch.load(" not in text
+        assert "torch.save(" not in text
+
+
+@pytest.mark.parametrize(
+    "command",
+    [["ruff", "check", "."], ["ruff", "format", "--check", "."], ["lint-imports"], ["mypy"]],
+    ids=["ruff check", "ruff format", "lint-imports", "mypy"],
+)
+def test_linters_are_content(command):
+    tool = Path(sys.executable).parent / command[0]
+    result = subprocess.run([tool, *command[1:]], cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
