@@ -1,6 +1,8 @@
 import json
+import random
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ from vitzoo_hf.schema import ZooError
 from vitzoo_hf.zoo import Zoo
 
 REPOSITORY = Path(__file__).parent.parent
+TINY = Path(__file__).parent / "tiny.yaml"
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +54,7 @@ def test_a_folder_of_another_blueprint_is_refused(finished, tmp_path):
     from vitzoo_hf.blueprint import Blueprint
 
     folder, _ = finished
-    text = (REPOSITORY / "tests" / "tiny.yaml").read_text().replace("lr: 0.003", "lr: 0.004")
+    text = TINY.read_text().replace("lr: 0.003", "lr: 0.004")
     (tmp_path / "other.yaml").write_text(text)
     other = Blueprint.load(tmp_path / "other.yaml")
     with pytest.raises(ZooError, match="holds a run trained by another blueprint"):
@@ -86,13 +89,29 @@ sys.exit(load_zoo.main({str(folder / "zoo")!r}))
     assert result.stdout.endswith("10 models rebuilt, 0 accuracies differ\n")
 
 
-def test_the_command_prints_json(finished, capsys, monkeypatch, tiny_blueprint):
-    from vitzoo_hf.blueprint import Blueprint
+def test_the_command_prints_json(finished, capsys):
     from vitzoo_hf.cli import run
 
     folder, _ = finished
-    monkeypatch.setattr(Blueprint, "load", classmethod(lambda cls, name: tiny_blueprint))
-    assert run(["quickstart", "--out", str(folder), "--json"]) == 0
+    assert run(["quickstart", "--out", str(folder), "--blueprint", str(TINY), "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
     assert printed["already_done"] is True
     assert printed["rows"] == 18
+
+
+@pytest.mark.slow
+def test_killed_at_ten_random_moments_it_ends_in_the_same_zoo(finished, tmp_path):
+    folder, _ = finished
+    expected = Zoo(folder / "zoo")
+    command = [sys.executable, "-m", "vitzoo_hf.cli", "quickstart", "--out", tmp_path, "--blueprint", TINY, "--quiet"]
+    moments = random.Random(0)
+    for _ in range(10):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        time.sleep(moments.uniform(1, 15))
+        process.kill()
+        process.wait()
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    zoo = Zoo(tmp_path / "zoo")
+    assert zoo.model_ids == expected.model_ids
+    assert list(zoo.index["weights_sha256"]) == list(expected.index["weights_sha256"])
+    assert not [file for file in tmp_path.rglob("*") if ".tmp" in file.name]

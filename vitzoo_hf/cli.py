@@ -40,6 +40,7 @@ Workers = Annotated[int | None, Parameter(help="Training processes; one a core b
 def quickstart(
     *,
     out: Path = Path("vitzoo-quickstart"),
+    blueprint: str = "mini",
     workers: Workers = None,
     json: Json = False,
     quiet: Quiet = False,
@@ -48,14 +49,16 @@ def quickstart(
 
     Args:
         out: Folder for the zoo, the report and the training checkpoints.
+        blueprint: Another zoo to build: a name, or a YAML file.
     """
+    from vitzoo_hf.blueprint import Blueprint
     from vitzoo_hf.quickstart import quickstart as build
     from vitzoo_hf.quickstart import summary_table
     from vitzoo_hf.zoo import Zoo
 
     start = time.perf_counter()
     say = (lambda line: None) if json or quiet else print
-    outcome = build(out, workers=workers, progress=not (json or quiet), say=say)
+    outcome = build(out, blueprint=Blueprint.load(blueprint), workers=workers, progress=not (json or quiet), say=say)
     zoo = Zoo(outcome.zoo)
     table = summary_table(zoo)
     if json:

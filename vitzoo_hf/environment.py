@@ -5,6 +5,8 @@ import os
 import platform
 from typing import Any
 
+from vitzoo_hf.launch import default_workers
+
 PACKAGES = ("vitzoo-hf", "torch", "torchvision", "timm", "datasets", "huggingface-hub", "pyarrow", "numpy")
 
 
@@ -15,7 +17,7 @@ def describe() -> dict[str, Any]:
     facts: dict[str, Any] = {
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": default_workers("cpu"),
     }
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
         facts["memory_gb"] = round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9, 1)

@@ -46,8 +46,10 @@ class Layout:
         """The layout read from `layouts.json`, with its offsets checked.
 
         Raises:
-            ZooError: if the offsets are not those of tensors lying one behind the other.
+            ZooError: if an entry is incomplete, or offsets are not those of tensors lying one behind the other.
         """
+        if any({"name", "shape", "offset"} - set(entry) for entry in entries):
+            raise ZooError("a layout lacks a name, shape or offset: layouts.json is damaged")
         layout = cls(tuple(entry["name"] for entry in entries), tuple(tuple(entry["shape"]) for entry in entries))
         if [entry["offset"] for entry in entries] != list(layout.offsets):
             raise ZooError("a layout's offsets do not follow from its shapes: layouts.json is damaged")
@@ -142,6 +144,6 @@ def unflatten(vector: Float[Tensor, "*P D"], layout: Layout) -> dict[str, Tensor
         )
     lead = tuple(vector.shape[:-1])
     return {
-        name: vector[..., part].view(*lead, *shape)
+        name: vector[..., part].view((*lead, *shape))
         for (name, part), shape in zip(layout.items(), layout.shapes, strict=True)
     }

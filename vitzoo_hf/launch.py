@@ -81,7 +81,9 @@ def launch(
 
 def default_workers(device: str) -> int:
     """One process a core this process may use; one for a CUDA device."""
-    return 1 if device.startswith("cuda") else len(os.sched_getaffinity(0))
+    if device.startswith("cuda"):
+        return 1
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextmanager

@@ -73,7 +73,7 @@ class Located:
         if kind is float:
             try:
                 number = float(value) if not isinstance(value, bool | list | dict) else math.nan
-            except (TypeError, ValueError):
+            except (TypeError, ValueError, OverflowError):
                 number = math.nan
             if math.isfinite(number):
                 return number
@@ -104,19 +104,29 @@ def load_located(path: Path) -> Located:
         raise ZooError(f"{path.name} is not valid YAML: {' '.join(str(error).split())}") from None
     if node is None:
         raise ZooError(f"{path.name} is empty; expected a blueprint")
-    return _locate(node, path, "the blueprint")
+    try:
+        return _locate(node, path, "the blueprint", 1)
+    except RecursionError:
+        raise ZooError(f"{path.name} is not valid YAML: a value contains itself") from None
 
 
-def _locate(node: yaml.Node, path: Path, key: str) -> Located:
-    line = node.start_mark.line + 1
+def _locate(node: yaml.Node, path: Path, key: str, line: int) -> Located:
+    """`line` is that of the key: a block starts below it, after any comments."""
     if isinstance(node, yaml.MappingNode):
         mapping: dict[str, Located] = {}
         for name, value in node.value:
+            where = name.start_mark.line + 1
+            if not isinstance(name, yaml.ScalarNode):
+                raise ZooError(f"{path.name}, line {where}: a key must be a plain name")
             if name.value in mapping:
-                raise ZooError(f"{path.name}, line {name.start_mark.line + 1}: {name.value!r} is given twice")
-            mapping[name.value] = _locate(value, path, name.value)
+                raise ZooError(f"{path.name}, line {where}: {name.value!r} is given twice")
+            mapping[name.value] = _locate(value, path, name.value, where)
         return Located(mapping, path, line, key)
     if isinstance(node, yaml.SequenceNode):
-        return Located([_locate(entry, path, key) for entry in node.value], path, line, key)
-    loader = yaml.SafeLoader("")
-    return Located(loader.construct_object(node, deep=True), path, line, key)
+        entries = [_locate(entry, path, key, entry.start_mark.line + 1) for entry in node.value]
+        return Located(entries, path, line, key)
+    try:
+        value = yaml.SafeLoader("").construct_object(node, deep=True)
+    except (yaml.YAMLError, ValueError):
+        raise ZooError(f"{path.name}, line {line}: {node.value!r} is no value that YAML knows") from None
+    return Located(value, path, line, key)

@@ -99,8 +99,7 @@ def write_zoo(
     _refuse_to_replace(folder)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        for stale in folder.parent.glob(f".{folder.name}-*.tmp"):
-            shutil.rmtree(stale, ignore_errors=True)
+        _sweep(folder)
         temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-", suffix=".tmp"))
     except OSError as error:
         raise ZooError(f"cannot write into {folder.parent}: {error.strerror}") from None
@@ -315,7 +314,8 @@ def write_config(folder: Path, config: str, tables: Mapping[str, list[dict[str, 
     """
     manifest = read_json(folder / schema.MANIFEST)
     try:
-        fresh = Path(tempfile.mkdtemp(dir=folder, prefix=f".{config}-"))
+        _sweep(folder / config)
+        fresh = Path(tempfile.mkdtemp(dir=folder, prefix=f".{config}-", suffix=".tmp"))
         try:
             fresh.chmod(0o755)
             for split, rows in tables.items():
@@ -328,8 +328,14 @@ def write_config(folder: Path, config: str, tables: Mapping[str, list[dict[str, 
         raise ZooError(f"cannot write into {folder}: {error.strerror or error}") from None
 
 
+def _sweep(place: Path) -> None:
+    """Remove what a killed process left beside `place`."""
+    for stale in place.parent.glob(f".{place.name}-*.tmp"):
+        shutil.rmtree(stale, ignore_errors=True)
+
+
 def _swap(fresh: Path, place: Path) -> None:
-    old = Path(tempfile.mkdtemp(dir=place.parent, prefix=f".old-{place.name}-"))
+    old = Path(tempfile.mkdtemp(dir=place.parent, prefix=f".{place.name}-old-", suffix=".tmp"))
     try:
         if place.exists():
             place.replace(old / "it")

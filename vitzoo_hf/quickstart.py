@@ -1,4 +1,4 @@
-"""The whole way at once: train the mini zoo, publish it as a dataset folder, open it, measure it, draw it.
+"""The whole way at once: train a zoo, publish it as a dataset folder, open it, measure it, draw it.
 
 Every step is skipped where its result is already there, so an interrupted quickstart continues.
 """
@@ -30,7 +30,7 @@ class Outcome:
 def quickstart(
     folder: Path,
     *,
-    blueprint: Blueprint | None = None,
+    blueprint: Blueprint,
     workers: int | None = None,
     progress: bool = True,
     say: Callable[[str], None] = print,
@@ -39,7 +39,7 @@ def quickstart(
 
     Args:
         folder: gets `runs/` (checkpoints), `zoo/` (the dataset) and `report/`.
-        blueprint: by default `mini`.
+        blueprint: what to build.
         workers: training processes; by default one a core.
         progress: show bars.
         say: told what happens, a line at a time.
@@ -47,7 +47,6 @@ def quickstart(
     Raises:
         ZooError: if a step fails, or another process works in `folder`.
     """
-    blueprint = blueprint or Blueprint.load("mini")
     runs, place, report = folder / "runs", folder / "zoo", folder / "report" / "report.html"
     with exclusive(folder):
         packed = is_packed(blueprint, place)

@@ -39,7 +39,11 @@ def architecture_of(row: Mapping[str, Any]) -> tuple[str, dict[str, Any], str, i
     missing = [name for name in ("architecture", "architecture_args", "head", "weights") if name not in row]
     if missing:
         raise ZooError(f"the row has no column {missing[0]!r}: take whole rows, `load_dataset(id, 'weights')`")
-    head = row["head"] if isinstance(row["head"], str) else schema.HEADS[row["head"]]
+    head = row["head"]
+    if not isinstance(head, str):
+        if not 0 <= head < len(schema.HEADS):
+            raise ZooError(f"unknown head {head}: its class labels are 0 (linear) and 1 (mlp)")
+        head = schema.HEADS[head]
     return row["architecture"], json.loads(row["architecture_args"]), head, row.get("head_hidden")
 
 
@@ -52,6 +56,9 @@ def checked_vector(row: Mapping[str, Any]) -> tuple[Tensor, Layout]:
     layout = layout_of(*architecture_of(row))
     weights, name = row["weights"], row.get("model_id", "the row")
     if isinstance(weights, bytes | bytearray | memoryview):
+        size = memoryview(weights).nbytes
+        if size % 4:
+            raise ZooError(f"{name} has {size} bytes of weights; its layout wants {4 * layout.num_parameters}")
         weights = np.frombuffer(weights, dtype="<f4")
     vector = weights.float() if isinstance(weights, Tensor) else torch.from_numpy(np.array(weights, dtype=np.float32))
     if row.get("layout", layout.fingerprint) != layout.fingerprint:

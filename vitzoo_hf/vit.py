@@ -113,7 +113,7 @@ def create(
     if seed is None:
         return _build(architecture, args, head, head_hidden, init)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would also seed every CUDA generator
         return _build(architecture, args, head, head_hidden, init)
 
 
@@ -124,7 +124,7 @@ def _build(architecture: str, args: Mapping[str, Any], head: str, head_hidden: i
         raise ZooError(f"unknown architecture {architecture!r}: {did_you_mean(architecture, known)}")
     try:
         model = timm.create_model(architecture, pretrained=False, **args)
-    except (TypeError, ValueError, RuntimeError, AssertionError) as error:
+    except (TypeError, ValueError, LookupError, ArithmeticError, RuntimeError, AssertionError) as error:
         raise ZooError(f"timm cannot build {architecture!r} with {dict(args)}: {error}") from None
     if not isinstance(getattr(model, "head", None), nn.Linear):
         raise ZooError(f"{architecture!r} has no linear `head` to train: a zoo needs num_classes above 0")
