@@ -294,7 +294,7 @@ LONE = "factors: {regime: supervised, seed: [1, 2]}"
         (("[0, 2]", "[-1, 2]"), 16, "keep_epochs [-1, 2, 3] must lie between 0"),
         (("[0, 2]", "5"), 16, "keep_epochs must be a list"),
         (("images: digits\n    epochs: 4", "images: digit\n    epochs: 4"), 9, "unknown images 'digit': did you mean 'digits'?"),
-        (("{size: 8}", "{}"), 6, "missing 1 required positional argument: 'size'"),
+        (("{size: 8}", "{}"), 6, "digits lacks 'size'"),
         (("{size: 8}", "{size: 8, scale: 2}"), 6, "unknown key 'scale' in digits"),
         (("{size: 8}", "{size: 0}"), 6, "size, crop and std must be positive"),
         (("{size: 8}", "{size: 8, std: 0}"), 6, "size, crop and std must be positive"),
@@ -327,7 +327,7 @@ def test_mistakes_are_refused_where_they_stand(load, change, line, message):
     ],
 )
 def test_contradictions_of_contrastive_runs(load, settings, message):
-    with pytest.raises(ZooError, match=rf"^zoo\.yaml, line 12: .*{message} \(in the combination"):
+    with pytest.raises(ZooError, match=rf"^zoo\.yaml, line 12: .*{message}.* \(in the combination"):
         load(TEXT, ("lr: 0.003, batch_size: 64", settings), ("supervised", "contrastive"))
 
 

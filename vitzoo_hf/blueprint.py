@@ -9,7 +9,7 @@ model inherits its parent's factors: its `regime` is that of its pre-training. N
 import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -178,7 +178,7 @@ def _parse(root: Located) -> Blueprint:
     return Blueprint(
         name=root.get("name").typed(str),
         architecture=architecture.get("name").typed(str),
-        architecture_args={key: node.value for key, node in architecture.get("args").items()},
+        architecture_args={key: node.plain() for key, node in architecture.get("args").items()},
         images=images,
         runs=runs,
         factor_types=_factor_types(runs),
@@ -198,6 +198,7 @@ def _stage_runs(
     keep = _kept(node, epochs)
     shares = {split: splits[split] for split in SPLITS}
     combinations = list(_combinations(stage, node))
+    varied = list(dict.fromkeys(name for factors, _, _ in combinations for name in factors))
     seen: set[str] = set()
     for parent in parents if stage == "finetune" else (None,):
         for factors, recipe, place in combinations:
@@ -213,7 +214,7 @@ def _stage_runs(
                 epochs=epochs,
                 keep_epochs=keep,
                 recipe=recipe,
-                factors=_inherit(factors, parent),
+                factors=_inherit({name: getattr(recipe, name) for name in varied}, parent),
                 split=split_of(run_id, group, fractions=shares, seed=splits["seed"]),
             )
 
@@ -346,15 +347,17 @@ def _record(kind: type, node: Located, **defaults: Any) -> Any:
     types = {entry.name: entry.type for entry in fields(kind)}
     node.only(*types)
     values = defaults | {name: entry.typed(types[name]) for name, entry in node.items()}
-    try:
-        return kind(**values)
-    except TypeError as error:
-        raise node.error(str(error).partition(")")[2].strip()) from None
+    for entry in fields(kind):
+        if entry.default is MISSING and entry.name not in values:
+            raise node.error(f"{node.key} lacks {entry.name!r}")
+    return kind(**values)
 
 
 def _check_images(spec: ImagesSpec, node: Located) -> None:
     if spec.size < 1 or (spec.crop is not None and spec.crop < 1) or spec.std <= 0:
         raise node.error("size, crop and std must be positive")
+    if any(count is not None and count < 1 for count in (spec.channels, spec.classes)):
+        raise node.error("channels and classes must be positive")
     if not (0 < spec.selection < 1 and 0 < spec.test < 1 and spec.selection + spec.test < 1):
         raise node.error("selection and test are shares above 0 that leave images to train on")
 

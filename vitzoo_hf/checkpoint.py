@@ -4,6 +4,7 @@ An epoch counts once its JSON is there, and the JSON is written after the weight
 moment leaves a folder from which training continues. No pickle is written or read.
 """
 
+import hashlib
 import json
 import os
 import tempfile
@@ -34,9 +35,12 @@ class RunFolder:
             spec: what determines the weights; `fingerprint` is compared, the rest is kept for provenance.
 
         Raises:
-            ZooError: if the folder holds another training.
+            ZooError: if the folder holds another training, or cannot be made.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ZooError(f"cannot make {self.path}: {error.strerror}") from None
         file = self.path / "run.json"
         if file.is_file():
             found = read_json(file)["fingerprint"]
@@ -102,16 +106,18 @@ class RunFolder:
         contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         write_atomically(
             self.path / "resume.safetensors",
-            lambda file: save_file(contiguous, file, metadata={"epoch": str(epoch)}),
+            lambda file: save_file(contiguous, file, metadata={"epoch": str(epoch), "sha256": _digest(contiguous)}),
         )
 
     def load_resume(self) -> tuple[int, dict[str, Tensor]] | None:
-        """Epoch and tensors of the resume file; None where there is none or it cannot be read."""
+        """Epoch and tensors of the resume file; None where there is none or it is damaged."""
         file = self.path / "resume.safetensors"
         try:
             with safe_open(file, framework="pt") as opened:
-                epoch = int(opened.metadata()["epoch"])
-            return epoch, load_file(file)
+                metadata = opened.metadata()
+                epoch, sha256 = int(metadata["epoch"]), metadata["sha256"]
+            tensors = load_file(file)
+            return (epoch, tensors) if _digest(tensors) == sha256 else None
         except (OSError, SafetensorError, KeyError, TypeError, ValueError):
             return None
 
@@ -134,6 +140,13 @@ class RunFolder:
 
     def _record(self, epoch: int) -> Path:
         return self.path / f"epoch-{epoch:05d}.json"
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode() + tensors[name].numpy().tobytes())
+    return digest.hexdigest()
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:

@@ -6,6 +6,7 @@ Images are kept as uint8 `[N, C, H, W]` after cropping and resizing, and turned 
 
 import gzip
 import struct
+import zlib
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -200,6 +201,9 @@ def _read_fashion_mnist(spec: ImagesSpec) -> Source:
                     " `dataset-fashion-mnist`, or set `path` to a folder with the four .gz files"
                 )
             parts[part, kind] = read_idx(file)
+        count, labelled = len(parts[part, "images-idx3"]), len(parts[part, "labels-idx1"])
+        if count != labelled:
+            raise ZooError(f"the {part} files in {folder} have {count} images and {labelled} labels: get them again")
     images = torch.from_numpy(np.concatenate([parts[part, "images-idx3"] for part in ("train", "test")]))
     labels = torch.from_numpy(np.concatenate([parts[part, "labels-idx1"] for part in ("train", "test")]))
     num_test = len(parts["test", "labels-idx1"])
@@ -219,7 +223,7 @@ def read_idx(file: Path) -> np.ndarray:
         values = np.frombuffer(data, np.uint8, offset=4 + 4 * dimensions)
         if (zero, kind) != (0, 8) or values.size != np.prod(shape, dtype=np.int64):
             raise ValueError("sizes do not match the header")
-    except (OSError, EOFError, ValueError, struct.error) as error:
+    except (OSError, EOFError, ValueError, struct.error, zlib.error) as error:
         raise ZooError(f"{file} is damaged ({error}): get it again") from None
     return values.reshape(shape).copy()
 
@@ -243,9 +247,11 @@ def _read_hugging_face(spec: ImagesSpec) -> Source:
         reason = " ".join(str(error).split())[:200]
         raise ZooError(f"cannot load the image dataset {spec.path or identifier!r}: {reason}") from None
     train = parts["train"] if "train" in parts else parts[next(iter(parts))]
-    test = next((parts[name] for name in ("test", "validation", "valid") if name in parts), None)
     image_column = _column(train, datasets.Image, identifier)
     label_column = _column(train, datasets.ClassLabel, identifier)
+    held_out = [parts[name] for name in ("test", "validation", "valid") if name in parts]
+    # a label of -1 is hidden, as are all those of ImageNet's test set
+    test = next((part for part in held_out if min(part[label_column][:]) >= 0), None)
     images, labels = _decode(train, image_column, label_column, spec)
     if test is not None:
         test_images, test_labels = _decode(test, image_column, label_column, spec)

@@ -81,6 +81,12 @@ class Located:
             return value
         raise self.error(f"{self.key} is {value!r}; expected {KINDS[kind]}")
 
+    def plain(self) -> Any:
+        """The value without its place, nor those of what it holds."""
+        if isinstance(self.value, dict):
+            return {key: node.plain() for key, node in self.value.items()}
+        return [node.plain() for node in self.value] if self.is_sequence else self.value
+
     def _mapping(self) -> dict[str, "Located"]:
         if not isinstance(self.value, dict):
             raise self.error(f"{self.key} must be a mapping of names to values")
