@@ -72,7 +72,7 @@ def quickstart(
 def _is_evaluated(place: Path) -> bool:
     try:
         zoo = Zoo(place)
-        return len(zoo.to_pandas("evaluations")) == len(zoo) and len(zoo.to_pandas("pairs")) > 0
+        return len(zoo.to_pandas("evaluations")) == len(zoo) and "pairs" in zoo.configs
     except ZooError:
         return False
 

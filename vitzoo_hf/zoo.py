@@ -5,6 +5,7 @@ row is checked against its hash. A zoo is a folder, or the id of a dataset on th
 fetched when they are first needed.
 """
 
+import copy
 import re
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
@@ -162,10 +163,7 @@ class Zoo:
             if column in ("stage", "head"):
                 check_classes(column, condition)
             mask &= matches(table[column], column, condition)
-        chosen: Zoo = object.__new__(Zoo)
-        chosen.__dict__.update(self.__dict__)
-        chosen._positions = self._positions[mask[self._positions]]
-        return chosen
+        return self._at(self._positions[mask[self._positions]])
 
     def rows(self, *, verify: bool = True) -> Iterator[dict[str, Any]]:
         """Every row with its weights, a float32 array `[D]`; class columns as names.
@@ -189,10 +187,7 @@ class Zoo:
         ids = self.model_ids
         if model_id not in ids:
             raise ZooError(f"{self.name} has no model {model_id!r}: {did_you_mean(model_id, ids)}")
-        one: Zoo = object.__new__(Zoo)
-        one.__dict__.update(self.__dict__)
-        one._positions = self._positions[ids.index(model_id) :][:1]
-        return next(one.rows())
+        return next(self._at(self._positions[[ids.index(model_id)]]).rows())
 
     def model(self, model_id: str, *, device: str | torch.device = "cpu") -> nn.Module:
         """A live timm ViT in eval mode, with exactly the stored weights.
@@ -267,6 +262,12 @@ class Zoo:
     def blueprint_text(self) -> str:
         """The blueprint the zoo was made from."""
         return self._locate("blueprint.yaml").read_text(encoding="utf-8")
+
+    def _at(self, positions: np.ndarray) -> "Zoo":
+        """A zoo over the same files with only the rows at these positions of the index."""
+        chosen = copy.copy(self)
+        chosen._positions = positions
+        return chosen
 
     def _checked(self, row: dict[str, Any], weights: np.ndarray, verify: bool) -> dict[str, Any]:
         layout = self.layouts.get(row["layout"])
