@@ -193,9 +193,7 @@ def test_variants_refine_common_settings(load):
         TEXT,
         (
             "    factors: {regime: supervised, seed: [1, 2]}\n",
-            "    variants:\n"
-            "      - {factors: {seed: 1}, settings: {batch_size: 16}}\n"
-            "      - {factors: {seed: 2}}\n",
+            "    variants:\n      - {factors: {seed: 1}, settings: {batch_size: 16}}\n      - {factors: {seed: 2}}\n",
         ),
     )
     assert [run.recipe.batch_size for run in zoo.runs[:2]] == [16, 64]
@@ -226,7 +224,10 @@ def test_arguments_may_be_lists(load):
 def test_the_fingerprint_ignores_how_it_is_written(load):
     zoo = load()
     rewritten = load(
-        "# a comment\n" + TEXT, ("{size: 8}", "\n    size:   8 # pixels"), ("lr: 0.003", "lr: 3e-3"), ("[0, 2]", "[2, 0, 3]")
+        "# a comment\n" + TEXT,
+        ("{size: 8}", "\n    size:   8 # pixels"),
+        ("lr: 0.003", "lr: 3e-3"),
+        ("[0, 2]", "[2, 0, 3]"),
     )
     assert rewritten.fingerprint == zoo.fingerprint
     assert rewritten.runs == zoo.runs
@@ -269,7 +270,7 @@ LONE = "factors: {regime: supervised, seed: [1, 2]}"
         (("  pretrain:", "  pretrian:"), 8, "unknown key 'pretrian' in stages: did you mean 'pretrain'?"),
         (("    epochs: 4", "    epoch: 4"), 10, "unknown key 'epoch' in pretrain: did you mean 'epochs'?"),
         (("    epochs: 4\n", ""), 8, "pretrain lacks 'epochs'"),
-        (("batch_size: 64", "batchsize: 64"), 11, "unknown setting or factor 'batchsize': did you mean 'batch_size'?"),
+        (("batch_size: 64", "batchsize: 64"), 11, "unknown setting or factor 'batchsize': did you mean 'batch_size'"),
         (("seed: [1, 2]", "sead: [1, 2]"), 12, "unknown setting or factor 'sead': did you mean 'seed'?"),
         (("regime: supervised", "regime: supervisd"), 12, "unknown regime 'supervisd': did you mean 'supervised'?"),
         (("[adamw, sgd]", "[adamw,\n        adam]"), 20, "unknown optimizer 'adam': did you mean 'adamw'?"),
@@ -293,7 +294,7 @@ LONE = "factors: {regime: supervised, seed: [1, 2]}"
         (("[0, 2]", "[0, 4]"), 16, "keep_epochs [0, 3, 4] must lie between 0 (initial weights) and epochs = 3"),
         (("[0, 2]", "[-1, 2]"), 16, "keep_epochs [-1, 2, 3] must lie between 0"),
         (("[0, 2]", "5"), 16, "keep_epochs must be a list"),
-        (("images: digits\n    epochs: 4", "images: digit\n    epochs: 4"), 9, "unknown images 'digit': did you mean 'digits'?"),
+        (("digits\n    epochs: 4", "digit\n    epochs: 4"), 9, "unknown images 'digit': did you mean 'digits'?"),
         (("{size: 8}", "{}"), 6, "digits lacks 'size'"),
         (("{size: 8}", "{size: 8, scale: 2}"), 6, "unknown key 'scale' in digits"),
         (("{size: 8}", "{size: 0}"), 6, "size, crop and std must be positive"),
@@ -302,12 +303,12 @@ LONE = "factors: {regime: supervised, seed: [1, 2]}"
         (("{size: 8}", "{size: 8, classes: -1}"), 6, "channels and classes must be positive"),
         (("{size: 8}", "{size: 8, test: 0.9}"), 6, "selection and test are shares above 0 that leave images"),
         (("by: run", "by: row"), 21, "splits are by 'run' or by 'lineage', not by 'row'"),
-        (("train: 0.6", "train: 0.7"), 21, "the shares of train, validation, test are [0.7, 0.2, 0.2]; they must sum to 1"),
+        (("train: 0.6", "train: 0.7"), 21, "train, validation, test are [0.7, 0.2, 0.2]; they must sum to 1"),
         (("train: 0.6, validation: 0.2", "train: 1.2, validation: -0.4"), 21, "they must sum to 1"),
         (("seed: 3, ", ""), 21, "splits lacks 'seed'"),
         (("batch_size: 64", "momentum: 0.9"), 12, "adamw has no momentum setting"),
         (("batch_size: 64", "freeze_trunk: true"), 12, "a trunk can be frozen only in fine-tuning"),
-        (("head_hidden: 8", "regime: contrastive, augmentation: crop"), 18, "a contrastive run is a pre-training run"),
+        (("head_hidden: 8", "regime: contrastive, augmentation: crop"), 18, "a contrastive run is a pre-training"),
     ],
 )  # fmt: skip
 def test_mistakes_are_refused_where_they_stand(load, change, line, message):
@@ -382,7 +383,9 @@ def test_splits_by_lineage_keep_trees_together(load):
 @pytest.mark.parametrize("by", ["run", "lineage"])
 def test_more_runs_never_move_the_others(load, by):
     before = {run.run_id: run.split for run in load(MANY, ("by: run", f"by: {by}")).runs}
-    grown = load(MANY, ("by: run", f"by: {by}"), ("[adamw, sgd]", "[sgd, adamw]"), ("[0.01, 1e-3]", "[0.2, 0.01, 1e-3]"))
+    grown = load(
+        MANY, ("by: run", f"by: {by}"), ("[adamw, sgd]", "[sgd, adamw]"), ("[0.01, 1e-3]", "[0.2, 0.01, 1e-3]")
+    )
     after = {run.run_id: run.split for run in grown.runs}
     assert len(after) > len(before)
     assert {run_id: after[run_id] for run_id in before} == before

@@ -36,7 +36,10 @@ def test_an_epoch_comes_back_in_order_and_to_the_bit(folder):
     folder.save_epoch(3, state, RESULTS)
     tensors, results = folder.load_epoch(3)
     assert list(tensors) == list(state)
-    assert all(torch.equal(tensors[name].view(-1).view(torch.int32), state[name].view(-1).view(torch.int32)) for name in state)
+    assert all(
+        torch.equal(tensors[name].view(-1).view(torch.int32), state[name].view(-1).view(torch.int32))
+        for name in state
+    )
     assert results == RESULTS
     assert folder.intact()
 
@@ -101,9 +104,9 @@ def test_a_flipped_bit_is_found(folder):
 def test_a_damaged_record_is_named(folder):
     folder.save_epoch(1, weights(), RESULTS)
     (folder.path / "epoch-00001.json").write_text('{"epoch": 1, ')
-    for use in (folder.intact, lambda: folder.load_epoch(1)):
-        with pytest.raises(ZooError, match=r"cannot read .*epoch-00001\.json"):
-            use()
+    assert not folder.intact()
+    with pytest.raises(ZooError, match=r"cannot read .*epoch-00001\.json"):
+        folder.load_epoch(1)
 
 
 # the folder
@@ -193,7 +196,7 @@ def test_safetensors_failing_to_write_is_told(folder, monkeypatch):
 def test_writing_into_nowhere_is_told(tmp_path):
     (tmp_path / "file").write_text("")
     for parent in (tmp_path / "file", tmp_path / "none"):
-        with pytest.raises(ZooError, match="cannot write into .*: (Not a directory|No such file or directory)"):
+        with pytest.raises(ZooError, match=r"cannot write into .*: (Not a directory|No such file or directory)"):
             write_json(parent / "x.json", 1)
 
 

@@ -16,7 +16,10 @@ PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 @pytest.mark.parametrize("number", range(len(PYTHON)))
 def test_readme_blocks_run(number, tiny_zoo, capsys):
-    exec(compile(PYTHON[number], f"README block {number}", "exec"), {"ZOO": str(tiny_zoo)})
+    from vitzoo_hf.zoo import Zoo
+
+    names = {"ZOO": str(tiny_zoo), "zoo": Zoo.sample()}
+    exec(compile(PYTHON[number], f"README block {number}", "exec"), names)
 
 
 def test_readme_blueprint_makes_six_models(tmp_path):

@@ -75,7 +75,7 @@ def test_damaged_json_is_refused():
     for position, key, value in [(1, "offset", 7), (0, "offset", 1), (1, "shape", [3, 1, 3])]:
         damaged = copy.deepcopy(entries)
         damaged[position][key] = value
-        with pytest.raises(ZooError, match="offsets do not follow from its shapes: layouts.json is damaged"):
+        with pytest.raises(ZooError, match=r"offsets do not follow from its shapes: layouts\.json is damaged"):
             Layout.from_json(damaged)
 
 

@@ -200,7 +200,9 @@ def relabel(data: bytes) -> bytes:
     return gzip.compress(b"\0\0\x0d" + gzip.decompress(data)[3:])
 
 
-@pytest.mark.parametrize("damage", [cut, flip, break_stream, shorten, lengthen, relabel, lambda data: b"", lambda data: b"no gzip"])
+@pytest.mark.parametrize(
+    "damage", [cut, flip, break_stream, shorten, lengthen, relabel, lambda data: b"", lambda data: b"no gzip"]
+)
 def test_a_damaged_idx_file_is_refused(fashion, damage):
     file = fashion / "train-images-idx3-ubyte.gz"
     file.write_bytes(damage(file.read_bytes()))
@@ -338,5 +340,5 @@ def test_a_dataset_without_pictures_is_refused(tmp_path):
 
 
 def test_a_dataset_that_is_not_there_is_refused(tmp_path):
-    with pytest.raises(ZooError, match="cannot load the image dataset '.*/none'"):
+    with pytest.raises(ZooError, match=r"cannot load the image dataset '.*/none'"):
         load_images("x", ImagesSpec(f"hf:{tmp_path}/none", 10))

@@ -177,7 +177,11 @@ def test_timm_init_is_timms_own():
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("vit_tiny_patch16_225", {}, "unknown architecture 'vit_tiny_patch16_225': did you mean 'vit_tiny_patch16_224'"),
+        (
+            "vit_tiny_patch16_225",
+            {},
+            "unknown architecture 'vit_tiny_patch16_225': did you mean 'vit_tiny_patch16_224'",
+        ),
         (NAME, {"head": "mlpp", "head_hidden": 4}, "unknown head 'mlpp': did you mean 'mlp'"),
         (NAME, {"head": "mlp"}, "head 'mlp' with head_hidden None: only an mlp head has, and needs, a hidden width"),
         (NAME, {"head_hidden": 4}, "head 'linear' with head_hidden 4: only an mlp head has"),

@@ -94,22 +94,6 @@ def test_an_unknown_model_is_named_with_the_closest(zoo):
         zoo.model("sl-s1@3")
 
 
-def test_stream_gives_every_row_once_in_batches_of_one_layout(zoo):
-    seen = []
-    for batch in zoo.stream(batch_size=3):
-        assert batch["weights"].ndim == 2
-        assert len(set(batch["layout"])) == 1
-        assert len(batch["model_id"]) == len(batch["weights"]) <= 3
-        assert batch["epoch"].dtype == torch.int64
-        assert batch["factor_lr"].dtype == batch["test_accuracy"].dtype == torch.float64
-        for model_id, vector in zip(batch["model_id"], batch["weights"], strict=True):
-            assert np.array_equal(zoo.row(model_id)["weights"], vector.numpy())
-        seen += batch["model_id"]
-    assert sorted(seen) == sorted(zoo.model_ids)
-    with pytest.raises(ZooError, match="batch_size is 0"):
-        next(zoo.stream(batch_size=0))
-
-
 def test_probes_are_the_images_training_tested_on(zoo, tiny_blueprint):
     from vitzoo_hf.images import load_images
 

@@ -63,11 +63,14 @@ class RunFolder:
 
     def intact(self) -> bool:
         """Whether the weights of every complete epoch are there in full length; `load_epoch` also checks the hash."""
-        for epoch in self.epochs():
-            file = self._weights(epoch)
-            if not file.is_file() or file.stat().st_size != read_json(self._record(epoch))["file_size"]:
-                return False
-        return True
+        try:
+            return all(
+                self._weights(epoch).is_file()
+                and self._weights(epoch).stat().st_size == read_json(self._record(epoch))["file_size"]
+                for epoch in self.epochs()
+            )
+        except ZooError:
+            return False
 
     def save_epoch(self, epoch: int, state_dict: Mapping[str, Tensor], results: Mapping[str, float | None]) -> None:
         """Keep the weights of `epoch` with its results."""

@@ -251,7 +251,7 @@ def _read_hugging_face(spec: ImagesSpec) -> Source:
     label_column = _column(train, datasets.ClassLabel, identifier)
     held_out = [parts[name] for name in ("test", "validation", "valid") if name in parts]
     # a label of -1 is hidden, as are all those of ImageNet's test set
-    test = next((part for part in held_out if min(part[label_column][:]) >= 0), None)
+    test = next((part for part in held_out if min(part[label_column][:], default=-1) >= 0), None)
     images, labels = _decode(train, image_column, label_column, spec)
     if test is not None:
         test_images, test_labels = _decode(test, image_column, label_column, spec)

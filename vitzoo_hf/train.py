@@ -65,7 +65,7 @@ def train_run(
         return
     images = load_images(run.images, blueprint.images[run.images])
     trainer = Trainer(run.recipe, images, initial_model(blueprint, run, images, folder), run.epochs, device)
-    done = trainer.resume(place)
+    done = trainer.resume(place, run.keep_epochs)
     if done is None:
         done = 0
         if 0 in run.keep_epochs:
@@ -138,9 +138,10 @@ def initial_model(blueprint: Blueprint, run: Run, images: ImageSet, folder: Path
     """The model at epoch 0: seeded, with its parent's trunk if it has a parent."""
     args = architecture_args(blueprint, run, len(images.class_names))
     channels, size = args.get("in_chans", 3), args.get("img_size", images.spec.size)
-    if (channels, size) != (images.images.shape[1], images.spec.size):
+    height, width = size if isinstance(size, list) else (size, size)
+    if (channels, height, width) != tuple(images.images.shape[1:]):
         raise ZooError(
-            f"{blueprint.architecture} takes {channels} channels of {size}×{size}, images {run.images!r} have"
+            f"{blueprint.architecture} takes {channels} channels of {height}×{width}, images {run.images!r} have"
             f" {images.images.shape[1]} of {images.spec.size}×{images.spec.size}: set size and channels of the images"
         )
     recipe = run.recipe
@@ -282,12 +283,14 @@ class Trainer:
         weights = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
         return weights | optimizer_tensors(self.optimizer)
 
-    def resume(self, place: RunFolder) -> int | None:
-        """Load the resume file of `place`, if there is one; returns its epoch."""
+    def resume(self, place: RunFolder, keep_epochs: tuple[int, ...]) -> int | None:
+        """Load the resume file of `place`, if there is one and no kept epoch before it is lost; returns its epoch."""
         found = place.load_resume()
-        if found is None or found[0] not in place.epochs():
+        if found is None:
             return None
         epoch, tensors = found
+        if not {kept for kept in keep_epochs if kept <= epoch} <= set(place.epochs()) or not place.intact():
+            return None
         weights = {
             name.removeprefix("model."): tensor for name, tensor in tensors.items() if name.startswith("model.")
         }

@@ -6,8 +6,7 @@ fetched when they are first needed.
 """
 
 import copy
-import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,9 +21,11 @@ from torch import Tensor, nn
 from vitzoo_hf import schema
 from vitzoo_hf.checkpoint import read_json
 from vitzoo_hf.flatten import Layout
+from vitzoo_hf.locate import REPAIR, locator, one_line
 from vitzoo_hf.rebuild import reconstruct
-from vitzoo_hf.row_tables import check_classes, collate, features_of, matches, vector_of, with_class_names
+from vitzoo_hf.row_tables import check_classes, features_of, matches, vector_of, with_class_names
 from vitzoo_hf.schema import ZooError, did_you_mean
+from vitzoo_hf.stream import RowSource, Stream
 
 if TYPE_CHECKING:
     import datasets
@@ -51,7 +52,7 @@ class Zoo:
 
     def __init__(self, path: str | Path, *, revision: str | None = None) -> None:
         self.name = str(path)
-        self._locate = _locator(path, revision)
+        self._locate = locator(path, revision)
         self.manifest: dict[str, Any] = read_json(self._locate(schema.MANIFEST))
         if self.manifest["format"] > schema.FORMAT_VERSION:
             raise ZooError(
@@ -201,30 +202,62 @@ class Zoo:
         return reconstruct(self.row(model_id), device=device)
 
     def stream(
-        self, *, batch_size: int = 16, device: str | torch.device = "cpu", verify: bool = True
-    ) -> Iterator[dict[str, Any]]:
-        """Batches of rows of one layout each, in the order of the zoo within a layout.
+        self,
+        *,
+        batch_size: int = 16,
+        device: str | torch.device = "cpu",
+        shuffle: bool = False,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        verify: bool = True,
+    ) -> Stream:
+        """Batches of rows of one layout each, for a training loop.
 
         Args:
             batch_size: rows a batch; the last batch of a layout may be smaller.
             device: where `weights` go.
+            shuffle: another order every epoch: row groups are permuted, and rows within windows of 256 MB. That is a
+                permutation of all rows where a zoo is smaller than that, or a model has a row group of its own.
+            seed: of the order.
+            rank: this process among `world_size`; each reads row groups of its own.
+            world_size: number of processes.
             verify: compare every row with its hash.
 
-        Yields:
-            column -> values: `weights` is float32 `[B, D]`; `epoch` and `num_parameters` are int64 `[B]`; other
-            numbers, which may be null, are float64 `[B]` with NaN for null; the rest are lists.
+        Returns:
+            A `Stream`, to iterate once an epoch, with `state_dict` and `load_state_dict`. A batch maps columns to
+            values: `weights` is float32 `[B, D]`; `epoch` and `num_parameters` are int64 `[B]`; other numbers, which
+            may be null, are float64 `[B]` with NaN for null; the rest are lists.
+
+        Raises:
+            ZooError: for a batch size below 1 or a rank outside the world.
+
+        Example:
+            >>> batch = next(iter(Zoo.sample().filter(head="linear", stage="finetune").stream(batch_size=2)))
+            >>> batch["weights"].shape, batch["test_accuracy"].dtype
+            (torch.Size([2, 26922]), torch.float64)
         """
-        if batch_size < 1:
-            raise ZooError(f"batch_size is {batch_size}; it must be at least 1")
-        types = self._names_table.schema
-        waiting: dict[str, list[dict[str, Any]]] = {}
-        for row in self.rows(verify=verify):
-            rows = waiting.setdefault(row["layout"], [])
-            rows.append(row)
-            if len(rows) == batch_size:
-                yield collate(waiting.pop(row["layout"]), types, device)
-        for rows in waiting.values():
-            yield collate(rows, types, device)
+        groups = [
+            self._positions[(self._positions >= start) & (self._positions < start + count)]
+            for start, _, _, count in self._row_groups
+        ]
+        source = RowSource(
+            groups=[group for group in groups if len(group)],
+            layouts=self._index["layout"].to_pylist(),
+            row_bytes=[4 * count for count in self._index["num_parameters"].to_pylist()],
+            model_ids=self._index["model_id"].to_pylist(),
+            read=lambda positions: self._at(positions).rows(verify=verify),
+            schema=self._names_table.schema,
+        )
+        return Stream(
+            source,
+            batch_size=batch_size,
+            device=device,
+            shuffle=shuffle,
+            seed=seed,
+            rank=rank,
+            world_size=world_size,
+        )
 
     def probes(self, dataset: str, role: str = "test") -> tuple[Tensor, Tensor]:
         """Held-out images of a dataset as its models are fed them, and their labels.
@@ -292,7 +325,7 @@ class Zoo:
                 ids, vectors = table["model_id"].to_pylist(), table["weights"].combine_chunks()
                 vectors.validate(full=False)
             except (OSError, pa.ArrowException) as error:
-                raise ZooError(f"{file}, row group {group}, cannot be read ({_line(error)}); {REPAIR}") from None
+                raise ZooError(f"{file}, row group {group}, cannot be read ({one_line(error)}); {REPAIR}") from None
             for position in chosen:
                 if ids[position - start] != self._index["model_id"][int(position)].as_py():
                     raise ZooError(f"{file}, row group {group}, does not hold the rows the index says; {REPAIR}")
@@ -339,7 +372,7 @@ class Zoo:
         try:
             return pq.ParquetFile(self._locate(file), page_checksum_verification=True)
         except (OSError, pa.ArrowException) as error:
-            raise ZooError(f"{file} of {self.name} cannot be read ({_line(error)}); {REPAIR}") from None
+            raise ZooError(f"{file} of {self.name} cannot be read ({one_line(error)}); {REPAIR}") from None
 
     def _check_sizes(self) -> None:
         folder = self._locate(schema.MANIFEST).parent
@@ -354,31 +387,3 @@ class Zoo:
 
     def _column(self, name: str) -> list[Any]:
         return self._index[name].take(self._positions).to_pylist()
-
-
-REPAIR = "pack the zoo again, or download this file again"
-
-
-def _locator(path: str | Path, revision: str | None) -> Callable[[str], Path]:
-    folder = Path(path)
-    if folder.is_dir():
-        if not (folder / schema.MANIFEST).is_file():
-            raise ZooError(f"{folder} is not a zoo: it has no {schema.MANIFEST}; `vitzoo pack` writes zoos")
-        return lambda name: folder / name
-    repository = str(path).removeprefix("hf://").removeprefix("datasets/")
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
-        raise ZooError(f"no zoo at {str(path)!r}: neither a folder nor a dataset id like ORG/NAME")
-
-    def fetch(name: str) -> Path:
-        import huggingface_hub
-
-        try:
-            return Path(huggingface_hub.hf_hub_download(repository, name, repo_type="dataset", revision=revision))
-        except Exception as error:
-            raise ZooError(f"cannot get {name} of {repository!r}, which is no folder here: {_line(error)}") from None
-
-    return fetch
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
