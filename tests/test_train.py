@@ -205,6 +205,23 @@ def test_the_seed_decides_the_weights(make, tmp_path):
     assert not set(first) & set(second)
 
 
+def test_every_epoch_has_its_own_order_and_views(make, tmp_path, monkeypatch):
+    orders, views = [], []
+    step = train.Trainer.step
+
+    def spy(self, batch, generator):
+        if len(batch) == 50 and generator.initial_seed() not in views:
+            views.append(generator.initial_seed())
+            orders.append(tuple(batch.tolist()))
+        return step(self, batch, generator)
+
+    monkeypatch.setattr(train.Trainer, "step", spy)
+    zoo = make("seed: 1, augmentation: crop")
+    train_run(zoo, zoo.runs[0], tmp_path)
+    assert len(views) == 3
+    assert len(set(orders)) == 3
+
+
 def test_training_learns(make, tmp_path):
     zoo = make("seed: 1, lr: 1e-2", "seed: 7", ("epochs: 3", "epochs: 12"), ("keep_epochs: all", "keep_epochs: [0]"))
     run = zoo.runs[0]
