@@ -66,7 +66,10 @@ class Recipe:
 
 @dataclass(frozen=True)
 class ImagesSpec:
-    """Which images, prepared how: `crop` pixels from the centre, resized to `size`, then (x/255 − mean)/std.
+    """Which images, prepared how.
+
+    The shorter side is resized to `resize`, if given; a centred square of `crop` pixels, or as large as it goes, is
+    resized to `size`; models are fed (x/255 − mean)/std.
 
     `selection` and `test` are shares of the images; a source with a test set of its own keeps it, and gives
     `selection` from its training images. `classes` lets a blueprint be planned where its images are not.
@@ -75,6 +78,7 @@ class ImagesSpec:
     source: str
     size: int
     crop: int | None = None
+    resize: int | None = None
     channels: int | None = None
     mean: float = 0.5
     std: float = 0.5
@@ -146,6 +150,8 @@ class Blueprint:
         """Changes with anything that changes a weight, an id or a split."""
         decides = asdict(self)
         del decides["text"]
+        for spec in decides["images"].values():
+            del spec["path"], spec["classes"]
         return fingerprint(decides)
 
     @property
@@ -354,10 +360,12 @@ def _record(kind: type, node: Located, **defaults: Any) -> Any:
 
 
 def _check_images(spec: ImagesSpec, node: Located) -> None:
-    if spec.size < 1 or (spec.crop is not None and spec.crop < 1) or spec.std <= 0:
-        raise node.error("size, crop and std must be positive")
-    if any(count is not None and count < 1 for count in (spec.channels, spec.classes)):
-        raise node.error("channels and classes must be positive")
+    counts = {"size": spec.size, "crop": spec.crop, "resize": spec.resize, "channels": spec.channels}
+    for name, count in (counts | {"classes": spec.classes}).items():
+        if count is not None and count < 1:
+            raise node.error(f"{name} is {count}; it must be positive")
+    if spec.std <= 0:
+        raise node.error(f"std is {spec.std}; it must be positive")
     if not (0 < spec.selection < 1 and 0 < spec.test < 1 and spec.selection + spec.test < 1):
         raise node.error("selection and test are shares above 0 that leave images to train on")
 

@@ -185,6 +185,8 @@ def _measure_models(
 def _measure_pairs(zoo: Zoo, images: Tensor, dataset: str, device: str | torch.device) -> pd.DataFrame:
     final = zoo.filter(is_final=True)
     rows = list(final.rows())
+    if len(images) < 4:
+        raise ZooError(f"there are {len(images)} test images of {dataset!r}; comparing models takes at least 4")
     if len(rows) < 2:
         return pd.DataFrame({name: [] for name in schema.pair_features()})
     population = Population.from_rows(rows, device=device)

@@ -26,13 +26,17 @@ FASHION_MNIST_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 
 @dataclass(frozen=True)
 class Source:
-    """Images as they come: uint8 `[N, C, H, W]`, labels `[N]`, and how many at the end are an official test set."""
+    """Images as they come: uint8 `[N, C, H, W]`, labels `[N]`, and how many at the end are an official test set.
+
+    Images that differ in size come `prepared`, one by one.
+    """
 
     images: UInt8[Tensor, "N C H W"]
     labels: Int64[Tensor, " N"]
     class_names: tuple[str, ...]
     licence: str
     num_official_test: int = 0
+    prepared: bool = False
 
 
 @dataclass(frozen=True)
@@ -92,28 +96,36 @@ def load_images(name: str, spec: ImagesSpec) -> ImageSet:
     source = _read_source(spec)
     if spec.classes not in (None, len(source.class_names)):
         raise ZooError(f"images {name!r} have {len(source.class_names)} classes; the blueprint says {spec.classes}")
-    images = prepare(source.images, spec)
+    images = source.images if source.prepared else prepare(source.images, spec)
     return ImageSet(name, spec, images, source.labels, source.class_names, source.licence, _split(source, spec))
 
 
 def prepare(images: UInt8[Tensor, "N C h w"], spec: ImagesSpec) -> UInt8[Tensor, "N C2 H W"]:
-    """Centre crop to `spec.crop`, resize to `spec.size` (bilinear, antialiased), set the channels; rounded to uint8.
+    """Resize, centre crop and resize again as `ImagesSpec` says, bilinear and antialiased, rounded to uint8.
 
     Raises:
         ZooError: if the crop is larger than the images, or the channels cannot be had.
     """
+    images = _with_channels(images, spec)
     height, width = images.shape[-2:]
+    if spec.resize:
+        scale = spec.resize / min(height, width)
+        images = _resized(images, round(height * scale), round(width * scale))
+        height, width = images.shape[-2:]
     crop = spec.crop or min(height, width)
     if crop > min(height, width):
         raise ZooError(
             f"images {spec.source!r} are {height}×{width}; crop {crop} does not fit: use at most their size"
         )
     top, left = (height - crop) // 2, (width - crop) // 2
-    images = _with_channels(images[..., top : top + crop, left : left + crop], spec)
-    if crop == spec.size:
+    return _resized(images[..., top : top + crop, left : left + crop], spec.size, spec.size)
+
+
+def _resized(images: Tensor, height: int, width: int) -> Tensor:
+    if images.shape[-2:] == (height, width):
         return images.contiguous()
     chunks = [
-        torch.nn.functional.interpolate(chunk.float(), size=(spec.size, spec.size), mode="bilinear", antialias=True)
+        torch.nn.functional.interpolate(chunk.float(), size=(height, width), mode="bilinear", antialias=True)
         .round()
         .clamp(0, 255)
         .to(torch.uint8)
@@ -257,9 +269,8 @@ def _read_hugging_face(spec: ImagesSpec) -> Source:
         test_images, test_labels = _decode(test, image_column, label_column, spec)
         images, labels = torch.cat([images, test_images]), torch.cat([labels, test_labels])
     names = tuple(train.features[label_column].names)
-    return Source(
-        images, labels, names, train.info.license or "see the dataset", len(test) if test is not None else 0
-    )
+    licence = train.info.license or "see the dataset"
+    return Source(images, labels, names, licence, len(test) if test is not None else 0, prepared=True)
 
 
 def _column(dataset: Any, kind: type, identifier: str) -> str:
@@ -270,13 +281,12 @@ def _column(dataset: Any, kind: type, identifier: str) -> str:
 
 
 def _decode(dataset: Any, image_column: str, label_column: str, spec: ImagesSpec) -> tuple[Tensor, Tensor]:
-    """Images of any size, centre-cropped to a square and resized to `spec.size` one by one."""
+    """Prepared images, which may differ in size before."""
     mode = "L" if spec.channels == 1 else "RGB"
-    side = ImagesSpec(spec.source, spec.crop or spec.size)
     images = []
     for row in dataset.select_columns([image_column]):
         pixels = np.atleast_3d(np.asarray(row[image_column].convert(mode)))
-        images.append(prepare(torch.from_numpy(pixels.copy()).permute(2, 0, 1).unsqueeze(0), side))
+        images.append(prepare(torch.from_numpy(pixels.copy()).permute(2, 0, 1).unsqueeze(0), spec))
     return torch.cat(images), torch.tensor(dataset[label_column][:], dtype=torch.int64)
 
 

@@ -68,6 +68,10 @@ def launch(
     """
     if workers is not None and workers < 1:
         raise ZooError(f"workers is {workers}; it must be at least 1")
+    if device != "cpu":
+        from vitzoo_hf.rebuild import usable_device
+
+        usable_device(device)
     with exclusive(folder):
         for leftover in folder.glob("*/.tmp-*"):
             leftover.unlink(missing_ok=True)

@@ -3,11 +3,49 @@
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from vitzoo_hf import schema
+from vitzoo_hf.checkpoint import read_json
+from vitzoo_hf.flatten import Layout
 from vitzoo_hf.schema import ZooError
 
 REPAIR = "pack the zoo again, or download this file again"
+
+
+def read_manifest(file: Path) -> dict[str, Any]:
+    """What `zoo.json` says, checked for what every reader needs.
+
+    Raises:
+        ZooError: if it is damaged, or of a newer format.
+    """
+    manifest = read_json(file)
+    kinds = {"format": int, "name": str, "factors": dict, "images": dict, "files": dict, "missing_runs": dict}
+    for key, kind in kinds.items():
+        if not isinstance(manifest, dict) or not isinstance(manifest.get(key), kind):
+            raise ZooError(f"{file} is damaged: it lacks {key!r}; {REPAIR}")
+    if manifest["format"] > schema.FORMAT_VERSION:
+        raise ZooError(
+            f"{file} says format {manifest['format']}, this version reads up to {schema.FORMAT_VERSION}:"
+            " run `pip install -U vitzoo-hf`"
+        )
+    return manifest
+
+
+def read_layouts(file: Path) -> dict[str, Layout]:
+    """Fingerprint -> layout, from `layouts.json`.
+
+    Raises:
+        ZooError: if it is damaged.
+    """
+    entries = read_json(file)
+    if not isinstance(entries, dict):
+        raise ZooError(f"{file} is damaged: expected an object of layouts; {REPAIR}")
+    layouts = {key: Layout.from_json(held) for key, held in entries.items()}
+    for key, layout in layouts.items():
+        if layout.fingerprint != key:
+            raise ZooError(f"{file} is damaged: layout {key} has the fingerprint {layout.fingerprint}; {REPAIR}")
+    return layouts
 
 
 def locator(path: str | Path, revision: str | None) -> Callable[[str], Path]:

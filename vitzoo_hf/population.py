@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from vitzoo_hf.flatten import Layout, unflatten
-from vitzoo_hf.rebuild import architecture_of, checked_vector
+from vitzoo_hf.rebuild import architecture_of, checked_vector, usable_device
 from vitzoo_hf.schema import ZooError, canonical_json
 from vitzoo_hf.vit import layout_of, skeleton
 
@@ -69,6 +69,7 @@ class Population:
         Raises:
             ZooError: if there is no row, or one cannot be rebuilt.
         """
+        place = usable_device(device)
         model_ids: list[str] = []
         members: dict[str, list[tuple[int, Tensor]]] = {}
         kinds: dict[str, tuple[str, dict[str, Any], str, int | None]] = {}
@@ -85,13 +86,13 @@ class Population:
             Group(
                 positions=[position for position, _ in entries],
                 layout=layout_of(*kinds[key]),
-                weights=torch.stack([vector for _, vector in entries]).to(device),
+                weights=torch.stack([vector for _, vector in entries]).to(place),
                 module=_Outputs(skeleton(*kinds[key])).eval(),
                 num_outputs=int(kinds[key][1]["num_classes"]),
             )
             for key, entries in members.items()
         ]
-        return cls(model_ids, groups, torch.device(device))
+        return cls(model_ids, groups, place)
 
     def __len__(self) -> int:
         return len(self.model_ids)
@@ -124,6 +125,8 @@ class Population:
     def _run(self, images: Tensor, *, want_logits: bool) -> tuple[Tensor | None, Tensor]:
         if images.ndim != 4 or len(images) == 0:
             raise ZooError(f"images have shape {tuple(images.shape)}; expected [N, C, H, W] with N of at least 1")
+        if images.dtype != torch.float32:
+            raise ZooError(f"images are {images.dtype}; expected float32, normalised as `zoo.probes` gives them")
         logits: list[Tensor] = [torch.empty(0)] * len(self)
         features: list[Tensor] = [torch.empty(0)] * len(self)
         batches = images.to(self.device).split(BATCH)

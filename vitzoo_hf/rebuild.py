@@ -29,9 +29,10 @@ def reconstruct(row: Mapping[str, Any], *, device: str | torch.device = "cpu") -
         >>> reconstruct(next(Zoo.sample().rows())).training
         False
     """
+    place = usable_device(device)
     vector, layout = checked_vector(row)
     model = blank(*architecture_of(row))
-    return assign(model, unflatten(vector.to(device, copy=True), layout)).eval()
+    return assign(model, unflatten(vector.to(place, copy=True), layout)).eval()
 
 
 def architecture_of(row: Mapping[str, Any]) -> tuple[str, dict[str, Any], str, int | None]:
@@ -44,7 +45,29 @@ def architecture_of(row: Mapping[str, Any]) -> tuple[str, dict[str, Any], str, i
         if not 0 <= head < len(schema.HEADS):
             raise ZooError(f"unknown head {head}: its class labels are 0 (linear) and 1 (mlp)")
         head = schema.HEADS[head]
-    return row["architecture"], json.loads(row["architecture_args"]), head, row.get("head_hidden")
+    try:
+        args = json.loads(row["architecture_args"])
+    except (TypeError, json.JSONDecodeError):
+        raise ZooError(f"architecture_args is {row['architecture_args']!r}; expected a JSON object") from None
+    hidden = row.get("head_hidden")
+    return row["architecture"], args, head, None if hidden is None or hidden != hidden else int(hidden)
+
+
+def usable_device(device: str | torch.device) -> torch.device:
+    """The device, if this machine has it.
+
+    Raises:
+        ZooError: for an unknown device, or one that is not here.
+    """
+    try:
+        found = torch.device(device)
+    except RuntimeError:
+        raise ZooError(f"unknown device {device!r}: expected cpu, cuda or cuda:N") from None
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise ZooError(
+            f"device {str(device)!r} is not here: this torch sees {torch.cuda.device_count()} CUDA devices"
+        )
+    return found
 
 
 def checked_vector(row: Mapping[str, Any]) -> tuple[Tensor, Layout]:
@@ -60,7 +83,11 @@ def checked_vector(row: Mapping[str, Any]) -> tuple[Tensor, Layout]:
         if size % 4:
             raise ZooError(f"{name} has {size} bytes of weights; its layout wants {4 * layout.num_parameters}")
         weights = np.frombuffer(weights, dtype="<f4")
-    vector = weights.float() if isinstance(weights, Tensor) else torch.from_numpy(np.array(weights, dtype=np.float32))
+    try:
+        numbers = weights if isinstance(weights, Tensor) else torch.from_numpy(np.array(weights, dtype=np.float32))
+    except (TypeError, ValueError):
+        raise ZooError(f"{name} has weights that are not numbers, but {type(weights).__name__}") from None
+    vector = numbers.float()
     if row.get("layout", layout.fingerprint) != layout.fingerprint:
         raise ZooError(
             f"{name} has layout {row['layout']}, its architecture {layout.fingerprint}: it was made otherwise"

@@ -79,7 +79,10 @@ def matches(values: pa.ChunkedArray, column: str, condition: Any) -> np.ndarray:
             kind = pa.array(wanted).type if wanted else values.type
             if pa.types.is_string(kind) != pa.types.is_string(values.type):
                 raise TypeError
-            mask = pc.is_in(values, pa.array(wanted, values.type))
+            held = pa.array(wanted, values.type)
+            if pa.types.is_integer(values.type) and held.to_pylist() != list(wanted):
+                raise TypeError
+            mask = pc.is_in(values, held)
     except (TypeError, ValueError, pa.ArrowException):
         raise ZooError(
             f"{column}={condition!r} does not fit the column's type {values.type}:"

@@ -13,6 +13,7 @@ import pyarrow as pa
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
+from vitzoo_hf.rebuild import usable_device
 from vitzoo_hf.row_tables import collate
 from vitzoo_hf.schema import ZooError, fingerprint
 
@@ -62,7 +63,7 @@ class Stream(IterableDataset[dict[str, Any]]):
             raise ZooError(f"batch_size is {batch_size}; it must be at least 1")
         if not 0 <= rank < world_size:
             raise ZooError(f"rank {rank} of {world_size}: ranks count from 0 to world_size - 1")
-        self.source, self.batch_size, self.device = source, batch_size, device
+        self.source, self.batch_size, self.device = source, batch_size, usable_device(device)
         self.shuffle, self.seed = shuffle, seed
         self.rank, self.world_size = rank, world_size
         self.epoch = 0

@@ -19,9 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from vitzoo_hf import schema
-from vitzoo_hf.checkpoint import read_json
-from vitzoo_hf.flatten import Layout
-from vitzoo_hf.locate import REPAIR, locator, one_line
+from vitzoo_hf.locate import REPAIR, locator, one_line, read_layouts, read_manifest
 from vitzoo_hf.rebuild import reconstruct
 from vitzoo_hf.row_tables import check_classes, features_of, matches, vector_of, with_class_names
 from vitzoo_hf.schema import ZooError, did_you_mean
@@ -53,15 +51,9 @@ class Zoo:
     def __init__(self, path: str | Path, *, revision: str | None = None) -> None:
         self.name = str(path)
         self._locate = locator(path, revision)
-        self.manifest: dict[str, Any] = read_json(self._locate(schema.MANIFEST))
-        if self.manifest["format"] > schema.FORMAT_VERSION:
-            raise ZooError(
-                f"{self.name} has format {self.manifest['format']}, this version reads up to"
-                f" {schema.FORMAT_VERSION}: run `pip install -U vitzoo-hf`"
-            )
+        self.manifest = read_manifest(self._locate(schema.MANIFEST))
         self._check_sizes()
-        layouts = read_json(self._locate(schema.LAYOUTS))
-        self.layouts = {key: Layout.from_json(entries) for key, entries in layouts.items()}
+        self.layouts = read_layouts(self._locate(schema.LAYOUTS))
         self._splits = [split for split in schema.SPLITS if self._files("index", split)]
         self._index = self._read_index()
         self._positions = np.arange(self._index.num_rows)
@@ -280,7 +272,9 @@ class Zoo:
         if table is None or table.num_rows == 0:
             known = sorted(set(held["dataset"].to_pylist())) if held is not None else []
             raise ZooError(f"{self.name} carries no {role} images of {dataset!r}; it has them of: {known}")
-        record = self.manifest["images"][dataset]
+        record = self.manifest["images"].get(dataset)
+        if record is None:
+            raise ZooError(f"zoo.json of {self.name} does not say how images of {dataset!r} are prepared; {REPAIR}")
         images = datasets.Dataset(table).with_format("numpy")["image"][:]
         pixels = torch.from_numpy(np.stack([np.atleast_3d(image) for image in images])).permute(0, 3, 1, 2)
         normalised = (pixels.float() / 255 - record["mean"]) / record["std"]
