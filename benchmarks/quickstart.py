@@ -87,7 +87,7 @@ def describe_zoo(folder: Path) -> dict[str, str]:
         "chosen_test_accuracy": f"{chosen['test_accuracy']:.3f}",
         "best_test_accuracy": f"{tuned['test_accuracy'].max():.3f}",
         "worst_test_accuracy": f"{tuned['test_accuracy'].min():.3f}",
-        **{f"eta2_{name}": f"{explained[f'factor_{name}']:.2f}" for name in ("optimizer", "lr", "regime", "head")},
+        **{f"eta2_{name}": f"{explained[name]:.2f}" for name in ("optimizer", "lr", "regime", "head")},
     }
 
 
