@@ -342,3 +342,12 @@ def test_a_dataset_without_pictures_is_refused(tmp_path):
 def test_a_dataset_that_is_not_there_is_refused(tmp_path):
     with pytest.raises(ZooError, match=r"cannot load the image dataset '.*/none'"):
         load_images("x", ImagesSpec(f"hf:{tmp_path}/none", 10))
+
+
+def test_resize_comes_before_the_crop():
+    """Resize(8) of the shorter side, centre crop of 4: the middle half of each side."""
+    ramp = torch.arange(32, dtype=torch.uint8).mul(4).view(1, 1, 1, 32).expand(1, 1, 16, 32)
+    prepared = prepare(ramp, ImagesSpec("x", size=4, crop=4, resize=8))
+    assert prepared.shape == (1, 1, 4, 4)
+    expected = torch.arange(6, 10) * 8 + 2
+    assert (prepared[0, 0, 0].long() - expected).abs().max() <= 1

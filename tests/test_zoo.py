@@ -169,7 +169,7 @@ def test_a_flipped_weight_is_refused_by_name(zoo_copy):
 def test_a_newer_format_is_refused(zoo_copy):
     manifest = json.loads((zoo_copy / "zoo.json").read_text())
     (zoo_copy / "zoo.json").write_text(json.dumps(manifest | {"format": 2}))
-    with pytest.raises(ZooError, match=r"has format 2, this version reads up to 1: run `pip install -U vitzoo-hf`"):
+    with pytest.raises(ZooError, match=r"says format 2, this version reads up to 1: run `pip install -U vitzoo-hf`"):
         Zoo(zoo_copy)
 
 
@@ -191,3 +191,45 @@ def test_reading_one_model_reads_one_row_group(zoo, monkeypatch):
     monkeypatch.setattr(pq.ParquetFile, "read_row_group", counted)
     zoo.model(zoo.model_ids[-1])
     assert len(reads) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda manifest: [], "zoo.json is damaged: it lacks 'format'"),
+        (lambda manifest: {key: manifest[key] for key in manifest if key != "files"}, "it lacks 'files'"),
+        (lambda manifest: manifest | {"format": "1"}, "it lacks 'format'"),
+    ],
+)
+def test_a_damaged_manifest_is_named(zoo_copy, change, message):
+    file = zoo_copy / "zoo.json"
+    file.write_text(json.dumps(change(json.loads(file.read_text()))))
+    with pytest.raises(ZooError, match=message):
+        Zoo(zoo_copy)
+
+
+def test_swapped_layouts_are_refused(zoo_copy):
+    file = zoo_copy / "layouts.json"
+    layouts = json.loads(file.read_text())
+    first, second, *_ = layouts
+    layouts[first], layouts[second] = layouts[second], layouts[first]
+    file.write_text(json.dumps(layouts))
+    with pytest.raises(ZooError, match=r"layouts.json is damaged: layout \w+ has the fingerprint"):
+        Zoo(zoo_copy)
+
+
+def test_a_fraction_is_no_epoch(zoo):
+    assert len(zoo.filter(epoch=2.0)) == len(zoo.filter(epoch=2))
+    with pytest.raises(ZooError, match=r"epoch=2.5 does not fit"):
+        zoo.filter(epoch=2.5)
+
+
+@pytest.mark.parametrize(("device", "message"), [("cudaa", "unknown device 'cudaa'"), ("cuda:99", "is not here")])
+def test_a_device_that_is_not_here_is_one_line(zoo, device, message):
+    for use in (
+        lambda: zoo.model(zoo.model_ids[0], device=device),
+        lambda: vz.Population.from_rows(zoo.rows(), device=device),
+        lambda: zoo.stream(device=device),
+    ):
+        with pytest.raises(ZooError, match=message):
+            use()
