@@ -131,14 +131,14 @@ class _Pool:
         self.blueprint, self.folder, self.device = blueprint, folder, device
         self.summary = summary
         self.attempts: dict[str, int] = {}
-        self.bar = progress_bar("training", "epoch", shown=progress)
+        self.progress = progress
         self.workers: list[_Worker] = []
         self.total = 0
 
     def train(self, todo: Sequence[Run], count: int) -> None:
         waiting = list(todo)
         self.total = sum(run.epochs for run in waiting)
-        self.bar.reset(total=self.total)
+        self.bar = progress_bar("training", "epoch", shown=self.progress, total=self.total)
         try:
             self.workers = [self._spawn() for _ in range(count)]
             while waiting or any(worker.run for worker in self.workers):
