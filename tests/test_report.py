@@ -1,6 +1,8 @@
 """The report of synthetic tables: complete, self-contained, escaped, written whole or not at all."""
 
+import errno
 import html.parser
+import pathlib
 import re
 
 import numpy as np
@@ -168,3 +170,13 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
         report._write(path, b"new")
     assert list(tmp_path.iterdir()) == [path]
     assert path.read_bytes() == b"old"
+
+
+def test_a_full_disk_is_one_line_and_leaves_no_scrap(tmp_path, monkeypatch):
+    def full(self, content):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(pathlib.Path, "write_bytes", full)
+    with pytest.raises(ZooError, match=r"cannot write .*accuracy_by_factor.png: No space left on device"):
+        report.write_figures(*small_tables(), tmp_path)
+    assert list(tmp_path.iterdir()) == []

@@ -341,12 +341,15 @@ def run(arguments: Sequence[str]) -> int:
     except ZooError as error:
         print(f"vitzoo: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("\nvitzoo: interrupted; the same command continues where it was", file=sys.stderr)
-        return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        print(f"vitzoo: {error.filename or 'the system says'}: {error.strerror or error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nvitzoo: interrupted; the same command continues where it was", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -2,7 +2,6 @@
 
 import base64
 import html
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
@@ -13,6 +12,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from vitzoo_hf import plot
+from vitzoo_hf.checkpoint import write_atomically
 from vitzoo_hf.schema import ZooError, did_you_mean
 
 DPI = 200
@@ -101,7 +101,10 @@ def write_figures(
             raise ZooError(f"cannot write figures as {ending!r}: {did_you_mean(ending, known)}")
     if pairs is None:
         pairs = pd.DataFrame()
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ZooError(f"cannot write into {folder}: {error.strerror}") from None
     written = []
     for name, entry in FIGURES.items():
         if entry.of_pairs and pairs.empty:
@@ -161,13 +164,7 @@ def write_report(
 
 
 def _write(path: Path, content: bytes) -> Path:
-    """The whole file or the old one: a temporary file beside it, then a rename."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_atomically(path, lambda temporary: temporary.write_bytes(content))
     return path
 
 
