@@ -8,11 +8,13 @@ one. Beside a CPU build of torch, timm needs a torchvision that loads; `import v
 
 import json
 import sys
+from pathlib import Path
 
 import numpy as np
 import timm
 import torch
 from datasets import concatenate_datasets, load_dataset
+from huggingface_hub import hf_hub_download
 from torch import nn
 
 
@@ -38,12 +40,16 @@ def rebuild(row):
     return model.eval()
 
 
-def held_out_images(zoo, dataset, mean=0.5, std=0.5):
+def held_out_images(zoo, dataset):
     """Test images as the models are fed them, and labels; `zoo.json` has mean and std of each dataset."""
+    manifest = Path(zoo, "zoo.json")
+    if not manifest.is_file():
+        manifest = Path(hf_hub_download(zoo, "zoo.json", repo_type="dataset"))
+    record = json.loads(manifest.read_text())["images"][dataset]
     probes = load_dataset(zoo, "probes", split="test")
     chosen = probes.select([i for i, name in enumerate(probes["dataset"]) if name == dataset])
     pixels = np.stack([np.atleast_3d(np.asarray(image)) for image in chosen["image"]])
-    images = (torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255 - mean) / std
+    images = (torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255 - record["mean"]) / record["std"]
     return images, torch.tensor(chosen["label"])
 
 

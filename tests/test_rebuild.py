@@ -154,3 +154,14 @@ def test_cuda_gets_one_vector():
     assert all(parameter.is_cuda for parameter in there.parameters())
     assert len({parameter.untyped_storage().data_ptr() for parameter in there.parameters()}) == 1
     assert torch.equal(flatten(there.state_dict()).cpu(), flatten(model.state_dict()))
+
+
+def test_changed_weights_are_refused_while_the_row_has_its_hash():
+    from vitzoo_hf.zoo import Zoo
+
+    row = next(Zoo.sample().rows())
+    changed = row["weights"].copy()
+    changed[3] += 1
+    with pytest.raises(ZooError, match=r"the weights of .* do not match their hash"):
+        reconstruct(row | {"weights": changed})
+    reconstruct({name: value for name, value in row.items() if name != "weights_sha256"} | {"weights": changed})

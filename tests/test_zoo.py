@@ -233,3 +233,20 @@ def test_a_device_that_is_not_here_is_one_line(zoo, device, message):
     ):
         with pytest.raises(ZooError, match=message):
             use()
+
+
+@pytest.mark.parametrize("config", ["index", "evaluations", "pairs", "probes"])
+def test_a_flipped_bit_in_a_light_table_is_named(zoo_copy, config):
+    file = next((zoo_copy / config).glob("*.parquet"))
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+    def read_everything():
+        zoo = Zoo(zoo_copy)
+        for role in ("test", "selection"):
+            zoo.probes("digits", role)
+        zoo.to_pandas(config)
+
+    with pytest.raises(ZooError, match=f"{config}/.* does not match its hash: it is damaged"):
+        read_everything()

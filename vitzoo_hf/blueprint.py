@@ -160,6 +160,8 @@ class Blueprint:
         return sum(len(run.keep_epochs) for run in self.runs)
 
 
+MOST_EPOCHS = 100_000
+FACTOR_KINDS = {str: "string", float: "float", int: "int", bool: "bool"}
 BLUEPRINTS = Path(__file__).parent / "blueprints"
 
 
@@ -324,8 +326,8 @@ def _recipe(stage: str, values: Mapping[str, Any], node: Located) -> Recipe:
 
 
 def _kept(node: Located, epochs: int) -> tuple[int, ...]:
-    if epochs < 1:
-        raise node.get("epochs").error(f"epochs is {epochs}; it must be at least 1")
+    if not 1 <= epochs <= MOST_EPOCHS:
+        raise node.get("epochs").error(f"epochs is {epochs}; it must be at least 1 and at most {MOST_EPOCHS}")
     if "keep_epochs" not in node:
         return (epochs,)
     keep = node.get("keep_epochs")
@@ -395,6 +397,4 @@ def _check_id(run_id: str, seen: set[str], node: Located) -> None:
 
 
 def _factor_types(runs: tuple[Run, ...]) -> dict[str, str]:
-    types = {name: RECIPE_TYPES[name.removeprefix("parent_")] for run in runs for name in run.factors}
-    names = {str: "string", float: "float", int: "int", bool: "bool"}
-    return {name: names[kind] for name, kind in types.items()}
+    return {name: FACTOR_KINDS[RECIPE_TYPES[name.removeprefix("parent_")]] for run in runs for name in run.factors}

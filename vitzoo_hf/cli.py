@@ -112,7 +112,7 @@ def plan(blueprint: str, *, workers: Workers = None, json: Json = False, quiet: 
     print(f"blueprint   {cost.name}")
     print(f"models      {cost.models} ({', '.join(f'{n} {stage}' for stage, n in cost.stages.items())})")
     print(f"rows        {cost.rows} kept checkpoints")
-    print(f"splits      {', '.join(f'{n} runs {split}' for split, n in sorted(cost.splits.items()))}")
+    print(f"splits      {', '.join(f'{n} runs {split}' for split, n in cost.splits.items())}")
     print(f"parameters  {size} a model")
     print(f"disk        {format_bytes(cost.disk_bytes)} of weights, and as much again for training checkpoints")
     if cost.seconds is None:

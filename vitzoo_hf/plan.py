@@ -11,8 +11,8 @@ import torch
 from vitzoo_hf.blueprint import Blueprint, Run
 from vitzoo_hf.images import load_images
 from vitzoo_hf.launch import default_workers
-from vitzoo_hf.schema import ZooError
-from vitzoo_hf.train import Trainer, architecture_args, full_batches, head_hidden
+from vitzoo_hf.schema import SPLITS, ZooError
+from vitzoo_hf.train import Trainer, architecture_args, fitting_args, full_batches, head_hidden
 from vitzoo_hf.vit import create, layout_of
 
 WARMUP_STEPS = 3
@@ -66,7 +66,7 @@ def make_plan(blueprint: Blueprint, *, workers: int | None = None, device: str =
         models=len(blueprint.runs),
         rows=blueprint.num_rows,
         stages=dict(Counter(run.stage for run in blueprint.runs)),
-        splits=dict(Counter(run.split for run in blueprint.runs)),
+        splits={split: sum(run.split == split for run in blueprint.runs) for split in SPLITS},
         parameters=(min(sizes.values()), max(sizes.values())),
         disk_bytes=sum(4 * sizes[run.run_id] * len(run.keep_epochs) for run in blueprint.runs),
         workers=count,
@@ -104,7 +104,7 @@ def _estimate(blueprint: Blueprint, device: str) -> float:
 
 def _seconds_per_epoch(blueprint: Blueprint, run: Run, device: str) -> float:
     images = load_images(run.images, blueprint.images[run.images])
-    args = architecture_args(blueprint, run, len(images.class_names))
+    args = fitting_args(blueprint, run, images)
     model = create(blueprint.architecture, args, head=run.recipe.head, head_hidden=head_hidden(run.recipe), seed=0)
     trainer = Trainer(run.recipe, images, model, run.epochs, device)
     batches = full_batches(torch.arange(len(trainer.labels), device=device), run.recipe.batch_size)

@@ -22,7 +22,8 @@ def reconstruct(row: Mapping[str, Any], *, device: str | torch.device = "cpu") -
         device: where the model goes, in one copy; its parameters are views of one vector.
 
     Raises:
-        ZooError: if columns are missing, the weights do not fit the architecture, or one is not finite.
+        ZooError: if columns are missing, or the weights do not fit the architecture, are not finite, or do not match
+            the row's `weights_sha256`; to rebuild changed weights, give a row without it.
 
     Example:
         >>> from vitzoo_hf.zoo import Zoo
@@ -74,7 +75,8 @@ def checked_vector(row: Mapping[str, Any]) -> tuple[Tensor, Layout]:
     """The flat vector of a row and the layout of its architecture, checked against each other.
 
     Raises:
-        ZooError: for a wrong length, a layout of another architecture, or a weight that is not finite.
+        ZooError: for a wrong length, a layout of another architecture, a weight that is not finite, or weights that
+            are not those of the row's `weights_sha256`, if it has one.
     """
     layout = layout_of(*architecture_of(row))
     weights, name = row["weights"], row.get("model_id", "the row")
@@ -99,4 +101,6 @@ def checked_vector(row: Mapping[str, Any]) -> tuple[Tensor, Layout]:
     bad = int(vector.numel() - vector.isfinite().sum())
     if bad:
         raise ZooError(f"{name} has {bad} weights that are not finite: it cannot be rebuilt")
+    if row.get("weights_sha256", "") and schema.weights_sha256(vector.cpu().numpy()) != row["weights_sha256"]:
+        raise ZooError(f"the weights of {name} do not match their hash: they were changed, or belong to another row")
     return vector, layout

@@ -134,8 +134,12 @@ def head_hidden(recipe: Recipe) -> int | None:
     return recipe.head_hidden if recipe.head == "mlp" else None
 
 
-def initial_model(blueprint: Blueprint, run: Run, images: ImageSet, folder: Path) -> nn.Module:
-    """The model at epoch 0: seeded, with its parent's trunk if it has a parent."""
+def fitting_args(blueprint: Blueprint, run: Run, images: ImageSet) -> dict[str, Any]:
+    """`architecture_args`, once it is sure that the model takes these images.
+
+    Raises:
+        ZooError: if channels or size differ.
+    """
     args = architecture_args(blueprint, run, len(images.class_names))
     channels, size = args.get("in_chans", 3), args.get("img_size", images.spec.size)
     height, width = size if isinstance(size, list) else (size, size)
@@ -144,6 +148,12 @@ def initial_model(blueprint: Blueprint, run: Run, images: ImageSet, folder: Path
             f"{blueprint.architecture} takes {channels} channels of {height}×{width}, images {run.images!r} have"
             f" {images.images.shape[1]} of {images.spec.size}×{images.spec.size}: set size and channels of the images"
         )
+    return args
+
+
+def initial_model(blueprint: Blueprint, run: Run, images: ImageSet, folder: Path) -> nn.Module:
+    """The model at epoch 0: seeded, with its parent's trunk if it has a parent."""
+    args = fitting_args(blueprint, run, images)
     recipe = run.recipe
     if recipe.ddp:
         raise ZooError(f"{run.run_id} asks for ddp: distributed training of a single run is not available yet")

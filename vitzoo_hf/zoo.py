@@ -6,6 +6,7 @@ fetched when they are first needed.
 """
 
 import copy
+import hashlib
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -129,7 +130,7 @@ class Zoo:
         if config not in known:
             hint = "; `vitzoo evaluate` writes it" if config in ("evaluations", "pairs") else ""
             raise ZooError(f"{self.name} has no config {config!r}{hint}: {did_you_mean(config, known)}")
-        tables = [self._open(file).read() for file in self._files(config)]
+        tables = [self._read(file) for file in self._files(config)]
         table = pa.concat_tables(tables)
         return with_class_names(table, features_of(table)).to_pandas()
 
@@ -267,7 +268,7 @@ class Zoo:
         import datasets
 
         files = self._files("probes", role)
-        held = pa.concat_tables([self._open(file).read() for file in files]) if files else None
+        held = pa.concat_tables([self._read(file) for file in files]) if files else None
         table = held.filter(pc.equal(held["dataset"], dataset)) if held is not None else None
         if table is None or table.num_rows == 0:
             known = sorted(set(held["dataset"].to_pylist())) if held is not None else []
@@ -282,7 +283,7 @@ class Zoo:
 
     def probe_rows(self, role: str) -> list[dict[str, Any]]:
         """Rows of the `probes` config as they are stored, images still encoded."""
-        tables = [self._open(file).read() for file in self._files("probes", role)]
+        tables = [self._read(file) for file in self._files("probes", role)]
         return pa.concat_tables(tables).to_pylist() if tables else []
 
     @property
@@ -352,7 +353,7 @@ class Zoo:
         tables = []
         for split in self._splits:
             for file in self._files("index", split):
-                table = self._open(file).read()
+                table = self._read(file)
                 tables.append(table.append_column("split", pa.array([split] * table.num_rows)))
         if not tables:
             raise ZooError(f"{self.name} has no rows: its index is missing; {REPAIR}")
@@ -361,6 +362,16 @@ class Zoo:
     def _files(self, config: str, split: str | None = None) -> list[str]:
         start = f"{config}/{split}-" if split else f"{config}/"
         return sorted(name for name in self.manifest["files"] if name.startswith(start))
+
+    def _read(self, file: str) -> pa.Table:
+        """A light table, whose file is compared with its hash in the manifest first."""
+        try:
+            data = self._locate(file).read_bytes()
+        except OSError as error:
+            raise ZooError(f"{file} of {self.name} cannot be read ({one_line(error)}); {REPAIR}") from None
+        if hashlib.sha256(data).hexdigest() != self.manifest["files"][file].get("sha256"):
+            raise ZooError(f"{file} of {self.name} does not match its hash: it is damaged; {REPAIR}")
+        return pq.read_table(pa.BufferReader(data))
 
     def _open(self, file: str) -> pq.ParquetFile:
         try:
