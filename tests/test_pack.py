@@ -66,7 +66,7 @@ def test_weights_take_their_raw_size_and_nothing_more(tmp_path):
     features = datasets.Features(
         {"model_id": datasets.Value("string"), "weights": datasets.List(datasets.Value("float32"))}
     )
-    rows = [{"model_id": str(i), "weights": vector} for i, vector in enumerate(vectors)]
+    rows = [{"model_id": str(i), "dtype": "float32", "weights": vector} for i, vector in enumerate(vectors)]
     write_parquet(tmp_path / "x.parquet", features, [rows[:32], rows[32:]], {})
     assert (tmp_path / "x.parquet").stat().st_size < 1.003 * vectors.nbytes
 
@@ -161,7 +161,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tiny_blueprint, tiny_runs, t
     def full(*arguments, **keywords):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("vitzoo_hf.pack.write_parquet", full)
+    monkeypatch.setattr("vitzoo_hf.zoo_folder.write_parquet", full)
     with pytest.raises(ZooError, match=r"cannot write the zoo .*: No space left on device"):
         pack(tiny_blueprint, tiny_runs, tmp_path / "zoo", progress=False)
     assert list(tmp_path.iterdir()) == []

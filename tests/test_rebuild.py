@@ -82,16 +82,35 @@ def test_the_model_is_live_and_one_vector():
 
 
 @pytest.mark.parametrize("form", ["tensor", "array"])
-def test_the_row_is_not_changed_through_the_model(form):
+def test_nothing_is_copied_where_the_row_may_be_written_to(form):
     _, row = make_row()
     row["weights"] = FORMS[form](row["weights"])
-    before = torch.as_tensor(row["weights"]).clone()
-    one, other = reconstruct(row), reconstruct(row)
+    model = reconstruct(row)
+    assert next(model.parameters()).untyped_storage().data_ptr() == torch.as_tensor(row["weights"]).data_ptr()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_copy_leaves_the_row_alone(form):
+    _, row = make_row()
+    row["weights"] = FORMS[form](row["weights"])
+    before = checked_vector(row)[0].clone()
+    one, other = reconstruct(row, copy=True), reconstruct(row, copy=True)
     with torch.no_grad():
         for parameter in one.parameters():
             parameter.zero_()
-    assert torch.equal(before, torch.as_tensor(row["weights"]))
+    assert torch.equal(before, checked_vector(row)[0])
     assert other.head.weight.abs().sum() > 0
+
+
+@pytest.mark.parametrize("form", ["read-only array", "bytes", "memoryview", "list"])
+def test_memory_that_is_not_to_be_written_to_never_is(form):
+    _, row = make_row()
+    row["weights"] = FORMS[form](row["weights"])
+    before = checked_vector(row)[0].clone()
+    with torch.no_grad():
+        for parameter in reconstruct(row).parameters():
+            parameter.zero_()
+    assert torch.equal(before, checked_vector(row)[0])
 
 
 def test_a_row_without_layout_column_is_taken():

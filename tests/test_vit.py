@@ -224,7 +224,6 @@ def test_a_skeleton_holds_no_memory_and_is_shared():
     assert not any(module.training for module in skeleton.modules())
     assert vit.skeleton(NAME, dict(reversed(ARGS.items())), "linear", None) is skeleton
     assert vit.skeleton(NAME, ARGS | {"depth": 2}, "linear", None) is not skeleton
-    assert vit.blank(NAME, ARGS, "linear", None) is not skeleton
     assert torch.equal(before, torch.random.get_rng_state())
 
 
@@ -234,20 +233,46 @@ def test_the_layout_is_that_of_a_created_model(head, hidden):
     assert vit.layout_of(NAME, ARGS, head, hidden) == Layout.of(state)
 
 
-def test_assign_takes_the_tensors_themselves():
+def test_a_filled_model_has_the_tensors_themselves_and_nothing_of_the_skeleton():
     state = vit.create(NAME, ARGS, seed=1).state_dict()
-    model = vit.assign(vit.blank(NAME, ARGS, "linear", None), state)
-    assert model.head.weight.data_ptr() == state["head.weight"].data_ptr()
-    assert vit.skeleton(NAME, ARGS, "linear", None).head.weight.is_meta
+    model = vit.filled(NAME, ARGS, "linear", None, state)
+    assert {name: tensor.data_ptr() for name, tensor in model.state_dict().items()} == {
+        name: tensor.data_ptr() for name, tensor in state.items()
+    }
+    skeleton = vit.skeleton(NAME, ARGS, "linear", None)
+    assert skeleton.head.weight.is_meta
+    shared = {id(module) for module in skeleton.modules()}
+    for module in model.modules():
+        assert id(module) not in shared
+        assert not any(id(value) in shared for value in vars(module).values())
+        assert not any(id(getattr(value, "__self__", None)) in shared for value in vars(module).values())
 
 
-def test_assign_refuses_what_does_not_fit():
+def test_a_filled_model_is_as_good_as_a_created_one():
+    """Training it, hooks on it and deep copies of it leave other models of its architecture alone."""
+    whole = vit.create(NAME, ARGS, seed=1)
+    one, other = (vit.filled(NAME, ARGS, "linear", None, whole.state_dict()) for _ in range(2))
+    assert str(one) == str(whole.eval())
+    one.train().blocks[0].register_forward_hook(lambda *arguments: calls.append(1))
+    calls = []
+    batch = torch.randn(2, ARGS["in_chans"], ARGS["img_size"], ARGS["img_size"])
+    assert torch.equal(other(batch), whole(batch))
+    assert calls == []
+    assert not other.training
+    one(batch).sum().backward()
+    assert calls == [1]
+    assert other.head.weight.grad is None
+    one.head = torch.nn.Identity()
+    assert isinstance(other.head, torch.nn.Linear)
+
+
+def test_tensors_that_do_not_fit_are_refused():
     state = vit.create(NAME, ARGS, seed=1).state_dict()
     lacking = {name: tensor for name, tensor in state.items() if name != "cls_token"}
     for tensors, told in [
-        (lacking, r"Missing key.*cls_token"),
-        (state | {"extra": torch.zeros(1)}, "Unexpected key.*extra"),
-        (state | {"head.bias": torch.zeros(3)}, r"size mismatch for head\.bias"),
+        (lacking, "cls_token is missing"),
+        (state | {"extra": torch.zeros(1)}, "extra is unknown"),
+        (state | {"head.bias": torch.zeros(3)}, r"head\.bias has shape \(3,\), not"),
     ]:
         with pytest.raises(ZooError, match=f"weights do not fit the model: .*{told}"):
-            vit.assign(vit.blank(NAME, ARGS, "linear", None), tensors)
+            vit.filled(NAME, ARGS, "linear", None, tensors)

@@ -159,7 +159,8 @@ def test_a_flipped_weight_is_refused_by_name(zoo_copy):
     changed = table.set_column(position, field, pa.array(weights, field.type))
     pq.write_table(changed, file, use_dictionary=False, compression="none")
     manifest = json.loads((zoo_copy / "zoo.json").read_text())
-    manifest["files"][f"weights/{file.name}"]["bytes"] = file.stat().st_size
+    listed = {f"weights/{file.name}": {"bytes": file.stat().st_size} for file in (zoo_copy / "weights").iterdir()}
+    manifest["files"] = {name: entry for name, entry in manifest["files"].items() if name != "shards.json"} | listed
     (zoo_copy / "zoo.json").write_text(json.dumps(manifest))
     damaged = table["model_id"][1].as_py()
     with pytest.raises(ZooError, match=f"the weights of {damaged} do not match their hash"):
@@ -178,19 +179,6 @@ def test_what_is_no_zoo_is_said_to_be_none(tmp_path):
         Zoo(tmp_path)
     with pytest.raises(ZooError, match="neither a folder nor a dataset id like ORG/NAME"):
         Zoo(tmp_path / "a" / "b")
-
-
-def test_reading_one_model_reads_one_row_group(zoo, monkeypatch):
-    reads = []
-    original = pq.ParquetFile.read_row_group
-
-    def counted(self, group, *arguments, **keywords):
-        reads.append(group)
-        return original(self, group, *arguments, **keywords)
-
-    monkeypatch.setattr(pq.ParquetFile, "read_row_group", counted)
-    zoo.model(zoo.model_ids[-1])
-    assert len(reads) == 1
 
 
 @pytest.mark.parametrize(

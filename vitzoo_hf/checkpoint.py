@@ -174,9 +174,9 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write `value` as indented JSON, atomically."""
-    text = json.dumps(value, indent=1, ensure_ascii=False)
+def write_json(path: Path, value: Any, *, indent: int | None = 1) -> None:
+    """Write `value` as JSON, atomically; with `indent=None` on one line."""
+    text = json.dumps(value, indent=indent, ensure_ascii=False)
     write_atomically(path, lambda file: file.write_text(text + "\n", encoding="utf-8"))
 
 

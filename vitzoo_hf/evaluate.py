@@ -19,13 +19,13 @@ from torch import Tensor
 from vitzoo_hf import schema
 from vitzoo_hf.behavior import accuracy, agreement, cross_entropy, expected_calibration_error, predictions
 from vitzoo_hf.cka import cka
-from vitzoo_hf.launch import progress_bar
-from vitzoo_hf.pack import write_config
 from vitzoo_hf.population import Population
+from vitzoo_hf.progress import progress_bar
 from vitzoo_hf.row_tables import records
 from vitzoo_hf.schema import ZooError
 from vitzoo_hf.weightspace import cosine_similarity, weight_distances
 from vitzoo_hf.zoo import Zoo
+from vitzoo_hf.zoo_folder import write_config
 
 CHUNK = 64
 

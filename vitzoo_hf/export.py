@@ -10,11 +10,11 @@ from safetensors.torch import safe_open, save_file
 
 from vitzoo_hf.checkpoint import write_atomically
 from vitzoo_hf.flatten import unflatten
-from vitzoo_hf.launch import progress_bar
-from vitzoo_hf.pack import Rows, write_zoo
+from vitzoo_hf.progress import progress_bar
 from vitzoo_hf.rebuild import checked_vector
 from vitzoo_hf.schema import ZooError
 from vitzoo_hf.zoo import Zoo
+from vitzoo_hf.zoo_folder import Rows, write_zoo
 
 
 def export_row(row: Mapping[str, Any], file: Path) -> None:

@@ -7,7 +7,6 @@ A worker that dies is replaced and its run tried again; if this process dies, it
 import multiprocessing
 import os
 import signal
-import sys
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,9 +16,9 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from filelock import FileLock, Timeout
-from tqdm import tqdm
 
 from vitzoo_hf.blueprint import Blueprint, Run
+from vitzoo_hf.progress import progress_bar
 from vitzoo_hf.schema import ZooError
 
 ATTEMPTS = 3
@@ -238,12 +237,6 @@ class _Pool:
         for worker in self.workers:
             worker.process.join()
         self.bar.close()
-
-
-def progress_bar(description: str, unit: str, *, shown: bool, total: int | None = None) -> tqdm:
-    """A bar with the time left on standard error; a line every ten seconds where that is not a terminal."""
-    pace = 0.1 if sys.stderr.isatty() else 10.0
-    return tqdm(desc=description, unit=unit, total=total, disable=not shown, smoothing=0.05, mininterval=pace)
 
 
 @contextmanager

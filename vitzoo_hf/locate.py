@@ -1,13 +1,16 @@
 """Where the files of a zoo are: in a folder, or in a dataset on the Hub, through its cache."""
 
+import hashlib
+import json
 import re
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from vitzoo_hf import schema
 from vitzoo_hf.checkpoint import read_json
 from vitzoo_hf.flatten import Layout
+from vitzoo_hf.hub_files import FolderFiles, HubFiles
 from vitzoo_hf.schema import ZooError
 
 REPAIR = "pack the zoo again, or download this file again"
@@ -48,8 +51,41 @@ def read_layouts(file: Path) -> dict[str, Layout]:
     return layouts
 
 
-def locator(path: str | Path, revision: str | None) -> Callable[[str], Path]:
-    """A function from the name of a zoo's file to a local path, which fetches it if the zoo is on the Hub.
+def read_shards(files: FolderFiles | HubFiles, manifest: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Weight shards in the order of the index's rows: path -> bytes, sha256 and, where known, rows and row groups.
+
+    Zoos written before `shards.json` list their shards in `zoo.json`, without rows and row groups.
+
+    Raises:
+        ZooError: if the list is damaged.
+    """
+    listed = manifest["files"]
+    if schema.SHARDS in listed:
+        data = files.path(schema.SHARDS).read_bytes()
+        if hashlib.sha256(data).hexdigest() != listed[schema.SHARDS]["sha256"]:
+            raise ZooError(f"{schema.SHARDS} of {files.name} does not match its hash: it is damaged; {REPAIR}")
+        listed = json.loads(data)
+    names = [name for name in listed if name.startswith("weights/")]
+    order = {f"weights/{split}": rank for rank, split in enumerate(schema.SPLITS)}
+    return {name: listed[name] for name in sorted(names, key=lambda name: (order[name.split("-")[0]], name))}
+
+
+def check_sizes(files: FolderFiles | HubFiles, manifest: Mapping[str, Any]) -> None:
+    """Compare the length of every Parquet file of a folder with what the manifest says.
+
+    Raises:
+        ZooError: naming the first file that is missing or was cut.
+    """
+    for name, entry in (manifest["files"] | read_shards(files, manifest)).items():
+        file = files.path(name)
+        if not file.is_file():
+            raise ZooError(f"{name} of {files.name} is missing; {REPAIR}")
+        if file.suffix == ".parquet" and file.stat().st_size != entry["bytes"]:
+            raise ZooError(f"{name} has {file.stat().st_size} bytes, not {entry['bytes']}: it was cut; {REPAIR}")
+
+
+def open_files(path: str | Path, revision: str | None) -> FolderFiles | HubFiles:
+    """The files of a zoo.
 
     Raises:
         ZooError: if `path` is neither a zoo's folder nor looks like a dataset id; later, if a file cannot be fetched.
@@ -58,22 +94,11 @@ def locator(path: str | Path, revision: str | None) -> Callable[[str], Path]:
     if folder.is_dir():
         if not (folder / schema.MANIFEST).is_file():
             raise ZooError(f"{folder} is not a zoo: it has no {schema.MANIFEST}; `vitzoo pack` writes zoos")
-        return lambda name: folder / name
+        return FolderFiles(folder)
     repository = str(path).removeprefix("hf://").removeprefix("datasets/")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
         raise ZooError(f"no zoo at {str(path)!r}: neither a folder nor a dataset id like ORG/NAME")
-
-    def fetch(name: str) -> Path:
-        import huggingface_hub
-
-        try:
-            return Path(huggingface_hub.hf_hub_download(repository, name, repo_type="dataset", revision=revision))
-        except Exception as error:
-            raise ZooError(
-                f"cannot get {name} of {repository!r}, which is no folder here: {one_line(error)}"
-            ) from None
-
-    return fetch
+    return HubFiles(repository, revision)
 
 
 def one_line(error: Exception) -> str:

@@ -1,16 +1,11 @@
 """Checkpoints -> a zoo: a folder of Parquet that `datasets.load_dataset` opens, exactly what goes to the Hub.
 
 `weights` and `index` have one file or more a split, `probes` the held-out images as the models are fed them. The
-folder appears complete or not at all. `write_config` adds tables to a finished zoo, as `evaluate` does.
+folder appears complete or not at all.
 """
 
-import hashlib
 import io
-import itertools
-import shutil
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,29 +14,26 @@ from torch import Tensor
 
 from vitzoo_hf import schema
 from vitzoo_hf.blueprint import Blueprint, Run
-from vitzoo_hf.card import card_text
-from vitzoo_hf.checkpoint import RunFolder, read_json, write_json
+from vitzoo_hf.checkpoint import RunFolder, read_json
+from vitzoo_hf.encoding import check_dtype, rounded
 from vitzoo_hf.flatten import Layout, flatten
 from vitzoo_hf.images import ImageSet, load_images
-from vitzoo_hf.launch import progress_bar
-from vitzoo_hf.rebuild import architecture_of
 from vitzoo_hf.schema import ZooError
-from vitzoo_hf.shards import write_parquet
 from vitzoo_hf.train import architecture_args, head_hidden, is_finished
 from vitzoo_hf.vit import layout_of
+from vitzoo_hf.zoo_folder import Rows, write_zoo
 
-SHARD_BYTES = 500_000_000
-ROW_GROUP_BYTES = 4_000_000
 MAX_PROBES = 20_000
 
 
-def pack(blueprint: Blueprint, runs: Path, folder: Path, *, progress: bool = True) -> Path:
+def pack(blueprint: Blueprint, runs: Path, folder: Path, *, dtype: str = "float32", progress: bool = True) -> Path:
     """Write the finished runs of a blueprint as a zoo.
 
     Args:
         blueprint: what was trained.
         runs: the folder `launch` filled.
         folder: the zoo; one that is there already is replaced once the new one is complete.
+        dtype: what weights are stored as: float32 is exact, float16 and bfloat16 round them to half the size.
         progress: show a bar.
 
     Returns:
@@ -50,91 +42,26 @@ def pack(blueprint: Blueprint, runs: Path, folder: Path, *, progress: bool = Tru
     Raises:
         ZooError: if a run is unfinished, a checkpoint is damaged or not finite, or the folder cannot be written.
     """
+    check_dtype(dtype)
     kept, missing = _runs_to_pack(blueprint, runs)
     members = {split: [run for run in kept if run.split == split] for split in schema.SPLITS}
     write_zoo(
         folder,
         _manifest(blueprint, missing),
         {
-            split: Rows(sum(len(run.keep_epochs) for run in part), _rows(blueprint, part, runs))
+            split: Rows(
+                sum(len(run.keep_epochs) for run in part),
+                max((_num_parameters(blueprint, run) for run in part), default=0),
+                _rows(blueprint, part, runs, dtype),
+            )
             for split, part in members.items()
         },
         {role: _probes(blueprint, role) for role in ("selection", "test")},
         blueprint.text,
+        dtype=dtype,
         progress=progress,
     )
     return folder
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Rows still to be read, and how many there are."""
-
-    count: int
-    rows: Iterator[dict[str, Any]]
-
-
-def write_zoo(
-    folder: Path,
-    manifest: Mapping[str, Any],
-    splits: Mapping[str, Rows],
-    probes: Mapping[str, list[dict[str, Any]]],
-    blueprint_text: str,
-    *,
-    progress: bool = False,
-) -> None:
-    """Write a zoo from rows, in a temporary folder that replaces `folder` at the end.
-
-    Args:
-        folder: the zoo.
-        manifest: what `zoo.json` says besides the files.
-        splits: split -> its rows, with weights and in their final order.
-        probes: role -> rows of held-out images.
-        blueprint_text: what the zoo was made from.
-        progress: show a bar.
-
-    Raises:
-        ZooError: if the folder cannot be written, or what stands there is not a zoo.
-    """
-    _refuse_to_replace(folder)
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        _sweep(folder)
-        temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-", suffix=".tmp"))
-    except OSError as error:
-        raise ZooError(f"cannot write into {folder.parent}: {error.strerror}") from None
-    try:
-        temporary.chmod(0o755)
-        layouts: dict[str, Layout] = {}
-        with progress_bar("packing", "row", shown=progress, total=sum(part.count for part in splits.values())) as bar:
-            for split, part in splits.items():
-                if part.count:
-                    _write_split(temporary, split, part, manifest["factors"], layouts, bar)
-        for role, rows in probes.items():
-            if rows:
-                write_parquet(_only_shard(temporary, "probes", role), schema.probe_features(), [rows], {})
-        write_json(temporary / schema.LAYOUTS, {key: layout.to_json() for key, layout in layouts.items()})
-        (temporary / "blueprint.yaml").write_text(blueprint_text, encoding="utf-8")
-        _finish(temporary, dict(manifest))
-        _swap(temporary, folder)
-    except OSError as error:
-        raise ZooError(f"cannot write the zoo {folder}: {error.strerror or error}") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _refuse_to_replace(folder: Path) -> None:
-    """Never delete what is not a zoo."""
-    if (
-        folder.exists()
-        and not (folder / schema.MANIFEST).is_file()
-        and not (folder.is_dir() and not any(folder.iterdir()))
-    ):
-        raise ZooError(f"{folder} exists and is not a zoo: choose another folder, or remove it yourself")
-
-
-def _only_shard(folder: Path, config: str, split: str) -> Path:
-    return folder / config / f"{split}-00000-of-00001.parquet"
 
 
 def is_packed(blueprint: Blueprint, folder: Path) -> bool:
@@ -142,10 +69,11 @@ def is_packed(blueprint: Blueprint, folder: Path) -> bool:
     try:
         manifest = read_json(folder / schema.MANIFEST)
         same = manifest["blueprint_fingerprint"] == blueprint.fingerprint
-        sizes = {name: (folder / name).stat().st_size for name in manifest["files"]}
+        files = manifest["files"] | read_json(folder / schema.SHARDS)
+        sizes = {name: (folder / name).stat().st_size for name in files}
+        return same and all(sizes[name] == entry["bytes"] for name, entry in files.items())
     except (ZooError, OSError, KeyError, TypeError):
         return False
-    return same and all(sizes[name] == entry["bytes"] for name, entry in manifest["files"].items())
 
 
 def _runs_to_pack(blueprint: Blueprint, runs: Path) -> tuple[list[Run], dict[str, str]]:
@@ -170,54 +98,25 @@ def _runs_to_pack(blueprint: Blueprint, runs: Path) -> tuple[list[Run], dict[str
     return kept, missing
 
 
-def _write_split(
-    folder: Path, split: str, part: Rows, factors: Mapping[str, str], layouts: dict[str, Layout], bar: Any
-) -> None:
-    first = next(part.rows)
-    rows = itertools.chain([first], part.rows)
-    size = 4 * first["num_parameters"]
-    encoding = "list" if first["num_parameters"] <= schema.LIST_LIMIT else "binary"
-    group_rows = max(1, ROW_GROUP_BYTES // size) if encoding == "list" else 1
-    shard_rows = max(1, SHARD_BYTES // size // group_rows) * group_rows
-    shards = -(-part.count // shard_rows)
-    features = schema.row_features(factors, weights=encoding)
-    light: list[dict[str, Any]] = []
-    for shard in range(shards):
-        file = folder / "weights" / f"{split}-{shard:05d}-of-{shards:05d}.parquet"
-        groups = _groups(rows, min(shard_rows, part.count - shard * shard_rows), group_rows)
-        write_parquet(file, features, _remember(groups, light, layouts, bar), layouts)
-    write_parquet(_only_shard(folder, "index", split), schema.row_features(factors, weights=None), [light], {})
+def _num_parameters(blueprint: Blueprint, run: Run) -> int:
+    args, recipe = _architecture_args(blueprint, run), run.recipe
+    return layout_of(blueprint.architecture, args, recipe.head, head_hidden(recipe)).num_parameters
 
 
-def _remember(
-    groups: Iterable[list[dict[str, Any]]], light: list[dict[str, Any]], layouts: dict[str, Layout], bar: Any
-) -> Iterator[list[dict[str, Any]]]:
-    """Pass groups on, keeping their light columns and noting their layouts."""
-    for group in groups:
-        for row in group:
-            layouts.setdefault(row["layout"], layout_of(*architecture_of(row)))
-            light.append({name: value for name, value in row.items() if name != "weights"})
-        bar.update(len(group))
-        yield group
+def _architecture_args(blueprint: Blueprint, run: Run) -> dict[str, Any]:
+    images = load_images(run.images, blueprint.images[run.images])
+    return architecture_args(blueprint, run, len(images.class_names))
 
 
-def _groups(rows: Iterator[dict[str, Any]], count: int, size: int) -> Iterator[list[dict[str, Any]]]:
-    while count > 0:
-        group = [next(rows) for _ in range(min(size, count))]
-        count -= len(group)
-        yield group
-
-
-def _rows(blueprint: Blueprint, members: Iterable[Run], runs: Path) -> Iterator[dict[str, Any]]:
+def _rows(blueprint: Blueprint, members: Iterable[Run], runs: Path, dtype: str) -> Iterator[dict[str, Any]]:
     for run in members:
         place = RunFolder(runs / run.run_id)
-        images = load_images(run.images, blueprint.images[run.images])
-        args = schema.canonical_json(architecture_args(blueprint, run, len(images.class_names)))
+        args = schema.canonical_json(_architecture_args(blueprint, run))
         provenance = _provenance(blueprint, place.spec)
         for epoch in run.keep_epochs:
             tensors, results = place.load_epoch(epoch)
             layout = Layout.of(tensors)
-            vector = finite_weights(flatten(tensors), schema.model_id(run.run_id, epoch))
+            vector = rounded(finite_weights(flatten(tensors), schema.model_id(run.run_id, epoch)), dtype)
             yield {
                 "model_id": schema.model_id(run.run_id, epoch),
                 "run_id": run.run_id,
@@ -235,7 +134,7 @@ def _rows(blueprint: Blueprint, members: Iterable[Run], runs: Path) -> Iterator[
                 "num_parameters": layout.num_parameters,
                 "layout": layout.fingerprint,
                 "weights_sha256": schema.weights_sha256(vector),
-                "dtype": "float32",
+                "dtype": dtype,
                 "provenance": provenance,
                 "weights": vector,
             }
@@ -304,63 +203,3 @@ def _manifest(blueprint: Blueprint, missing: Mapping[str, str]) -> dict[str, Any
         "splits": blueprint.splits,
         "missing_runs": dict(missing),
     }
-
-
-def write_config(folder: Path, config: str, tables: Mapping[str, list[dict[str, Any]]], features: Any) -> None:
-    """Add or replace a config of a finished zoo: one file a split, then the manifest and the card's header.
-
-    Raises:
-        ZooError: if the folder cannot be written.
-    """
-    manifest = read_json(folder / schema.MANIFEST)
-    try:
-        _sweep(folder / config)
-        fresh = Path(tempfile.mkdtemp(dir=folder, prefix=f".{config}-", suffix=".tmp"))
-        try:
-            fresh.chmod(0o755)
-            for split, rows in tables.items():
-                write_parquet(_only_shard(fresh.parent, fresh.name, split), features, [rows], {})
-            _swap(fresh, folder / config)
-        finally:
-            shutil.rmtree(fresh, ignore_errors=True)
-        _finish(folder, manifest)
-    except OSError as error:
-        raise ZooError(f"cannot write into {folder}: {error.strerror or error}") from None
-
-
-def _sweep(place: Path) -> None:
-    """Remove what a killed process left beside `place`."""
-    for stale in place.parent.glob(f".{place.name}-*.tmp"):
-        shutil.rmtree(stale, ignore_errors=True)
-
-
-def _swap(fresh: Path, place: Path) -> None:
-    old = Path(tempfile.mkdtemp(dir=place.parent, prefix=f".{place.name}-old-", suffix=".tmp"))
-    try:
-        if place.exists():
-            place.replace(old / "it")
-        fresh.replace(place)
-    finally:
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def _finish(folder: Path, manifest: dict[str, Any]) -> None:
-    """Write the card, then the manifest that lists every other file with its size and hash."""
-    files = sorted(file for file in folder.glob("*/*.parquet") if not file.parent.name.startswith("."))
-    held = [(file.parent.name, file.name.split("-")[0]) for file in files]
-    (folder / "README.md").write_text(card_text(manifest, held), encoding="utf-8")
-    files += [folder / schema.LAYOUTS, folder / "blueprint.yaml", folder / "README.md"]
-    manifest["files"] = {
-        file.relative_to(folder).as_posix(): {
-            "bytes": file.stat().st_size,
-            "sha256": _sha256(file),
-        }
-        for file in files
-        if file.is_file()
-    }
-    write_json(folder / schema.MANIFEST, manifest)
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()

@@ -1,23 +1,15 @@
-"""Arrow tables of rows: names for class numbers, conditions, weight vectors, batches."""
+"""Arrow tables of rows: names for class numbers, conditions."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
-import torch
 
 from vitzoo_hf import schema
 from vitzoo_hf.schema import ZooError, did_you_mean
-
-
-def vector_of(value: pa.Scalar) -> np.ndarray:
-    """The weights of one row, a float32 view of the Arrow buffer, from either encoding."""
-    if isinstance(value, pa.BinaryScalar):
-        return np.frombuffer(value.as_buffer(), dtype="<f4")
-    return value.values.to_numpy(zero_copy_only=True)
 
 
 def records(frame: pd.DataFrame) -> list[dict[str, Any]]:
@@ -124,22 +116,3 @@ def _parse_bool(text: str) -> bool:
     if text.lower() not in ("true", "false"):
         raise ValueError(text)
     return text.lower() == "true"
-
-
-def collate(rows: Sequence[Mapping[str, Any]], types: pa.Schema, device: str | torch.device) -> dict[str, Any]:
-    """Columns of a batch; what becomes a tensor depends on the column's type alone, never on its values."""
-    batch: dict[str, Any] = {}
-    for column in rows[0]:
-        values = [row[column] for row in rows]
-        if column == "weights":
-            batch[column] = torch.from_numpy(np.stack(values)).to(device)
-        elif pa.types.is_boolean(types.field(column).type):
-            batch[column] = torch.tensor(values, device=device)
-        elif pa.types.is_integer(types.field(column).type) and column in ("epoch", "num_parameters"):
-            batch[column] = torch.tensor(values, dtype=torch.int64, device=device)
-        elif pa.types.is_integer(types.field(column).type) or pa.types.is_floating(types.field(column).type):
-            numbers = [float("nan") if value is None else value for value in values]
-            batch[column] = torch.tensor(numbers, dtype=torch.float64, device=device)
-        else:
-            batch[column] = values
-    return batch

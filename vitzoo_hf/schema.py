@@ -26,6 +26,7 @@ CONFIGS = ("weights", "index", "evaluations", "pairs", "probes")
 
 MANIFEST = "zoo.json"
 LAYOUTS = "layouts.json"
+SHARDS = "shards.json"
 
 LIST_LIMIT = 250_000
 """Up to this many parameters `weights` is a list of float32; above, raw little-endian bytes."""

@@ -1,4 +1,9 @@
-"""Rows -> one Parquet file: raw weights, light columns compressed, checksums on every page."""
+"""Rows -> one Parquet file whose weights also lie in it as plain memory.
+
+Weights are not compressed and fill one page a row group, so they are the last bytes of their column chunk, row
+after row. `write_parquet` returns where each ends: with that a reader takes a vector by one read of the file, or
+one range of a URL, and decodes nothing.
+"""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -9,54 +14,105 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vitzoo_hf import schema
+from vitzoo_hf.encoding import encode
 from vitzoo_hf.flatten import Layout
+from vitzoo_hf.schema import ZooError
+
+RAW = ("weights", "image")
+WHOLE_PAGE = 1 << 30
+
+ROW_GROUP_BYTES = 4_000_000
+"""Weights stored as lists share row groups of about this size; a model stored as bytes has one of its own."""
 
 
 def write_parquet(
     file: Path, features: Any, groups: Iterable[list[dict[str, Any]]], layouts: Mapping[str, Layout]
-) -> None:
+) -> list[tuple[int, int]]:
     """Write rows, one row group for each list of `groups`, with page checksums.
 
-    Weights are neither compressed nor dictionary-encoded: the file is as large as they are. The layouts met so far
-    are put into the file's metadata, so that one shard alone can be rebuilt.
+    The layouts met so far are put into the file's metadata, so that one shard alone can be rebuilt. Files without
+    weights are cut into pages by content: a changed row changes few bytes of the file.
+
+    Returns:
+        For each row group, its number of rows, and the position in the file where its last weights end (0 in a file
+        without weights).
+
+    Raises:
+        ZooError: if the weights do not end where they should; then the file is of no use.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
-    arrow_schema = features.arrow_schema
-    light = [name for name in arrow_schema.names if name not in ("weights", "image")]
-    with pq.ParquetWriter(
-        file,
-        arrow_schema,
-        compression={name: "snappy" if name in light else "none" for name in arrow_schema.names},
-        use_dictionary=light,
-        write_statistics=light,
-        write_page_index=True,
-        write_page_checksum=True,
-    ) as writer:
-        for rows in groups:
-            writer.write_table(_table(rows, features))
+    with pq.ParquetWriter(file, features.arrow_schema, **_options(features.arrow_schema)) as writer:
+        expected = [_write_group(writer, rows, features) for rows in groups]
         held = {key: layout.to_json() for key, layout in layouts.items()}
         writer.add_key_value_metadata(
             {"vitzoo.format": str(schema.FORMAT_VERSION), "vitzoo.layouts": schema.canonical_json(held)}
         )
+    return _weight_ends(file, expected)
 
 
-def _table(rows: list[dict[str, Any]], features: Any) -> pa.Table:
+def _options(arrow_schema: pa.Schema) -> dict[str, Any]:
+    light = [name for name in arrow_schema.names if name not in RAW]
+    options = {
+        "compression": {name: "zstd" if name in light else "none" for name in arrow_schema.names},
+        "use_dictionary": light,
+        "write_statistics": light,
+        "write_page_index": True,
+        "write_page_checksum": True,
+    }
+    if "weights" in arrow_schema.names:
+        return options | {"data_page_size": WHOLE_PAGE}
+    return options | {"use_content_defined_chunking": True}
+
+
+def _write_group(writer: pq.ParquetWriter, rows: list[dict[str, Any]], features: Any) -> tuple[int, bytes]:
+    """Write a row group; returns its number of rows and the bytes of the last weights."""
+    table, last = _table(rows, features)
+    writer.write_table(table, row_group_size=max(1, len(rows)))
+    return len(rows), last
+
+
+def _table(rows: list[dict[str, Any]], features: Any) -> tuple[pa.Table, bytes]:
     arrow_schema = features.arrow_schema
     columns = []
+    last = b""
     for column in arrow_schema:
         values = [row[column.name] for row in rows]
         if column.name == "weights":
-            columns.append(_weights_array(values, column.type))
+            array, last = _weights_array(rows, column.type)
+            columns.append(array)
             continue
         feature = features[column.name]
         if hasattr(feature, "str2int"):
             values = [feature.str2int(value) if isinstance(value, str) else value for value in values]
         columns.append(pa.array(values, column.type))
-    return pa.Table.from_arrays(columns, schema=arrow_schema)
+    return pa.Table.from_arrays(columns, schema=arrow_schema), last
 
 
-def _weights_array(vectors: list[np.ndarray], kind: pa.DataType) -> pa.Array:
+def _weights_array(rows: list[dict[str, Any]], kind: pa.DataType) -> tuple[pa.Array, bytes]:
+    vectors = [encode(row["weights"], row["dtype"]) for row in rows]
+    last = vectors[-1][-64:].tobytes()
     if pa.types.is_binary(kind):
-        return pa.array([vector.tobytes() for vector in vectors], kind)
-    ends = np.cumsum([0] + [len(vector) for vector in vectors], dtype=np.int32)
-    return pa.ListArray.from_arrays(pa.array(ends), pa.array(np.concatenate(vectors)), type=kind)
+        data = vectors[0] if len(vectors) == 1 else np.concatenate(vectors)
+        ends = np.cumsum([0] + [vector.size for vector in vectors], dtype=np.int32)
+        return pa.BinaryArray.from_buffers(kind, len(vectors), [None, pa.py_buffer(ends), pa.py_buffer(data)]), last
+    data = np.concatenate(vectors).view("<f4")
+    ends = np.cumsum([0] + [vector.size // 4 for vector in vectors], dtype=np.int32)
+    return pa.ListArray.from_arrays(pa.array(ends), pa.array(data), type=kind), last
+
+
+def _weight_ends(file: Path, expected: list[tuple[int, bytes]]) -> list[tuple[int, int]]:
+    """Where the weights of each row group end, each compared with the last bytes that were given to it."""
+    metadata = pq.read_metadata(file)
+    if "weights" not in metadata.schema.to_arrow_schema().names:
+        return [(rows, 0) for rows, _ in expected]
+    ends = []
+    with file.open("rb") as opened:
+        for group, (rows, last) in enumerate(expected):
+            held = metadata.row_group(group)
+            chunk = held.column(held.num_columns - 1)
+            end = chunk.data_page_offset + chunk.total_compressed_size
+            opened.seek(end - len(last))
+            if held.num_rows != rows or opened.read(len(last)) != last:
+                raise ZooError(f"{file.name}: this pyarrow ({pa.__version__}) does not write weights as one page")
+            ends.append((rows, end))
+    return ends

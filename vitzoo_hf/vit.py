@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from vitzoo_hf.flatten import Layout
 from vitzoo_hf.schema import HEADS, ZooError, canonical_json, did_you_mean
@@ -160,9 +161,58 @@ def skeleton(architecture: str, args: Mapping[str, Any], head: str, head_hidden:
     return _skeleton(architecture, canonical_json(dict(args)), head, head_hidden)[0]
 
 
-def blank(architecture: str, args: Mapping[str, Any], head: str, head_hidden: int | None) -> nn.Module:
-    """A module of one's own without weights, on the meta device, to be filled by `assign`."""
-    return copy.deepcopy(skeleton(architecture, args, head, head_hidden))
+def filled(
+    architecture: str, args: Mapping[str, Any], head: str, head_hidden: int | None, tensors: Mapping[str, Tensor]
+) -> nn.Module:
+    """A module of one's own in eval mode, whose parameters are these tensors themselves.
+
+    Raises:
+        ZooError: if names or shapes differ from the architecture's.
+    """
+    layout = layout_of(architecture, args, head, head_hidden)
+    wrong = [f"{name} is missing" for name in layout.names if name not in tensors]
+    wrong += [f"{name} is unknown" for name in tensors.keys() - set(layout.names)]
+    wrong += [
+        f"{name} has shape {tuple(tensors[name].shape)}, not {shape}"
+        for name, shape in zip(layout.names, layout.shapes, strict=True)
+        if name in tensors and tensors[name].shape != shape
+    ]
+    if wrong:
+        raise ZooError(f"weights do not fit the model: {wrong[0]}; {len(wrong)} tensors differ in all")
+    return _twin(skeleton(architecture, args, head, head_hidden), "", tensors, {})
+
+
+def _twin(module: nn.Module, prefix: str, tensors: Mapping[str, Tensor], made: dict[int, nn.Module]) -> nn.Module:
+    """A copy of a module tree with other tensors; a submodule that is in two places stays one."""
+    if id(module) in made:
+        return made[id(module)]
+    twin = made[id(module)] = module.__class__.__new__(module.__class__)
+    containers = (dict, list, set)
+    twin.__dict__ = {
+        name: value.copy() if isinstance(value, containers) else value for name, value in module.__dict__.items()
+    }
+    for name, parameter in module._parameters.items():
+        if parameter is not None:
+            twin._parameters[name] = nn.Parameter(tensors[prefix + name])
+    for name, buffer in module._buffers.items():
+        if buffer is not None:
+            twin._buffers[name] = tensors[prefix + name]
+    for name, child in module._modules.items():
+        if child is not None:
+            twin._modules[name] = _twin(child, f"{prefix}{name}.", tensors, made)
+    return twin
+
+
+class _WithoutValues(TorchFunctionMode):
+    """Skips filling tensors with values, which on the meta device takes long and does nothing."""
+
+    FILLING = frozenset({"uniform_", "normal_", "erfinv_", "mul_", "add_", "clamp_", "fill_", "zero_"})
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        filled = args[0] if args else (kwargs or {}).get("tensor")
+        if isinstance(filled, Tensor) and filled.is_meta and getattr(func, "__name__", "") in self.FILLING:
+            return filled
+        return func(*args, **(kwargs or {}))
 
 
 def layout_of(architecture: str, args: Mapping[str, Any], head: str, head_hidden: int | None) -> Layout:
@@ -172,22 +222,9 @@ def layout_of(architecture: str, args: Mapping[str, Any], head: str, head_hidden
 
 @lru_cache(maxsize=16)
 def _skeleton(architecture: str, args_json: str, head: str, head_hidden: int | None) -> tuple[nn.Module, Layout]:
-    with torch.device("meta"):
+    with torch.device("meta"), _WithoutValues():
         model = create(architecture, json.loads(args_json), head=head, head_hidden=head_hidden).eval()
     unsaved = {name for name, _ in model.named_buffers()} - set(model.state_dict())
     if unsaved:
         raise ZooError(f"{architecture!r} keeps {sorted(unsaved)} outside its state dict; a row could not rebuild it")
     return model, Layout.of(model.state_dict())
-
-
-def assign(model: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
-    """Give `model` these tensors as its parameters, without a copy, and return it.
-
-    Raises:
-        ZooError: if names or shapes differ from the model's.
-    """
-    try:
-        model.load_state_dict(dict(tensors), strict=True, assign=True)
-    except RuntimeError as error:
-        raise ZooError(f"weights do not fit the model: {' '.join(str(error).split())}") from None
-    return model

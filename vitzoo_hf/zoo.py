@@ -1,8 +1,8 @@
 """Open a zoo: its index, a filter over factors, single models, a stream of weights.
 
-The index is read at once and is small; weights are read row group by row group, only those asked for, and every
-row is checked against its hash. A zoo is a folder, or the id of a dataset on the Hub, whose shards are then
-fetched when they are first needed.
+The index is read at once and is small; of the weights only those asked for are read, and every row is compared with
+its hash when it is first read. A zoo is a folder, or the id of a dataset on the Hub, whose shards are read when they
+are needed: small ones through the Hub's cache, of large ones only the rows that are wanted.
 """
 
 import copy
@@ -20,11 +20,12 @@ import torch
 from torch import Tensor, nn
 
 from vitzoo_hf import schema
-from vitzoo_hf.locate import REPAIR, locator, one_line, read_layouts, read_manifest
-from vitzoo_hf.rebuild import reconstruct
-from vitzoo_hf.row_tables import check_classes, features_of, matches, vector_of, with_class_names
+from vitzoo_hf.locate import REPAIR, check_sizes, one_line, open_files, read_layouts, read_manifest, read_shards
+from vitzoo_hf.rebuild import VerifiedRow, reconstruct
+from vitzoo_hf.row_tables import check_classes, features_of, matches, with_class_names
 from vitzoo_hf.schema import ZooError, did_you_mean
-from vitzoo_hf.stream import RowSource, Stream
+from vitzoo_hf.stream import RowSource, Stream, light_columns
+from vitzoo_hf.weight_reader import RowTable, WeightReader
 
 if TYPE_CHECKING:
     import datasets
@@ -51,13 +52,15 @@ class Zoo:
 
     def __init__(self, path: str | Path, *, revision: str | None = None) -> None:
         self.name = str(path)
-        self._locate = locator(path, revision)
-        self.manifest = read_manifest(self._locate(schema.MANIFEST))
-        self._check_sizes()
-        self.layouts = read_layouts(self._locate(schema.LAYOUTS))
+        self._at_hand = open_files(path, revision)
+        self.manifest = read_manifest(self._at_hand.path(schema.MANIFEST))
+        if not self._at_hand.is_remote:
+            check_sizes(self._at_hand, self.manifest)
+        self.layouts = read_layouts(self._at_hand.path(schema.LAYOUTS))
         self._splits = [split for split in schema.SPLITS if self._files("index", split)]
         self._index = self._read_index()
         self._positions = np.arange(self._index.num_rows)
+        self._readers: list[WeightReader] = []
 
     @classmethod
     def sample(cls) -> "Zoo":
@@ -97,7 +100,7 @@ class Zoo:
     @property
     def configs(self) -> list[str]:
         """Configs of the dataset, `weights` first."""
-        held = {name.split("/")[0] for name in self.manifest["files"] if "/" in name}
+        held = {name.split("/")[0] for name in self.manifest["files"] if "/" in name} | {"weights"}
         return [config for config in schema.CONFIGS if config in held]
 
     @property
@@ -160,17 +163,19 @@ class Zoo:
         return self._at(self._positions[mask[self._positions]])
 
     def rows(self, *, verify: bool = True) -> Iterator[dict[str, Any]]:
-        """Every row with its weights, a float32 array `[D]`; class columns as names.
+        """Every row with its weights, a float32 array `[D]` of one's own; class columns as names.
 
         Args:
-            verify: compare every row with its hash.
+            verify: compare every row with its hash when it is first read.
 
         Raises:
-            ZooError: naming shard and row of the first damaged one.
+            ZooError: naming the first damaged row.
         """
-        for position, weights in self._weights(self._positions):
-            row = self._names_table.slice(position, 1).to_pylist()[0]
-            yield self._checked(row, weights, verify) | {"weights": weights}
+        for position in self._positions.tolist():
+            self._check_layout(position)
+            weights = self._reader.read(position, verify=verify)
+            row = {name: values[position] for name, values in self._records.items()} | {"weights": weights}
+            yield VerifiedRow(row) if verify else row
 
     def row(self, model_id: str) -> dict[str, Any]:
         """One row with its weights.
@@ -199,23 +204,33 @@ class Zoo:
         *,
         batch_size: int = 16,
         device: str | torch.device = "cpu",
+        columns: Sequence[str] | None = None,
+        tensors: Sequence[str] | None = None,
         shuffle: bool = False,
         seed: int = 0,
+        num_workers: int = 1,
         rank: int = 0,
         world_size: int = 1,
         verify: bool = True,
+        reuse: bool = False,
     ) -> Stream:
         """Batches of rows of one layout each, for a training loop.
 
         Args:
             batch_size: rows a batch; the last batch of a layout may be smaller.
-            device: where `weights` go.
+            device: where `weights` go; for CUDA they are copied from pinned memory while earlier ones are used.
+            columns: of the index, to hand out beside `weights`; all by default.
+            tensors: names or patterns such as `blocks.*.attn.qkv.weight`: `weights` then holds only these, in the
+                order of the layout, and `tensors` maps their names to views `[B, *shape]`. Nothing else is read,
+                but for hashing a row the first time; give `verify=False` to not even do that.
             shuffle: another order every epoch: row groups are permuted, and rows within windows of 256 MB. That is a
                 permutation of all rows where a zoo is smaller than that, or a model has a row group of its own.
             seed: of the order.
+            num_workers: threads that read ahead, a batch each; 0 reads when a batch is asked for.
             rank: this process among `world_size`; each reads row groups of its own.
             world_size: number of processes.
-            verify: compare every row with its hash.
+            verify: compare every row with its hash when it is first read.
+            reuse: hand out the same memory again, so that a batch's `weights` hold only until the next is asked for.
 
         Returns:
             A `Stream`, to iterate once an epoch, with `state_dict` and `load_state_dict`. A batch maps columns to
@@ -223,33 +238,34 @@ class Zoo:
             may be null, are float64 `[B]` with NaN for null; the rest are lists.
 
         Raises:
-            ZooError: for a batch size below 1 or a rank outside the world.
+            ZooError: for a batch size below 1, a rank outside the world, an unknown column or tensor.
 
         Example:
             >>> batch = next(iter(Zoo.sample().filter(head="linear", stage="finetune").stream(batch_size=2)))
             >>> batch["weights"].shape, batch["test_accuracy"].dtype
             (torch.Size([2, 26922]), torch.float64)
         """
-        groups = [
-            self._positions[(self._positions >= start) & (self._positions < start + count)]
-            for start, _, _, count in self._row_groups
-        ]
+        for position in self._positions.tolist():
+            self._check_layout(position)
         source = RowSource(
-            groups=[group for group in groups if len(group)],
-            layouts=self._index["layout"].to_pylist(),
-            row_bytes=[4 * count for count in self._index["num_parameters"].to_pylist()],
-            model_ids=self._index["model_id"].to_pylist(),
-            read=lambda positions: self._at(positions).rows(verify=verify),
-            schema=self._names_table.schema,
+            positions=self._positions,
+            layout_ids=self._records["layout"],
+            layouts=self.layouts,
+            columns=light_columns(self._records, self.column_types, columns),
+            reader=self._reader,
         )
         return Stream(
             source,
             batch_size=batch_size,
             device=device,
+            tensors=tensors,
             shuffle=shuffle,
             seed=seed,
+            num_workers=num_workers,
             rank=rank,
             world_size=world_size,
+            verify=verify,
+            reuse=reuse,
         )
 
     def probes(self, dataset: str, role: str = "test") -> tuple[Tensor, Tensor]:
@@ -289,7 +305,7 @@ class Zoo:
     @property
     def blueprint_text(self) -> str:
         """The blueprint the zoo was made from."""
-        return self._locate("blueprint.yaml").read_text(encoding="utf-8")
+        return self._at_hand.path("blueprint.yaml").read_text(encoding="utf-8")
 
     def _at(self, positions: np.ndarray) -> "Zoo":
         """A zoo over the same files with only the rows at these positions of the index."""
@@ -297,57 +313,35 @@ class Zoo:
         chosen._positions = positions
         return chosen
 
-    def _checked(self, row: dict[str, Any], weights: np.ndarray, verify: bool) -> dict[str, Any]:
-        layout = self.layouts.get(row["layout"])
-        if layout is None or layout.num_parameters != len(weights) or row["num_parameters"] != len(weights):
+    def _check_layout(self, position: int) -> None:
+        held, size = self._records["layout"][position], self._records["num_parameters"][position]
+        layout = self.layouts.get(held)
+        if layout is None or layout.num_parameters != size:
             raise ZooError(
-                f"{row['model_id']} has {len(weights)} weights, not the {row['num_parameters']} of its layout"
-                f" {row['layout']}: the shard is damaged; {REPAIR}"
+                f"{self._records['model_id'][position]} has {size} weights and layout {held}, which layouts.json"
+                f" does not have like that: the index is damaged; {REPAIR}"
             )
-        if verify and schema.weights_sha256(weights) != row["weights_sha256"]:
-            raise ZooError(f"the weights of {row['model_id']} do not match their hash; {REPAIR}")
-        return row
 
-    def _weights(self, positions: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-        """`(position, vector)` for ascending positions, each row group read once."""
-        wanted = np.asarray(positions)
-        for start, file, group, count in self._row_groups:
-            chosen = wanted[(wanted >= start) & (wanted < start + count)]
-            if len(chosen) == 0:
-                continue
-            try:
-                table = self._open(file).read_row_group(group, columns=["model_id", "weights"])
-                ids, vectors = table["model_id"].to_pylist(), table["weights"].combine_chunks()
-                vectors.validate(full=False)
-            except (OSError, pa.ArrowException) as error:
-                raise ZooError(f"{file}, row group {group}, cannot be read ({one_line(error)}); {REPAIR}") from None
-            for position in chosen:
-                if ids[position - start] != self._index["model_id"][int(position)].as_py():
-                    raise ZooError(f"{file}, row group {group}, does not hold the rows the index says; {REPAIR}")
-                yield int(position), vector_of(vectors[int(position - start)])
-
-    @cached_property
-    def _row_groups(self) -> list[tuple[int, str, int, int]]:
-        """`(first position, file, row group, rows)` over all shards, in the order of the index."""
-        groups, start = [], 0
-        for split in self._splits:
-            for file in self._files("weights", split):
-                metadata = self._open(file).metadata
-                for group in range(metadata.num_row_groups):
-                    count = metadata.row_group(group).num_rows
-                    groups.append((start, file, group, count))
-                    start += count
-        if start != self._index.num_rows:
-            raise ZooError(f"{self.name}: {start} rows of weights for {self._index.num_rows} of the index; {REPAIR}")
-        return groups
+    @property
+    def _reader(self) -> WeightReader:
+        """The reader of the weights, shared by every zoo over the same files."""
+        if not self._readers:
+            records = self._records
+            rows = RowTable(
+                records["model_id"], np.array(records["num_parameters"]), records["dtype"], records["weights_sha256"]
+            )
+            self._readers.append(WeightReader(self._at_hand, read_shards(self._at_hand, self.manifest), rows))
+        return self._readers[0]
 
     @cached_property
     def _features(self) -> Any:
         return schema.row_features(self.manifest["factors"], weights=None)
 
     @cached_property
-    def _names_table(self) -> pa.Table:
-        return with_class_names(self._index, self._features).drop_columns(["split"])
+    def _records(self) -> dict[str, list[Any]]:
+        """Column -> the values of all rows, with names instead of class numbers."""
+        table = with_class_names(self._index, self._features).drop_columns(["split"])
+        return {name: table[name].to_pylist() for name in table.column_names}
 
     def _read_index(self) -> pa.Table:
         tables = []
@@ -366,29 +360,12 @@ class Zoo:
     def _read(self, file: str) -> pa.Table:
         """A light table, whose file is compared with its hash in the manifest first."""
         try:
-            data = self._locate(file).read_bytes()
+            data = self._at_hand.path(file).read_bytes()
         except OSError as error:
             raise ZooError(f"{file} of {self.name} cannot be read ({one_line(error)}); {REPAIR}") from None
         if hashlib.sha256(data).hexdigest() != self.manifest["files"][file].get("sha256"):
             raise ZooError(f"{file} of {self.name} does not match its hash: it is damaged; {REPAIR}")
         return pq.read_table(pa.BufferReader(data))
-
-    def _open(self, file: str) -> pq.ParquetFile:
-        try:
-            return pq.ParquetFile(self._locate(file), page_checksum_verification=True)
-        except (OSError, pa.ArrowException) as error:
-            raise ZooError(f"{file} of {self.name} cannot be read ({one_line(error)}); {REPAIR}") from None
-
-    def _check_sizes(self) -> None:
-        folder = self._locate(schema.MANIFEST).parent
-        for name, entry in self.manifest["files"].items():
-            file = folder / name
-            if not Path(self.name).is_dir():
-                continue
-            if not file.is_file():
-                raise ZooError(f"{name} of {self.name} is missing; {REPAIR}")
-            if file.suffix == ".parquet" and file.stat().st_size != entry["bytes"]:
-                raise ZooError(f"{name} has {file.stat().st_size} bytes, not {entry['bytes']}: it was cut; {REPAIR}")
 
     def _column(self, name: str) -> list[Any]:
         return self._index[name].take(self._positions).to_pylist()
