@@ -238,7 +238,7 @@ class Stream(IterableDataset[dict[str, Any]]):
         shape = (len(batch), layout.num_parameters)
         staged = self.device.type == "cuda"
         if not (staged or self.reuse):
-            return torch.empty(shape)
+            return torch.from_numpy(np.empty(shape, np.float32))  # numpy asks for huge pages, torch does not
         if slot.copied is not None:
             slot.copied.synchronize()
         if slot.buffer is None or slot.buffer.numel() < shape[0] * shape[1]:

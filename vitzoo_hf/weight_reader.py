@@ -248,7 +248,8 @@ def _places(files: FolderFiles | HubFiles, shards: Mapping[str, Mapping[str, Any
             group.append(np.full(count, position))
             row.append(np.arange(count))
             known = end > 0 and len(part) == count
-            offset.append(end - part[::-1].cumsum()[::-1] if known else np.full(count, -1))
+            behind = (part[::-1] + entry.get("gap", 0)).cumsum()[::-1] - entry.get("gap", 0)
+            offset.append(end - behind if known else np.full(count, -1))
             start += count
     if start != len(rows.model_ids):
         raise ZooError(f"{files.name}: {start} rows of weights for {len(rows.model_ids)} of the index; {REPAIR}")

@@ -60,8 +60,13 @@ class Storage:
 
     @property
     def group_rows(self) -> int:
-        """Rows a row group: one where weights are bytes."""
-        return max(1, ROW_GROUP_BYTES // self.row_bytes) if self.encoding == "list" else 1
+        """Rows a row group; a large model has one of its own."""
+        return max(1, ROW_GROUP_BYTES // self.row_bytes) if self.largest <= schema.LIST_LIMIT else 1
+
+    @property
+    def gap(self) -> int:
+        """Bytes between the weights of two rows of a row group: Parquet writes a length before each value of bytes."""
+        return 0 if self.encoding == "list" else 4
 
     @property
     def shard_rows(self) -> int:
@@ -174,7 +179,7 @@ def write_shard(
     features = schema.row_features(factors, weights=storage.encoding)
     groups = _remember(_groups(itertools.islice(rows, count), storage.group_rows), light, layouts)
     ends = write_parquet(file, features, groups, layouts)
-    entry = {"rows": len(light), **_file_entry(file), "groups": [list(pair) for pair in ends]}
+    entry = {"rows": len(light), **_file_entry(file), "gap": storage.gap, "groups": [list(pair) for pair in ends]}
     return Shard(entry, light, layouts)
 
 
