@@ -180,7 +180,7 @@ def test_wrong_answers_are_refused(hub, tmp_path):
     hub.inject("ignore range", f"GET .*{SHARD}")
     code = """
 f = files()
-print(json.dumps([error(read, f, 10, 10), error(read, f, len(content) - 5, 10), 
+print(json.dumps([error(read, f, 10, 10), error(read, f, len(content) - 5, 10),
     error(read, f, len(content), 1), waits]))
 """
     whole, short, after, waits = hub.run(START + code, tmp_path / "home")
@@ -230,7 +230,8 @@ def test_errors_are_one_line_that_says_what_to_do(hub, tmp_path):
 def told(name, file="zoo.json", revision=None):
     return error(files(revision, name).path, file)
 print(json.dumps([told("ModelZoos/none"), told("ModelZoos/secret"), told("ModelZoos/gated"),
-    error(read, files(), 0, 1, "no.bin"), told("ModelZoos/vit-zoo", revision="v9"), told("ModelZoos/vit-zoo", "no.bin")]))
+    error(read, files(), 0, 1, "no.bin"), told("ModelZoos/vit-zoo", revision="v9"),
+    told("ModelZoos/vit-zoo", "no.bin")]))
 """
     none, secret, gated, no_range, revision, no_file = hub.run(START + code, tmp_path / "home", token=STRANGER)
     for name, line in (("none", none), ("secret", secret)):

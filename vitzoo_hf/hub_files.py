@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 TRANSIENT = (408, 429, 500, 502, 503, 504)
 """Status codes after which a request is worth repeating."""
 
+ATTEMPTS = 6
+FIRST_WAIT, LONGEST_WAIT = 0.5, 8.0
+"""Seconds before the second attempt, which double up to the longest."""
+
 REPAIR = "pack the zoo again, or download this file again"
 
 
@@ -76,11 +80,8 @@ class HubFiles:
     """
 
     is_remote = True
-    attempts = 6
+    attempts = ATTEMPTS
     """How often a request without any progress is made before it counts as failed."""
-    first_wait = 0.5
-    """Seconds before the second attempt; they double up to `longest_wait`."""
-    longest_wait = 8.0
 
     def __init__(self, repository: str, revision: str | None = None) -> None:
         self.name = self.repository = repository
@@ -180,7 +181,7 @@ class HubFiles:
                 failures = 1 if done > progress else failures + 1
                 if not is_transient(error) or failures >= self.attempts:
                     raise self._failure(name, error) from None
-                self._wait(failures, error)
+                pause(failures, error)
 
     def _range(self, name: str, start: int, stop: int) -> Iterator[bytes]:
         """Chunks of the bytes from `start` to `stop`; raises if the answer is for anything else."""
@@ -230,15 +231,12 @@ class HubFiles:
                 failures += 1
                 if not is_transient(error) or failures >= self.attempts:
                     raise self._failure(name, error) from None
-                self._wait(failures, error)
+                pause(failures, error)
 
     def _url(self, name: str) -> str:
         from huggingface_hub import hf_hub_url
 
         return hf_hub_url(self.repository, name, repo_type="dataset", revision=self.commit)
-
-    def _wait(self, failures: int, error: Exception) -> None:
-        time.sleep(max(min(self.first_wait * 2 ** (failures - 1), self.longest_wait), seconds_asked_for(error)))
 
     def _failure(self, name: str, error: Exception) -> ZooError:
         return hub_failure(error, f"cannot get {name} of {self.repository!r}", self.revision)
@@ -274,6 +272,11 @@ def is_transient(error: BaseException) -> bool:
     if isinstance(error, HfHubHTTPError):
         return error.response.status_code in TRANSIENT
     return isinstance(error, httpx2.TransportError | ConnectionError | TimeoutError)
+
+
+def pause(failures: int, error: BaseException) -> None:
+    """Wait before a request is repeated: longer after each failure, and as long as the server asks."""
+    time.sleep(max(min(FIRST_WAIT * 2 ** (failures - 1), LONGEST_WAIT), seconds_asked_for(error)))
 
 
 def seconds_asked_for(error: BaseException) -> float:
