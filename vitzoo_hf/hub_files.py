@@ -1,0 +1,342 @@
+"""Where the files of a published zoo are read from: a folder, or one commit of a dataset on the Hub.
+
+Both give a whole file as a local path, or a range of its bytes straight into the caller's buffer. A dataset is pinned
+to the commit of the first file that was read from it, so a push in mid-read never mixes two versions.
+"""
+
+import io
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+from vitzoo_hf import schema
+from vitzoo_hf.schema import ZooError
+
+if TYPE_CHECKING:
+    import httpx2
+
+TRANSIENT = (408, 429, 500, 502, 503, 504)
+"""Status codes after which a request is worth repeating."""
+
+ATTEMPTS = 6
+FIRST_WAIT, LONGEST_WAIT = 0.5, 8.0
+"""Seconds before the second attempt, which double up to the longest."""
+
+REPAIR = "pack the zoo again, or download this file again"
+
+
+class FolderFiles:
+    """The files of a zoo in a folder.
+
+    Args:
+        folder: the zoo.
+    """
+
+    is_remote = False
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.name = str(folder)
+
+    def path(self, name: str) -> Path:
+        """The file.
+
+        Raises:
+            ZooError: if it is missing.
+        """
+        file = self.local(name)
+        if file is None:
+            raise ZooError(f"{name} of {self.name} is missing; {REPAIR}")
+        return file
+
+    def local(self, name: str) -> Path | None:
+        """The file; None if it is missing."""
+        file = self.folder / name
+        return file if file.is_file() else None
+
+    def exists(self, name: str) -> bool:
+        """Whether the file is there."""
+        return self.local(name) is not None
+
+    def read_into(self, name: str, start: int, out: memoryview) -> None:
+        """Fill `out` with the bytes of a file from position `start`.
+
+        Raises:
+            ZooError: if the file is missing or too short.
+        """
+        read_file_into(self.path(name), start, out, f"{name} of {self.name}")
+
+
+class HubFiles:
+    """The files of a dataset on the Hub, at one commit: whole ones through the Hub's cache, ranges without it.
+
+    It can be shared between threads, and pickled into other processes, which then read the same commit.
+
+    Args:
+        repository: a dataset id such as `ModelZoos/vit-zoo`.
+        revision: branch, tag or commit; the head of `main` if None.
+    """
+
+    is_remote = True
+    attempts = ATTEMPTS
+    """How often a request without any progress is made before it counts as failed."""
+
+    def __init__(self, repository: str, revision: str | None = None) -> None:
+        self.name = self.repository = repository
+        self.revision = revision
+        self._commit: str | None = None
+        self._links: dict[str, str] = {}
+        self._lock = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        pinned: dict[str, Any] = {"_commit": self.commit, "_links": {}, "_lock": None}
+        return self.__dict__ | pinned
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ = state | {"_lock": threading.Lock()}
+
+    @property
+    def commit(self) -> str:
+        """The commit all files are read at; that of the zoo's manifest if no file was read yet.
+
+        Raises:
+            ZooError: if it cannot be found out.
+        """
+        if self._commit is None:
+            self.path(schema.MANIFEST)
+        assert self._commit is not None
+        return self._commit
+
+    def path(self, name: str) -> Path:
+        """A local copy of the whole file, downloaded into the Hub's cache if it is not there.
+
+        Raises:
+            ZooError: if there is no such dataset, revision or file, or it cannot be fetched.
+        """
+        if self._commit is None:
+            with self._lock:
+                file = self._download(name, self._commit or self.revision)
+                # .../snapshots/COMMIT/NAME
+                self._commit = file.parents[len(PurePosixPath(name).parts) - 1].name
+                return file
+        return self._download(name, self._commit)
+
+    def local(self, name: str) -> Path | None:
+        """The file if the Hub's cache holds all of it at this commit."""
+        from huggingface_hub import try_to_load_from_cache
+
+        held = try_to_load_from_cache(self.repository, name, revision=self.commit, repo_type="dataset")
+        return Path(held) if isinstance(held, str) else None
+
+    def exists(self, name: str) -> bool:
+        """Whether the dataset has the file at this commit; offline, whether the cache holds it.
+
+        Raises:
+            ZooError: if the Hub cannot be asked.
+        """
+        from huggingface_hub import get_hf_file_metadata
+        from huggingface_hub.errors import EntryNotFoundError, OfflineModeIsEnabled
+
+        if self.local(name) is not None:
+            return True
+        try:
+            get_hf_file_metadata(self._url(name), retry_on_errors=True)
+        except (EntryNotFoundError, OfflineModeIsEnabled):
+            return False
+        except Exception as error:
+            raise self._failure(name, error) from None
+        return True
+
+    def read_into(self, name: str, start: int, out: memoryview) -> None:
+        """Fill `out` with the bytes of a file from position `start`: one request for exactly these bytes.
+
+        A connection that breaks is taken up where it broke; a busy or failing server is asked again, after a while.
+
+        Raises:
+            ZooError: if the file is missing, too short or not accessible, or the server keeps failing.
+        """
+        held = self.local(name)
+        if held is not None:
+            read_file_into(held, start, out, f"{name} of {self.name}")
+            return
+        target = out.cast("B")
+        done, failures = 0, 0
+        while done < len(target):
+            try:
+                progress = done
+                for chunk in self._range(name, start + done, start + len(target)):
+                    if len(chunk) > len(target) - done:
+                        raise ZooError(
+                            f"cannot read {name} of {self.name!r}: the server sends more than was asked for"
+                        )
+                    target[done : done + len(chunk)] = chunk
+                    done += len(chunk)
+                if done < len(target):
+                    raise ConnectionError("the answer ended early")
+            except ZooError:
+                raise
+            except Exception as error:
+                failures = 1 if done > progress else failures + 1
+                if not is_transient(error) or failures >= self.attempts:
+                    raise self._failure(name, error) from None
+                pause(failures, error)
+
+    def _range(self, name: str, start: int, stop: int) -> Iterator[bytes]:
+        """Chunks of the bytes from `start` to `stop`; raises if the answer is for anything else."""
+        from huggingface_hub import constants
+        from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+
+        link = self._links.get(name)
+        url = self._url(name)
+        headers = build_hf_headers(library_name="vitzoo-hf", library_version=schema.VERSION)
+        headers |= {"Accept-Encoding": "identity", "Range": f"bytes={start}-{stop - 1}"}
+        if link is not None:
+            # a signed address on another host needs no token, and must not be told it
+            headers.pop("authorization", None)
+        with get_session().stream(
+            "GET", link or url, headers=headers, follow_redirects=True, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT
+        ) as answer:
+            if link is not None and answer.status_code in (400, 401, 403, 404, 410):
+                self._links.pop(name, None)
+                raise ConnectionError("the address has expired")
+            hf_raise_for_status(answer)
+            self._check_range(name, answer, start, stop)
+            if answer.history and answer.url.origin != answer.history[0].url.origin:
+                self._links[name] = str(answer.url)
+            yield from answer.iter_raw()
+
+    def _check_range(self, name: str, answer: "httpx2.Response", start: int, stop: int) -> None:
+        told = answer.headers.get("content-range", "")
+        if answer.status_code != 206 or answer.headers.get("content-encoding", "identity") != "identity":
+            raise ZooError(
+                f"cannot read a part of {name} of {self.name!r}: {answer.url.host} sends whole files only;"
+                " read from the Hub itself, or download the zoo first"
+            )
+        if not told.startswith(f"bytes {start}-{stop - 1}/"):
+            raise ZooError(
+                f"{name} of {self.name!r} is not what the zoo says: bytes {start} to {stop - 1} were asked for,"
+                f" {told.removeprefix('bytes ') or 'unnamed ones'} came; {REPAIR}"
+            )
+
+    def _download(self, name: str, revision: str | None) -> Path:
+        from huggingface_hub import hf_hub_download
+
+        failures = 0
+        while True:
+            try:
+                return Path(hf_hub_download(self.repository, name, repo_type="dataset", revision=revision))
+            except Exception as error:
+                failures += 1
+                if not is_transient(error) or failures >= self.attempts:
+                    raise self._failure(name, error) from None
+                pause(failures, error)
+
+    def _url(self, name: str) -> str:
+        from huggingface_hub import hf_hub_url
+
+        return hf_hub_url(self.repository, name, repo_type="dataset", revision=self.commit)
+
+    def _failure(self, name: str, error: Exception) -> ZooError:
+        return hub_failure(error, f"cannot get {name} of {self.repository!r}", self.revision)
+
+
+def read_file_into(file: Path, start: int, out: memoryview, what: str) -> None:
+    """Fill `out` with the bytes of a local file from position `start`.
+
+    Raises:
+        ZooError: if the file cannot be read or ends before, naming it as `what`.
+    """
+    target = out.cast("B")
+    done = 0
+    try:
+        with io.FileIO(file) as opened:
+            opened.seek(start)
+            while done < len(target):
+                count = opened.readinto(target[done:])
+                if not count:
+                    raise ZooError(f"{what} has fewer than {start + len(target)} bytes: it was cut; {REPAIR}")
+                done += count
+    except OSError as error:
+        raise ZooError(f"{what} cannot be read ({error.strerror}); {REPAIR}") from None
+
+
+def is_transient(error: BaseException) -> bool:
+    """Whether the same request may succeed a little later: a broken connection, a busy or failing server."""
+    import httpx2
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    if isinstance(error, OfflineModeIsEnabled | LocalEntryNotFoundError):
+        return False
+    if isinstance(error, HfHubHTTPError):
+        return error.response.status_code in TRANSIENT
+    return isinstance(error, httpx2.TransportError | ConnectionError | TimeoutError)
+
+
+def pause(failures: int, error: BaseException) -> None:
+    """Wait before a request is repeated: longer after each failure, and as long as the server asks."""
+    time.sleep(max(min(FIRST_WAIT * 2 ** (failures - 1), LONGEST_WAIT), seconds_asked_for(error)))
+
+
+def seconds_asked_for(error: BaseException) -> float:
+    """How long a busy server asks to be left alone, at most two minutes."""
+    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.utils import parse_ratelimit_headers
+
+    if not isinstance(error, HfHubHTTPError):
+        return 0.0
+    headers = error.response.headers
+    limit = parse_ratelimit_headers(headers)
+    if error.response.status_code == 429 and limit is not None and limit.remaining == 0:
+        return min(limit.reset_in_seconds + 1.0, 120.0)
+    asked = headers.get("retry-after", "")
+    return min(float(asked), 120.0) if asked.isdigit() else 0.0
+
+
+def hub_failure(error: BaseException, what: str, revision: str | None = None) -> ZooError:
+    """One line for a request to the Hub that failed: what was tried, why it failed, what to do.
+
+    Args:
+        error: what the Hub's client raised.
+        what: what was tried, such as "cannot get zoo.json of 'ORG/NAME'".
+        revision: what was asked for, if anything.
+    """
+    from huggingface_hub import constants
+    from huggingface_hub import errors as hub
+
+    while isinstance(error, hub.LocalEntryNotFoundError | RuntimeError) and error.__cause__ is not None:
+        error = error.__cause__
+    status = error.response.status_code if isinstance(error, hub.HfHubHTTPError) else None
+    login = "run `hf auth login`, or set HF_TOKEN"
+    if isinstance(error, hub.OfflineModeIsEnabled):
+        reason = (
+            "it is not in the cache, and HF_HUB_OFFLINE forbids to fetch it: unset it, or download the zoo before"
+        )
+    elif isinstance(error, hub.GatedRepoError):
+        reason = f"its owner grants access: ask at {constants.ENDPOINT}/datasets/{error.repo_id}, then {login}"
+    elif isinstance(error, hub.RepositoryNotFoundError):
+        reason = (
+            f"no folder here, and no dataset on the Hub that you can see: check the name; for a private one {login}"
+        )
+    elif isinstance(error, hub.RevisionNotFoundError):
+        reason = f"it has no branch, tag or commit {revision!r}: check `revision`"
+    elif isinstance(error, hub.EntryNotFoundError):
+        reason = (
+            f"the dataset has no such file{f' at {revision!r}' if revision else ''}: it is no zoo, or not all of one"
+        )
+    elif status == 416:
+        reason = f"the file ends before what was asked for: it is not what the zoo says; {REPAIR}"
+    elif status == 401:
+        reason = f"the Hub refuses your token, or you have none: {login}"
+    elif status == 403:
+        reason = f"your token does not allow it: {login} with one that does ({_one_line(error)})"
+    elif status is None and is_transient(error):
+        reason = f"no connection to {constants.ENDPOINT} ({_one_line(error)}): try again later"
+    else:
+        reason = _one_line(error)
+    return ZooError(f"{what}: {reason}")
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join((str(error) or type(error).__name__).split())[:200]
