@@ -53,9 +53,8 @@ def measure(name: str, architecture: tuple, count: int, group: int, folder: Path
             folder / "x.npy", np.stack([row["weights"] for row in models])
         ),
     }
-    written = dict(
-        zip(ways, ("ours-float32.parquet", "ours-bfloat16.parquet", "list.parquet", "bytes.parquet", "x.npy"))
-    )
+    files = ("ours-float32.parquet", "ours-bfloat16.parquet", "list.parquet", "bytes.parquet", "x.npy")
+    written = dict(zip(ways, files, strict=True))
     taken = side_by_side.interleaved(ways, 3)
     base = taken["Dataset.to_parquet, list column"]["cpu_s"]
     return [

@@ -129,7 +129,7 @@ def test_ctrl_c_is_one_line_with_the_way_on(capsys, monkeypatch):
     def interrupted(*arguments, **keywords):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sys.modules["vitzoo_hf.cli"], "_open", interrupted)
+    monkeypatch.setattr(sys.modules["vitzoo_hf.zoo_verbs"], "open_zoo", interrupted)
     assert call(capsys, "ls", "sample")[::2] == (
         130,
         "\nvitzoo: interrupted; the same command continues where it was\n",

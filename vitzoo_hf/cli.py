@@ -3,15 +3,17 @@
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING
 
-from cyclopts import App, Parameter
+from cyclopts import App
 from cyclopts.exceptions import CycloptsError
 
 from vitzoo_hf.console import format_bytes, format_duration, hint, join, print_json, print_table
+from vitzoo_hf.options import Json, Quiet, Workers, open_zoo, table_records
 from vitzoo_hf.schema import VERSION, ZooError
+from vitzoo_hf.zoo_verbs import export, get, info, list_rows, push, verify
 
 if TYPE_CHECKING:
     from vitzoo_hf.zoo import Zoo
@@ -23,17 +25,9 @@ app = App(
     suppress_keyboard_interrupt=False,
 )
 
-Json = Annotated[bool, Parameter(name="--json", negative=(), help="Print one JSON value, and nothing else.")]
-Quiet = Annotated[bool, Parameter(name="--quiet", negative=(), help="No progress bars and no hints.")]
-Where = Annotated[
-    list[str] | None,
-    Parameter(
-        name="--where",
-        negative=(),
-        help="COLUMN=VALUE, COLUMN=A,B (any of them) or COLUMN=LOW..HIGH; repeat it to narrow down.",
-    ),
-]
-Workers = Annotated[int | None, Parameter(help="Training processes; one a core by default.")]
+app.command(list_rows, name="ls")
+for verb in (info, get, export, push, verify):
+    app.command(verb)
 
 
 @app.command
@@ -69,11 +63,11 @@ def quickstart(
                 "already_done": outcome.already_done,
                 "seconds": round(time.perf_counter() - start, 1),
                 "rows": len(zoo),
-                "table": _records(table),
+                "table": table_records(table),
             }
         )
         return
-    print_table(_records(table))
+    print_table(table_records(table))
     if outcome.already_done:
         print(f"\nAlready done: the zoo in {outcome.zoo} is complete and measured; nothing was trained.")
     else:
@@ -157,19 +151,22 @@ def train(
 
 
 @app.command
-def pack(blueprint: str, runs: Path, *, out: Path, json: Json = False, quiet: Quiet = False) -> None:
+def pack(
+    blueprint: str, runs: Path, *, out: Path, dtype: str = "float32", json: Json = False, quiet: Quiet = False
+) -> None:
     """Publish trained runs as a dataset folder.
 
     Args:
         blueprint: The blueprint they were trained by.
         runs: The folder `vitzoo train` filled.
         out: Folder for the zoo; one that is there is replaced.
+        dtype: float32, or float16 or bfloat16 for half the size with rounded weights.
     """
     from vitzoo_hf.blueprint import Blueprint
     from vitzoo_hf.pack import pack as write
     from vitzoo_hf.zoo import Zoo
 
-    zoo = Zoo(write(Blueprint.load(blueprint), runs, out, progress=not (json or quiet)))
+    zoo = Zoo(write(Blueprint.load(blueprint), runs, out, dtype=dtype, progress=not (json or quiet)))
     if json:
         print_json({"zoo": str(out), "rows": len(zoo), "missing_runs": zoo.manifest["missing_runs"]})
         return
@@ -178,101 +175,6 @@ def pack(blueprint: str, runs: Path, *, out: Path, json: Json = False, quiet: Qu
         print(f"left out: {run_id}: {reason}")
     if not quiet:
         hint(f"Next: vitzoo evaluate {out}")
-
-
-@app.command(name="ls")
-def list_rows(zoo: str, *, where: Where = None, limit: int = 20, json: Json = False, quiet: Quiet = False) -> None:
-    """List rows with their factors and results.
-
-    Args:
-        zoo: Folder, dataset id, or `sample`.
-        limit: At most so many rows; 0 for all.
-    """
-    opened = _open(zoo, where)
-    index = opened.to_pandas()
-    columns = ["model_id", "stage", "epoch", *opened.factors, "test_accuracy", "test_loss"]
-    shown = index[columns] if limit <= 0 else index[columns].head(limit)
-    if json:
-        print_json(_records(shown))
-        return
-    print_table(_records(shown.rename(columns={name: name.removeprefix("factor_") for name in columns})))
-    if not quiet:
-        more = f"{len(shown)} of {len(index)} rows; --limit 0 shows all. " if len(shown) < len(index) else ""
-        hint(f"{more}Next: vitzoo get {zoo} MODEL_ID --out FILE.safetensors")
-
-
-@app.command
-def info(zoo: str, *, json: Json = False, quiet: Quiet = False) -> None:
-    """Say what a zoo holds: rows, runs, factors and their values, configs, images.
-
-    Args:
-        zoo: Folder, dataset id, or `sample`.
-    """
-    opened = _open(zoo, None)
-    index = opened.to_pandas()
-    facts = {
-        "name": opened.manifest["name"],
-        "format": opened.manifest["format"],
-        "rows": len(index),
-        "runs": int(index["run_id"].nunique()),
-        "final_models": int(index["is_final"].sum()),
-        "parameters": sorted({int(count) for count in index["num_parameters"]}),
-        "factors": {name: sorted(index[name].dropna().unique().tolist()) for name in opened.factors},
-        "splits": {split: opened.splits_of(opened.model_ids).count(split) for split in opened.splits},
-        "configs": opened.configs,
-        "images": {name: record["licence"] for name, record in opened.manifest["images"].items()},
-        "missing_runs": opened.manifest["missing_runs"],
-    }
-    if json:
-        print_json(facts)
-        return
-    for name, value in facts.items():
-        if isinstance(value, Mapping):
-            print(f"{name}")
-            for key, entry in value.items():
-                print(f"    {key}: {join(entry)}")
-        else:
-            print(f"{name:<14}{join(value)}")
-    if not quiet:
-        hint(f"Next: vitzoo ls {zoo}")
-
-
-@app.command
-def get(zoo: str, model_id: str, *, out: Path, json: Json = False, quiet: Quiet = False) -> None:
-    """Write one model as safetensors with timm's tensor names.
-
-    Args:
-        zoo: Folder, dataset id, or `sample`.
-        model_id: A model of the zoo, as `vitzoo ls` shows it.
-        out: The .safetensors file to write.
-    """
-    from vitzoo_hf.export import export_row
-
-    row = _open(zoo, None).row(model_id)
-    export_row(row, out)
-    if json:
-        print_json({"model_id": model_id, "file": str(out)})
-        return
-    print(f"{model_id} in {out}")
-    if not quiet:
-        hint(f"Next: vitzoo export {zoo} --out FOLDER --where is_final=true")
-
-
-@app.command
-def export(zoo: str, *, out: Path, where: Where = None, json: Json = False, quiet: Quiet = False) -> None:
-    """Write many models as safetensors, one file each.
-
-    Args:
-        zoo: Folder, dataset id, or `sample`.
-        out: Folder for the files; those it already has in full are kept.
-    """
-    from vitzoo_hf.export import export_zoo
-
-    files = export_zoo(_open(zoo, where), out, progress=not (json or quiet))
-    if json:
-        print_json([str(file) for file in files])
-        return
-    print(f"{len(files)} models in {out}")
 
 
 @app.command
@@ -306,7 +208,7 @@ def plot(zoo: str, *, out: Path, json: Json = False, quiet: Quiet = False) -> No
     """
     from vitzoo_hf.quickstart import write_zoo_report
 
-    report = write_zoo_report(_open(zoo, None), out)
+    report = write_zoo_report(open_zoo(zoo, None), out)
     if json:
         print_json({"report": str(report)})
         return
@@ -351,21 +253,6 @@ def run(arguments: Sequence[str]) -> int:
         print("\nvitzoo: interrupted; the same command continues where it was", file=sys.stderr)
         return 130
     return 0
-
-
-def _open(name: str, where: Sequence[str] | None) -> "Zoo":
-    from vitzoo_hf.row_tables import parse_condition
-    from vitzoo_hf.zoo import Zoo
-
-    zoo = Zoo.sample() if name == "sample" else Zoo(name)
-    conditions = dict(parse_condition(text, zoo.column_types) for text in where or ())
-    return zoo.filter(**conditions) if conditions else zoo
-
-
-def _records(table: Any) -> list[dict[str, Any]]:
-    from vitzoo_hf.row_tables import records
-
-    return records(table)
 
 
 def _best_model(zoo: "Zoo") -> str:

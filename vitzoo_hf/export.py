@@ -74,13 +74,16 @@ def export_subset(zoo: Zoo, folder: Path, *, selection_of: Sequence[str] | None 
     used = set(zoo.index["dataset"])
     wanted = {"selection": used if selection_of is None else used & set(selection_of), "test": used}
     parts = {split: zoo.filter(split=split) for split in zoo.splits}
-    splits = {split: Rows(len(part), part.rows()) for split, part in parts.items()}
+    splits = {
+        split: Rows(len(part), max(part.index["num_parameters"], default=0), part.rows())
+        for split, part in parts.items()
+    }
     probes = {
         role: [row for row in zoo.probe_rows(role) if row["dataset"] in datasets] for role, datasets in wanted.items()
     }
     manifest = {name: value for name, value in zoo.manifest.items() if name != "files"}
     manifest |= {"blueprint_fingerprint": None, "subset_of": zoo.manifest["blueprint_fingerprint"]}
-    write_zoo(folder, manifest, splits, probes, zoo.blueprint_text)
+    write_zoo(folder, manifest, splits, probes, zoo.blueprint_text, dtype=zoo.index["dtype"][0])
     return folder
 
 

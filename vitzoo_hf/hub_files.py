@@ -330,13 +330,14 @@ def hub_failure(error: BaseException, what: str, revision: str | None = None) ->
     elif status == 401:
         reason = f"the Hub refuses your token, or you have none: {login}"
     elif status == 403:
-        reason = f"your token does not allow it: {login} with one that does ({_one_line(error)})"
+        reason = f"your token does not allow it: {login} with one that does ({one_line(error)})"
     elif status is None and is_transient(error):
-        reason = f"no connection to {constants.ENDPOINT} ({_one_line(error)}): try again later"
+        reason = f"no connection to {constants.ENDPOINT} ({one_line(error)}): try again later"
     else:
-        reason = _one_line(error)
+        reason = one_line(error)
     return ZooError(f"{what}: {reason}")
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
+    """The message of an error on one line, cut to 200 characters."""
     return " ".join((str(error) or type(error).__name__).split())[:200]

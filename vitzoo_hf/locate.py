@@ -10,10 +10,8 @@ from typing import Any
 from vitzoo_hf import schema
 from vitzoo_hf.checkpoint import read_json
 from vitzoo_hf.flatten import Layout
-from vitzoo_hf.hub_files import FolderFiles, HubFiles
+from vitzoo_hf.hub_files import REPAIR, FolderFiles, HubFiles
 from vitzoo_hf.schema import ZooError
-
-REPAIR = "pack the zoo again, or download this file again"
 
 
 def read_manifest(file: Path) -> dict[str, Any]:
@@ -78,8 +76,6 @@ def check_sizes(files: FolderFiles | HubFiles, manifest: Mapping[str, Any]) -> N
     """
     for name, entry in (manifest["files"] | read_shards(files, manifest)).items():
         file = files.path(name)
-        if not file.is_file():
-            raise ZooError(f"{name} of {files.name} is missing; {REPAIR}")
         if file.suffix == ".parquet" and file.stat().st_size != entry["bytes"]:
             raise ZooError(f"{name} has {file.stat().st_size} bytes, not {entry['bytes']}: it was cut; {REPAIR}")
 
@@ -99,8 +95,3 @@ def open_files(path: str | Path, revision: str | None) -> FolderFiles | HubFiles
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
         raise ZooError(f"no zoo at {str(path)!r}: neither a folder nor a dataset id like ORG/NAME")
     return HubFiles(repository, revision)
-
-
-def one_line(error: Exception) -> str:
-    """The message of an error on one line, cut to 200 characters."""
-    return " ".join(str(error).split())[:200]

@@ -1,8 +1,8 @@
 """Rows -> one Parquet file whose weights also lie in it as plain memory.
 
-Weights are not compressed and fill one page a row group, so they are the last bytes of their column chunk, row
-after row (with four bytes of length before each where they are stored as bytes). `write_parquet` returns where each ends: with that a reader takes a vector by one read of the file, or
-one range of a URL, and decodes nothing.
+Weights are not compressed and fill one page a row group, so they are the last bytes of their column chunk, row after
+row (with four bytes of length before each where they are stored as bytes). `write_parquet` returns where each ends:
+with that a reader takes a vector by one read of the file, or one range of a URL, and decodes nothing.
 """
 
 from collections.abc import Iterable, Mapping

@@ -6,7 +6,7 @@ a stream is two numbers, and continuing neither loses nor repeats a row. Batches
 
 import fnmatch
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -291,7 +291,7 @@ def _merged(parts: Sequence[slice]) -> list[slice]:
 
 def light_columns(
     records: Mapping[str, list[Any]], kinds: Mapping[str, type], chosen: Sequence[str] | None
-) -> dict[str, Callable[..., Any] | list[Any] | Tensor]:
+) -> dict[str, list[Any] | Tensor]:
     """Columns of the index as a stream hands them out; what becomes a tensor depends on the type alone.
 
     Args:

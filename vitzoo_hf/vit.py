@@ -4,7 +4,6 @@
 vector. Importing timm costs about a second, so it waits until a model is needed.
 """
 
-import copy
 import json
 import sys
 from collections.abc import Mapping

@@ -19,8 +19,7 @@ import pyarrow.parquet as pq
 
 from vitzoo_hf import schema
 from vitzoo_hf.encoding import ITEM_BYTES, vector_of, widen
-from vitzoo_hf.hub_files import FolderFiles, HubFiles
-from vitzoo_hf.locate import REPAIR, one_line
+from vitzoo_hf.hub_files import REPAIR, FolderFiles, HubFiles, one_line
 from vitzoo_hf.schema import ZooError
 
 MAPPED_BYTES = 1_000_000
@@ -79,6 +78,7 @@ class WeightReader:
         self.files, self.rows = files, rows
         self.places = _places(files, shards, rows)
         self._shard_bytes = {name: entry["bytes"] for name, entry in shards.items()}
+        self._local_files: dict[str, Path] = {}
         self._verified = np.zeros(len(rows.model_ids), dtype=bool)
         self._unpickled()
 
@@ -162,10 +162,14 @@ class WeightReader:
     def _local(self, position: int) -> Path | None:
         """The shard of a row on this machine, fetched if it is small; None where only ranges of it are read."""
         name = self._file(position)
-        local = self.files.local(name)
-        if local is None and self._shard_bytes[name] <= FETCHED_WHOLE_BYTES:
-            return self.files.path(name)
-        return local
+        if name not in self._local_files:
+            local = self.files.local(name)
+            if local is None and (self._shard_bytes[name] <= FETCHED_WHOLE_BYTES or not self.files.is_remote):
+                local = self.files.path(name)
+            if local is None:
+                return None
+            self._local_files[name] = local
+        return self._local_files[name]
 
     def _mapped(self, position: int, file: Path) -> np.ndarray:
         start = int(self.places.offset[position])
@@ -182,12 +186,12 @@ class WeightReader:
         local = self._local(position)
         begin = int(self.places.offset[position]) + start
         if local is None:
-            self.files.read_into(self._file(position), begin, memoryview(out))
+            self.files.read_into(self._file(position), begin, out.data)
             return
         try:
             opened, done = self._opened(local), 0
             while done < out.size:
-                got = os.preadv(opened.descriptor, [memoryview(out)[done:]], begin + done)
+                got = os.preadv(opened.descriptor, [out[done:].data], begin + done)
                 if got == 0:
                     raise OSError("the file was cut")
                 done += got

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from vitzoo_hf import schema
-from vitzoo_hf.locate import REPAIR, check_sizes, one_line, open_files, read_layouts, read_manifest, read_shards
+from vitzoo_hf.hub_files import REPAIR, one_line
+from vitzoo_hf.locate import check_sizes, open_files, read_layouts, read_manifest, read_shards
 from vitzoo_hf.rebuild import VerifiedRow, reconstruct
 from vitzoo_hf.row_tables import check_classes, features_of, matches, with_class_names
 from vitzoo_hf.schema import ZooError, did_you_mean
@@ -30,6 +31,8 @@ from vitzoo_hf.weight_reader import RowTable, WeightReader
 if TYPE_CHECKING:
     import datasets
     import pandas
+
+    from vitzoo_hf.push import Push
 
 SAMPLE = Path(__file__).parent / "sample"
 
@@ -301,6 +304,31 @@ class Zoo:
         """Rows of the `probes` config as they are stored, images still encoded."""
         tables = [self._read(file) for file in self._files("probes", role)]
         return pa.concat_tables(tables).to_pylist() if tables else []
+
+    def push(
+        self, repository: str, *, private: bool = False, tag: str | None = None, dry_run: bool = False
+    ) -> "Push":
+        """Publish the zoo on the Hub, or bring a published one up to date; see `vitzoo_hf.push.push`.
+
+        Args:
+            repository: dataset id, `ORG/NAME`.
+            private: make a new dataset private.
+            tag: also tag this version.
+            dry_run: only say what would be uploaded.
+
+        Raises:
+            ZooError: for a zoo that is not a folder here, or only some of its rows.
+        """
+        from vitzoo_hf.push import push
+
+        if self._at_hand.is_remote:
+            raise ZooError(f"{self.name} is on the Hub: push takes a zoo's folder")
+        if len(self) != self._index.num_rows:
+            raise ZooError(
+                f"{len(self)} of {self._index.num_rows} rows are chosen: write them as a zoo of their own by"
+                " `vitzoo_hf.export.export_subset`, and push that"
+            )
+        return push(self.name, repository, private=private, tag=tag, dry_run=dry_run)
 
     @property
     def blueprint_text(self) -> str:

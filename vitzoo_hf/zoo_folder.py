@@ -65,7 +65,7 @@ class Storage:
 
     @property
     def gap(self) -> int:
-        """Bytes between the weights of two rows of a row group: Parquet writes a length before each value of bytes."""
+        """Bytes between two rows of a row group: Parquet writes a length before each value of bytes."""
         return 0 if self.encoding == "list" else 4
 
     @property

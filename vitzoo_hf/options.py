@@ -1,0 +1,38 @@
+"""What the verbs of the command line share: options, and how a zoo is named."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import Parameter
+
+if TYPE_CHECKING:
+    from vitzoo_hf.zoo import Zoo
+
+Json = Annotated[bool, Parameter(name="--json", negative=(), help="Print one JSON value, and nothing else.")]
+Quiet = Annotated[bool, Parameter(name="--quiet", negative=(), help="No progress bars and no hints.")]
+Where = Annotated[
+    list[str] | None,
+    Parameter(
+        name="--where",
+        negative=(),
+        help="COLUMN=VALUE, COLUMN=A,B (any of them) or COLUMN=LOW..HIGH; repeat it to narrow down.",
+    ),
+]
+Workers = Annotated[int | None, Parameter(help="Training processes; one a core by default.")]
+
+
+def open_zoo(name: str, where: Sequence[str] | None, *, revision: str | None = None) -> "Zoo":
+    """The zoo of this name, a folder, a dataset id or `sample`, with the rows that meet all conditions."""
+    from vitzoo_hf.row_tables import parse_condition
+    from vitzoo_hf.zoo import Zoo
+
+    zoo = Zoo.sample() if name == "sample" else Zoo(name, revision=revision)
+    conditions = dict(parse_condition(text, zoo.column_types) for text in where or ())
+    return zoo.filter(**conditions) if conditions else zoo
+
+
+def table_records(table: Any) -> list[dict[str, Any]]:
+    """Rows of a data frame, with None for every missing value."""
+    from vitzoo_hf.row_tables import records
+
+    return records(table)

@@ -1,0 +1,157 @@
+"""The verbs that take a zoo as it is: list, describe, get, export, convert, push, verify."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from vitzoo_hf.console import format_bytes, hint, join, print_json, print_table
+from vitzoo_hf.options import Json, Quiet, Where, open_zoo, table_records
+from vitzoo_hf.schema import ZooError
+
+
+def list_rows(zoo: str, *, where: Where = None, limit: int = 20, json: Json = False, quiet: Quiet = False) -> None:
+    """List rows with their factors and results.
+
+    Args:
+        zoo: Folder, dataset id, or `sample`.
+        limit: At most so many rows; 0 for all.
+    """
+    opened = open_zoo(zoo, where)
+    index = opened.to_pandas()
+    columns = ["model_id", "stage", "epoch", *opened.factors, "test_accuracy", "test_loss"]
+    shown = index[columns] if limit <= 0 else index[columns].head(limit)
+    if json:
+        print_json(table_records(shown))
+        return
+    print_table(table_records(shown.rename(columns={name: name.removeprefix("factor_") for name in columns})))
+    if not quiet:
+        more = f"{len(shown)} of {len(index)} rows; --limit 0 shows all. " if len(shown) < len(index) else ""
+        hint(f"{more}Next: vitzoo get {zoo} MODEL_ID --out FILE.safetensors")
+
+
+def info(zoo: str, *, json: Json = False, quiet: Quiet = False) -> None:
+    """Say what a zoo holds: rows, runs, factors and their values, configs, images.
+
+    Args:
+        zoo: Folder, dataset id, or `sample`.
+    """
+    opened = open_zoo(zoo, None)
+    index = opened.to_pandas()
+    facts = {
+        "name": opened.manifest["name"],
+        "format": opened.manifest["format"],
+        "rows": len(index),
+        "runs": int(index["run_id"].nunique()),
+        "final_models": int(index["is_final"].sum()),
+        "parameters": sorted({int(count) for count in index["num_parameters"]}),
+        "factors": {name: sorted(index[name].dropna().unique().tolist()) for name in opened.factors},
+        "splits": {split: opened.splits_of(opened.model_ids).count(split) for split in opened.splits},
+        "configs": opened.configs,
+        "images": {name: record["licence"] for name, record in opened.manifest["images"].items()},
+        "missing_runs": opened.manifest["missing_runs"],
+    }
+    if json:
+        print_json(facts)
+        return
+    for name, value in facts.items():
+        if isinstance(value, Mapping):
+            print(f"{name}")
+            for key, entry in value.items():
+                print(f"    {key}: {join(entry)}")
+        else:
+            print(f"{name:<14}{join(value)}")
+    if not quiet:
+        hint(f"Next: vitzoo ls {zoo}")
+
+
+def get(zoo: str, model_id: str, *, out: Path, json: Json = False, quiet: Quiet = False) -> None:
+    """Write one model as safetensors with timm's tensor names.
+
+    Args:
+        zoo: Folder, dataset id, or `sample`.
+        model_id: A model of the zoo, as `vitzoo ls` shows it.
+        out: The .safetensors file to write.
+    """
+    from vitzoo_hf.export import export_row
+
+    row = open_zoo(zoo, None).row(model_id)
+    export_row(row, out)
+    if json:
+        print_json({"model_id": model_id, "file": str(out)})
+        return
+    print(f"{model_id} in {out}")
+    if not quiet:
+        hint(f"Next: vitzoo export {zoo} --out FOLDER --where is_final=true")
+
+
+def export(zoo: str, *, out: Path, where: Where = None, json: Json = False, quiet: Quiet = False) -> None:
+    """Write many models as safetensors, one file each.
+
+    Args:
+        zoo: Folder, dataset id, or `sample`.
+        out: Folder for the files; those it already has in full are kept.
+    """
+    from vitzoo_hf.export import export_zoo
+
+    files = export_zoo(open_zoo(zoo, where), out, progress=not (json or quiet))
+    if json:
+        print_json([str(file) for file in files])
+        return
+    print(f"{len(files)} models in {out}")
+
+
+def push(
+    zoo: Path,
+    repository: str,
+    *,
+    private: bool = False,
+    dry_run: bool = False,
+    tag: str | None = None,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Publish a zoo on the Hugging Face Hub, or bring it up to date: only what changed is uploaded.
+
+    Args:
+        zoo: The zoo's folder.
+        repository: Dataset id, ORG/NAME.
+        private: Make a new dataset private.
+        dry_run: Say what would be uploaded, and change nothing.
+        tag: Also tag this version, such as v1.0.
+    """
+    from vitzoo_hf.push import push as publish
+
+    done = publish(zoo, repository, private=private, dry_run=dry_run, tag=tag, progress=not (json or quiet))
+    size = sum(count for _, count in done.uploaded)
+    if json:
+        print_json(vars(done) | {"bytes": size})
+        return
+    for name, count in done.uploaded:
+        print(f"{'would go' if dry_run else 'uploaded'}  {format_bytes(count):>8}  {name}")
+    for name in done.deleted:
+        print(f"{'would be deleted' if dry_run else 'deleted'}  {name}")
+    print(f"{len(done.uploaded)} files, {format_bytes(size)}; {done.unchanged} unchanged; {done.url}")
+    if not quiet and not dry_run:
+        hint(f'Next: load_dataset({repository!r}, "weights"), or vitzoo ls {repository}')
+
+
+def verify(zoo: str, *, revision: str | None = None, json: Json = False, quiet: Quiet = False) -> None:
+    """Hash every file of a zoo again and name what is damaged; exit status 1 if anything is.
+
+    Args:
+        zoo: Folder, or dataset id, of which every file is read once and nothing kept.
+        revision: Branch, tag or commit of a dataset.
+    """
+    from vitzoo_hf.verify import verify as check
+
+    found = check(zoo, revision=revision, progress=not (json or quiet))
+    if json:
+        print_json(vars(found) | {"intact": found.intact})
+    else:
+        for name, reason in found.damaged.items():
+            print(f"damaged: {name}: {reason}")
+            for model_id in found.rows.get(name, ()):
+                print(f"    lost: {model_id}")
+    if not found.intact:
+        raise ZooError(f"{len(found.damaged)} of {found.files} files of {zoo} are damaged; get or pack those again")
+    if not json:
+        print(f"{found.files} files of {zoo}, {format_bytes(found.size)}, are as they were written")
