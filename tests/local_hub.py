@@ -6,10 +6,10 @@ Clients read HF_ENDPOINT when they are imported, so they run in a process of the
 import contextlib
 import hashlib
 import json
+import multiprocessing
 import os
 import re
 import socket
-import subprocess
 import sys
 import threading
 from dataclasses import dataclass, field
@@ -178,26 +178,40 @@ class LocalHub:
         return {path: (self.folder / blob.sha256).read_bytes() for path, blob in commit.files.items()}
 
     def run(self, code: str, home: Path, *, token: str | None = OWNER, **environment: str) -> Any:
-        """Run Python code as a client with a cache of its own; `print`s must be one JSON value, which is returned.
+        """Run Python code as a client with a cache of its own; it prints one JSON value, which is returned.
 
         Raises:
             AssertionError: with its standard error, if it fails.
         """
-        result = self.start([sys.executable, "-c", code], home, token=token, **environment)
-        assert result.returncode == 0, result.stderr[-3000:]
-        return json.loads(result.stdout)
-
-    def start(self, command: list[str], home: Path, *, token: str | None = OWNER, **environment: str) -> Any:
-        """Run a command as a client; returns what `subprocess.run` does."""
-        return subprocess.run(
-            command, env=self.environment(home, token) | environment, capture_output=True, text=True, check=False
-        )
+        said = [self.folder / f"said-{len(self.requests)}-{kind}" for kind in ("out", "err")]
+        client = CLIENTS.Process(target=_run, args=(code, self.environment(home, token) | environment, said))
+        client.start()
+        client.join()
+        client.close()
+        out, err = (file.read_text() for file in said)
+        assert out, err[-3000:]
+        return json.loads(out)
 
     def environment(self, home: Path, token: str | None = OWNER) -> dict[str, str]:
         held = {name: os.environ[name] for name in ("PATH", "PYTHONPATH") if name in os.environ}
         held |= {"HF_ENDPOINT": self.endpoint, "HF_HOME": str(home), "HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
         held |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "*"}
         return held | ({"HF_TOKEN": token} if token else {})
+
+
+CLIENTS = multiprocessing.get_context("forkserver")
+"""Forked from a process that has imported what is slow to import and does not read HF_ENDPOINT."""
+CLIENTS.set_forkserver_preload(["vitzoo_hf.push", "vitzoo_hf.zoo"])
+
+
+def _run(code: str, environment: dict[str, str], said: list[Path]) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
+    for descriptor, file in zip((1, 2), said, strict=True):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
+    assert "huggingface_hub" not in sys.modules
+    exec(compile(code, "client", "exec"), {"__name__": "__main__"})
+    sys.stdout.flush()
 
 
 class _Server(ThreadingHTTPServer):

@@ -239,9 +239,10 @@ def _publish(
     change = _Change.between(local, remote)
     deletions = [CommitOperationDelete(path, is_folder=False) for path in change.deleted]
     last = [path for path in change.changed if path in LAST]
-    operations = [*change.changed[: len(change.changed) - len(last)], *deletions, *last]
+    others = [*(path for path in change.changed if path not in LAST), *deletions]
+    *groups, end = list(_batches(others, COMMIT_OPERATIONS - len(LAST))) or [[]]
+    groups += [[*end, *last]] if end or last else []
     head = remote.head
-    groups = list(_batches(operations, COMMIT_OPERATIONS))
     for number, group in enumerate(groups, 1):
         ready: list[Any] = []
         for part in _batches(group, UPLOAD_FILES):
@@ -325,7 +326,7 @@ def _delete_tag(api: "huggingface_hub.HfApi", repository: str, tag: str) -> None
         return
 
 
-def _batches(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
+def _batches(items: list[Any], size: int) -> Iterator[list[Any]]:
     for start in range(0, len(items), size):
         yield items[start : start + size]
 
