@@ -129,3 +129,176 @@ def test_loader_workers_share_the_row_groups(zoo):
 def test_wrong_arguments_are_one_line(zoo, arguments, message):
     with pytest.raises(ZooError, match=message):
         zoo.stream(**arguments)
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+@pytest.mark.parametrize("reuse", [False, True])
+def test_reading_ahead_changes_nothing(zoo, workers, reuse):
+    truth = {row["model_id"]: row["weights"].tobytes() for row in zoo.rows()}
+    stream = zoo.stream(batch_size=3, shuffle=True, seed=5, num_workers=workers, reuse=reuse)
+    order = []
+    for batch in stream:
+        order += batch["model_id"]
+        for model_id, vector in zip(batch["model_id"], batch["weights"], strict=True):
+            assert truth[model_id] == vector.numpy().tobytes()
+    assert order == ids(zoo.stream(batch_size=3, shuffle=True, seed=5, num_workers=0))
+
+
+def test_fresh_batches_stay_as_they_are_and_reused_memory_is_reused(zoo):
+    kept = [batch["weights"] for batch in zoo.stream(batch_size=2)]
+    assert torch.equal(torch.cat([batch.flatten() for batch in kept]), torch.cat(
+        [batch["weights"].flatten().clone() for batch in zoo.stream(batch_size=2, reuse=True)]
+    ))  # fmt: skip
+    addresses = {batch["weights"].data_ptr() for batch in zoo.stream(batch_size=1, reuse=True, num_workers=1)}
+    assert len(addresses) <= 2
+
+
+def test_only_the_chosen_columns_are_handed_out(zoo):
+    batch = next(iter(zoo.stream(batch_size=2, columns=["factor_lr", "model_id"])))
+    assert list(batch) == ["factor_lr", "model_id", "weights"]
+    with pytest.raises(ZooError, match=r"unknown column 'factor_lrr': did you mean 'factor_lr'\?"):
+        zoo.stream(columns=["factor_lrr"])
+
+
+@pytest.mark.parametrize("verify", [True, False])
+@pytest.mark.parametrize(
+    "patterns", [["blocks.*.attn.qkv.weight"], ["cls_token", "blocks.0.*"], ["*"], ["norm.bias"]]
+)
+def test_tensors_by_name(zoo, patterns, verify):
+    import fnmatch
+
+    from vitzoo_hf.flatten import unflatten
+
+    seen = 0
+    for batch in zoo.stream(batch_size=4, tensors=patterns, verify=verify):
+        layout = zoo.layouts[batch["layout"][0]]
+        names = [name for name in layout.names if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
+        assert list(batch["tensors"]) == names
+        assert batch["weights"].shape[1] == sum(tensor[0].numel() for tensor in batch["tensors"].values())
+        for number, model_id in enumerate(batch["model_id"]):
+            whole = unflatten(torch.from_numpy(zoo.row(model_id)["weights"]), layout)
+            for name in names:
+                assert torch.equal(batch["tensors"][name][number], whole[name])
+            seen += 1
+    assert seen == len(zoo)
+
+
+def test_tensors_read_no_more_than_they_are(zoo, monkeypatch):
+    read = []
+    original = WeightReader._read_bytes
+    monkeypatch.setattr(
+        WeightReader, "_read_bytes", lambda self, position, start, out: read.append(out.size) or original(self, position, start, out)
+    )  # fmt: skip
+    fresh = Zoo(zoo.name)
+    sizes = [batch["weights"].numel() for batch in fresh.stream(tensors=["blocks.0.attn.*"], verify=False)]
+    assert sum(read) == 4 * sum(sizes)
+
+
+def test_a_pattern_that_names_no_tensor_is_refused(zoo):
+    with pytest.raises(ZooError, match=r"tensors='block\.0\.\*' matches no tensor of layout \w+"):
+        zoo.stream(tensors=["block.0.*"])
+
+
+def test_a_damaged_row_ends_the_stream_by_name(zoo_copy):
+    file = next((zoo_copy / "weights").glob("*.parquet"))
+    zoo = Zoo(zoo_copy)
+    position = 11
+    data = bytearray(file.read_bytes())
+    data[int(zoo._reader.places.offset[position]) + 5] ^= 1
+    file.write_bytes(data)
+    seen = []
+    with pytest.raises(ZooError, match=f"the weights of {zoo.model_ids[position]} do not match their hash"):
+        for batch in zoo.stream(batch_size=1, num_workers=2):
+            seen += batch["model_id"]
+    assert seen == [model_id for model_id in seen if model_id != zoo.model_ids[position]]
+
+
+def test_leaving_early_stops_the_readers(zoo):
+    import threading
+
+    for batch in zoo.stream(batch_size=1, num_workers=2):
+        assert batch["weights"].ndim == 2
+        break
+    import gc
+
+    gc.collect()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("vitzoo-stream")]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_stateful_loader_resumes_to_the_row(zoo, workers):
+    from torchdata.stateful_dataloader import StatefulDataLoader
+
+    def loader():
+        return StatefulDataLoader(
+            zoo.stream(batch_size=2, shuffle=True, seed=4, num_workers=0), batch_size=None, num_workers=workers
+        )
+
+    expected = [batch["model_id"] for batch in loader()]
+    for cut in (1, 4, len(expected) - 1):
+        first = loader()
+        seen = []
+        for batch in first:
+            seen.append(batch["model_id"])
+            if len(seen) == cut:
+                break
+        state = first.state_dict()
+        again = loader()
+        again.load_state_dict(state)
+        assert seen + [batch["model_id"] for batch in again] == expected
+
+
+KILLED = """
+import json, os, signal, sys
+from pathlib import Path
+from vitzoo_hf.zoo import Zoo
+
+if __name__ == "__main__":
+    zoo, state_file, log, dies_after = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4])
+    stream = Zoo(zoo).stream(batch_size=2, shuffle=True, seed=6, num_workers=2)
+    if state_file.exists():
+        stream.load_state_dict(json.loads(state_file.read_text()))
+    for done, batch in enumerate(stream):
+        if done == dies_after:
+            os.kill(os.getpid(), signal.SIGKILL)
+        with log.open("a") as file:
+            file.write("".join(f"{model_id}\\n" for model_id in batch["model_id"]))
+        state_file.write_text(json.dumps(stream.state_dict()))
+"""
+
+
+def test_a_killed_loop_goes_on_with_the_next_row(zoo, tmp_path):
+    import subprocess
+    import sys
+
+    script, state, log = tmp_path / "loop.py", tmp_path / "state.json", tmp_path / "seen"
+    script.write_text(KILLED)
+    codes = [
+        subprocess.run([sys.executable, script, zoo.name, state, log, str(dies)], check=False).returncode
+        for dies in (3, 2, 99)
+    ]
+    assert codes == [-9, -9, 0]
+    assert log.read_text().split() == ids(zoo.stream(batch_size=2, shuffle=True, seed=6))
+
+
+def test_set_epoch_gives_that_epochs_order(zoo):
+    stream = zoo.stream(batch_size=1, shuffle=True, seed=1)
+    orders = [ids(stream) for _ in range(3)]
+    stream.set_epoch(1)
+    assert ids(stream) == orders[1]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_batches_arrive_whole_on_the_gpu(zoo, workers):
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    truth = {row["model_id"]: torch.from_numpy(row["weights"]) for row in zoo.rows()}
+    kept = []
+    for batch in zoo.stream(batch_size=3, shuffle=True, device="cuda", num_workers=workers):
+        assert batch["weights"].is_cuda
+        kept.append((batch["model_id"], batch["weights"]))
+        torch.cuda._sleep(1_000_000)
+    for model_ids, weights in kept:
+        for model_id, vector in zip(model_ids, weights.cpu(), strict=True):
+            assert torch.equal(vector, truth[model_id])

@@ -6,6 +6,7 @@ with that a reader takes a vector by one read of the file, or one range of a URL
 """
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,12 +43,13 @@ def write_parquet(
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     with pq.ParquetWriter(file, features.arrow_schema, **_options(features.arrow_schema)) as writer:
-        expected = [_write_group(writer, rows, features) for rows in groups]
+        written = [_write_group(writer, rows, features) for rows in groups]
         held = {key: layout.to_json() for key, layout in layouts.items()}
-        writer.add_key_value_metadata(
-            {"vitzoo.format": str(schema.FORMAT_VERSION), "vitzoo.layouts": schema.canonical_json(held)}
-        )
-    return _weight_ends(file, expected)
+        metadata = {"vitzoo.format": str(schema.FORMAT_VERSION), "vitzoo.layouts": schema.canonical_json(held)}
+        if "weights" not in features:
+            metadata["use_content_defined_chunking"] = "true"  # the Hub looks for it to call a file optimised
+        writer.add_key_value_metadata(metadata)
+    return _weight_ends(file, written)
 
 
 def _options(arrow_schema: pa.Schema) -> dict[str, Any]:
@@ -64,55 +66,69 @@ def _options(arrow_schema: pa.Schema) -> dict[str, Any]:
     return options | {"use_content_defined_chunking": True}
 
 
-def _write_group(writer: pq.ParquetWriter, rows: list[dict[str, Any]], features: Any) -> tuple[int, bytes]:
-    """Write a row group; returns its number of rows and the bytes of the last weights."""
-    table, last = _table(rows, features)
-    writer.write_table(table, row_group_size=max(1, len(rows)))
-    return len(rows), last
+@dataclass(frozen=True)
+class _Written:
+    """A row group as it was given to the writer: rows, bytes from the first weight to the last, and some of both."""
+
+    rows: int
+    span: int
+    first: bytes
+    last: bytes
 
 
-def _table(rows: list[dict[str, Any]], features: Any) -> tuple[pa.Table, bytes]:
+def _write_group(writer: pq.ParquetWriter, rows: list[dict[str, Any]], features: Any) -> _Written:
+    vectors = [encode(row["weights"], row["dtype"]) for row in rows] if "weights" in features else []
+    writer.write_table(_table(rows, vectors, features), row_group_size=max(1, len(rows)))
+    if not vectors:
+        return _Written(len(rows), 0, b"", b"")
+    gap = 4 if pa.types.is_binary(features.arrow_schema.field("weights").type) else 0
+    span = sum(vector.size + gap for vector in vectors) - gap
+    return _Written(len(rows), span, vectors[0][:64].tobytes(), vectors[-1][-64:].tobytes())
+
+
+def _table(rows: list[dict[str, Any]], vectors: list[np.ndarray], features: Any) -> pa.Table:
     arrow_schema = features.arrow_schema
     columns = []
-    last = b""
     for column in arrow_schema:
-        values = [row[column.name] for row in rows]
         if column.name == "weights":
-            array, last = _weights_array(rows, column.type)
-            columns.append(array)
+            columns.append(_weights_array(vectors, column.type))
             continue
+        values = [row[column.name] for row in rows]
         feature = features[column.name]
         if hasattr(feature, "str2int"):
             values = [feature.str2int(value) if isinstance(value, str) else value for value in values]
         columns.append(pa.array(values, column.type))
-    return pa.Table.from_arrays(columns, schema=arrow_schema), last
+    return pa.Table.from_arrays(columns, schema=arrow_schema)
 
 
-def _weights_array(rows: list[dict[str, Any]], kind: pa.DataType) -> tuple[pa.Array, bytes]:
-    vectors = [encode(row["weights"], row["dtype"]) for row in rows]
-    last = vectors[-1][-64:].tobytes()
+def _weights_array(vectors: list[np.ndarray], kind: pa.DataType) -> pa.Array:
+    data = vectors[0] if len(vectors) == 1 else np.concatenate(vectors)
+    if data.size > np.iinfo(np.int32).max:
+        raise ZooError(f"a row group of {data.size / 1e9:.3g} GB: format 1 holds models of up to 2 GB")
     if pa.types.is_binary(kind):
-        data = vectors[0] if len(vectors) == 1 else np.concatenate(vectors)
         ends = np.cumsum([0] + [vector.size for vector in vectors], dtype=np.int32)
-        return pa.BinaryArray.from_buffers(kind, len(vectors), [None, pa.py_buffer(ends), pa.py_buffer(data)]), last
-    data = np.concatenate(vectors).view("<f4")
+        return pa.BinaryArray.from_buffers(kind, len(vectors), [None, pa.py_buffer(ends), pa.py_buffer(data)])
     ends = np.cumsum([0] + [vector.size // 4 for vector in vectors], dtype=np.int32)
-    return pa.ListArray.from_arrays(pa.array(ends), pa.array(data), type=kind), last
+    return pa.ListArray.from_arrays(pa.array(ends), pa.array(data.view("<f4")), type=kind)
 
 
-def _weight_ends(file: Path, expected: list[tuple[int, bytes]]) -> list[tuple[int, int]]:
-    """Where the weights of each row group end, each compared with the last bytes that were given to it."""
+def _weight_ends(file: Path, written: list[_Written]) -> list[tuple[int, int]]:
+    """Where the weights of each row group end, checked by their first and last bytes."""
     metadata = pq.read_metadata(file)
-    if "weights" not in metadata.schema.to_arrow_schema().names:
-        return [(rows, 0) for rows, _ in expected]
     ends = []
     with file.open("rb") as opened:
-        for group, (rows, last) in enumerate(expected):
+        for group, expected in enumerate(written):
+            if not expected.span:
+                ends.append((expected.rows, 0))
+                continue
             held = metadata.row_group(group)
             chunk = held.column(held.num_columns - 1)
             end = chunk.data_page_offset + chunk.total_compressed_size
-            opened.seek(end - len(last))
-            if held.num_rows != rows or opened.read(len(last)) != last:
+            opened.seek(end - expected.span)
+            first = opened.read(len(expected.first))
+            opened.seek(end - len(expected.last))
+            last = opened.read(len(expected.last))
+            if held.num_rows != expected.rows or (first, last) != (expected.first, expected.last):
                 raise ZooError(f"{file.name}: this pyarrow ({pa.__version__}) does not write weights as one page")
-            ends.append((rows, end))
+            ends.append((expected.rows, end))
     return ends
