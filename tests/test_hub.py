@@ -139,7 +139,9 @@ print(json.dumps([told(lambda: load_dataset("ModelZoos/secret", "index", split="
     for number, token in enumerate((None, STRANGER)):
         rows, models = hub.run(code, tmp_path / str(number), token=token)
         assert rows.startswith("DatasetNotFoundError: Dataset 'ModelZoos/secret' doesn't exist on the Hub")
-        assert models.startswith("ZooError: cannot get zoo.json of 'ModelZoos/secret', which is no folder here")
+        assert models.startswith(
+            "ZooError: cannot get zoo.json of 'ModelZoos/secret': no folder here, and no dataset on the Hub"
+        )
 
 
 def test_the_hf_command_downloads_a_zoo_that_opens(hub, tmp_path):
@@ -182,5 +184,5 @@ except vz.ZooError as error:
     print(json.dumps(str(error)))
 """
     told = hub.run(code, tmp_path)
-    assert told.startswith("cannot get zoo.json of 'ModelZoos/none', which is no folder here")
+    assert told.startswith("cannot get zoo.json of 'ModelZoos/none': no folder here, and no dataset on the Hub")
     assert "\n" not in told

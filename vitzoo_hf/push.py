@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from vitzoo_hf import schema
 from vitzoo_hf.hub_files import ATTEMPTS, hub_failure, is_transient, pause
-from vitzoo_hf.locate import REPAIR
-from vitzoo_hf.push_contents import CARD, SHARDS, UNLISTED, Contents, LocalFile, read_contents
+from vitzoo_hf.hub_files import REPAIR
+from vitzoo_hf.push_contents import CARD, UNLISTED, Contents, LocalFile, read_contents
 from vitzoo_hf.schema import ZooError
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ UPLOAD_FILES = 50
 LAST = (CARD, schema.MANIFEST)
 
 OWN_FILES = re.compile(rf"({'|'.join(schema.CONFIGS)})/[a-z]+-\d{{5}}-of-\d{{5}}\.parquet")
-OWN_NAMES = (schema.MANIFEST, schema.LAYOUTS, SHARDS, "blueprint.yaml")
+OWN_NAMES = (schema.MANIFEST, schema.LAYOUTS, schema.SHARDS, "blueprint.yaml")
 """What a former zoo may have left in a dataset, and a new one deletes if it lacks it."""
 
 

@@ -17,7 +17,6 @@ from vitzoo_hf.checkpoint import read_json
 from vitzoo_hf.locate import REPAIR, read_manifest
 from vitzoo_hf.schema import ZooError
 
-SHARDS = "shards.json"
 CARD = "README.md"
 UNLISTED = (schema.MANIFEST, CARD, ".gitattributes")
 """Sent as they are: the manifest cannot list itself, and the other two may be edited by hand."""
@@ -111,10 +110,10 @@ def listed_files(folder: Path) -> dict[str, dict[str, Any]]:
         ZooError: if either is damaged, or names what cannot be a file of a zoo.
     """
     listed = dict(read_manifest(folder / schema.MANIFEST)["files"])
-    if SHARDS in listed:
-        shards = read_json(folder / SHARDS)
+    if schema.SHARDS in listed:
+        shards = read_json(folder / schema.SHARDS)
         if not isinstance(shards, dict):
-            raise ZooError(f"{folder / SHARDS} is damaged: expected an object of files; {REPAIR}")
+            raise ZooError(f"{folder / schema.SHARDS} is damaged: expected an object of files; {REPAIR}")
         listed |= shards
     for path, entry in listed.items():
         if not isinstance(entry, dict) or not {"bytes", "sha256"} <= entry.keys():

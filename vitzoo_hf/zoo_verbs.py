@@ -121,17 +121,25 @@ def push(
     from vitzoo_hf.push import push as publish
 
     done = publish(zoo, repository, private=private, dry_run=dry_run, tag=tag, progress=not (json or quiet))
-    size = sum(count for _, count in done.uploaded)
     if json:
-        print_json(vars(done) | {"bytes": size})
+        print_json(vars(done))
         return
-    for name, count in done.uploaded:
-        print(f"{'would go' if dry_run else 'uploaded'}  {format_bytes(count):>8}  {name}")
-    for name in done.deleted:
-        print(f"{'would be deleted' if dry_run else 'deleted'}  {name}")
-    print(f"{len(done.uploaded)} files, {format_bytes(size)}; {done.unchanged} unchanged; {done.url}")
-    if not quiet and not dry_run:
-        hint(f'Next: load_dataset({repository!r}, "weights"), or vitzoo ls {repository}')
+    would = "would be " if dry_run else ""
+    print(
+        f"{len(done.uploaded)} files ({format_bytes(done.uploaded_bytes)}) {would}uploaded, {done.unchanged} unchanged,"
+        f" {len(done.deleted)} {would}deleted"
+    )
+    for name, count in done.uploaded if dry_run else ():
+        print(f"    {name}  {format_bytes(count)}")
+    for name in done.deleted if dry_run else ():
+        print(f"    delete {name}")
+    if done.left_out:
+        print(f"left out, not part of the zoo: {', '.join(done.left_out)}")
+    if not dry_run:
+        print(f"commit {str(done.commit)[:8]}, tags {', '.join(done.tags)}")
+    print(done.url)
+    if not quiet:
+        hint(f"Next: vitzoo push {zoo} {repository}" if dry_run else f"Next: vitzoo info {repository}")
 
 
 def verify(zoo: str, *, revision: str | None = None, json: Json = False, quiet: Quiet = False) -> None:
