@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vitzoo_hf import schema
-from vitzoo_hf.hub_files import ATTEMPTS, hub_failure, is_transient, pause
-from vitzoo_hf.hub_files import REPAIR
+from vitzoo_hf.hub_files import ATTEMPTS, REPAIR, hub_failure, is_transient, pause
 from vitzoo_hf.push_contents import CARD, UNLISTED, Contents, LocalFile, read_contents
 from vitzoo_hf.schema import ZooError
 
