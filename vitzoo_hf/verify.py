@@ -1,22 +1,22 @@
 """Hash every file of a zoo again, in a folder or on the Hub, and name what is damaged, down to the row."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
+import numpy as np
 
 from vitzoo_hf import schema
-from vitzoo_hf.encoding import vector_of
 from vitzoo_hf.hub_files import FolderFiles, HubFiles
-from vitzoo_hf.locate import open_files, read_layouts, read_manifest, read_shards
+from vitzoo_hf.locate import open_files, read_manifest, read_shards
 from vitzoo_hf.progress import progress_bar
 from vitzoo_hf.schema import ZooError
+from vitzoo_hf.weight_reader import RowTable, WeightReader
 
 CHUNK_BYTES = 16_000_000
+MISSING = "missing"
 
 
 @dataclass
@@ -27,7 +27,7 @@ class Verification:
         files: number of files hashed.
         size: bytes hashed.
         damaged: file -> what is wrong with it.
-        rows: damaged file of weights -> the models in it that are lost; the others can still be read.
+        rows: damaged file of weights -> the models in it that are lost, if the index is intact; others can be read.
     """
 
     files: int = 0
@@ -67,17 +67,16 @@ def verify(path: str | Path, *, revision: str | None = None, progress: bool = Tr
             found.size += entry["bytes"]
             if reason is not None:
                 found.damaged[name] = reason
-                if name.startswith("weights/"):
-                    found.rows[name] = _lost_rows(files, name)
-    if schema.LAYOUTS not in found.damaged:
-        read_layouts(files.path(schema.LAYOUTS))
+    shards = [name for name, reason in found.damaged.items() if name.startswith("weights/") and reason != MISSING]
+    if shards and not any(name.startswith("index/") for name in found.damaged):
+        found.rows = _lost_rows(files, manifest, shards)
     return found
 
 
 def _damage(files: FolderFiles | HubFiles, name: str, entry: Mapping[str, Any], bar: Any) -> str | None:
     """What is wrong with a file, or None."""
     if not files.exists(name):
-        return "missing"
+        return MISSING
     local = files.local(name)
     if local is not None and local.stat().st_size != entry["bytes"]:
         return f"{local.stat().st_size} bytes, not {entry['bytes']}"
@@ -94,33 +93,34 @@ def _damage(files: FolderFiles | HubFiles, name: str, entry: Mapping[str, Any], 
     return None if digest.hexdigest() == entry["sha256"] else "its content does not match its hash"
 
 
-def _lost_rows(files: FolderFiles | HubFiles, name: str) -> list[str]:
-    """The models of a damaged shard that do not match their own hash, or all that can be named."""
-    try:
-        opened = pq.ParquetFile(files.path(name), page_checksum_verification=True)
-        light = opened.read(columns=["model_id", "num_parameters", "dtype", "weights_sha256"]).to_pylist()
-        groups = range(opened.num_row_groups)
-        counts = [opened.metadata.row_group(group).num_rows for group in groups]
-    except (OSError, pa.ArrowException, ZooError):
-        return ["all of its rows: it is not readable as Parquet"]
-    lost = []
-    start = 0
-    for group, count in zip(groups, counts, strict=True):
-        rows = light[start : start + count]
-        start += count
-        try:
-            weights = opened.read_row_group(group, columns=["weights"])["weights"].combine_chunks()
-            weights.validate(full=False)
-        except (OSError, pa.ArrowException):
-            lost += [row["model_id"] for row in rows]
-            continue
-        lost += [row["model_id"] for number, row in enumerate(rows) if not _matches(weights.slice(number, 1), row)]
-    return lost
+def _lost_rows(
+    files: FolderFiles | HubFiles, manifest: Mapping[str, Any], damaged: Iterable[str]
+) -> dict[str, list[str]]:
+    """Damaged file of weights -> the models in it that do not match their hash or cannot be read."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    shards = read_shards(files, manifest)
+    names = [f"index/{split}-" for split in schema.SPLITS]
+    index = [name for start in names for name in sorted(manifest["files"]) if name.startswith(start)]
+    columns = ["model_id", "num_parameters", "dtype", "weights_sha256"]
+    table = pa.concat_tables([pq.read_table(files.path(name), columns=columns) for name in index])
+    ids, sizes, dtypes, hashes = (table[name].to_pylist() for name in columns)
+    reader = WeightReader(files, shards, RowTable(ids, np.array(sizes), dtypes, hashes))
+    numbers = {name: number for number, name in enumerate(shards)}
+    return {
+        name: [
+            ids[position]
+            for position in np.flatnonzero(reader.places.file == numbers[name]).tolist()
+            if not _whole(reader, position)
+        ]
+        for name in damaged
+    }
 
 
-def _matches(weights: pa.Array, row: Mapping[str, Any]) -> bool:
+def _whole(reader: WeightReader, position: int) -> bool:
     try:
-        vector = vector_of(weights, name="", num_parameters=row["num_parameters"], dtype=row["dtype"])
+        reader.read_into(position, np.empty(int(reader.rows.num_parameters[position]), np.float32))
     except ZooError:
         return False
-    return schema.weights_sha256(vector) == row["weights_sha256"]
+    return True
