@@ -31,7 +31,10 @@ def test_public_names():
     import vitzoo_hf as vz
 
     names = "Blueprint Layout Population Zoo ZooError accuracy agreement cka cosine_similarity cross_entropy evaluate"
-    names += " expected_calibration_error flatten predictions reconstruct unflatten weight_distances __version__"
+    names += (
+        " expected_calibration_error flatten predictions reconstruct unflatten verify weight_distances weights_of"
+    )
+    names += " __version__"
     assert sorted(vz.__all__) == sorted(names.split())
     for name in vz.__all__:
         assert getattr(vz, name) is not None
