@@ -240,6 +240,9 @@ def _groups(rows: Iterator[dict[str, Any]], size: int) -> Iterator[list[dict[str
 def write_config(folder: Path, config: str, tables: Mapping[str, list[dict[str, Any]]], features: Any) -> None:
     """Add or replace a config of a finished zoo: one file a split, then the manifest and the card's header.
 
+    While the files are exchanged the manifest does not list them: a zoo whose process was killed then opens without
+    the config, which is to be written again.
+
     Raises:
         ZooError: if the folder cannot be written.
     """
@@ -251,6 +254,8 @@ def write_config(folder: Path, config: str, tables: Mapping[str, list[dict[str, 
             fresh.chmod(0o755)
             for split, rows in tables.items():
                 write_parquet(_only_shard(fresh.parent, fresh.name, split), features, [rows], {})
+            kept = {name: entry for name, entry in manifest["files"].items() if not name.startswith(f"{config}/")}
+            write_json(folder / schema.MANIFEST, manifest | {"files": kept})
             swap(fresh, folder / config)
         finally:
             shutil.rmtree(fresh, ignore_errors=True)
