@@ -150,7 +150,7 @@ def test_a_zoo_opens_wherever_writing_its_evaluation_was_cut(zoo_copy, monkeypat
     def killed(*arguments):
         raise KeyboardInterrupt
 
-    report = evaluate(Zoo(zoo_copy), progress=False)
+    report = vz.evaluate(Zoo(zoo_copy), progress=False)
     monkeypatch.setattr(zoo_folder, step, killed)
     with pytest.raises(KeyboardInterrupt):
         report.write(zoo_copy)
