@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vitzoo_hf import schema
-from vitzoo_hf.hub_files import ATTEMPTS, hub_failure, is_transient, pause
-from vitzoo_hf.hub_files import REPAIR
+from vitzoo_hf.hub_files import ATTEMPTS, REPAIR, hub_failure, is_transient, pause
 from vitzoo_hf.push_contents import CARD, UNLISTED, Contents, LocalFile, read_contents
 from vitzoo_hf.schema import ZooError
 
@@ -268,7 +267,7 @@ def _addition(path: str, file: LocalFile) -> "huggingface_hub.CommitOperationAdd
 
     made = CommitOperationAdd(path, file.source if file.content is None else file.content)
     if made.upload_info.sha256.hex() != file.sha256:
-        raise ZooError(f"{file.source} does not match its hash in {schema.MANIFEST}: it is damaged; {REPAIR}")
+        raise ZooError(f"{file.source} does not match its hash: it is damaged; {REPAIR}")
     return made
 
 
