@@ -1,6 +1,7 @@
 """Hash every file of a zoo again, in a folder or on the Hub, and name what is damaged, down to the row."""
 
 import hashlib
+import io
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +28,8 @@ class Verification:
         files: number of files hashed.
         size: bytes hashed.
         damaged: file -> what is wrong with it.
-        rows: damaged file of weights -> the models in it that are lost; the others can still be read.
+        rows: damaged file of weights -> the models in it that are lost; the others can still be read. All of them
+            where it is no longer readable as Parquet, if the index says which they are.
     """
 
     files: int = 0
@@ -44,7 +46,7 @@ class Verification:
 def verify(path: str | Path, *, revision: str | None = None, progress: bool = True) -> Verification:
     """Compare every file of a zoo with the hash in its manifest.
 
-    Of a dataset on the Hub every file is read once, in ranges, and nothing is kept.
+    Of a dataset on the Hub every file is read in ranges, a damaged one a second time, and no weights are kept.
 
     Args:
         path: a folder, or a dataset id.
@@ -56,7 +58,8 @@ def verify(path: str | Path, *, revision: str | None = None, progress: bool = Tr
     """
     files = open_files(path, revision)
     manifest = read_manifest(files.path(schema.MANIFEST))
-    listed = manifest["files"] | read_shards(files, manifest)
+    shards = read_shards(files, manifest)
+    listed = manifest["files"] | shards
     found = Verification()
     with progress_bar(
         "verifying", "B", shown=progress, total=sum(entry["bytes"] for entry in listed.values())
@@ -67,8 +70,9 @@ def verify(path: str | Path, *, revision: str | None = None, progress: bool = Tr
             found.size += entry["bytes"]
             if reason is not None:
                 found.damaged[name] = reason
-                if name.startswith("weights/"):
-                    found.rows[name] = _lost_rows(files, name)
+    for name in (damaged for damaged in found.damaged if damaged in shards):
+        lost = _lost_rows(files, name, listed[name]["bytes"])
+        found.rows[name] = _indexed_rows(files, manifest, shards, name) if lost is None else lost
     if schema.LAYOUTS not in found.damaged:
         read_layouts(files.path(schema.LAYOUTS))
     return found
@@ -94,15 +98,39 @@ def _damage(files: FolderFiles | HubFiles, name: str, entry: Mapping[str, Any], 
     return None if digest.hexdigest() == entry["sha256"] else "its content does not match its hash"
 
 
-def _lost_rows(files: FolderFiles | HubFiles, name: str) -> list[str]:
-    """The models of a damaged shard that do not match their own hash, or all that can be named."""
+class _Ranges(io.RawIOBase):
+    """A file of a zoo for pyarrow, which asks for a few ranges of it."""
+
+    def __init__(self, files: FolderFiles | HubFiles, name: str, size: int) -> None:
+        self.files, self.name, self.size, self.position = files, name, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self.position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self.position, io.SEEK_END: self.size}[whence]
+        return self.position
+
+    def readinto(self, out: Any) -> int:
+        part = memoryview(out).cast("B")[: max(0, self.size - self.position)]
+        self.files.read_into(self.name, self.position, part)
+        self.position += len(part)
+        return len(part)
+
+
+def _lost_rows(files: FolderFiles | HubFiles, name: str, size: int) -> list[str] | None:
+    """The models of a damaged shard that do not match their own hash; None if it is not readable as Parquet."""
     try:
-        opened = pq.ParquetFile(files.path(name), page_checksum_verification=True)
-        light = opened.read(columns=["model_id", "num_parameters", "dtype", "weights_sha256"]).to_pylist()
+        checked = pq.ParquetFile(_Ranges(files, name, size), page_checksum_verification=True)
+        light = checked.read(columns=["model_id", "num_parameters", "dtype", "weights_sha256"]).to_pylist()
+        opened = pq.ParquetFile(_Ranges(files, name, size))
         groups = range(opened.num_row_groups)
         counts = [opened.metadata.row_group(group).num_rows for group in groups]
     except (OSError, pa.ArrowException, ZooError):
-        return ["all of its rows: it is not readable as Parquet"]
+        return None
     lost = []
     start = 0
     for group, count in zip(groups, counts, strict=True):
@@ -111,11 +139,30 @@ def _lost_rows(files: FolderFiles | HubFiles, name: str) -> list[str]:
         try:
             weights = opened.read_row_group(group, columns=["weights"])["weights"].combine_chunks()
             weights.validate(full=False)
-        except (OSError, pa.ArrowException):
+        except (OSError, pa.ArrowException, ZooError):
             lost += [row["model_id"] for row in rows]
             continue
         lost += [row["model_id"] for number, row in enumerate(rows) if not _matches(weights.slice(number, 1), row)]
     return lost
+
+
+def _indexed_rows(
+    files: FolderFiles | HubFiles, manifest: Mapping[str, Any], shards: Mapping[str, Mapping[str, Any]], name: str
+) -> list[str]:
+    """The models of a shard as index and list of shards tell them; none where either does not."""
+    split = name.split("/")[1].split("-")[0]
+    members = [shard for shard in shards if shard.startswith(f"weights/{split}-")]
+    before = [shards[shard].get("rows", 0) for shard in members[: members.index(name)]]
+    try:
+        tables = [
+            pq.read_table(files.path(file), columns=["model_id"])
+            for file in sorted(manifest["files"])
+            if file.startswith(f"index/{split}-")
+        ]
+    except (OSError, pa.ArrowException, ZooError):
+        return []
+    ids = pa.concat_tables(tables)["model_id"].to_pylist() if tables else []
+    return ids[sum(before) : sum(before) + shards[name].get("rows", 0)]
 
 
 def _matches(weights: pa.Array, row: Mapping[str, Any]) -> bool:
