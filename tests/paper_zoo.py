@@ -1,4 +1,4 @@
-"""The light files of a zoo of the paper's size: 250 ViT-S, every epoch of them, 1.1 TB of weights that are not there."""
+"""The light files of a zoo of the paper's size: every epoch of 250 ViT-S, without their 1.1 TB of weights."""
 
 import hashlib
 import itertools

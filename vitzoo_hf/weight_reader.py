@@ -153,7 +153,8 @@ class WeightReader:
         if not verify or self._verified[position]:
             return
         if schema.weights_sha256(vector) != self.rows.sha256[position]:
-            raise ZooError(f"the weights of {self.rows.model_ids[position]} do not match their hash; {REPAIR}")
+            repair = self.files.repair(self._file(position))
+            raise ZooError(f"the weights of {self.rows.model_ids[position]} do not match their hash: {repair}")
         self._verified[position] = True
 
     def _file(self, position: int) -> str:
