@@ -40,6 +40,10 @@ class FolderFiles:
         self.folder = folder
         self.name = str(folder)
 
+    def repair(self, name: str) -> str:
+        """What to do about a damaged file."""
+        return f"{name} of {self.name} is damaged; {REPAIR}"
+
     def path(self, name: str) -> Path:
         """The file.
 
@@ -96,6 +100,11 @@ class HubFiles:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__ = state | {"_lock": threading.Lock()}
+
+    def repair(self, name: str) -> str:
+        """What to do about a damaged file: `hf` replaces a cached copy, too."""
+        command = f"hf download {self.repository} {name} --repo-type dataset --revision {self.commit}"
+        return f"{name} of {self.name!r} is damaged; get it again by `{command} --force-download`"
 
     @property
     def commit(self) -> str:
