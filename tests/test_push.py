@@ -76,7 +76,7 @@ def test_what_is_pushed_is_the_folder_and_only_changes_go_again(hub, zoo_copy, t
     first = publish(hub, zoo_copy, home, tag="v1", message="The first")
     there = {path: content for path, content in in_folder(zoo_copy).items() if "/." not in f"/{path}"}
     assert there.pop("notes.txt") == b"mine"
-    there["README.md"] = there["README.md"].replace(b"ORG/tiny", NAME.encode())
+    there["README.md"] = with_id(there["README.md"])
     held = hub.files(NAME)
     attributes = held.pop(".gitattributes")
     assert held == there
@@ -111,8 +111,13 @@ def test_what_is_pushed_is_the_folder_and_only_changes_go_again(hub, zoo_copy, t
     assert repository.tags == {"format-1": second["commit"], "v1": first["commit"]}
 
 
+def with_id(card):
+    return card.replace(b"ORG/tiny", NAME.encode())
+
+
 def in_published(folder):
     held = {path: content for path, content in in_folder(folder).items() if "/." not in f"/{path}"}
+    held["README.md"] = with_id(held["README.md"])
     return {path: content for path, content in held.items() if path != "notes.txt"}
 
 
