@@ -37,7 +37,7 @@ def model_of(key: str, classes: int, head: str = "linear") -> torch.nn.Module:
 
 
 def write_checkpoint(folder: Path, model: torch.nn.Module, wrapping: str = "vit") -> None:
-    """A checkpoint as the release has it: a state dict without an extension, in one of the wrappings it was seen in."""
+    """A checkpoint as the release has it: a file without an extension, in one of the wrappings it was seen in."""
     folder.mkdir(parents=True)
     state = {f"vit.{name}": tensor for name, tensor in model.state_dict().items()}
     if wrapping == "ddp":

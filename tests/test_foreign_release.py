@@ -249,39 +249,27 @@ def test_names_that_lead_elsewhere_are_refused(release, name):
 
 
 @pytest.mark.parametrize("listing", [b"<html>", b"{}", b"[" + b"1," * 300_000 + b"1]"])
-def test_what_is_no_listing_is_named(tmp_path, listing):
-    (tmp_path / "vit_imagenet_pretrained").mkdir()
-    (tmp_path / "page").write_bytes(listing)
-    with served(tmp_path) as (address, _), pytest.raises(ZooError, match="is no listing: expected a JSON list"):
-        place = WebPlace(f"{address}/page")
-        place._fetch = lambda path, limit: bytearray(listing)
-        place.listing()
+def test_what_is_no_listing_is_named(monkeypatch, listing):
+    monkeypatch.setattr(WebPlace, "_fetch", lambda self, path, limit: bytearray(listing))
+    with pytest.raises(ZooError, match="is no listing: expected a JSON list"):
+        WebPlace("http://127.0.0.1:9").listing()
 
 
 def spoil(run, kind):
+    """Damage checkpoint 1 of a run; returns the name of the folder that is then refused."""
     folder = run / "checkpoint_1"
-    if kind == "cyrillic":
-        folder.rename(run / "checkpoint_1О")
-    elif kind == "arabic":
-        folder.rename(run / "checkpoint_١")
-    elif kind == "empty":
-        (folder / "checkpoints").write_bytes(b"")
-    elif kind == "no file":
-        (folder / "checkpoints").unlink()
-    elif kind == "twice":
-        shutil.copytree(folder, run / "checkpoint_0001")
+    if kind in ("cyrillic", "arabic"):
+        return folder.rename(run / {"cyrillic": "checkpoint_1О", "arabic": "checkpoint_١"}[kind]).name
+    if kind == "twice":
         shutil.rmtree(run / "checkpoint_2")
-        return "checkpoint_1"
+        shutil.copytree(folder, run / "checkpoint_0001")
+        return folder.name
+    (folder / "checkpoints").unlink()
+    if kind == "empty":
+        (folder / "checkpoints").touch()
     elif kind == "link":
-        (folder / "checkpoints").unlink()
         (folder / "checkpoints").symlink_to("/etc/hostname")
-    return next(
-        path.name
-        for path in run.iterdir()
-        if path.name.startswith("checkpoint")
-        and "1" in path.name + "1١"
-        and path.name not in ("checkpoint_0", "checkpoint_2")
-    )
+    return folder.name
 
 
 @pytest.mark.parametrize("kind", ["cyrillic", "arabic", "empty", "no file", "twice", "link"])
