@@ -76,6 +76,7 @@ def test_what_is_pushed_is_the_folder_and_only_changes_go_again(hub, zoo_copy, t
     first = publish(hub, zoo_copy, home, tag="v1", message="The first")
     there = {path: content for path, content in in_folder(zoo_copy).items() if "/." not in f"/{path}"}
     assert there.pop("notes.txt") == b"mine"
+    there["README.md"] = there["README.md"].replace(b"ORG/tiny", NAME.encode())
     held = hub.files(NAME)
     attributes = held.pop(".gitattributes")
     assert held == there
@@ -323,12 +324,13 @@ def test_a_manifest_that_names_what_is_no_file_of_a_zoo_is_refused(zoo_copy, pat
         push(zoo_copy, NAME)
 
 
-def test_an_edited_card_is_pushed_as_it_is(hub, zoo_copy, tmp_path):
+def test_an_edited_card_is_pushed_too(hub, zoo_copy, tmp_path):
     publish(hub, zoo_copy, tmp_path / "home")
     card = (zoo_copy / "README.md").read_text() + "\nA word on these models.\n"
     (zoo_copy / "README.md").write_text(card)
-    assert publish(hub, zoo_copy, tmp_path / "home")["uploaded"] == [["README.md", len(card.encode())]]
-    assert hub.files(NAME)["README.md"] == card.encode()
+    sent = card.replace("ORG/tiny", NAME).encode()
+    assert publish(hub, zoo_copy, tmp_path / "home")["uploaded"] == [["README.md", len(sent)]]
+    assert hub.files(NAME)["README.md"] == sent
 
 
 def test_ctrl_c_leaves_the_dataset_as_it_was(hub, zoo_copy, tmp_path):
@@ -347,3 +349,12 @@ def test_ctrl_c_leaves_the_dataset_as_it_was(hub, zoo_copy, tmp_path):
     assert said.rstrip().endswith("KeyboardInterrupt")
     assert [commit.title for commit in hub.repositories[NAME].commits.values()] == ["initial commit"]
     assert publish(hub, zoo_copy, tmp_path / "home")["commit"] == hub.repositories[NAME].branches["main"]
+
+
+def test_the_card_names_the_dataset_it_is_in(hub, zoo_copy, tmp_path):
+    before = (zoo_copy / "README.md").read_text()
+    assert 'load_dataset("ORG/tiny"' in before
+    publish(hub, zoo_copy, tmp_path / "home")
+    card = hub.files(NAME)["README.md"].decode()
+    assert card == before.replace("ORG/tiny", NAME)
+    assert (zoo_copy / "README.md").read_text() == before

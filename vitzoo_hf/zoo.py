@@ -6,7 +6,6 @@ are needed: small ones through the Hub's cache, of large ones only the rows that
 """
 
 import copy
-import hashlib
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -15,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor, nn
 
 from vitzoo_hf import schema
-from vitzoo_hf.hub_files import REPAIR, one_line
+from vitzoo_hf.hub_files import REPAIR
+from vitzoo_hf.light_tables import LightTables
 from vitzoo_hf.locate import check_sizes, open_files, read_layouts, read_manifest, read_shards
 from vitzoo_hf.rebuild import VerifiedRow, reconstruct
 from vitzoo_hf.row_tables import check_classes, features_of, matches, with_class_names
@@ -60,8 +59,8 @@ class Zoo:
         if not self._at_hand.is_remote:
             check_sizes(self._at_hand, self.manifest)
         self.layouts = read_layouts(self._at_hand.path(schema.LAYOUTS))
-        self._splits = [split for split in schema.SPLITS if self._files("index", split)]
-        self._index = self._read_index()
+        self._tables = LightTables(self._at_hand, self.manifest)
+        self._index = self._tables.index()
         self._positions = np.arange(self._index.num_rows)
         self._readers: list[WeightReader] = []
 
@@ -98,7 +97,7 @@ class Zoo:
     @property
     def splits(self) -> list[str]:
         """Splits that have rows."""
-        return list(self._splits)
+        return [split for split in schema.SPLITS if self._tables.names("index", split)]
 
     @property
     def configs(self) -> list[str]:
@@ -136,8 +135,7 @@ class Zoo:
         if config not in known:
             hint = "; `vitzoo evaluate` writes it" if config in ("evaluations", "pairs") else ""
             raise ZooError(f"{self.name} has no config {config!r}{hint}: {did_you_mean(config, known)}")
-        tables = [self._read(file) for file in self._files(config)]
-        table = pa.concat_tables(tables)
+        table = self._tables.read(config)
         return with_class_names(table, features_of(table)).to_pandas()
 
     def filter(self, **conditions: Any) -> "Zoo":
@@ -248,17 +246,8 @@ class Zoo:
             >>> batch["weights"].shape, batch["test_accuracy"].dtype
             (torch.Size([2, 26922]), torch.float64)
         """
-        for position in self._positions.tolist():
-            self._check_layout(position)
-        source = RowSource(
-            positions=self._positions,
-            layout_ids=self._records["layout"],
-            layouts=self.layouts,
-            columns=light_columns(self._records, self.column_types, columns),
-            reader=self._reader,
-        )
         return Stream(
-            source,
+            self._row_source(columns),
             batch_size=batch_size,
             device=device,
             tensors=tensors,
@@ -286,8 +275,7 @@ class Zoo:
         """
         import datasets
 
-        files = self._files("probes", role)
-        held = pa.concat_tables([self._read(file) for file in files]) if files else None
+        held = self._tables.read("probes", role)
         table = held.filter(pc.equal(held["dataset"], dataset)) if held is not None else None
         if table is None or table.num_rows == 0:
             known = sorted(set(held["dataset"].to_pylist())) if held is not None else []
@@ -302,8 +290,8 @@ class Zoo:
 
     def probe_rows(self, role: str) -> list[dict[str, Any]]:
         """Rows of the `probes` config as they are stored, images still encoded."""
-        tables = [self._read(file) for file in self._files("probes", role)]
-        return pa.concat_tables(tables).to_pylist() if tables else []
+        table = self._tables.read("probes", role)
+        return [] if table is None else table.to_pylist()
 
     def push(
         self, repository: str, *, private: bool = False, tag: str | None = None, dry_run: bool = False
@@ -341,6 +329,17 @@ class Zoo:
         chosen._positions = positions
         return chosen
 
+    def _row_source(self, columns: Sequence[str] | None) -> RowSource:
+        for position in self._positions.tolist():
+            self._check_layout(position)
+        return RowSource(
+            positions=self._positions,
+            layout_ids=self._records["layout"],
+            layouts=self.layouts,
+            columns=light_columns(self._records, self.column_types, columns),
+            reader=self._reader,
+        )
+
     def _check_layout(self, position: int) -> None:
         held, size = self._records["layout"][position], self._records["num_parameters"][position]
         layout = self.layouts.get(held)
@@ -370,30 +369,6 @@ class Zoo:
         """Column -> the values of all rows, with names instead of class numbers."""
         table = with_class_names(self._index, self._features).drop_columns(["split"])
         return {name: table[name].to_pylist() for name in table.column_names}
-
-    def _read_index(self) -> pa.Table:
-        tables = []
-        for split in self._splits:
-            for file in self._files("index", split):
-                table = self._read(file)
-                tables.append(table.append_column("split", pa.array([split] * table.num_rows)))
-        if not tables:
-            raise ZooError(f"{self.name} has no rows: its index is missing; {REPAIR}")
-        return pa.concat_tables(tables)
-
-    def _files(self, config: str, split: str | None = None) -> list[str]:
-        start = f"{config}/{split}-" if split else f"{config}/"
-        return sorted(name for name in self.manifest["files"] if name.startswith(start))
-
-    def _read(self, file: str) -> pa.Table:
-        """A light table, whose file is compared with its hash in the manifest first."""
-        try:
-            data = self._at_hand.path(file).read_bytes()
-        except OSError as error:
-            raise ZooError(f"{file} of {self.name} cannot be read ({one_line(error)}); {REPAIR}") from None
-        if hashlib.sha256(data).hexdigest() != self.manifest["files"][file].get("sha256"):
-            raise ZooError(f"{file} of {self.name} does not match its hash: it is damaged; {REPAIR}")
-        return pq.read_table(pa.BufferReader(data))
 
     def _column(self, name: str) -> list[Any]:
         return self._index[name].take(self._positions).to_pylist()

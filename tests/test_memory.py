@@ -1,0 +1,57 @@
+"""Memory stays where it is however large the zoo: forty models of ViT-S size are written, streamed and rebuilt."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+ROW = 88_202_656
+LIMIT_MB = (3 * ROW + 1_000_000_000) / 1e6
+
+STEPS = {
+    "write": "side_by_side.random_zoo(folder, side_by_side.VIT_S, 40)",
+    "stream": "for batch in Zoo(folder).stream(batch_size=1, shuffle=True): assert batch['weights'].isfinite().all()",
+    "stream with datasets": "for row in load_dataset(str(folder), 'weights', split='train', streaming=True):"
+    " assert weights_of(row).size",
+    "rows": "for row in Zoo(folder).rows(): assert row['weights'][-1]",
+    "models": "zoo = Zoo(folder)\nfor model_id in zoo.model_ids: zoo.model(model_id).head.weight.sum()",
+    "verify": "assert verify(folder, progress=False).intact",
+}
+
+PROGRAM = """
+import resource, sys
+from pathlib import Path
+from datasets import load_dataset
+import side_by_side
+from vitzoo_hf.rebuild import weights_of
+from vitzoo_hf.verify import verify
+from vitzoo_hf.zoo import Zoo
+
+folder = Path(sys.argv[1])
+{step}
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3)
+"""
+
+
+@pytest.mark.slow
+def test_forty_large_models_need_no_more_memory_than_three(tmp_path):
+    peaks = {}
+    for name, step in STEPS.items():
+        result = subprocess.run(
+            [sys.executable, "-c", PROGRAM.format(step=step), tmp_path / "zoo"],
+            env={
+                "PYTHONPATH": f"{BENCHMARKS}:{BENCHMARKS.parent}",
+                "HF_HOME": str(tmp_path),
+                "PATH": "/usr/bin:/bin",
+            },
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert result.returncode == 0, f"{name}: {result.stderr}"
+        peaks[name] = float(result.stdout)
+    print(peaks)
+    del peaks["stream with datasets"]  # not ours
+    assert max(peaks.values()) < LIMIT_MB, peaks

@@ -1,0 +1,321 @@
+"""Names of other libraries <-> timm's: which vision transformer a state dict is, under names every zoo uses.
+
+Known are timm's own names, with the prefixes that wrappers put before them, and those of ViT models of transformers 4
+and 5. The architecture is given, told by a config.json, or seen from the shapes where they leave no doubt.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vitzoo_hf.flatten import Layout
+from vitzoo_hf.foreign.plan import LoadedModel
+from vitzoo_hf.schema import ZooError
+from vitzoo_hf.vit import layout_of
+
+PREFIXES = ("model.", "module.", "vit.")
+HEAD_DIM = 64
+SIZES = {192: "tiny", 384: "small", 768: "base", 1024: "large"}
+
+FROM_TRANSFORMERS = (
+    (r"embeddings\.cls_token", "cls_token"),
+    (r"embeddings\.position_embeddings", "pos_embed"),
+    (r"embeddings\.patch_embeddings\.projection\.(\w+)", r"patch_embed.proj.\1"),
+    (r"(?:encoder\.layer|layers)\.(\d+)\.layernorm_before\.(\w+)", r"blocks.\1.norm1.\2"),
+    (r"(?:encoder\.layer|layers)\.(\d+)\.layernorm_after\.(\w+)", r"blocks.\1.norm2.\2"),
+    (r"encoder\.layer\.(\d+)\.attention\.attention\.(query|key|value)\.(\w+)", r"blocks.\1.attn.\2.\3"),
+    (r"layers\.(\d+)\.attention\.(q|k|v)_proj\.(\w+)", r"blocks.\1.attn.\2.\3"),
+    (r"encoder\.layer\.(\d+)\.attention\.output\.dense\.(\w+)", r"blocks.\1.attn.proj.\2"),
+    (r"layers\.(\d+)\.attention\.o_proj\.(\w+)", r"blocks.\1.attn.proj.\2"),
+    (r"encoder\.layer\.(\d+)\.intermediate\.dense\.(\w+)", r"blocks.\1.mlp.fc1.\2"),
+    (r"encoder\.layer\.(\d+)\.output\.dense\.(\w+)", r"blocks.\1.mlp.fc2.\2"),
+    (r"layers\.(\d+)\.mlp\.(fc[12])\.(\w+)", r"blocks.\1.mlp.\2.\3"),
+    (r"layernorm\.(\w+)", r"norm.\1"),
+    (r"classifier\.(\w+)", r"head.\1"),
+)
+
+
+def to_timm(
+    tensors: Mapping[str, Tensor],
+    *,
+    name: str,
+    architecture: str | None = None,
+    architecture_args: Mapping[str, Any] | None = None,
+    config: Mapping[str, Any] | None = None,
+) -> LoadedModel:
+    """A state dict under timm's names, in timm's order, with its architecture.
+
+    Args:
+        tensors: as a file holds them; half precision is widened to float32, which is noted in `flags`.
+        name: of the checkpoint, for messages.
+        architecture: timm name, if it is known; the rest of the arguments follows from the shapes.
+        architecture_args: arguments of `timm.create_model` that do not follow from the shapes.
+        config: a config.json of timm or transformers that lies beside the checkpoint.
+
+    Raises:
+        ZooError: if names or shapes are not exactly those of the architecture, or it cannot be told.
+    """
+    flags: list[str] = []
+    held = {key: _float32(key, tensor, name, flags) for key, tensor in _timm_names(tensors, name).items()}
+    told, told_args = _told_by(config or {}, name, flags)
+    architecture = architecture or told
+    args = told_args | dict(architecture_args or {})
+    head, hidden = _head(held, name)
+    seen, seen_args = _seen(held, name, needs_name=architecture is None)
+    architecture = architecture or seen
+    args = _fitting(architecture, seen_args, args, head, hidden, held)
+    layout = layout_of(architecture, args, head, hidden)
+    _compare(held, layout, architecture, name)
+    ordered = {key: held[key].contiguous() for key in layout.names}
+    return LoadedModel(ordered, architecture, args, head, hidden, flags)
+
+
+def _timm_names(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+    held = dict(tensors)
+    for prefix in PREFIXES[:2]:
+        held = _without_prefix(held, prefix)
+    if any("embeddings." in key for key in held):
+        return _from_transformers(held, name)
+    return _without_prefix(held, PREFIXES[2])
+
+
+def _without_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    if not all(key.startswith(prefix) for key in tensors):
+        return tensors
+    return {key.removeprefix(prefix): tensor for key, tensor in tensors.items()}
+
+
+def _from_transformers(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+    renamed: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        if key.startswith(("pooler.", "vit.pooler.")):
+            raise ZooError(f"{name} has a pooler, which timm's ViT has not: save it with add_pooling_layer=False")
+        bare = key.removeprefix("vit.")
+        for pattern, replacement in FROM_TRANSFORMERS:
+            if re.fullmatch(pattern, bare):
+                renamed[re.sub(pattern, replacement, bare)] = tensor
+                break
+        else:
+            raise ZooError(f"{name} has a tensor {key!r} that no ViT of transformers has")
+    return _joined(renamed, name)
+
+
+def _joined(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+    """Query, key and value of each block as timm's one `qkv`."""
+    joined = {key: tensor for key, tensor in tensors.items() if not re.search(r"attn\.(q|k|v)\w*\.\w+$", key)}
+    for block in sorted({int(key.split(".")[1]) for key in tensors if ".attn." in key}):
+        for kind in ("weight", "bias"):
+            parts = [
+                tensors.get(f"blocks.{block}.attn.{long}.{kind}", tensors.get(f"blocks.{block}.attn.{short}.{kind}"))
+                for long, short in (("query", "q"), ("key", "k"), ("value", "v"))
+            ]
+            present = [part for part in parts if part is not None]
+            if present and len(present) < 3:
+                raise ZooError(f"{name} lacks one of query, key and value ({kind}) of block {block}")
+            if present:
+                joined[f"blocks.{block}.attn.qkv.{kind}"] = torch.cat(present)
+    return joined
+
+
+def _float32(key: str, tensor: Tensor, name: str, flags: list[str]) -> Tensor:
+    if not tensor.is_floating_point():
+        raise ZooError(f"{name}: {key} is {tensor.dtype}, not a floating-point tensor")
+    if tensor.dtype == torch.float32:
+        return tensor
+    wide = tensor.float()
+    if tensor.dtype == torch.float64 and not torch.equal(wide.double(), tensor):
+        raise ZooError(f"{name}: {key} is float64, which float32 cannot hold exactly: convert it first")
+    flag = f"stored as {str(tensor.dtype).removeprefix('torch.')}, widened to float32"
+    if flag not in flags:
+        flags.append(flag)
+    return wide
+
+
+def _head(tensors: Mapping[str, Tensor], name: str) -> tuple[str, int | None]:
+    if "head.weight" in tensors:
+        return "linear", None
+    if "head.0.weight" in tensors and "head.2.weight" in tensors:
+        return "mlp", int(tensors["head.0.weight"].shape[0])
+    raise ZooError(f"{name} has no head: `head.weight`, or `head.0` and `head.2` of an MLP, are needed for a row")
+
+
+def _seen(tensors: Mapping[str, Tensor], name: str, *, needs_name: bool) -> tuple[str, dict[str, Any]]:
+    """Architecture and arguments as the shapes tell them."""
+    try:
+        patches = tensors["patch_embed.proj.weight"]
+        width, channels, patch, _ = patches.shape
+        tokens, depth = (
+            tensors["pos_embed"].shape[1],
+            1 + max(int(key.split(".")[1]) for key in tensors if key.startswith("blocks.")),
+        )
+        hidden = tensors["blocks.0.mlp.fc1.weight"].shape[0]
+        last = tensors.get("head.weight", tensors.get("head.2.weight"))
+        classes = last.shape[0] if last is not None else 0
+    except (KeyError, ValueError, IndexError):
+        raise ZooError(f"{name} is no ViT: it lacks patch_embed.proj.weight, pos_embed or blocks") from None
+    side = round((tokens - ("cls_token" in tensors)) ** 0.5)
+    args = {"img_size": side * patch, "patch_size": patch, "in_chans": channels, "num_classes": classes}
+    args |= {"embed_dim": width, "depth": depth, "mlp_ratio": hidden / width}
+    if not needs_name:
+        return "", args
+    if width not in SIZES or width // HEAD_DIM * HEAD_DIM != width or depth != (24 if width == 1024 else 12):
+        raise ZooError(
+            f"{name}: how many heads a ViT of width {width} and depth {depth} has cannot be seen from its weights:"
+            " give the architecture, such as --architecture vit_small_patch16_224, and --architecture-args"
+        )
+    return f"vit_{SIZES[width]}_patch{patch}_224", args
+
+
+def _fitting(
+    architecture: str,
+    seen: Mapping[str, Any],
+    given: Mapping[str, Any],
+    head: str,
+    hidden: int | None,
+    tensors: Mapping[str, Tensor],
+) -> dict[str, Any]:
+    """The fewest arguments that give the shapes: those that were given, and those where the default differs."""
+    args = dict(given) | {"num_classes": seen["num_classes"]}
+    shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+    for name in ("img_size", "patch_size", "in_chans", "embed_dim", "depth", "mlp_ratio"):
+        try:
+            layout = layout_of(architecture, args, head, hidden)
+        except ZooError:
+            layout = None
+        if layout is not None and dict(zip(layout.names, layout.shapes, strict=True)) == shapes:
+            break
+        if name not in args and not _is_default(architecture, args, name, seen[name], head, hidden):
+            args[name] = seen[name]
+    return args
+
+
+def _is_default(
+    architecture: str, args: Mapping[str, Any], name: str, value: Any, head: str, hidden: int | None
+) -> bool:
+    try:
+        plain = layout_of(architecture, args, head, hidden)
+        return plain == layout_of(architecture, {**args, name: value}, head, hidden)
+    except ZooError:
+        return False
+
+
+def _told_by(config: Mapping[str, Any], name: str, flags: list[str]) -> tuple[str | None, dict[str, Any]]:
+    """Architecture and arguments as a config.json tells them."""
+    if isinstance(config.get("architecture"), str):
+        return config["architecture"].split(".")[0], dict(config.get("model_args") or {})
+    if config.get("model_type") != "vit" and not any(
+        "ViT" in str(kind) for kind in config.get("architectures") or ()
+    ):
+        return None, {}
+    try:
+        args = {
+            "img_size": config.get("image_size", 224),
+            "patch_size": config.get("patch_size", 16),
+            "in_chans": config.get("num_channels", 3),
+            "embed_dim": config.get("hidden_size", 768),
+            "depth": config.get("num_hidden_layers", 12),
+            "num_heads": config.get("num_attention_heads", 12),
+            "mlp_ratio": config.get("intermediate_size", 3072) / config.get("hidden_size", 768),
+            "qkv_bias": config.get("qkv_bias", True),
+        }
+    except (TypeError, ZeroDivisionError):
+        raise ZooError(f"the config.json of {name} is not one of a ViT: its sizes are no numbers") from None
+    if config.get("hidden_act", "gelu") != "gelu":
+        raise ZooError(f"{name} uses {config['hidden_act']!r}; zoos hold ViTs with gelu")
+    if abs(config.get("layer_norm_eps", 1e-12) - 1e-6) > 1e-9:
+        flags.append(f"layer_norm_eps {config.get('layer_norm_eps', 1e-12)} in the source, 1e-6 here")
+    return "vit_base_patch16_224", args
+
+
+def _compare(tensors: Mapping[str, Tensor], layout: Layout, architecture: str, name: str) -> None:
+    expected = dict(zip(layout.names, layout.shapes, strict=True))
+    wrong = [f"it lacks {key}" for key in expected if key not in tensors]
+    wrong += [f"{key} does not belong to it" for key in tensors if key not in expected]
+    wrong += [
+        f"{key} has shape {tuple(tensors[key].shape)}, not {shape}"
+        for key, shape in expected.items()
+        if key in tensors and tuple(tensors[key].shape) != shape
+    ]
+    if wrong:
+        raise ZooError(f"{name} is not {architecture}: {wrong[0]} ({len(wrong)} tensors differ)")
+
+
+def to_transformers(
+    tensors: Mapping[str, Tensor], *, architecture: str, architecture_args: Mapping[str, Any], head: str
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The config.json and the tensors with which transformers 4 and 5 load this model as `ViTForImageClassification`.
+
+    Args:
+        tensors: under timm's names.
+        architecture: timm name.
+        architecture_args: arguments of `timm.create_model`.
+        head: `linear`; transformers has no MLP head.
+
+    Raises:
+        ZooError: for an MLP head, or a ViT that transformers does not have.
+    """
+    if head != "linear":
+        raise ZooError("transformers has no ViT with an MLP head: choose rows with --where head=linear")
+    _, seen = _seen(tensors, architecture, needs_name=False)
+    renamed: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        renamed |= _for_transformers(key, tensor, architecture)
+    heads = architecture_args.get("num_heads") or _heads_of(architecture, architecture_args)
+    config = {
+        "architectures": ["ViTForImageClassification"],
+        "model_type": "vit",
+        "image_size": seen["img_size"],
+        "patch_size": seen["patch_size"],
+        "num_channels": seen["in_chans"],
+        "hidden_size": seen["embed_dim"],
+        "num_hidden_layers": seen["depth"],
+        "num_attention_heads": heads,
+        "intermediate_size": round(seen["mlp_ratio"] * seen["embed_dim"]),
+        "hidden_act": "gelu",
+        "layer_norm_eps": 1e-6,
+        "qkv_bias": "blocks.0.attn.qkv.bias" in tensors,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+        "id2label": {str(number): f"LABEL_{number}" for number in range(seen["num_classes"])},
+        "label2id": {f"LABEL_{number}": number for number in range(seen["num_classes"])},
+        "torch_dtype": "float32",
+    }
+    return config, renamed
+
+
+def _for_transformers(key: str, tensor: Tensor, architecture: str) -> dict[str, Tensor]:
+    if match := re.fullmatch(r"blocks\.(\d+)\.attn\.qkv\.(\w+)", key):
+        parts = tensor.chunk(3)
+        start = f"vit.encoder.layer.{match[1]}.attention.attention"
+        return {
+            f"{start}.{part}.{match[2]}": value.contiguous()
+            for part, value in zip(("query", "key", "value"), parts, strict=True)
+        }
+    for pattern, new in TO_TRANSFORMERS:
+        if re.fullmatch(pattern, key):
+            return {re.sub(pattern, new, key): tensor.contiguous()}
+    raise ZooError(f"{architecture} has a tensor {key!r}, which transformers' ViT has not")
+
+
+TO_TRANSFORMERS = (
+    (r"cls_token", "vit.embeddings.cls_token"),
+    (r"pos_embed", "vit.embeddings.position_embeddings"),
+    (r"patch_embed\.proj\.(\w+)", r"vit.embeddings.patch_embeddings.projection.\1"),
+    (r"blocks\.(\d+)\.norm1\.(\w+)", r"vit.encoder.layer.\1.layernorm_before.\2"),
+    (r"blocks\.(\d+)\.norm2\.(\w+)", r"vit.encoder.layer.\1.layernorm_after.\2"),
+    (r"blocks\.(\d+)\.attn\.proj\.(\w+)", r"vit.encoder.layer.\1.attention.output.dense.\2"),
+    (r"blocks\.(\d+)\.mlp\.fc1\.(\w+)", r"vit.encoder.layer.\1.intermediate.dense.\2"),
+    (r"blocks\.(\d+)\.mlp\.fc2\.(\w+)", r"vit.encoder.layer.\1.output.dense.\2"),
+    (r"norm\.(\w+)", r"vit.layernorm.\1"),
+    (r"head\.(\w+)", r"classifier.\1"),
+)
+
+
+def _heads_of(architecture: str, args: Mapping[str, Any]) -> int:
+    from vitzoo_hf.vit import skeleton
+
+    model: Any = skeleton(architecture, args, "linear", None)
+    return int(model.blocks[0].attn.num_heads)
