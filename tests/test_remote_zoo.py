@@ -258,6 +258,19 @@ print(json.dumps([old, streamed([batch, *batches]), digests(again), digests(vz.Z
     assert after == truth(new)
 
 
+def test_shards_that_a_push_left_as_they_were_are_not_fetched_again(hub, folders, tmp_path):
+    name = NAMES[0]
+    code = f"zoo = vz.Zoo({name!r})\nprint(json.dumps([digests(zoo), zoo._at_hand.commit]))"
+    rows, before = client(hub, tmp_path / "home", code, ranges=False)
+    fetched = moved(hub)
+    hub.put(name, "notes.md", b"of another commit")
+    for ranges in (True, False):
+        again, after = client(hub, tmp_path / "home", code, ranges=ranges)
+        assert again == rows
+        assert after != before
+    assert moved(hub) == fetched
+
+
 @pytest.mark.parametrize("ranges", [True, False])
 def test_workers_of_a_data_loader_read_a_remote_zoo(hub, folders, tmp_path, ranges):
     name = NAMES[1]

@@ -88,6 +88,7 @@ class WeightReader:
         self.files, self.rows, self.keep = files, rows, keep
         self.places = _places(files, shards, rows)
         self._shard_bytes = {name: entry["bytes"] for name, entry in shards.items()}
+        self._shard_sha256 = {name: entry["sha256"] for name, entry in shards.items()}
         self._local_files: dict[str, Path] = {}
         self._verified = np.zeros(len(rows.model_ids), dtype=bool)
         self._unpickled()
@@ -174,7 +175,7 @@ class WeightReader:
         """The shard of a row on this machine, fetched if it is small; None where only ranges of it are read."""
         name = self._file(position)
         if name not in self._local_files:
-            local = self.files.local(name)
+            local = self.files.local(name, self._shard_sha256[name])
             small = self.keep and self._shard_bytes[name] <= FETCHED_WHOLE_BYTES
             if local is None and (small or not self.files.is_remote):
                 local = self.files.path(name)
