@@ -28,6 +28,9 @@ INTEGER = re.compile(r"[+-]?(0|[1-9]\d*)", re.ASCII)
 NUMBER = re.compile(r"[+-]?(((0|[1-9]\d*)(\.\d*)?|\.\d+)(e[+-]?\d+)?|nan|inf(inity)?)", re.ASCII | re.IGNORECASE)
 BOOLEANS = {"true": True, "false": False}
 LARGEST_EPOCH = 2**31 - 1
+LARGEST_RESULT = 3e38
+"""Results are stored as float32."""
+MOST_DIGITS = 20
 
 
 @dataclass(frozen=True)
@@ -132,6 +135,9 @@ def _columns(header: list[str], key: str, name: str) -> dict[str, str]:
     if key not in header:
         hint = "separate its columns by commas" if len(header) == 1 else did_you_mean(key, header or [key])
         raise ZooError(f"{name} has no column {key!r}, which says what a line is about: {hint}")
+    twice = [column for column in header if header.count(column) > 1]
+    if twice:
+        raise ZooError(f"{name} has the column {twice[0]!r} more than once: keep one")
     columns: dict[str, str] = {}
     for column in header:
         if column == key or column in KNOWN or column in FROM_WEIGHTS:
@@ -142,9 +148,6 @@ def _columns(header: list[str], key: str, name: str) -> dict[str, str]:
         if factor in columns.values():
             raise ZooError(f"{name} has two columns for the factor {factor!r}: rename or remove one")
         columns[column] = factor
-    twice = [column for column in header if header.count(column) > 1]
-    if twice:
-        raise ZooError(f"{name} has the column {twice[0]!r} more than once: keep one")
     return columns
 
 
@@ -155,11 +158,13 @@ def _type_of(cells: list[str]) -> str | None:
         return None
     if all(cell.lower() in BOOLEANS for cell in filled):
         return "bool"
-    if all(INTEGER.fullmatch(cell) for cell in filled):
-        return "int" if all(-(2**63) <= int(cell) < 2**63 for cell in filled) else "string"
-    if all(NUMBER.fullmatch(cell) for cell in filled) and any(math.isfinite(float(cell)) for cell in filled):
-        return "float"
-    return "string"
+    whole = [cell for cell in filled if INTEGER.fullmatch(cell)]
+    if any(len(cell) > MOST_DIGITS or not -(2**63) <= int(cell) < 2**63 for cell in whole):
+        return "string"
+    if len(whole) == len(filled):
+        return "int"
+    numbers = all(NUMBER.fullmatch(cell) for cell in filled) and any(math.isfinite(float(cell)) for cell in filled)
+    return "float" if numbers and all(int(float(cell)) == int(cell) for cell in whole) else "string"
 
 
 def _line(where: str, cells: Mapping[str, str], columns: Mapping[str, str], types: Mapping[str, str | None]) -> Line:
@@ -177,7 +182,10 @@ def _line(where: str, cells: Mapping[str, str], columns: Mapping[str, str], type
 def _known(where: str, column: str, cell: str) -> Any:
     what = f"{where}: {column}"
     if column in schema.RESULTS:
-        return _float(what, cell)
+        result = _float(what, cell)
+        if abs(result) > LARGEST_RESULT:
+            raise ZooError(f"{what} is {cell}; expected a number up to {LARGEST_RESULT}")
+        return result
     if column in ("epoch", "head_hidden"):
         number = _int(what, cell)
         if not 0 <= number <= LARGEST_EPOCH:
@@ -202,7 +210,7 @@ def _with_ids(where: str, values: dict[str, Any]) -> dict[str, Any]:
     if "model_id" not in values:
         return values
     run, _, epoch = values["model_id"].rpartition("@")
-    values = {"run_id": run, "epoch": _known(where, "epoch", str(int(epoch)))} | values
+    values = {"run_id": run, "epoch": _known(where, "epoch", epoch)} | values
     if values["model_id"] != schema.model_id(values["run_id"], values["epoch"]):
         raise ZooError(
             f"{where}: model_id is {values['model_id']!r};"
@@ -218,7 +226,7 @@ def _float(what: str, cell: str) -> float:
 
 
 def _int(what: str, cell: str) -> int:
-    if not INTEGER.fullmatch(cell):
+    if not INTEGER.fullmatch(cell) or len(cell) > MOST_DIGITS:
         raise ZooError(f"{what} is {cell!r}; expected a whole number, or an empty cell")
     return int(cell)
 
