@@ -153,7 +153,8 @@ def _family_mistakes(lines: Mapping[str, Line]) -> dict[str, str]:
     for source, line in lines.items():
         model_id, parent = line.values["model_id"], line.values.get("parent_id")
         if len(holders[model_id]) > 1:
-            refused[source] = f"{line.where}: model {model_id!r} is also in {_others(holders[model_id], line)}"
+            others = _others(holders[model_id], line)
+            refused[source] = f"{line.where}: {model_id!r} is also in {others}: tell them apart by run_id or epoch"
         elif parent is not None and parent not in parents:
             refused[source] = f"{line.where}: parent_id {parent!r} is no model of the table"
         elif _in_circle(model_id, parents):
