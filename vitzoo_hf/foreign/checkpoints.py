@@ -4,10 +4,11 @@ A model folder is what `save_pretrained` writes: config.json beside the weights,
 Nothing is loaded before its turn; links that leave the folder are refused, and hidden files are not looked at.
 """
 
+import contextlib
 import json
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -18,7 +19,7 @@ from vitzoo_hf.foreign.files import read_state_dict
 from vitzoo_hf.foreign.names import to_timm
 from vitzoo_hf.foreign.plan import LoadedModel, SourceError, SourcePlan
 from vitzoo_hf.foreign.planned_rows import Found, planned_rows
-from vitzoo_hf.foreign.table import Table, read_table
+from vitzoo_hf.foreign.table import Line, Table, read_table
 from vitzoo_hf.hub_files import one_line
 from vitzoo_hf.schema import ZooError
 
@@ -33,6 +34,7 @@ MODEL_FILES = ("model.safetensors", INDEXES[0], "pytorch_model.bin", INDEXES[1])
 BESIDE = ("optimizer.pt", "optimizer.bin", "scheduler.pt", "scaler.pt", "training_args.bin", "rng_state.pth")
 """What trainers write beside a model's weights."""
 
+LINK = "it is a link that leaves the folder, or leads nowhere: copy what it means"
 MAX_LEVELS = 3
 MAX_CONFIG_BYTES = 10_000_000
 SMALLEST = 1000
@@ -60,53 +62,68 @@ def plan_checkpoints(
     Raises:
         ZooError: if there is no such file or folder, it is no checkpoint, or the table has a mistake in its header.
     """
-    place = source.absolute()
-    own_name = place.name.partition(".")[0] if place.is_file() else place.name
-    label = own_name or "checkpoints"
-    folder = _Folder(place if place.is_dir() else place.parent)
-    if place.is_dir():
-        folder.search()
-        if table is None and (place / TABLE).is_file():
-            table = place / TABLE
-    elif not place.is_file():
-        raise ZooError(f"{source} is neither a file nor a folder: give checkpoints, or a folder of them")
-    elif not _is_checkpoint(place.name):
-        known = ", ".join(SUFFIXES)
-        raise ZooError(f"{source} is no checkpoint by its name; known are {known} and {BARE_NAME}")
-    else:
-        folder.models[place.name] = [place]
-    if table is None and not folder.models and not folder.refused:
-        raise ZooError(f"{source} has no checkpoint ({', '.join(SUFFIXES)} or {BARE_NAME}) in {MAX_LEVELS} levels")
-    told = read_table(table, "file") if table is not None else None
-    if told is not None:
-        told = folder.matched(told)
+    place = Path(os.path.abspath(source))
+    label = place.stem if place.is_file() else place.name or "checkpoints"
+    folder = _folder_of(place, source)
+    if place.is_dir() and table is None and (place / TABLE).is_file():
+        table = place / TABLE
+        if TABLE in folder.refused:
+            raise ZooError(f"{table} is a link that leaves the folder: give the table itself")
+    told = None if table is None else folder.matched(read_table(table, "file"))
     planned = planned_rows(
-        [folder.found(path, files) for path, files in folder.models.items()],
-        told,
-        architecture=architecture,
-        architecture_args=architecture_args,
-        fallback=label,
+        folder.found(), told, architecture=architecture, architecture_args=architecture_args, fallback=label
     )
     return SourcePlan(
         name=name or label,
         rows=planned.rows,
         factor_types={} if told is None else told.factor_types,
-        refused=folder.refused | ({} if told is None else told.refused) | planned.refused,
+        refused=planned.refused | folder.refused,
         notes=[] if told is None else told.notes,
     )
 
 
+def _folder_of(place: Path, source: Path) -> "_Folder":
+    """The folder of the source, with what of it can be taken."""
+    if place.is_dir():
+        folder = _Folder(place)
+        folder.search()
+        if not folder.models and not folder.refused:
+            known = ", ".join(SUFFIXES)
+            raise ZooError(f"{source} has no checkpoint ({known} or {BARE_NAME}) in {MAX_LEVELS} levels")
+        return folder
+    if not place.is_file():
+        raise ZooError(f"{source} is neither a file nor a folder: give checkpoints, or a folder of them")
+    if not _is_checkpoint(place.name):
+        raise ZooError(f"{source} is no checkpoint by its name: known are {', '.join(SUFFIXES)} and {BARE_NAME}")
+    folder = _Folder(place.parent)
+    folder.take(place)
+    return folder
+
+
+@dataclass(frozen=True)
+class _Model:
+    """The file of a checkpoint's weights, or their index, and the config.json beside it."""
+
+    weights: Path
+    config: Path | None
+
+
 @dataclass
 class _Folder:
-    """The checkpoints below a folder: path in it -> the files of its weights."""
+    """The checkpoints below a folder, by their paths in it."""
 
     place: Path
-    models: dict[str, list[Path]] = field(default_factory=dict)
+    models: dict[str, _Model] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
 
     def search(self) -> None:
         """Find every checkpoint and model folder."""
         self._search(self.place, 1)
+
+    def take(self, file: Path) -> None:
+        """Take one file, which the user named, with the config.json beside it."""
+        config = file.parent / CONFIG
+        self.models[self.path(file)] = _Model(file, config if config.is_file() else None)
 
     def _search(self, folder: Path, level: int) -> None:
         try:
@@ -114,79 +131,80 @@ class _Folder:
         except OSError as error:
             if folder == self.place:
                 raise ZooError(f"{folder} cannot be read: {error.strerror}") from None
-            self.refused[self._path(folder)] = f"it cannot be read: {error.strerror}"
+            self.refused[self.path(folder)] = f"it cannot be read: {error.strerror}"
             return
-        files = [entry for entry in entries if self._is_inside(entry) and entry.is_file()]
-        used = self._model_folder(folder, {file.name: file for file in files})
-        for file in files:
-            if _is_checkpoint(file.name) and file.name not in used:
-                self.models[self._path(file)] = [file]
+        leaving = {entry.name for entry in entries if self._leaves(entry)}
+        self.refused |= {self.path(folder / name): LINK for name in leaving if self._matters(folder / name)}
+        files = {entry.name: entry for entry in entries if entry.name not in leaving and entry.is_file()}
+        self._take_all(folder, files, config_leaves=CONFIG in leaving)
         for entry in entries:
-            if entry.is_dir() and entry.is_symlink() and self._is_inside(entry):
-                self.refused[self._path(entry)] = "it is a link to a folder: put the folder itself there"
-            elif entry.is_dir() and not entry.is_symlink() and level < MAX_LEVELS:
+            if entry.name in leaving or not entry.is_dir():
+                continue
+            if entry.is_symlink():
+                self.refused[self.path(entry)] = "it is a link to a folder: put the folder itself there"
+            elif level == MAX_LEVELS:
+                self.refused[self.path(entry)] = f"it is below {MAX_LEVELS} levels: give a folder nearer to it"
+            else:
                 self._search(entry, level + 1)
-            elif entry.is_dir() and not entry.is_symlink():
-                self.refused[self._path(entry)] = f"it is below {MAX_LEVELS} levels: give a folder nearer to it"
 
-    def _is_inside(self, entry: Path) -> bool:
-        """Whether an entry leads to something in the folder; one that does not is refused if it matters."""
+    def _leaves(self, entry: Path) -> bool:
+        """Whether an entry is a link that leads out of the folder, or nowhere."""
         if not entry.is_symlink():
-            return True
+            return False
         target = Path(os.path.realpath(entry))
-        inside = target.is_relative_to(os.path.realpath(self.place)) and target.exists()
-        if not inside and (_is_checkpoint(entry.name) or entry.is_dir() or entry.name in (CONFIG, TABLE, *INDEXES)):
-            self.refused[self._path(entry)] = (
-                "it is a link that leaves the folder, or leads nowhere: copy what it means"
-            )
-        return inside
+        return not (target.is_relative_to(os.path.realpath(self.place)) and target.exists())
 
-    def _model_folder(self, folder: Path, files: Mapping[str, Path]) -> set[str]:
-        """Note the folder's model, if it is a model folder; the names that belong to it."""
-        weights = [name for name in MODEL_FILES if name in files]
-        if CONFIG not in files or not weights:
-            return set()
-        path = self._path(folder) if folder != self.place else weights[0]
+    def _matters(self, entry: Path) -> bool:
+        return _is_checkpoint(entry.name) or entry.is_dir() or entry.name in (CONFIG, TABLE, *INDEXES)
+
+    def _take_all(self, folder: Path, files: Mapping[str, Path], *, config_leaves: bool) -> None:
+        """Take the folder's model, if it is a model folder, and the checkpoints that do not belong to it."""
+        config = files.get(CONFIG)
+        weights = [name for name in MODEL_FILES if name in files] if config else []
         belonging = {*MODEL_FILES, *BESIDE} | {name for name in files if name.startswith("rng_state_")}
-        self.models[path] = [files[weights[0]]]
         for index in (name for name in weights if name in INDEXES):
-            try:
-                shards = set(_weight_map(files[index], path).values())
-            except ZooError:
-                shards = set()  # said when the model is loaded
-            belonging |= shards
-        return belonging
+            with contextlib.suppress(ZooError):  # said when the model is loaded
+                belonging |= set(_weight_map(files[index], index).values())
+        if weights:
+            path = weights[0] if folder == self.place else self.path(folder)
+            self.models[path] = _Model(files[weights[0]], config)
+        for name, file in files.items():
+            if _is_checkpoint(name) and not (weights and name in belonging):
+                self.models[self.path(file)] = _Model(file, config)
+                self.refused |= {self.path(file): f"its {CONFIG} is a link that leaves"} if config_leaves else {}
 
-    def _path(self, entry: Path) -> str:
+    def path(self, entry: Path) -> str:
+        """Where an entry is in the folder."""
         return entry.relative_to(self.place).as_posix()
 
-    def found(self, path: str, files: list[Path]) -> Found:
-        """A checkpoint, to be loaded later."""
-        size = sum(file.stat().st_size for file in files)
-        if files[0].name in INDEXES:
-            size = _sharded_size(files[0])
-        provenance = {"kind": "checkpoint", "bytes": size}
-        load = partial(_load, self.place, files[0], path)
-        return Found(path, load, provenance, size if size >= SMALLEST else None)
+    def found(self) -> list[Found]:
+        """The checkpoints, to be loaded later."""
+        found = []
+        for path, model in self.models.items():
+            if path in self.refused:
+                continue
+            size = _sharded_size(model.weights) if model.weights.name in INDEXES else model.weights.stat().st_size
+            load = partial(_load, self.place, model, path)
+            provenance = {"kind": "checkpoint", "bytes": size}
+            found.append(Found(path, load, provenance, size if size >= SMALLEST else None))
+        return found
 
     def matched(self, table: Table) -> Table:
         """The table with its lines under the paths of the checkpoints; lines about something else are refused."""
         aliases = {path: path for path in self.models}
-        for path, files in self.models.items():
-            aliases[self._path(files[0])] = path
+        aliases |= {self.path(model.weights): path for path, model in self.models.items()}
         if len(self.models) == 1 and (self.place / CONFIG).is_file():
             aliases["."] = next(iter(self.models))
-        lines, refused = {}, {}
+        refused = {aliases.get(str(PurePosixPath(given)), given): why for given, why in table.refused.items()}
+        lines: dict[str, Line] = {}
         for given, line in table.lines.items():
-            path = aliases.get(str(PurePosixPath(given)))
-            if path is None:
-                refused[given] = f"{line.where}: {self._why_not(given)}"
+            path = aliases.get(str(PurePosixPath(given)), given)
+            if path not in self.models:
+                refused[path] = f"{line.where}: {self._why_not(given)}"
             elif path in lines:
-                refused[given] = f"{line.where}: {path} is already in {lines[path].where}"
-            else:
-                lines[path] = line
-        named = {aliases.get(str(PurePosixPath(given)), given): reason for given, reason in table.refused.items()}
-        return Table(table.name, lines, table.factor_types, named | refused, table.notes)
+                refused[path] = f"{line.where}: {path} is also in {lines[path].where}: keep one"
+            lines[path] = line
+        return replace(table, lines=lines, refused=refused)
 
     def _why_not(self, given: str) -> str:
         path = PurePosixPath(given)
@@ -204,12 +222,13 @@ def _is_checkpoint(name: str) -> bool:
 
 
 def _load(
-    place: Path, file: Path, path: str, architecture: str | None, architecture_args: dict[str, Any] | None
+    place: Path, model: _Model, path: str, architecture: str | None, architecture_args: dict[str, Any] | None
 ) -> LoadedModel:
     """Read a checkpoint, from one file or from those its index names."""
+    file = model.weights
     try:
         tensors = _sharded(file, path) if file.name in INDEXES else read_state_dict(file, path)
-        config = read_config(file.parent / CONFIG, path) if (file.parent / CONFIG).is_file() else None
+        config = None if model.config is None else read_config(model.config, path)
     except ZooError:
         if not place.is_dir():
             raise SourceError(f"{place} is gone: is its disk still there? The same command continues later") from None

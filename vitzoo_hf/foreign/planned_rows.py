@@ -66,8 +66,9 @@ def planned_rows(
         lines = _guessed([one.source for one in found], fallback)
     else:
         lines = _completed(table, fallback)
-        refused |= _family_mistakes(lines)
+        refused |= _family_mistakes(lines, table.unread)
         refused |= {one.source: f"it is not in {table.name}" for one in found if one.source not in lines}
+        refused |= table.refused
     kept = {one.source: one for one in found if one.source not in refused}
     final: dict[str, int] = {}
     for source in kept:
@@ -143,7 +144,7 @@ def _completed(table: Table, fallback: str) -> dict[str, Line]:
     return lines
 
 
-def _family_mistakes(lines: Mapping[str, Line]) -> dict[str, str]:
+def _family_mistakes(lines: Mapping[str, Line], unread: frozenset[str]) -> dict[str, str]:
     """Checkpoints whose id is taken, or whose parent does not exist or descends from them."""
     refused = {}
     holders = defaultdict(list)
@@ -155,7 +156,7 @@ def _family_mistakes(lines: Mapping[str, Line]) -> dict[str, str]:
         if len(holders[model_id]) > 1:
             others = _others(holders[model_id], line)
             refused[source] = f"{line.where}: {model_id!r} is also in {others}: tell them apart by run_id or epoch"
-        elif parent is not None and parent not in parents:
+        elif parent is not None and parent not in parents and parent not in unread:
             refused[source] = f"{line.where}: parent_id {parent!r} is no model of the table"
         elif _in_circle(model_id, parents):
             refused[source] = f"{line.where}: the parents of {model_id!r} go in a circle"
@@ -240,7 +241,8 @@ def _epoch(source: str) -> int:
 
 def _run_id(source: str, fallback: str) -> str:
     """A path without its epoch and ending, in characters that are safe in a file name."""
-    bare = re.sub(r"(/checkpoints|\.(safetensors|pt|pth|bin|ckpt)|\.index\.json)+$", "", source)
+    bare = re.sub(r"(^|/)(checkpoints|(pytorch_)?model(\.\w+)+)$", "", source)
+    bare = re.sub(r"\.(safetensors|pt|pth|bin|ckpt)$", "", bare)
     matches = list(EPOCH.finditer(bare))
     if matches and int(matches[-1][1]) <= LARGEST_EPOCH:
         bare = bare[: matches[-1].start()] + bare[matches[-1].end() :]

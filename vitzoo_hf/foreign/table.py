@@ -54,10 +54,11 @@ class Table:
 
     Attributes:
         name: of its file.
-        lines: checkpoint -> what is said of it, in the order of the lines.
+        lines: checkpoint -> what is said of it, in the order of the lines; some may be refused for other reasons.
         factor_types: generating factor -> `string`, `float`, `int` or `bool`.
         refused: checkpoint -> the mistake in its line.
         notes: columns that were not taken.
+        unread: ids of models in lines that have a mistake, as far as they are told.
     """
 
     name: str
@@ -65,6 +66,7 @@ class Table:
     factor_types: dict[str, str]
     refused: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    unread: frozenset[str] = frozenset()
 
 
 def read_table(file: Path, key: str) -> Table:
@@ -110,7 +112,12 @@ def read_table(file: Path, key: str) -> Table:
     dropped = [column for column in header if column in FROM_WEIGHTS]
     notes = [f"Columns of {file.name} that follow from the weights were not taken: {', '.join(dropped)}."]
     factor_types = {name: kind for name, kind in types.items() if kind is not None}
-    return Table(file.name, lines, factor_types, refused, notes if dropped else [])
+    unread = frozenset(_told_id(cells[subject]) for subject in refused if subject in cells)
+    return Table(file.name, lines, factor_types, refused, notes if dropped else [], unread)
+
+
+def _told_id(cells: Mapping[str, str]) -> str:
+    return cells.get("model_id") or f"{cells.get('run_id')}@{cells.get('epoch')}"
 
 
 def _records(file: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
