@@ -342,3 +342,12 @@ def test_ctrl_c_leaves_the_dataset_as_it_was(hub, zoo_copy, tmp_path):
     assert said.rstrip().endswith("KeyboardInterrupt")
     assert [commit.title for commit in hub.repositories[NAME].commits.values()] == ["initial commit"]
     assert publish(hub, zoo_copy, tmp_path / "home")["commit"] == hub.repositories[NAME].branches["main"]
+
+
+def test_the_card_names_the_dataset_it_is_in(hub, zoo_copy, tmp_path):
+    before = (zoo_copy / "README.md").read_text()
+    assert 'load_dataset("ORG/tiny"' in before
+    publish(hub, zoo_copy, tmp_path / "home")
+    card = hub.files(NAME)["README.md"].decode()
+    assert card == before.replace("ORG/tiny", NAME)
+    assert (zoo_copy / "README.md").read_text() == before

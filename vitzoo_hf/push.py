@@ -97,7 +97,7 @@ def push(
     """
     _check_id(repository)
     _check_tag(tag)
-    local = read_contents(Path(folder), repository.split("/")[1])
+    local = read_contents(Path(folder), repository)
     with _explained(repository), _bars(shown=progress):
         api = _client(token, needs_login=not dry_run)
         remote = _read_remote(api, repository)

@@ -6,6 +6,7 @@ or one range of a URL, and no Parquet is decoded. Shards of zoos without that li
 
 import mmap
 import os
+import weakref
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -63,10 +64,7 @@ class _OpenFile:
 
     def __init__(self, file: Path) -> None:
         self.descriptor = os.open(file, os.O_RDONLY)
-
-    def __del__(self) -> None:
-        if hasattr(self, "descriptor"):
-            os.close(self.descriptor)
+        weakref.finalize(self, os.close, self.descriptor)
 
 
 class WeightReader:
