@@ -67,16 +67,15 @@ class Facts:
         """
         try:
             files = _data_files(folder)
-            rows = [
-                row for file in files if file.config == "index" for row in _index_rows(folder / file.path, file.split)
-            ]
+            index = [file for file in files if file.config == "index"]
+            facts = cls(folder, files, [row for file in index for row in _index_rows(folder / file.path, file.split)])
+            encoding = facts.encoding if facts.rows else None
         except (OSError, pa.ArrowException, KeyError, TypeError, ValueError) as error:
             raise ZooError(
                 f"no card can be written for {folder}: {' '.join(str(error).split())[:200]}; pack the zoo again"
             ) from None
-        facts = cls(folder, files, rows)
         counts = {config: facts.split_rows(config) for config in ("index", "weights")}
-        if not rows or counts["index"] != counts["weights"]:
+        if encoding is None or counts["index"] != counts["weights"]:
             raise ZooError(
                 f"no card can be written for {folder}: `weights` has rows {counts['weights']}, `index`"
                 f" {counts['index']}; pack the zoo again"

@@ -220,7 +220,7 @@ def splits(facts: Facts, manifest: Mapping[str, Any]) -> dict[str, Any]:
     sentences.append(
         f"{number(torn)} runs have rows in two splits."
         if torn
-        else f"None of the {number(len(facts.runs))} runs is in two."
+        else f"Each of the {number(len(facts.runs))} runs is in one of them."
     )
     if apart:
         sentences.append(f"The children of {number(apart)} parents are in more than one split: siblings are alike.")

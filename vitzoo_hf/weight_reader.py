@@ -68,14 +68,27 @@ class _OpenFile:
 
 
 class WeightReader:
-    """Reads weights of rows by their position in the index; safe to use from many threads, and to pickle."""
+    """Reads weights of rows by their position in the index; safe to use from many threads, and to pickle.
+
+    Args:
+        files: of the zoo.
+        shards: from `read_shards`.
+        rows: of the index.
+        keep: whether small shards of a dataset go into the Hub's cache.
+    """
 
     def __init__(
-        self, files: FolderFiles | HubFiles, shards: Mapping[str, Mapping[str, Any]], rows: RowTable
+        self,
+        files: FolderFiles | HubFiles,
+        shards: Mapping[str, Mapping[str, Any]],
+        rows: RowTable,
+        *,
+        keep: bool = True,
     ) -> None:
-        self.files, self.rows = files, rows
+        self.files, self.rows, self.keep = files, rows, keep
         self.places = _places(files, shards, rows)
         self._shard_bytes = {name: entry["bytes"] for name, entry in shards.items()}
+        self._shard_sha256 = {name: entry["sha256"] for name, entry in shards.items()}
         self._local_files: dict[str, Path] = {}
         self._verified = np.zeros(len(rows.model_ids), dtype=bool)
         self._unpickled()
@@ -151,7 +164,8 @@ class WeightReader:
         if not verify or self._verified[position]:
             return
         if schema.weights_sha256(vector) != self.rows.sha256[position]:
-            raise ZooError(f"the weights of {self.rows.model_ids[position]} do not match their hash; {REPAIR}")
+            repair = self.files.repair(self._file(position))
+            raise ZooError(f"the weights of {self.rows.model_ids[position]} do not match their hash: {repair}")
         self._verified[position] = True
 
     def _file(self, position: int) -> str:
@@ -161,8 +175,9 @@ class WeightReader:
         """The shard of a row on this machine, fetched if it is small; None where only ranges of it are read."""
         name = self._file(position)
         if name not in self._local_files:
-            local = self.files.local(name)
-            if local is None and (self._shard_bytes[name] <= FETCHED_WHOLE_BYTES or not self.files.is_remote):
+            local = self.files.local(name, self._shard_sha256[name])
+            small = self.keep and self._shard_bytes[name] <= FETCHED_WHOLE_BYTES
+            if local is None and (small or not self.files.is_remote):
                 local = self.files.path(name)
             if local is None:
                 return None

@@ -282,11 +282,11 @@ def swap(fresh: Path, place: Path) -> None:
 
 
 def _finish(folder: Path, manifest: dict[str, Any]) -> None:
-    """Write the card, then the manifest that lists every file but the weight shards with its size and hash."""
+    """Write the card, then the manifest: size and hash of every file but weight shards and the card."""
     files = sorted(file for file in folder.glob("*/*.parquet") if not file.parent.name.startswith("."))
     (folder / "README.md").write_text(card_text(folder, manifest), encoding="utf-8")
     listed = [file for file in files if file.parent.name != "weights" or not (folder / schema.SHARDS).is_file()]
-    listed += [folder / name for name in (schema.LAYOUTS, schema.SHARDS, "blueprint.yaml", "README.md")]
+    listed += [folder / name for name in (schema.LAYOUTS, schema.SHARDS, "blueprint.yaml")]
     manifest["files"] = {file.relative_to(folder).as_posix(): _file_entry(file) for file in listed if file.is_file()}
     write_json(folder / schema.MANIFEST, manifest)
 

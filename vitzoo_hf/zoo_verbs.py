@@ -143,11 +143,8 @@ def push(
         print_json(vars(done))
         return
     would = "would be " if dry_run else ""
-    size = format_bytes(done.uploaded_bytes)
-    print(
-        f"{len(done.uploaded)} files ({size}) {would}uploaded, {done.unchanged} unchanged,"
-        f" {len(done.deleted)} {would}deleted"
-    )
+    sent = f"{len(done.uploaded)} files ({format_bytes(done.uploaded_bytes)}) {would}uploaded"
+    print(f"{sent}, {done.unchanged} unchanged, {len(done.deleted)} {would}deleted")
     for name, count in done.uploaded if dry_run else ():
         print(f"    {name}  {format_bytes(count)}")
     for name in done.deleted if dry_run else ():
