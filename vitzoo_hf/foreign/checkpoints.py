@@ -62,7 +62,7 @@ def plan_checkpoints(
     Raises:
         ZooError: if there is no such file or folder, it is no checkpoint, or the table has a mistake in its header.
     """
-    place = Path(os.path.abspath(source))
+    place = source.resolve() if source.is_dir() else source.absolute()
     label = place.stem if place.is_file() else place.name or "checkpoints"
     folder = _folder_of(place, source)
     if place.is_dir() and table is None and (place / TABLE).is_file():
