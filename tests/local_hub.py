@@ -171,6 +171,16 @@ class LocalHub:
         files = repository.commits[repository.branches["main"]].files
         repository.commit("main", f"Add {path}", files | {path: self.store(content)})
 
+    def publish(self, name: str, folder: Path) -> str:
+        """Commit all visible files of a folder, and nothing else, as a dataset; its commit."""
+        repository = self.repositories.get(name) or self.create(name)
+        held = {file.relative_to(folder).as_posix(): file for file in sorted(folder.rglob("*")) if file.is_file()}
+        shown = {path: file for path, file in held.items() if "/." not in f"/{path}"}
+        files = {
+            path: self.store(file.read_bytes(), is_lfs=file.suffix == ".parquet") for path, file in shown.items()
+        }
+        return repository.commit("main", "a zoo", files).sha
+
     def files(self, name: str, revision: str = "main") -> dict[str, bytes]:
         """Every file of a dataset."""
         commit = self.repositories[name].find(revision)

@@ -29,6 +29,7 @@ DATASET = rf"/api/datasets/{NAME}"
 class Handler(BaseHTTPRequestHandler):
     hub: LocalHub
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # or each answer waits 40 ms for an acknowledgement
 
     def setup(self) -> None:
         super().setup()

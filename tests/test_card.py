@@ -56,7 +56,7 @@ def test_a_packed_zoo_carries_this_card(tiny_zoo):
 def test_the_example_is_the_card_of_the_sample():
     example = (REPOSITORY / "cards" / "example.md").read_text(encoding="utf-8")
     assert example == card_of(SAMPLE, repository="ModelZoos/vit-zoo-mini"), (
-        "write it again: card_text(sample, its manifest, repository='ModelZoos/vit-zoo-mini') -> cards/example.md"
+        "write it again: python examples/make_card.py cards/example.md"
     )
 
 

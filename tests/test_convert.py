@@ -222,3 +222,17 @@ def test_a_full_disk_is_one_line_and_the_same_command_goes_on(tmp_path, monkeypa
     monkeypatch.setattr(zoo_folder, "write_parquet", real)
     convert(plan_of(), tmp_path / "zoo", progress=False)
     assert contents(tmp_path / "zoo") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"by": "row"}, "splits by 'row': expected lineage or run"),
+        ({"train": -0.5, "test": 1.5}, "splits of -0.5, 0, 1.5: shares are 0 or more and sum to 1"),
+        ({"train": 0.5}, "splits of 0.5, 0, 0: shares"),
+    ],
+)
+def test_wrong_splits_are_one_line(tmp_path, changes, message):
+    splits = {"by": "run", "seed": 0, "train": 1.0, "validation": 0.0, "test": 0.0} | changes
+    with pytest.raises(ZooError, match=message):
+        convert(plan_of(), tmp_path / "zoo", splits=splits, progress=False)

@@ -45,7 +45,7 @@ def test_readme_lists_every_setting_source_and_verb():
 
 def test_readme_file_table_is_the_disk():
     listed = re.findall(
-        r"^\| `((?:vitzoo_hf/|loading_script/|examples/|benchmarks/|tests/)\S*)`", README, re.MULTILINE
+        r"^\| `((?:vitzoo_hf/|loading_script/|cards/|examples/|benchmarks/|tests/)\S*)`", README, re.MULTILINE
     )
     modules = {f"vitzoo_hf/{file.name}" for file in (REPOSITORY / "vitzoo_hf").glob("*.py")}
     folders = {
@@ -53,7 +53,7 @@ def test_readme_file_table_is_the_disk():
         for folder in (REPOSITORY / "vitzoo_hf").iterdir()
         if folder.is_dir() and folder.name != "__pycache__" and any(folder.iterdir())
     }
-    top = {"loading_script/", "examples/", "benchmarks/", "tests/"}
+    top = {"loading_script/", "cards/", "examples/", "benchmarks/", "tests/"}
     assert sorted(listed) == sorted((modules | folders | top) - {"vitzoo_hf/__init__.py"})
 
 
@@ -82,6 +82,17 @@ def test_readme_results_are_those_of_the_results_file(tmp_path, monkeypatch):
     shutil.copy(REPOSITORY / "README.md", tmp_path)
     monkeypatch.setattr(benchmark, "REPOSITORY", tmp_path)
     benchmark.fill_readme(row)
+    assert (tmp_path / "README.md").read_text() == README
+
+
+def test_readme_data_path_is_that_of_the_results_files(tmp_path):
+    sys.path.insert(0, str(REPOSITORY / "benchmarks"))
+    try:
+        import readme
+    finally:
+        sys.path.pop(0)
+    shutil.copy(REPOSITORY / "README.md", tmp_path)
+    readme.fill(tmp_path / "README.md")
     assert (tmp_path / "README.md").read_text() == README
 
 

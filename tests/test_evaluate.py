@@ -141,3 +141,20 @@ def test_images_of_ones_own(zoo):
 def test_an_empty_selection_is_refused(zoo):
     with pytest.raises(ZooError, match="there is no model to evaluate"):
         vz.evaluate(zoo.filter(factor_lr=7.0))
+
+
+@pytest.mark.parametrize("step", ["swap", "_finish"])
+def test_a_zoo_opens_wherever_writing_its_evaluation_was_cut(zoo_copy, monkeypatch, step):
+    from vitzoo_hf import zoo_folder
+
+    def killed(*arguments):
+        raise KeyboardInterrupt
+
+    report = vz.evaluate(Zoo(zoo_copy), progress=False)
+    monkeypatch.setattr(zoo_folder, step, killed)
+    with pytest.raises(KeyboardInterrupt):
+        report.write(zoo_copy)
+    monkeypatch.undo()
+    assert len(list(Zoo(zoo_copy).rows())) == 18
+    report.write(zoo_copy)
+    assert len(Zoo(zoo_copy).to_pandas("evaluations")) == len(report.evaluations)

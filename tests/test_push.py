@@ -47,11 +47,16 @@ def publish(hub, folder, home, *, token="hf_owner", code="", **options):
 
 
 def edit(folder, path, content):
-    """Change a file as `vitzoo evaluate` does: the manifest lists the new one."""
+    """Change a file as `vitzoo evaluate` or `vitzoo pack` does: where it is listed, the new one is."""
     (folder / path).parent.mkdir(exist_ok=True)
     (folder / path).write_bytes(content)
+    entry = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    if path.startswith("weights/"):
+        shards = json.loads((folder / "shards.json").read_text())
+        edit(folder, "shards.json", json.dumps(shards | {path: shards.get(path, {}) | entry}).encode())
+        return
     manifest = json.loads((folder / "zoo.json").read_text())
-    manifest["files"][path] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    manifest["files"][path] = entry
     (folder / "zoo.json").write_text(json.dumps(manifest))
 
 
@@ -71,6 +76,7 @@ def test_what_is_pushed_is_the_folder_and_only_changes_go_again(hub, zoo_copy, t
     first = publish(hub, zoo_copy, home, tag="v1", message="The first")
     there = {path: content for path, content in in_folder(zoo_copy).items() if "/." not in f"/{path}"}
     assert there.pop("notes.txt") == b"mine"
+    there["README.md"] = with_id(there["README.md"])
     held = hub.files(NAME)
     attributes = held.pop(".gitattributes")
     assert held == there
@@ -105,8 +111,13 @@ def test_what_is_pushed_is_the_folder_and_only_changes_go_again(hub, zoo_copy, t
     assert repository.tags == {"format-1": second["commit"], "v1": first["commit"]}
 
 
+def with_id(card):
+    return card.replace(b"ORG/tiny", NAME.encode())
+
+
 def in_published(folder):
     held = {path: content for path, content in in_folder(folder).items() if "/." not in f"/{path}"}
+    held["README.md"] = with_id(held["README.md"])
     return {path: content for path, content in held.items() if path != "notes.txt"}
 
 
@@ -153,7 +164,8 @@ def test_a_cut_upload_is_made_good_and_an_interrupted_push_continues(hub, zoo_co
     hub.faults.clear()
     before = len(hub.requests)
     again = publish(hub, zoo_copy, tmp_path / "home")
-    assert [request.path for request in hub.requests[before:] if request.method == "PUT"] == [f"/lfs/{failing}"]
+    sent = [request.path for request in hub.requests[before:] if request.method == "PUT"]
+    assert sent == [f"/lfs/{failing}"]
     assert hub.files(NAME)["weights/train-00000-of-00002.parquet"] == content
     assert len(hub.repositories[NAME].commits) == 3
     assert again["commit"] == hub.repositories[NAME].tags["format-1"]
@@ -203,17 +215,16 @@ def test_many_changes_take_several_commits_with_card_and_manifest_last(hub, zoo_
     assert hub.files(NAME).keys() - {".gitattributes"} == in_folder(zoo_copy).keys()
 
 
-def test_shards_may_be_listed_in_a_file_of_their_own(hub, zoo_copy, tmp_path):
-    manifest = json.loads((zoo_copy / "zoo.json").read_text())
-    shards = {path: entry | {"rows": 1} for path, entry in manifest["files"].items() if path.startswith("weights/")}
-    manifest["files"] = {path: entry for path, entry in manifest["files"].items() if path not in shards}
-    (zoo_copy / "zoo.json").write_text(json.dumps(manifest))
-    edit(zoo_copy, "shards.json", json.dumps(shards).encode())
+def test_shards_are_listed_in_a_file_of_their_own_or_in_the_manifest(zoo_copy):
+    manifest, shards = (json.loads((zoo_copy / name).read_text()) for name in ("zoo.json", "shards.json"))
     listed = listed_files(zoo_copy)
     assert listed[SHARD] == {name: shards[SHARD][name] for name in ("bytes", "sha256")}
-    assert listed.keys() - shards.keys() == manifest["files"].keys() | {"shards.json"}
-    assert publish(hub, zoo_copy, tmp_path / "home")["left_out"] == []
-    assert hub.files(NAME).keys() - {".gitattributes"} == in_folder(zoo_copy).keys()
+    assert listed.keys() - shards.keys() == manifest["files"].keys() >= {"shards.json"}
+    del manifest["files"]["shards.json"]
+    manifest["files"] |= {path: listed[path] for path in shards}
+    (zoo_copy / "zoo.json").write_text(json.dumps(manifest))
+    (zoo_copy / "shards.json").unlink()
+    assert listed_files(zoo_copy) == {path: entry for path, entry in listed.items() if path != "shards.json"}
     (zoo_copy / SHARD).write_bytes(b"short")
     with pytest.raises(ZooError, match=r"train-00000-of-00001.parquet of .* has 5 bytes, not \d+: it was cut"):
         push(zoo_copy, NAME)
@@ -293,7 +304,7 @@ def test_a_damaged_folder_is_refused_before_anything_is_sent(zoo_copy, hub, tmp_
     good = (zoo_copy / SHARD).read_bytes()
     (zoo_copy / SHARD).write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
     told = publish(hub, zoo_copy, tmp_path / "home")
-    assert f"{zoo_copy / SHARD} does not match its hash in zoo.json: it is damaged" in told
+    assert f"{zoo_copy / SHARD} does not match its hash: it is damaged; pack the zoo again" in told
     assert hub.files(NAME).keys() == {".gitattributes"}
     for content, expected in ((good[:-1], r"bytes, not \d+: it was cut"), (None, "is missing")):
         (zoo_copy / SHARD).unlink()
@@ -318,12 +329,13 @@ def test_a_manifest_that_names_what_is_no_file_of_a_zoo_is_refused(zoo_copy, pat
         push(zoo_copy, NAME)
 
 
-def test_an_edited_card_is_pushed_as_it_is(hub, zoo_copy, tmp_path):
+def test_an_edited_card_is_pushed_too(hub, zoo_copy, tmp_path):
     publish(hub, zoo_copy, tmp_path / "home")
     card = (zoo_copy / "README.md").read_text() + "\nA word on these models.\n"
     (zoo_copy / "README.md").write_text(card)
-    assert publish(hub, zoo_copy, tmp_path / "home")["uploaded"] == [["README.md", len(card.encode())]]
-    assert hub.files(NAME)["README.md"] == card.encode()
+    sent = card.replace("ORG/tiny", NAME).encode()
+    assert publish(hub, zoo_copy, tmp_path / "home")["uploaded"] == [["README.md", len(sent)]]
+    assert hub.files(NAME)["README.md"] == sent
 
 
 def test_ctrl_c_leaves_the_dataset_as_it_was(hub, zoo_copy, tmp_path):
@@ -342,3 +354,12 @@ def test_ctrl_c_leaves_the_dataset_as_it_was(hub, zoo_copy, tmp_path):
     assert said.rstrip().endswith("KeyboardInterrupt")
     assert [commit.title for commit in hub.repositories[NAME].commits.values()] == ["initial commit"]
     assert publish(hub, zoo_copy, tmp_path / "home")["commit"] == hub.repositories[NAME].branches["main"]
+
+
+def test_the_card_names_the_dataset_it_is_in(hub, zoo_copy, tmp_path):
+    before = (zoo_copy / "README.md").read_text()
+    assert 'load_dataset("ORG/tiny"' in before
+    publish(hub, zoo_copy, tmp_path / "home")
+    card = hub.files(NAME)["README.md"].decode()
+    assert card == before.replace("ORG/tiny", NAME)
+    assert (zoo_copy / "README.md").read_text() == before

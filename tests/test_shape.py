@@ -1,6 +1,7 @@
 """The shape of the code: sizes, layers, public names, what importing costs, linters."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -30,7 +31,10 @@ def test_public_names():
     import vitzoo_hf as vz
 
     names = "Blueprint Layout Population Zoo ZooError accuracy agreement cka cosine_similarity cross_entropy evaluate"
-    names += " expected_calibration_error flatten predictions reconstruct unflatten weight_distances __version__"
+    names += (
+        " expected_calibration_error flatten predictions reconstruct unflatten verify weight_distances weights_of"
+    )
+    names += " __version__"
     assert sorted(vz.__all__) == sorted(names.split())
     for name in vz.__all__:
         assert getattr(vz, name) is not None
@@ -55,12 +59,15 @@ def test_only_vit_imports_timm():
     assert importing == ["vit.py"]
 
 
-def test_no_pickle():
+def test_pickles_are_read_in_one_place_and_only_as_plain_tensors():
     for module in MODULES:
         text = module.read_text(encoding="utf-8")
-        assert "import pickle" not in text
-        assert "torch.load(" not in text
         assert "torch.save(" not in text
+        if module.name != "files.py":
+            assert "import pickle" not in text
+            assert "torch.load(" not in text
+    (call,) = re.findall(r"torch\.load\(opened.*\)", (REPOSITORY / "vitzoo_hf" / "foreign" / "files.py").read_text())
+    assert "weights_only=True" in call
 
 
 @pytest.mark.parametrize(

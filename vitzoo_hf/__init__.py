@@ -24,7 +24,9 @@ if TYPE_CHECKING:
     from vitzoo_hf.flatten import unflatten as unflatten
     from vitzoo_hf.population import Population as Population
     from vitzoo_hf.rebuild import reconstruct as reconstruct
+    from vitzoo_hf.rebuild import weights_of as weights_of
     from vitzoo_hf.schema import ZooError as ZooError
+    from vitzoo_hf.verify import verify as verify
     from vitzoo_hf.weightspace import cosine_similarity as cosine_similarity
     from vitzoo_hf.weightspace import weight_distances as weight_distances
     from vitzoo_hf.zoo import Zoo as Zoo
@@ -48,7 +50,9 @@ _PUBLIC = {
     "predictions": "behavior",
     "reconstruct": "rebuild",
     "unflatten": "flatten",
+    "verify": "verify",
     "weight_distances": "weightspace",
+    "weights_of": "rebuild",
 }
 
 __all__ = ["__version__", *sorted(_PUBLIC)]

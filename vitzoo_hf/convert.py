@@ -80,6 +80,7 @@ def convert(
     """
     check_dtype(dtype)
     job = _Job(plan, dtype, dict(DEFAULT_SPLITS if splits is None else splits))
+    _check_splits(job.splits)
     folder = Path(folder)
     refuse_to_replace(folder)
     if (done := _already_done(job, folder)) is not None:
@@ -96,6 +97,14 @@ def convert(
     except OSError as error:
         reason = error.strerror or error
         raise ZooError(f"cannot write the zoo {folder} ({reason}); the same command continues later") from None
+
+
+def _check_splits(splits: Mapping[str, Any]) -> None:
+    if splits["by"] not in ("lineage", "run"):
+        raise ZooError(f"splits by {splits['by']!r}: expected lineage or run")
+    shares = [splits[split] for split in schema.SPLITS]
+    if min(shares) < 0 or abs(sum(shares) - 1) > 1e-9:
+        raise ZooError(f"splits of {', '.join(f'{share:g}' for share in shares)}: shares are 0 or more and sum to 1")
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,10 @@ class FolderFiles:
         self.folder = folder
         self.name = str(folder)
 
+    def repair(self, name: str) -> str:
+        """What to do about a damaged file."""
+        return f"{name} of {self.name} is damaged; {REPAIR}"
+
     def path(self, name: str) -> Path:
         """The file.
 
@@ -51,8 +55,8 @@ class FolderFiles:
             raise ZooError(f"{name} of {self.name} is missing; {REPAIR}")
         return file
 
-    def local(self, name: str) -> Path | None:
-        """The file; None if it is missing."""
+    def local(self, name: str, sha256: str | None = None) -> Path | None:
+        """The file; None if it is missing. Whether its content has this hash is for the reader to see."""
         file = self.folder / name
         return file if file.is_file() else None
 
@@ -97,6 +101,11 @@ class HubFiles:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__ = state | {"_lock": threading.Lock()}
 
+    def repair(self, name: str) -> str:
+        """What to do about a damaged file: `hf` replaces a cached copy, too."""
+        command = f"hf download {self.repository} {name} --repo-type dataset --revision {self.commit}"
+        return f"{name} of {self.name!r} is damaged; get it again by `{command} --force-download`"
+
     @property
     def commit(self) -> str:
         """The commit all files are read at; that of the zoo's manifest if no file was read yet.
@@ -123,12 +132,23 @@ class HubFiles:
                 return file
         return self._download(name, self._commit)
 
-    def local(self, name: str) -> Path | None:
-        """The file if the Hub's cache holds all of it at this commit."""
+    def local(self, name: str, sha256: str | None = None) -> Path | None:
+        """The file if the Hub's cache holds all of it at this commit, or its content at another one.
+
+        Args:
+            name: path in the dataset.
+            sha256: of the content, by which the cache names large files.
+        """
         from huggingface_hub import try_to_load_from_cache
 
         held = try_to_load_from_cache(self.repository, name, revision=self.commit, repo_type="dataset")
-        return Path(held) if isinstance(held, str) else None
+        if isinstance(held, str):
+            return Path(held)
+        if sha256 is None or not sha256.isalnum():
+            return None
+        # .../snapshots/COMMIT/zoo.json beside .../blobs/SHA256
+        content = self.path(schema.MANIFEST).parents[2] / "blobs" / sha256
+        return content if content.is_file() else None
 
     def exists(self, name: str) -> bool:
         """Whether the dataset has the file at this commit; offline, whether the cache holds it.

@@ -18,6 +18,7 @@ Where = Annotated[
         help="COLUMN=VALUE, COLUMN=A,B (any of them) or COLUMN=LOW..HIGH; repeat it to narrow down.",
     ),
 ]
+Revision = Annotated[str | None, Parameter(help="Branch, tag or commit of a dataset on the Hub.")]
 Workers = Annotated[int | None, Parameter(help="Training processes; one a core by default.")]
 
 

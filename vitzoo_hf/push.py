@@ -97,7 +97,7 @@ def push(
     """
     _check_id(repository)
     _check_tag(tag)
-    local = read_contents(Path(folder), repository.split("/")[1])
+    local = read_contents(Path(folder), repository)
     with _explained(repository), _bars(shown=progress):
         api = _client(token, needs_login=not dry_run)
         remote = _read_remote(api, repository)
@@ -267,7 +267,7 @@ def _addition(path: str, file: LocalFile) -> "huggingface_hub.CommitOperationAdd
 
     made = CommitOperationAdd(path, file.source if file.content is None else file.content)
     if made.upload_info.sha256.hex() != file.sha256:
-        raise ZooError(f"{file.source} does not match its hash in {schema.MANIFEST}: it is damaged; {REPAIR}")
+        raise ZooError(f"{file.source} does not match its hash: it is damaged; {REPAIR}")
     return made
 
 

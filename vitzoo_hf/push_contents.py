@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from vitzoo_hf import schema
+from vitzoo_hf.card_sections import repository_name
 from vitzoo_hf.checkpoint import read_json
 from vitzoo_hf.locate import REPAIR, read_manifest
 from vitzoo_hf.schema import ZooError
@@ -61,12 +62,12 @@ class Contents:
     left_out: list[str]
 
 
-def read_contents(folder: Path, dataset_name: str) -> Contents:
+def read_contents(folder: Path, repository: str) -> Contents:
     """What of a zoo goes to the Hub; sizes are compared with the manifest, nothing large is read.
 
     Args:
         folder: the zoo.
-        dataset_name: the second half of the dataset's id.
+        repository: the dataset's id, which takes the place of the invented one in the card's examples.
 
     Raises:
         ZooError: if the folder is no zoo, a file is missing or has another size, the card lacks `configs`, or a file
@@ -91,16 +92,21 @@ def read_contents(folder: Path, dataset_name: str) -> Contents:
     for path in UNLISTED:
         if (folder / path).is_file():
             content = (folder / path).read_bytes()
+            if path == CARD:
+                content = _with_id(content, repository_name(manifest["name"]), repository)
             files[path] = LocalFile(len(content), hashlib.sha256(content).hexdigest(), folder / path, content)
     _check_card(folder, files)
     visible = _visible_files(folder)
-    if f"{dataset_name}.py" in visible:
-        raise ZooError(
-            f"{dataset_name}.py in {folder} is named like the dataset, which could not be loaded: rename it"
-        )
+    script = f"{repository.split('/')[1]}.py"
+    if script in visible:
+        raise ZooError(f"{script} in {folder} is named like the dataset, which could not be loaded: rename it")
     return Contents(
         manifest["name"], f"format-{manifest['format']}", files, [path for path in visible if path not in files]
     )
+
+
+def _with_id(card: bytes, invented: str, repository: str) -> bytes:
+    return re.sub(rb"(?<![\w-])" + re.escape(invented.encode()) + rb"(?![\w-])", repository.encode(), card)
 
 
 def listed_files(folder: Path) -> dict[str, dict[str, Any]]:

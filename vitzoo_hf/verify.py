@@ -16,7 +16,6 @@ from vitzoo_hf.schema import ZooError
 from vitzoo_hf.weight_reader import RowTable, WeightReader
 
 CHUNK_BYTES = 16_000_000
-MISSING = "missing"
 
 
 @dataclass
@@ -57,6 +56,7 @@ def verify(path: str | Path, *, revision: str | None = None, progress: bool = Tr
     files = open_files(path, revision)
     manifest = read_manifest(files.path(schema.MANIFEST))
     listed = manifest["files"] | read_shards(files, manifest)
+    listed = {name: entry for name, entry in listed.items() if name != "README.md"}  # cards are there to be edited
     found = Verification()
     with progress_bar(
         "verifying", "B", shown=progress, total=sum(entry["bytes"] for entry in listed.values())
@@ -67,7 +67,7 @@ def verify(path: str | Path, *, revision: str | None = None, progress: bool = Tr
             found.size += entry["bytes"]
             if reason is not None:
                 found.damaged[name] = reason
-    shards = [name for name, reason in found.damaged.items() if name.startswith("weights/") and reason != MISSING]
+    shards = [name for name in found.damaged if name.startswith("weights/")]
     if shards and not any(name.startswith("index/") for name in found.damaged):
         found.rows = _lost_rows(files, manifest, shards)
     return found
@@ -76,7 +76,7 @@ def verify(path: str | Path, *, revision: str | None = None, progress: bool = Tr
 def _damage(files: FolderFiles | HubFiles, name: str, entry: Mapping[str, Any], bar: Any) -> str | None:
     """What is wrong with a file, or None."""
     if not files.exists(name):
-        return MISSING
+        return "missing"
     local = files.local(name)
     if local is not None and local.stat().st_size != entry["bytes"]:
         return f"{local.stat().st_size} bytes, not {entry['bytes']}"
@@ -106,7 +106,10 @@ def _lost_rows(
     columns = ["model_id", "num_parameters", "dtype", "weights_sha256"]
     table = pa.concat_tables([pq.read_table(files.path(name), columns=columns) for name in index])
     ids, sizes, dtypes, hashes = (table[name].to_pylist() for name in columns)
-    reader = WeightReader(files, shards, RowTable(ids, np.array(sizes), dtypes, hashes))
+    try:
+        reader = WeightReader(files, shards, RowTable(ids, np.array(sizes), dtypes, hashes), keep=False)
+    except ZooError:
+        return {}
     numbers = {name: number for number, name in enumerate(shards)}
     return {
         name: [

@@ -6,6 +6,7 @@ or one range of a URL, and no Parquet is decoded. Shards of zoos without that li
 
 import mmap
 import os
+import weakref
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -63,21 +64,31 @@ class _OpenFile:
 
     def __init__(self, file: Path) -> None:
         self.descriptor = os.open(file, os.O_RDONLY)
-
-    def __del__(self) -> None:
-        if hasattr(self, "descriptor"):
-            os.close(self.descriptor)
+        weakref.finalize(self, os.close, self.descriptor)
 
 
 class WeightReader:
-    """Reads weights of rows by their position in the index; safe to use from many threads, and to pickle."""
+    """Reads weights of rows by their position in the index; safe to use from many threads, and to pickle.
+
+    Args:
+        files: of the zoo.
+        shards: from `read_shards`.
+        rows: of the index.
+        keep: whether small shards of a dataset go into the Hub's cache.
+    """
 
     def __init__(
-        self, files: FolderFiles | HubFiles, shards: Mapping[str, Mapping[str, Any]], rows: RowTable
+        self,
+        files: FolderFiles | HubFiles,
+        shards: Mapping[str, Mapping[str, Any]],
+        rows: RowTable,
+        *,
+        keep: bool = True,
     ) -> None:
-        self.files, self.rows = files, rows
+        self.files, self.rows, self.keep = files, rows, keep
         self.places = _places(files, shards, rows)
         self._shard_bytes = {name: entry["bytes"] for name, entry in shards.items()}
+        self._shard_sha256 = {name: entry["sha256"] for name, entry in shards.items()}
         self._local_files: dict[str, Path] = {}
         self._verified = np.zeros(len(rows.model_ids), dtype=bool)
         self._unpickled()
@@ -153,7 +164,8 @@ class WeightReader:
         if not verify or self._verified[position]:
             return
         if schema.weights_sha256(vector) != self.rows.sha256[position]:
-            raise ZooError(f"the weights of {self.rows.model_ids[position]} do not match their hash; {REPAIR}")
+            repair = self.files.repair(self._file(position))
+            raise ZooError(f"the weights of {self.rows.model_ids[position]} do not match their hash: {repair}")
         self._verified[position] = True
 
     def _file(self, position: int) -> str:
@@ -163,8 +175,9 @@ class WeightReader:
         """The shard of a row on this machine, fetched if it is small; None where only ranges of it are read."""
         name = self._file(position)
         if name not in self._local_files:
-            local = self.files.local(name)
-            if local is None and (self._shard_bytes[name] <= FETCHED_WHOLE_BYTES or not self.files.is_remote):
+            local = self.files.local(name, self._shard_sha256[name])
+            small = self.keep and self._shard_bytes[name] <= FETCHED_WHOLE_BYTES
+            if local is None and (small or not self.files.is_remote):
                 local = self.files.path(name)
             if local is None:
                 return None

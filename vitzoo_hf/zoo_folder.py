@@ -240,6 +240,9 @@ def _groups(rows: Iterator[dict[str, Any]], size: int) -> Iterator[list[dict[str
 def write_config(folder: Path, config: str, tables: Mapping[str, list[dict[str, Any]]], features: Any) -> None:
     """Add or replace a config of a finished zoo: one file a split, then the manifest and the card's header.
 
+    While the files are exchanged the manifest does not list them: a zoo whose process was killed then opens without
+    the config, which is to be written again.
+
     Raises:
         ZooError: if the folder cannot be written.
     """
@@ -251,6 +254,8 @@ def write_config(folder: Path, config: str, tables: Mapping[str, list[dict[str, 
             fresh.chmod(0o755)
             for split, rows in tables.items():
                 write_parquet(_only_shard(fresh.parent, fresh.name, split), features, [rows], {})
+            kept = {name: entry for name, entry in manifest["files"].items() if not name.startswith(f"{config}/")}
+            write_json(folder / schema.MANIFEST, manifest | {"files": kept})
             swap(fresh, folder / config)
         finally:
             shutil.rmtree(fresh, ignore_errors=True)
@@ -277,11 +282,11 @@ def swap(fresh: Path, place: Path) -> None:
 
 
 def _finish(folder: Path, manifest: dict[str, Any]) -> None:
-    """Write the card, then the manifest that lists every file but the weight shards with its size and hash."""
+    """Write the card, then the manifest: size and hash of every file but weight shards and the card."""
     files = sorted(file for file in folder.glob("*/*.parquet") if not file.parent.name.startswith("."))
     (folder / "README.md").write_text(card_text(folder, manifest), encoding="utf-8")
     listed = [file for file in files if file.parent.name != "weights" or not (folder / schema.SHARDS).is_file()]
-    listed += [folder / name for name in (schema.LAYOUTS, schema.SHARDS, "blueprint.yaml", "README.md")]
+    listed += [folder / name for name in (schema.LAYOUTS, schema.SHARDS, "blueprint.yaml")]
     manifest["files"] = {file.relative_to(folder).as_posix(): _file_entry(file) for file in listed if file.is_file()}
     write_json(folder / schema.MANIFEST, manifest)
 

@@ -4,18 +4,26 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from vitzoo_hf.console import format_bytes, hint, join, print_json, print_table
-from vitzoo_hf.options import Json, Quiet, Where, open_zoo, table_records
+from vitzoo_hf.options import Json, Quiet, Revision, Where, open_zoo, table_records
 from vitzoo_hf.schema import ZooError
 
 
-def list_rows(zoo: str, *, where: Where = None, limit: int = 20, json: Json = False, quiet: Quiet = False) -> None:
+def list_rows(
+    zoo: str,
+    *,
+    where: Where = None,
+    limit: int = 20,
+    revision: Revision = None,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
     """List rows with their factors and results.
 
     Args:
         zoo: Folder, dataset id, or `sample`.
         limit: At most so many rows; 0 for all.
     """
-    opened = open_zoo(zoo, where)
+    opened = open_zoo(zoo, where, revision=revision)
     index = opened.to_pandas()
     columns = ["model_id", "stage", "epoch", *opened.factors, "test_accuracy", "test_loss"]
     shown = index[columns] if limit <= 0 else index[columns].head(limit)
@@ -28,13 +36,13 @@ def list_rows(zoo: str, *, where: Where = None, limit: int = 20, json: Json = Fa
         hint(f"{more}Next: vitzoo get {zoo} MODEL_ID --out FILE.safetensors")
 
 
-def info(zoo: str, *, json: Json = False, quiet: Quiet = False) -> None:
+def info(zoo: str, *, revision: Revision = None, json: Json = False, quiet: Quiet = False) -> None:
     """Say what a zoo holds: rows, runs, factors and their values, configs, images.
 
     Args:
         zoo: Folder, dataset id, or `sample`.
     """
-    opened = open_zoo(zoo, None)
+    opened = open_zoo(zoo, None, revision=revision)
     index = opened.to_pandas()
     facts = {
         "name": opened.manifest["name"],
@@ -63,7 +71,9 @@ def info(zoo: str, *, json: Json = False, quiet: Quiet = False) -> None:
         hint(f"Next: vitzoo ls {zoo}")
 
 
-def get(zoo: str, model_id: str, *, out: Path, json: Json = False, quiet: Quiet = False) -> None:
+def get(
+    zoo: str, model_id: str, *, out: Path, revision: Revision = None, json: Json = False, quiet: Quiet = False
+) -> None:
     """Write one model as safetensors with timm's tensor names.
 
     Args:
@@ -73,7 +83,7 @@ def get(zoo: str, model_id: str, *, out: Path, json: Json = False, quiet: Quiet 
     """
     from vitzoo_hf.export import export_row
 
-    row = open_zoo(zoo, None).row(model_id)
+    row = open_zoo(zoo, None, revision=revision).row(model_id)
     export_row(row, out)
     if json:
         print_json({"model_id": model_id, "file": str(out)})
@@ -83,7 +93,15 @@ def get(zoo: str, model_id: str, *, out: Path, json: Json = False, quiet: Quiet 
         hint(f"Next: vitzoo export {zoo} --out FOLDER --where is_final=true")
 
 
-def export(zoo: str, *, out: Path, where: Where = None, json: Json = False, quiet: Quiet = False) -> None:
+def export(
+    zoo: str,
+    *,
+    out: Path,
+    where: Where = None,
+    revision: Revision = None,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
     """Write many models as safetensors, one file each.
 
     Args:
@@ -92,7 +110,7 @@ def export(zoo: str, *, out: Path, where: Where = None, json: Json = False, quie
     """
     from vitzoo_hf.export import export_zoo
 
-    files = export_zoo(open_zoo(zoo, where), out, progress=not (json or quiet))
+    files = export_zoo(open_zoo(zoo, where, revision=revision), out, progress=not (json or quiet))
     if json:
         print_json([str(file) for file in files])
         return
@@ -125,11 +143,8 @@ def push(
         print_json(vars(done))
         return
     would = "would be " if dry_run else ""
-    size = format_bytes(done.uploaded_bytes)
-    print(
-        f"{len(done.uploaded)} files ({size}) {would}uploaded, {done.unchanged} unchanged,"
-        f" {len(done.deleted)} {would}deleted"
-    )
+    sent = f"{len(done.uploaded)} files ({format_bytes(done.uploaded_bytes)}) {would}uploaded"
+    print(f"{sent}, {done.unchanged} unchanged, {len(done.deleted)} {would}deleted")
     for name, count in done.uploaded if dry_run else ():
         print(f"    {name}  {format_bytes(count)}")
     for name in done.deleted if dry_run else ():
@@ -143,12 +158,11 @@ def push(
         hint(f"Next: vitzoo push {zoo} {repository}" if dry_run else f"Next: vitzoo info {repository}")
 
 
-def verify(zoo: str, *, revision: str | None = None, json: Json = False, quiet: Quiet = False) -> None:
+def verify(zoo: str, *, revision: Revision = None, json: Json = False, quiet: Quiet = False) -> None:
     """Hash every file of a zoo again and name what is damaged; exit status 1 if anything is.
 
     Args:
         zoo: Folder, or dataset id, of which every file is read once and nothing kept.
-        revision: Branch, tag or commit of a dataset.
     """
     from vitzoo_hf.verify import verify as check
 

@@ -10,7 +10,7 @@ import struct
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -27,7 +27,7 @@ ARCHIVE_SLACK = 16_000_000
 WRAPPINGS = ("state_dict", "model_state_dict", "model", "module")
 
 
-def read_state_dict(file: Path | BinaryIO, name: str) -> dict[str, Tensor]:
+def read_state_dict(file: Path | io.BufferedIOBase, name: str) -> dict[str, Tensor]:
     """All tensors of a checkpoint, on the CPU, under the names it gives them.
 
     Args:
@@ -52,7 +52,7 @@ def read_state_dict(file: Path | BinaryIO, name: str) -> dict[str, Tensor]:
     return _tensors(held, name)
 
 
-def _read(opened: BinaryIO, name: str) -> Any:
+def _read(opened: io.BufferedIOBase, name: str) -> Any:
     size = opened.seek(0, io.SEEK_END)
     opened.seek(0)
     if size == 0:
@@ -68,7 +68,7 @@ def _read(opened: BinaryIO, name: str) -> Any:
         _check_archive(opened, name, size)
     opened.seek(0)
     try:
-        return torch.load(opened, map_location="cpu", weights_only=True)
+        return torch.load(opened, map_location="cpu", weights_only=True)  # type: ignore[arg-type]
     except pickle.UnpicklingError as error:
         reason = "it holds more than tensors" if "weights_only" in str(error).lower() else one_line(error)
         raise ZooError(f"{name} is not read: {reason}; only checkpoints of plain tensors are") from None
@@ -76,13 +76,13 @@ def _read(opened: BinaryIO, name: str) -> Any:
         raise ZooError(f"{name} is damaged, or no checkpoint ({type(error).__name__}: {one_line(error)})") from None
 
 
-def _is_safetensors(opened: BinaryIO, size: int) -> bool:
+def _is_safetensors(opened: io.BufferedIOBase, size: int) -> bool:
     head = opened.read(9)
     opened.seek(0)
     return len(head) == 9 and head[8:] == b"{" and struct.unpack("<Q", head[:8])[0] <= size - 8
 
 
-def _check_archive(opened: BinaryIO, name: str, size: int) -> None:
+def _check_archive(opened: io.BufferedIOBase, name: str, size: int) -> None:
     """Refuse an archive that would unpack to more than it is: torch stores its tensors as they are."""
     opened.seek(0)
     try:

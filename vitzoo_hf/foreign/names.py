@@ -163,7 +163,7 @@ def _seen(tensors: Mapping[str, Tensor], name: str, *, needs_name: bool) -> tupl
         return "", args
     if width not in SIZES or width // HEAD_DIM * HEAD_DIM != width or depth != (24 if width == 1024 else 12):
         raise ZooError(
-            f"{name}: the number of heads of a ViT of width {width} and depth {depth} cannot be seen from its weights:"
+            f"{name}: how many heads a ViT of width {width} and depth {depth} has cannot be seen from its weights:"
             " give the architecture, such as --architecture vit_small_patch16_224, and --architecture-args"
         )
     return f"vit_{SIZES[width]}_patch{patch}_224", args
