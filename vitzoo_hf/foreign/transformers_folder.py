@@ -66,7 +66,7 @@ def _oddities(model: Any) -> list[str]:
     odd += [what for what, is_so in found.items() if is_so]
     norms = [model.norm]
     for block in model.blocks:
-        attention = getattr(block, "attn", None)
+        attention: Any = getattr(block, "attn", None)
         if type(block).__name__ != "Block" or type(attention).__name__ != "Attention":
             odd.append(f"blocks of the kind {type(block).__name__}")
             continue
