@@ -164,8 +164,7 @@ class Handler(BaseHTTPRequestHandler):
         told = {"_id": "0", "id": name, "author": name.split("/")[0], "sha": commit.sha, "private": held.private}
         told |= {"gated": held.gated, "disabled": False, "downloads": 0, "likes": 0, "tags": [], "lastModified": DATE}
         siblings = [
-            {"rfilename": path, "size": blob.size, "blobId": blob.oid}
-            for path, blob in sorted(commit.files.items())
+            {"rfilename": path, "size": blob.size, "blobId": blob.oid} for path, blob in sorted(commit.files.items())
         ]
         return told | {"createdAt": DATE, "siblings": siblings}
 
