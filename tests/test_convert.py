@@ -103,7 +103,7 @@ def test_what_cannot_be_taken_is_named_and_the_rest_goes_on(tmp_path):
     assert done.refused == {
         "x": "no checkpoint",
         "run1/checkpoint_1": "it is a bomb",
-        "run1/checkpoint_2": "run1/checkpoint_2 has 16 weights that are not finite",
+        "run1/checkpoint_2": "has 16 weights that are not finite",
     }
     zoo = Zoo(tmp_path / "zoo")
     assert zoo.manifest["refused"] == done.refused
@@ -236,3 +236,10 @@ def test_wrong_splits_are_one_line(tmp_path, changes, message):
     splits = {"by": "run", "seed": 0, "train": 1.0, "validation": 0.0, "test": 0.0} | changes
     with pytest.raises(ZooError, match=message):
         convert(plan_of(), tmp_path / "zoo", splits=splits, progress=False)
+
+
+def test_the_licence_is_unknown_unless_it_is_told(tmp_path):
+    convert(plan_of(), tmp_path / "zoo", progress=False)
+    assert "license_name: unknown" in (tmp_path / "zoo" / "README.md").read_text()
+    convert(plan_of(), tmp_path / "told", licence="mit", progress=False)
+    assert "license: mit" in (tmp_path / "told" / "README.md").read_text()

@@ -55,6 +55,7 @@ def convert(
     *,
     dtype: str = "float32",
     splits: Mapping[str, Any] | None = None,
+    licence: str = "unknown",
     workers: int = 2,
     progress: bool = True,
 ) -> Conversion:
@@ -68,6 +69,7 @@ def convert(
         dtype: what weights are stored as: float32 is exact, float16 and bfloat16 round them to half the size.
         splits: `by` (`lineage` or `run`), `seed` and the shares of `train`, `validation`, `test`; all in train by
             default.
+        licence: of the weights, as the Hub names it, such as `cc-by-4.0`.
         workers: checkpoints that are loaded at the same time.
         progress: show a bar.
 
@@ -79,7 +81,7 @@ def convert(
             into the same folder, or the folder cannot be written.
     """
     check_dtype(dtype)
-    job = _Job(plan, dtype, dict(DEFAULT_SPLITS if splits is None else splits))
+    job = _Job(plan, dtype, dict(DEFAULT_SPLITS if splits is None else splits), licence)
     _check_splits(job.splits)
     folder = Path(folder)
     refuse_to_replace(folder)
@@ -114,12 +116,14 @@ class _Job:
     plan: SourcePlan
     dtype: str
     splits: dict[str, Any]
+    licence: str
 
     @property
     def fingerprint(self) -> str:
         """Changes with the source's plan, the storage type and the splits."""
         rows = [[row.source, row.columns] for row in self.plan.rows]
-        return schema.fingerprint([self.plan.name, rows, self.plan.refused, self.dtype, self.splits, FORMAT_VERSION])
+        options = [self.dtype, self.splits, self.licence, FORMAT_VERSION]
+        return schema.fingerprint([self.plan.name, rows, self.plan.refused, options])
 
 
 def _run(job: _Job, staging: Path, folder: Path, workers: int, progress: bool) -> Conversion:
@@ -272,7 +276,8 @@ def _taken(
         except SourceError:
             raise
         except ZooError as error:
-            refused[row.source] = one_line(error)
+            reason = str(error).removeprefix(row.source).lstrip(": ")
+            refused[row.source] = one_line(ZooError(reason))
             whole = None
         following = next(upcoming, None)
         if following is not None:
@@ -324,6 +329,7 @@ def _manifest(job: _Job, refused: Mapping[str, str], notes: list[str]) -> dict[s
         "name": job.plan.name,
         "blueprint_fingerprint": None,
         "conversion": {"fingerprint": job.fingerprint},
+        "licence": job.licence,
         "factors": job.plan.factor_types,
         "images": job.plan.images,
         "splits": job.splits,

@@ -53,7 +53,7 @@ def info(zoo: str, *, revision: Revision = None, json: Json = False, quiet: Quie
         "runs": int(index["run_id"].nunique()),
         "final_models": int(index["is_final"].sum()),
         "parameters": sorted({int(count) for count in index["num_parameters"]}),
-        "factors": {name: sorted(index[name].dropna().unique().tolist()) for name in opened.factors},
+        "factors": {name: sorted(set(opened.index[name]) - {None}) for name in opened.factors},
         "splits": {split: opened.splits_of(opened.model_ids).count(split) for split in opened.splits},
         "configs": opened.configs,
         "images": {name: record["licence"] for name, record in opened.manifest["images"].items()},
@@ -142,6 +142,7 @@ def convert(
     split_by: str = "lineage",
     validation: float = 0.0,
     test: float = 0.0,
+    licence: str = "unknown",
     workers: int = 2,
     json: Json = False,
     quiet: Quiet = False,
@@ -161,6 +162,7 @@ def convert(
         split_by: What stays in one split: lineage or run.
         validation: Share of the lineages or runs that is held out for validation.
         test: Share that is held out for testing.
+        licence: Of the weights, as the Hub names it, such as cc-by-4.0.
         workers: Checkpoints loaded at the same time.
     """
     from vitzoo_hf.convert import convert as write
@@ -175,7 +177,8 @@ def convert(
         name=name,
     )
     splits = {"by": split_by, "seed": 0, "train": 1 - validation - test, "validation": validation, "test": test}
-    done = write(plan, out, dtype=dtype, splits=splits, workers=workers, progress=not (json or quiet))
+    shown = not (json or quiet)
+    done = write(plan, out, dtype=dtype, splits=splits, licence=licence, workers=workers, progress=shown)
     if json:
         print_json(vars(done) | {"folder": str(out)})
         return

@@ -67,6 +67,11 @@ def to_timm(
     seen, seen_args = _seen(held, name, needs_name=architecture is None)
     architecture = architecture or seen
     args = _fitting(architecture, seen_args, args, head, hidden, held)
+    if {"embed_dim", "depth"} & args.keys() and "num_heads" not in args:
+        raise ZooError(
+            f"{name} is no {architecture} as timm makes it (width {seen_args['embed_dim']}, depth {seen_args['depth']}),"
+            " and its heads cannot be seen from its weights: give num_heads in --architecture-args"
+        )
     layout = layout_of(architecture, args, head, hidden)
     _compare(held, layout, architecture, name)
     ordered = {key: held[key].contiguous() for key in layout.names}
