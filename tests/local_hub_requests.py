@@ -163,7 +163,10 @@ class Handler(BaseHTTPRequestHandler):
         commit, held = self._commit(name, revision or "main"), self._repository(name)
         told = {"_id": "0", "id": name, "author": name.split("/")[0], "sha": commit.sha, "private": held.private}
         told |= {"gated": held.gated, "disabled": False, "downloads": 0, "likes": 0, "tags": [], "lastModified": DATE}
-        return told | {"createdAt": DATE, "siblings": [{"rfilename": path} for path in sorted(commit.files)]}
+        siblings = [
+            {"rfilename": path, "size": blob.size, "blobId": blob.oid} for path, blob in sorted(commit.files.items())
+        ]
+        return told | {"createdAt": DATE, "siblings": siblings}
 
     def tree(self, name: str, revision: str, folder: str) -> Any:
         commit = self._commit(name, revision)
@@ -340,6 +343,7 @@ ROUTES: list[tuple[str, str, Callable[..., Any]]] = [
     ("GET", r"/api/whoami-v2", Handler.who),
     ("POST", r"/api/validate-yaml", Handler.validate),
     ("GET", rf"{DATASET}(?:/revision/([^/]+))?", Handler.info),
+    ("GET", rf"/api/models/{NAME}(?:/revision/([^/]+))?", Handler.info),
     ("GET", rf"{DATASET}/tree/([^/]+)(?:/(.+))?", Handler.tree),
     ("POST", rf"{DATASET}/paths-info/([^/]+)", Handler.paths_info),
     ("GET", rf"{DATASET}/refs", Handler.refs),
@@ -352,5 +356,6 @@ ROUTES: list[tuple[str, str, Callable[..., Any]]] = [
     ("PUT", r"/lfs/([0-9a-f]{64})", Handler.upload),
     ("POST", r"/lfs-verify", Handler.verify),
     ("GET HEAD", rf"/datasets/{NAME}/resolve/([^/]+)/(.+)", Handler.resolve),
+    ("GET HEAD", rf"/{NAME}/resolve/([^/]+)/(.+)", Handler.resolve),
     ("GET HEAD", r"/cdn/(\d+)/([0-9a-f]{64})", Handler.download),
 ]

@@ -13,7 +13,7 @@ from cyclopts.exceptions import CycloptsError
 from vitzoo_hf.console import format_bytes, format_duration, hint, join, print_json, print_table
 from vitzoo_hf.options import Json, Quiet, Workers, open_zoo, table_records
 from vitzoo_hf.schema import VERSION, ZooError
-from vitzoo_hf.zoo_verbs import export, get, info, list_rows, push, verify
+from vitzoo_hf.zoo_verbs import convert, export, get, info, list_rows, push, verify
 
 if TYPE_CHECKING:
     from vitzoo_hf.zoo import Zoo
@@ -26,7 +26,7 @@ app = App(
 )
 
 app.command(list_rows, name="ls")
-for verb in (info, get, export, push, verify):
+for verb in (info, get, export, convert, push, verify):
     app.command(verb)
 
 

@@ -1,4 +1,4 @@
-"""Rows -> safetensors files with timm's tensor names, or a smaller zoo."""
+"""Rows -> safetensors files with timm's tensor names, folders that transformers loads, or a smaller zoo."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -8,23 +8,41 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import safe_open, save_file
 
+from vitzoo_hf import schema
 from vitzoo_hf.checkpoint import write_atomically
 from vitzoo_hf.flatten import unflatten
+from vitzoo_hf.foreign.transformers_folder import (
+    CONFIG,
+    WEIGHTS,
+    check_known_to_transformers,
+    check_replaceable,
+    write_transformers_folder,
+)
 from vitzoo_hf.progress import progress_bar
-from vitzoo_hf.rebuild import checked_vector
-from vitzoo_hf.schema import ZooError
+from vitzoo_hf.rebuild import architecture_of, checked_vector
+from vitzoo_hf.schema import ZooError, did_you_mean
 from vitzoo_hf.zoo import Zoo
 from vitzoo_hf.zoo_folder import Rows, write_zoo
 
+FORMATS = ("timm", "transformers")
 
-def export_row(row: Mapping[str, Any], file: Path) -> None:
-    """Write a row's tensors to `file`, atomically; the row's other columns become metadata, as text.
+
+def export_row(row: Mapping[str, Any], place: Path, *, format: str = "timm") -> None:
+    """Write a row's model, atomically; the row's other columns become metadata of the safetensors file, as text.
+
+    Args:
+        row: of `Zoo.rows()` or `load_dataset(…)`.
+        place: the .safetensors file to write; for transformers, the folder.
+        format: `timm`, or `transformers` for a folder that `ViTForImageClassification.from_pretrained` loads.
 
     Raises:
-        ZooError: if the row cannot be rebuilt, or the file cannot be written.
+        ZooError: if the row cannot be rebuilt, transformers has no such model, or the place cannot be written.
     """
-    if file.suffix != ".safetensors":
-        raise ZooError(f"{file} does not end in .safetensors, which is what is written")
+    _check_format(format)
+    if format == "timm" and place.suffix != ".safetensors":
+        raise ZooError(f"{place} does not end in .safetensors, which is what is written")
+    if format == "transformers" and place.suffix == ".safetensors":
+        raise ZooError(f"{place} is the name of a file; transformers reads a folder: leave .safetensors out")
     vector, layout = checked_vector(row)
     tensors = {name: tensor.contiguous() for name, tensor in unflatten(vector, layout).items()}
     metadata = {
@@ -32,30 +50,68 @@ def export_row(row: Mapping[str, Any], file: Path) -> None:
         for name, value in row.items()
         if name != "weights" and value is not None
     }
+    if format == "transformers":
+        architecture, args, head, _ = architecture_of(row)
+        write_transformers_folder(
+            place, tensors, architecture=architecture, architecture_args=args, head=head, metadata=metadata
+        )
+        return
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
+        place.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ZooError(f"cannot write into {file.parent}: {error.strerror}") from None
-    write_atomically(file, lambda temporary: save_file(tensors, temporary, metadata=metadata))
+        raise ZooError(f"cannot write into {place.parent}: {error.strerror}") from None
+    write_atomically(place, lambda temporary: save_file(tensors, temporary, metadata=metadata))
 
 
-def export_zoo(zoo: Zoo, folder: Path, *, progress: bool = True) -> list[Path]:
-    """Write every row of a zoo to `folder / <model_id>.safetensors`; files of the same weights are kept.
+def export_zoo(zoo: Zoo, folder: Path, *, format: str = "timm", progress: bool = True) -> list[Path]:
+    """Write every row of a zoo to `folder / <model_id>.safetensors`; what has the same weights already is kept.
+
+    Args:
+        zoo: the rows.
+        folder: for the files.
+        format: `timm`, or `transformers` for a folder `<model_id>` a model, with config.json and model.safetensors.
+        progress: show a bar.
 
     Raises:
-        ZooError: if there is no row, or the folder cannot be written.
+        ZooError: if there is no row, the folder cannot be written, or transformers has not all of these models:
+            then nothing is written.
     """
+    _check_format(format)
     if len(zoo) == 0:
         raise ZooError("there is no model to export: the filter matches none")
     hashes = dict(zip(zoo.model_ids, zoo.index["weights_sha256"], strict=True))
-    files = {model_id: folder / f"{model_id}.safetensors" for model_id in hashes}
-    missing = [model_id for model_id, file in files.items() if _exported_hash(file) != hashes[model_id]]
-    with progress_bar("exporting", "model", shown=progress, total=len(files)) as bar:
-        bar.update(len(files) - len(missing))
+    suffix = ".safetensors" if format == "timm" else ""
+    places = {model_id: folder / f"{model_id}{suffix}" for model_id in hashes}
+    if format == "transformers":
+        _check_all_known(zoo)
+        for place in places.values():
+            check_replaceable(place)
+    missing = [model_id for model_id, place in places.items() if _exported_hash(place) != hashes[model_id]]
+    with progress_bar("exporting", "model", shown=progress, total=len(places)) as bar:
+        bar.update(len(places) - len(missing))
         for row in zoo.filter(model_id=missing).rows() if missing else ():
-            export_row(row, files[row["model_id"]])
+            export_row(row, places[row["model_id"]], format=format)
             bar.update(1)
-    return list(files.values())
+    return list(places.values())
+
+
+def _check_format(format: str) -> None:
+    if format not in FORMATS:
+        raise ZooError(f"unknown format {format!r}: {did_you_mean(format, FORMATS)}")
+
+
+def _check_all_known(zoo: Zoo) -> None:
+    """Refuse a zoo with a model that transformers does not have."""
+    mlp = sum(head == schema.HEADS.index("mlp") for head in zoo.index["head"])
+    if mlp:
+        raise ZooError(
+            f"{mlp} of {len(zoo)} models have an MLP head, which transformers' ViT has not:"
+            " leave them out with --where head=linear"
+        )
+    for architecture, args in dict.fromkeys(
+        zip(zoo.index["architecture"], zoo.index["architecture_args"], strict=True)
+    ):
+        check_known_to_transformers(architecture, json.loads(args), "linear")
 
 
 def export_subset(zoo: Zoo, folder: Path, *, selection_of: Sequence[str] | None = None) -> Path:
@@ -87,7 +143,10 @@ def export_subset(zoo: Zoo, folder: Path, *, selection_of: Sequence[str] | None 
     return folder
 
 
-def _exported_hash(file: Path) -> str | None:
+def _exported_hash(place: Path) -> str | None:
+    if place.is_dir() and not (place / CONFIG).is_file():
+        return None
+    file = place / WEIGHTS if place.is_dir() else place
     try:
         with safe_open(file, framework="pt") as opened:
             return (opened.metadata() or {}).get("weights_sha256")

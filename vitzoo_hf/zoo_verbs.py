@@ -1,7 +1,9 @@
 """The verbs that take a zoo as it is: list, describe, get, export, convert, push, verify."""
 
 from collections.abc import Mapping
+from json import loads as parse_json
 from pathlib import Path
+from typing import Any
 
 from vitzoo_hf.console import format_bytes, hint, join, print_json, print_table
 from vitzoo_hf.options import Json, Quiet, Revision, Where, open_zoo, table_records
@@ -72,19 +74,27 @@ def info(zoo: str, *, revision: Revision = None, json: Json = False, quiet: Quie
 
 
 def get(
-    zoo: str, model_id: str, *, out: Path, revision: Revision = None, json: Json = False, quiet: Quiet = False
+    zoo: str,
+    model_id: str,
+    *,
+    out: Path,
+    format: str = "timm",
+    revision: Revision = None,
+    json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
-    """Write one model as safetensors with timm's tensor names.
+    """Write one model as safetensors with timm's tensor names, or as a folder that transformers loads.
 
     Args:
         zoo: Folder, dataset id, or `sample`.
         model_id: A model of the zoo, as `vitzoo ls` shows it.
-        out: The .safetensors file to write.
+        out: The .safetensors file to write, or the folder for transformers.
+        format: timm or transformers.
     """
     from vitzoo_hf.export import export_row
 
     row = open_zoo(zoo, None, revision=revision).row(model_id)
-    export_row(row, out)
+    export_row(row, out, format=format)
     if json:
         print_json({"model_id": model_id, "file": str(out)})
         return
@@ -98,6 +108,7 @@ def export(
     *,
     out: Path,
     where: Where = None,
+    format: str = "timm",
     revision: Revision = None,
     json: Json = False,
     quiet: Quiet = False,
@@ -107,14 +118,86 @@ def export(
     Args:
         zoo: Folder, dataset id, or `sample`.
         out: Folder for the files; those it already has in full are kept.
+        format: timm, one safetensors file a model, or transformers, one folder a model.
     """
     from vitzoo_hf.export import export_zoo
 
-    files = export_zoo(open_zoo(zoo, where, revision=revision), out, progress=not (json or quiet))
+    files = export_zoo(open_zoo(zoo, where, revision=revision), out, format=format, progress=not (json or quiet))
     if json:
         print_json([str(file) for file in files])
         return
     print(f"{len(files)} models in {out}")
+
+
+def convert(
+    source: str,
+    *,
+    out: Path,
+    dtype: str = "float32",
+    table: Path | None = None,
+    architecture: str | None = None,
+    architecture_args: str | None = None,
+    first_epoch: int | None = None,
+    name: str | None = None,
+    split_by: str = "lineage",
+    validation: float = 0.0,
+    test: float = 0.0,
+    workers: int = 2,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Make a zoo of checkpoints somebody else has published; interrupted, the same command continues.
+
+    Args:
+        source: Folder or http address of the original ViT model zoo; a checkpoint, a model folder or a folder of
+            those; hf:ORG/NAME, or a .txt file of Hub model ids.
+        out: Folder for the zoo.
+        dtype: float32, or float16 or bfloat16 for half the size with rounded weights.
+        table: CSV with a row a checkpoint: column `file` (or `repo`), columns of the row, and factors.
+        architecture: timm name, where the source does not tell it.
+        architecture_args: Arguments of timm.create_model that shapes do not tell, as JSON.
+        first_epoch: Epochs completed at a release's first checkpoint (0 or 1), if it is not to be found out.
+        name: Of the zoo.
+        split_by: What stays in one split: lineage or run.
+        validation: Share of the lineages or runs that is held out for validation.
+        test: Share that is held out for testing.
+        workers: Checkpoints loaded at the same time.
+    """
+    from vitzoo_hf.convert import convert as write
+    from vitzoo_hf.foreign.sources import plan_source
+
+    plan = plan_source(
+        source,
+        table=table,
+        architecture=architecture,
+        architecture_args=_json_object(architecture_args, "--architecture-args"),
+        first_epoch=first_epoch,
+        name=name,
+    )
+    splits = {"by": split_by, "seed": 0, "train": 1 - validation - test, "validation": validation, "test": test}
+    done = write(plan, out, dtype=dtype, splits=splits, workers=workers, progress=not (json or quiet))
+    if json:
+        print_json(vars(done) | {"folder": str(out)})
+        return
+    print(f"{done.rows} rows in {out}")
+    for path, reason in done.refused.items():
+        print(f"refused: {path}: {reason}")
+    for note in done.notes:
+        print(f"note: {note}")
+    if not quiet:
+        hint(f"Next: vitzoo verify {out}, then vitzoo push {out} ORG/NAME")
+
+
+def _json_object(text: str | None, option: str) -> dict[str, Any] | None:
+    if text is None:
+        return None
+    try:
+        value = parse_json(text)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise ZooError(f"{option} {text!r} is no JSON object, such as '{{\"num_heads\": 6}}'")
+    return value
 
 
 def push(
