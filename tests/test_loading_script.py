@@ -221,6 +221,17 @@ def test_two_processes_fill_the_cache(script, unpacked, tmp_path):
     assert list((tmp_path / "cache").rglob("*.arrow"))
 
 
+def test_tensors_lie_in_a_file_in_any_order(script, unpacked):
+    entries = {"a": (2, [4, 12]), "z": (1, [0, 4])}
+    told = {name: {"dtype": "F32", "shape": [size], "data_offsets": at} for name, (size, at) in entries.items()}
+    header = json.dumps(told).encode()
+    data = np.array([9, 1, 2], "<f4").tobytes()
+    (unpacked / "c.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + data)
+    builder = script("vit_zoo_builder")
+    tensors = builder.state_dict(builder.load(unpacked, split="test")[0])
+    assert {name: tensor.tolist() for name, tensor in tensors.items()} == {"a": [1, 2], "z": [9]}
+
+
 def test_cut_bytes_are_refused(script, unpacked):
     builder = script("vit_zoo_builder")
     row = builder.load(unpacked, split="train").with_format("numpy")[0]
