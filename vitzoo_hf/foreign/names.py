@@ -68,9 +68,10 @@ def to_timm(
     architecture = architecture or seen
     args = _fitting(architecture, seen_args, args, head, hidden, held)
     if {"embed_dim", "depth"} & args.keys() and "num_heads" not in args:
+        size = f"width {seen_args['embed_dim']}, depth {seen_args['depth']}"
         raise ZooError(
-            f"{name} is no {architecture} as timm makes it (width {seen_args['embed_dim']}, depth {seen_args['depth']}),"
-            " and its heads cannot be seen from its weights: give num_heads in --architecture-args"
+            f"{name} is no {architecture} as timm makes it ({size}), and its heads cannot be seen from its weights:"
+            " give num_heads in --architecture-args"
         )
     layout = layout_of(architecture, args, head, hidden)
     _compare(held, layout, architecture, name)
