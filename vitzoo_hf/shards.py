@@ -20,6 +20,9 @@ from vitzoo_hf.flatten import Layout
 from vitzoo_hf.schema import ZooError
 
 RAW = ("weights", "image")
+UNREPEATED = ("weights_sha256", *schema.RESULTS)
+"""Columns whose values hardly ever repeat: a dictionary would only add to them."""
+
 WHOLE_PAGE = 1 << 30
 
 ROW_GROUP_BYTES = 4_000_000
@@ -56,7 +59,7 @@ def _options(arrow_schema: pa.Schema) -> dict[str, Any]:
     light = [name for name in arrow_schema.names if name not in RAW]
     options = {
         "compression": {name: "zstd" if name in light else "none" for name in arrow_schema.names},
-        "use_dictionary": light,
+        "use_dictionary": [name for name in light if name not in UNREPEATED],
         "write_statistics": light,
         "write_page_index": True,
         "write_page_checksum": True,

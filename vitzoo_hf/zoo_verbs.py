@@ -72,19 +72,27 @@ def info(zoo: str, *, revision: Revision = None, json: Json = False, quiet: Quie
 
 
 def get(
-    zoo: str, model_id: str, *, out: Path, revision: Revision = None, json: Json = False, quiet: Quiet = False
+    zoo: str,
+    model_id: str,
+    *,
+    out: Path,
+    format: str = "timm",
+    revision: Revision = None,
+    json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
-    """Write one model as safetensors with timm's tensor names.
+    """Write one model as safetensors with timm's tensor names, or as a folder that transformers loads.
 
     Args:
         zoo: Folder, dataset id, or `sample`.
         model_id: A model of the zoo, as `vitzoo ls` shows it.
-        out: The .safetensors file to write.
+        out: The .safetensors file to write, or the folder for transformers.
+        format: timm or transformers.
     """
     from vitzoo_hf.export import export_row
 
     row = open_zoo(zoo, None, revision=revision).row(model_id)
-    export_row(row, out)
+    export_row(row, out, format=format)
     if json:
         print_json({"model_id": model_id, "file": str(out)})
         return
@@ -98,6 +106,7 @@ def export(
     *,
     out: Path,
     where: Where = None,
+    format: str = "timm",
     revision: Revision = None,
     json: Json = False,
     quiet: Quiet = False,
@@ -107,10 +116,11 @@ def export(
     Args:
         zoo: Folder, dataset id, or `sample`.
         out: Folder for the files; those it already has in full are kept.
+        format: timm, one safetensors file a model, or transformers, one folder a model.
     """
     from vitzoo_hf.export import export_zoo
 
-    files = export_zoo(open_zoo(zoo, where, revision=revision), out, progress=not (json or quiet))
+    files = export_zoo(open_zoo(zoo, where, revision=revision), out, format=format, progress=not (json or quiet))
     if json:
         print_json([str(file) for file in files])
         return
