@@ -212,7 +212,7 @@ def _failure(error: BaseException, what: str) -> ZooError:
     if isinstance(error, hub.OfflineModeIsEnabled):
         return SourceError(f"{what}: HF_HUB_OFFLINE forbids to ask the Hub: unset it")
     if isinstance(error, hub.GatedRepoError):
-        page = f"{constants.ENDPOINT}/{what.split()[-1].partition('@')[0]}"
+        page = f"{constants.ENDPOINT}/{error.repo_id}"
         return ZooError(f"{what}: its owner grants access: ask at {page}, then {LOGIN}")
     if isinstance(error, hub.RepositoryNotFoundError):
         return ZooError(f"{what}: no model on the Hub that you can see: check the name; for a private one {LOGIN}")
