@@ -24,6 +24,8 @@ class RefusedError(Exception):
 
 NAME = r"(?P<name>[^/]+/[^/]+)"
 DATASET = rf"/api/datasets/{NAME}"
+MODELS = "models/"
+"""Before the names of model repositories; those of datasets have nothing before them."""
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -161,11 +163,11 @@ class Handler(BaseHTTPRequestHandler):
 
     def info(self, name: str, revision: str) -> Any:
         commit, held = self._commit(name, revision or "main"), self._repository(name)
-        told = {"_id": "0", "id": name, "author": name.split("/")[0], "sha": commit.sha, "private": held.private}
+        bare = name.removeprefix(MODELS)
+        told = {"_id": "0", "id": bare, "author": bare.split("/")[0], "sha": commit.sha, "private": held.private}
         told |= {"gated": held.gated, "disabled": False, "downloads": 0, "likes": 0, "tags": [], "lastModified": DATE}
-        siblings = [
-            {"rfilename": path, "size": blob.size, "blobId": blob.oid} for path, blob in sorted(commit.files.items())
-        ]
+        sizes = {path: {"size": blob.size} for path, blob in commit.files.items()} if "blobs" in self.query else {}
+        siblings = [{"rfilename": path} | sizes.get(path, {}) for path in sorted(commit.files)]
         return told | {"createdAt": DATE, "siblings": siblings}
 
     def tree(self, name: str, revision: str, folder: str) -> Any:
@@ -302,6 +304,9 @@ class Handler(BaseHTTPRequestHandler):
         self._send_file(blob, headers)
         return None
 
+    def resolve_model(self, name: str, revision: str, path: str) -> Any:
+        return self.resolve(f"{MODELS}{name}", revision, path)
+
     def download(self, key: str, sha256: str) -> Any:
         if int(key) != self.hub.link_key:
             raise RefusedError(403, message="Request has expired")
@@ -343,7 +348,7 @@ ROUTES: list[tuple[str, str, Callable[..., Any]]] = [
     ("GET", r"/api/whoami-v2", Handler.who),
     ("POST", r"/api/validate-yaml", Handler.validate),
     ("GET", rf"{DATASET}(?:/revision/([^/]+))?", Handler.info),
-    ("GET", rf"/api/models/{NAME}(?:/revision/([^/]+))?", Handler.info),
+    ("GET", rf"/api/({MODELS}[^/]+/[^/]+)(?:/revision/([^/]+))?", Handler.info),
     ("GET", rf"{DATASET}/tree/([^/]+)(?:/(.+))?", Handler.tree),
     ("POST", rf"{DATASET}/paths-info/([^/]+)", Handler.paths_info),
     ("GET", rf"{DATASET}/refs", Handler.refs),
@@ -356,6 +361,6 @@ ROUTES: list[tuple[str, str, Callable[..., Any]]] = [
     ("PUT", r"/lfs/([0-9a-f]{64})", Handler.upload),
     ("POST", r"/lfs-verify", Handler.verify),
     ("GET HEAD", rf"/datasets/{NAME}/resolve/([^/]+)/(.+)", Handler.resolve),
-    ("GET HEAD", rf"/{NAME}/resolve/([^/]+)/(.+)", Handler.resolve),
+    ("GET HEAD", rf"/{NAME}/resolve/([^/]+)/(.+)", Handler.resolve_model),
     ("GET HEAD", r"/cdn/(\d+)/([0-9a-f]{64})", Handler.download),
 ]

@@ -12,6 +12,7 @@ from vitzoo_hf.export import export_row, export_zoo
 from vitzoo_hf.flatten import Layout, flatten
 from vitzoo_hf.foreign import transformers_folder
 from vitzoo_hf.foreign.checkpoints import plan_checkpoints
+from vitzoo_hf.foreign.names import to_timm
 from vitzoo_hf.foreign.transformers_folder import check_known_to_transformers
 from vitzoo_hf.schema import ZooError, canonical_json
 from vitzoo_hf.vit import create
@@ -189,3 +190,30 @@ def test_formats_and_names_are_checked(zoo, tmp_path):
         export_row(row_of(), tmp_path / "a.safetensors", format="transformers")
     with pytest.raises(ZooError, match=r"does not end in \.safetensors"):
         export_row(row_of(), tmp_path / "a")
+
+
+def test_models_of_transformers_come_in_as_they_went_out(zoo, tmp_path):
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    row = next(zoo.filter(head="linear").rows())
+    export_row(row, tmp_path / "ours", format="transformers")
+    model = transformers.ViTForImageClassification.from_pretrained(tmp_path / "ours")
+    config = json.loads((tmp_path / "ours" / "config.json").read_text())
+    loaded = to_timm(dict(model.state_dict()), name="x", config=config)
+    vector = torch.cat([tensor.flatten() for tensor in loaded.tensors.values()])
+    assert torch.equal(vector, torch.from_numpy(row["weights"]))
+
+
+def test_a_model_of_transformers_with_its_own_epsilon_is_flagged_and_close():
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    config = transformers.ViTConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, image_size=16, patch_size=4,
+        num_channels=1, num_labels=3,
+    )  # fmt: skip
+    model = transformers.ViTForImageClassification(config).eval()
+    loaded = to_timm(dict(model.state_dict()), name="x", config=config.to_dict())
+    assert loaded.flags == ["layer_norm_eps 1e-12 in the source, 1e-6 here"]
+    again = create(loaded.architecture, loaded.architecture_args)
+    again.load_state_dict(loaded.tensors)
+    batch = torch.randn(4, 1, 16, 16)
+    with torch.inference_mode():
+        assert (again.eval()(batch) - model(batch).logits).abs().max() < 5e-3

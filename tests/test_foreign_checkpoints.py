@@ -294,7 +294,7 @@ def test_the_table_may_be_elsewhere_and_name_the_head(tmp_path):
     lines = [{"file": "mlp.safetensors", "head_hidden": "12", "lr": "1"}, {"file": "linear.pt", "head": "mlp"}]
     place = table(tmp_path, lines, "mine.csv")
     zoo, refused = converted(tmp_path / "in", tmp_path, table=place)
-    assert refused == {"linear.pt": "linear.pt has head 'linear', mine.csv line 3 says 'mlp': correct the table"}
+    assert refused == {"linear.pt": "has head 'linear', mine.csv line 3 says 'mlp': correct the table"}
     with torch.no_grad():
         assert torch.equal(logits(zoo, "mlp@1"), model_of(1, 12)(images()))
 
@@ -349,7 +349,7 @@ def test_a_model_in_several_files_is_whole_or_refused(tmp_path):
     table(folder, [{"file": name, "lr": "1"} for name in ("good", "missing", "cut", "stray", "traversal", "broken")])
     zoo, refused = converted(folder, tmp_path, architecture=None, architecture_args=None)
     for name, reason in {
-        "missing": "missing lacks model-2-of-2.safetensors",
+        "missing": "lacks model-2-of-2.safetensors",
         "cut": "model-2-of-2.safetensors of cut is empty",
         "stray": "does not have the tensors that model.safetensors.index.json says: head.bias differs",
         "traversal": "names '../good/model-1-of-2.safetensors', which is no checkpoint file beside it",

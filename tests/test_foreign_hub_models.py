@@ -1,121 +1,247 @@
-"""Models of a Hub on this machine become a zoo, by the real client."""
+"""Models of a Hub on this machine, by the real client, through the conversion to a zoo."""
 
+import functools
 import io
 import json
+import threading
+import time
 
 import pytest
 import torch
-from local_hub import STRANGER, LocalHub
+from local_hub import OWNER, STRANGER, LocalHub
 from safetensors.torch import save
 
 from vitzoo_hf.foreign.hub_models import plan_hub_models, read_list
-from vitzoo_hf.foreign.names import to_transformers
-from vitzoo_hf.schema import ZooError
+from vitzoo_hf.schema import ZooError, weights_sha256
 from vitzoo_hf.vit import create
 from vitzoo_hf.zoo import Zoo
 
 NAME = "vit_tiny_patch16_224"
-ARGS = {"img_size": 8, "patch_size": 4, "in_chans": 1, "embed_dim": 16, "depth": 1, "num_heads": 2, "num_classes": 3}
+ARGS = {"img_size": 8, "patch_size": 4, "in_chans": 1, "embed_dim": 16, "depth": 1, "num_heads": 2, "num_classes": 10}
+CONFIG = json.dumps({"architecture": NAME, "model_args": ARGS}).encode()
+
+START = """
+import json, time
+from pathlib import Path
+from vitzoo_hf.convert import convert
+from vitzoo_hf.foreign.hub_models import plan_hub_models
+from vitzoo_hf.foreign.plan import SourceError
+from vitzoo_hf.schema import ZooError
+time.sleep = lambda seconds: None
+def error(call, *arguments, **named):
+    try:
+        call(*arguments, **named)
+    except ZooError as raised:
+        return [type(raised).__name__, str(raised)]
+"""
 
 
-def model_of(seed):
-    return create(NAME, ARGS, seed=seed).eval()
+@functools.cache
+def state(seed):
+    return dict(create(NAME, ARGS, seed=seed).state_dict())
+
+
+def sha256(seed):
+    return weights_sha256(torch.cat([tensor.flatten() for tensor in state(seed).values()]).numpy())
+
+
+def pickled(tensors):
+    held = io.BytesIO()
+    torch.save(tensors, held)
+    return held.getvalue()
+
+
+def publish(hub, name, files):
+    if f"models/{name}" not in hub.repositories:
+        hub.create(f"models/{name}")
+    for path, content in files.items():
+        hub.put(f"models/{name}", path, content)
+    return hub.repositories[f"models/{name}"]
 
 
 @pytest.fixture
 def hub(tmp_path):
     with LocalHub(tmp_path / "hub") as hub:
-        for name in ("a/timm", "b/transformers", "c/pickle", "d/private", "e/none"):
-            hub.create(name, private=name == "d/private")
-        timm_config = json.dumps({"architecture": NAME, "model_args": {"num_heads": 2}}).encode()
-        hub.put("a/timm", "config.json", timm_config)
-        hub.put("a/timm", "model.safetensors", save(model_of(1).state_dict()))
-        config, tensors = to_transformers(
-            model_of(2).state_dict(), architecture=NAME, architecture_args=ARGS, head="linear"
-        )
-        hub.put("b/transformers", "config.json", json.dumps(config).encode())
-        hub.put("b/transformers", "model.safetensors", save(tensors))
-        buffer = io.BytesIO()
-        torch.save(model_of(3).state_dict(), buffer)
-        for name in ("c/pickle", "d/private"):
-            hub.put(name, "pytorch_model.bin", buffer.getvalue())
-            hub.put(name, "config.json", timm_config)
+        publish(hub, "org/one", {"config.json": CONFIG, "model.safetensors": save(state(1))})
+        publish(hub, "org/two", {"config.json": CONFIG, "pytorch_model.bin": pickled(state(2))})
         yield hub
 
 
-CODE = """
-import json
-from vitzoo_hf.cli import run
-from contextlib import redirect_stdout
-import io
-said = io.StringIO()
-with redirect_stdout(said):
-    status = run(["convert", {source!r}, "--out", {out!r}, "--quiet"{more}])
-print(json.dumps([status, said.getvalue().splitlines()]))
+def converted(hub, tmp_path, repositories, *, table=None, token=STRANGER):
+    code = f"""{START}
+table = {None if table is None else str(table)!r}
+plan = plan_hub_models({repositories!r}, table=Path(table) if table else None)
+done = convert(plan, Path({str(tmp_path / "zoo")!r}), progress=False)
+print(json.dumps(done.refused))
 """
+    refused = hub.run(code, tmp_path / "home", token=token)
+    return Zoo(tmp_path / "zoo"), refused
 
 
-def converted(hub, tmp_path, source, *, more="", **options):
-    code = CODE.format(source=str(source), out=str(tmp_path / "zoo"), more=more)
-    return hub.run(code, tmp_path / "home", **options)
+def test_models_are_pinned_and_exact(hub, tmp_path):
+    names = ["org/one", "org/two"]
+    pinned = {name: hub.repositories[f"models/{name}"].branches["main"] for name in names}
+    zoo, refused = converted(hub, tmp_path, names)
+    assert refused == {}
+    assert zoo.model_ids == ["org-one@1", "org-two@1"]
+    assert list(zoo.index["weights_sha256"]) == [sha256(1), sha256(2)]
+    for name, text in zip(names, zoo.index["provenance"], strict=True):
+        told = json.loads(text)
+        assert (told["source"], told["repository"], told["commit"]) == (name, name, pinned[name])
+    assert json.loads(zoo.index["architecture_args"][0])["num_heads"] == 2
+    assert all("pytorch_model" in request.path for request in hub.asked(r"GET /org/two/resolve/.*model"))
 
 
-def logits(zoo, model_id):
-    torch.manual_seed(0)
-    batch = torch.randn(2, 1, 8, 8)
-    with torch.inference_mode():
-        return zoo.model(model_id)(batch), batch
+def test_only_what_is_needed_is_downloaded_when_it_is_loaded_through_short_failures(hub, tmp_path):
+    publish(hub, "org/one", {"pytorch_model.bin": pickled(state(3)), "tf_model.h5": b"x" * 1000})
+    code = f"{START}\nplan = plan_hub_models(['org/one'])\nprint(json.dumps([plan.name, plan.rows[0].size]))"
+    assert hub.run(code, tmp_path / "home") == ["hub-models", len(save(state(1)))]
+    assert not hub.asked("/resolve/")
+    hub.inject("fail", "/api/models/org/one", times=2, value=503)
+    hub.inject("fail", "/org/one/resolve/", times=2, value=429)
+    zoo, _ = converted(hub, tmp_path, ["org/one"])
+    assert list(zoo.index["weights_sha256"]) == [sha256(1)]
+    assert not hub.asked(r"h5|pytorch_model")
 
 
-def test_a_list_of_models_becomes_a_zoo_and_what_is_not_there_is_named(hub, tmp_path):
-    models = tmp_path / "models.txt"
-    models.write_text("a/timm  # ours\n\nb/transformers\nc/pickle@main\nd/private\ne/none\nf/unknown\n")
-    status, said = converted(hub, tmp_path, models, token=STRANGER)
-    assert status == 0
-    assert said[0].startswith("3 rows in ")
-    refused = dict(line.removeprefix("refused: ").split(": ", 1) for line in said if line.startswith("refused: "))
-    assert refused.keys() == {"d/private", "e/none", "f/unknown"}
-    assert "no model on the Hub that you can see" in refused["f/unknown"]
-    assert refused["e/none"] == "it has neither model.safetensors nor pytorch_model.bin"
-    zoo = Zoo(tmp_path / "zoo")
-    for number, model_id in enumerate(zoo.model_ids, start=1):
-        found, batch = logits(zoo, model_id)
-        with torch.inference_mode():
-            assert torch.equal(found, model_of(number)(batch))
-    told = json.loads(zoo.row(zoo.model_ids[0])["provenance"])
-    assert told["repository"] == "a/timm"
-    assert told["commit"] == hub.repositories["a/timm"].branches["main"]
+def test_a_push_after_planning_does_not_change_what_is_taken(hub, tmp_path):
+    held = publish(hub, "org/one", {})
+    held.tags["v1"] = held.branches["main"]
+    publish(hub, "org/one", {"model.safetensors": save(state(5))})
+
+    def push_once_planned():
+        while len(hub.asked("/api/models/org/one")) < 2:
+            time.sleep(0.01)
+        publish(hub, "org/one", {"model.safetensors": save(state(6))})
+        (tmp_path / "pushed").touch()
+
+    pusher = threading.Thread(target=push_once_planned, daemon=True)
+    pusher.start()
+    code = f"""
+from time import sleep
+{START}
+plan = plan_hub_models(["org/one@v1", "org/one"])
+while not Path({str(tmp_path / "pushed")!r}).exists():
+    sleep(0.01)
+print(convert(plan, Path({str(tmp_path / "zoo")!r}), progress=False).rows)
+"""
+    assert hub.run(code, tmp_path / "home") == 2
+    pusher.join()
+    rows = {json.loads(row["provenance"])["source"]: row for row in Zoo(tmp_path / "zoo").index}
+    assert rows["org/one@v1"]["weights_sha256"] == sha256(1)
+    assert rows["org/one"]["weights_sha256"] == sha256(5)
 
 
-def test_a_private_model_with_its_token_and_factors_from_a_table(hub, tmp_path):
-    (tmp_path / "factors.csv").write_text("repo,run_id,lr,augmented\nd/private,mine,0.001,true\n")
-    status, said = converted(hub, tmp_path, "hf:d/private", more=f", '--table', {str(tmp_path / 'factors.csv')!r}")
-    assert (status, said[0][:6]) == (0, "1 rows")
-    (row,) = Zoo(tmp_path / "zoo").rows()
-    assert (row["run_id"], row["factor_lr"], row["factor_augmented"]) == ("mine", 0.001, True)
+def test_what_cannot_be_had_is_named_and_the_rest_goes_on(hub, tmp_path):
+    weights = save(state(3))
+    hub.create("models/org/private", private=True)
+    publish(hub, "org/gated", {"config.json": CONFIG, "model.safetensors": weights}).gated = True
+    publish(hub, "org/text", {"README.md": b"text"})
+    publish(hub, "org/sharded", {"model.safetensors.index.json": b"{}"})
+    publish(hub, "org/cut", {"config.json": CONFIG, "model.safetensors": weights[:-100]})
+    publish(hub, "org/empty", {"config.json": CONFIG, "model.safetensors": b""})
+    publish(hub, "org/config", {"config.json": b"[", "model.safetensors": weights})
+    publish(hub, "org/other", {"config.json": CONFIG, "model.safetensors": save({"x": torch.zeros(1)})})
+    names = ["missing", "private", "gated", "text", "sharded", "cut", "empty", "config", "other", "one@v9", "one"]
+    zoo, refused = converted(hub, tmp_path, [f"org/{name}" for name in names])
+    for name, reason in {
+        "missing": "cannot find org/missing: no model on the Hub that you can see",
+        "private": "no model on the Hub that you can see: check the name; for a private one run `hf auth login`",
+        "gated": f"its owner grants access: ask at {hub.endpoint}/org/gated, then run `hf auth login`",
+        "text": "it has neither model.safetensors nor pytorch_model.bin",
+        "sharded": "its weights are in several files: download it, and convert its folder",
+        "cut": "damaged",
+        "empty": "is empty",
+        "config": "config.json of org/config cannot be read",
+        "other": "has no head",
+        "one@v9": "it has no such branch, tag or commit",
+    }.items():
+        assert reason in refused.pop(f"org/{name}")
+    assert refused == {}
+    assert zoo.model_ids == ["org-one@1"]
 
 
-def test_a_hub_that_is_busy_is_asked_again(hub, tmp_path):
-    hub.inject("fail", "GET /api/models/a/timm", times=2, value=503)
-    status, said = converted(hub, tmp_path, "hf:a/timm")
-    assert (status, said[0][:6]) == (0, "1 rows")
+def test_a_token_opens_what_is_private(hub, tmp_path):
+    publish(hub, "org/one", {}).private = True
+    code = f"{START}\nprint(json.dumps(len(plan_hub_models(['org/one']).rows)))"
+    assert hub.run(code, tmp_path / "home", token=OWNER) == 1
+    assert hub.run(code, tmp_path / "home", token=STRANGER) == 0
+
+
+def test_a_table_gives_factors(hub, tmp_path):
+    table = tmp_path / "mine.csv"
+    table.write_text(
+        "repo,run_id,epoch,parent_id,lr\norg/two,ft,3,pre@7,0.1\norg/one,pre,7,,0.2\norg/gone,x,1,,1\norg/no,y,1,,1\n"
+    )
+    zoo, refused = converted(hub, tmp_path, ["org/one", "org/two", "org/gone"], table=table)
+    assert zoo.model_ids == ["pre@7", "ft@3"]
+    assert list(zoo.index["factor_lr"]) == [0.2, 0.1]
+    assert refused.pop("org/no") == "mine.csv line 5: 'org/no' is not among the models to convert"
+    assert "cannot find org/gone" in refused.pop("org/gone")
+    assert refused == {}
+
+
+@pytest.mark.parametrize("pattern", ["/api/models/org/two", "/org/two/resolve/"])
+def test_a_hub_that_fails_for_long_refuses_nothing(hub, tmp_path, pattern):
+    hub.inject("fail", pattern, times=1000, value=503)
+    code = f"""{START}
+def run():
+    return convert(plan_hub_models(["org/one", "org/two"]), Path({str(tmp_path / "zoo")!r}), progress=False)
+print(json.dumps(error(run)))
+"""
+    kind, message = hub.run(code, tmp_path / "home")
+    assert kind == "SourceError"
+    assert "org/two" in message
+    assert "the same command continues later" in message
+    hub.faults.clear()
+    if "api" not in pattern:
+        zoo, refused = converted(hub, tmp_path, ["org/one", "org/two"])
+        assert (len(zoo), refused) == (2, {})
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"HF_ENDPOINT": "http://127.0.0.1:9"}, "no connection to http://127.0.0.1:9"),
+        ({"HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE forbids"),
+        ({"HF_TOKEN": "hf_wrong"}, "the Hub refuses your token"),
+    ],
+)
+def test_no_network_is_one_line(hub, tmp_path, environment, message):
+    code = f"{START}\nprint(json.dumps(error(plan_hub_models, ['org/one', 'org/two'])))"
+    kind, said = hub.run(code, tmp_path / "home", **environment)
+    assert kind == "SourceError"
+    assert message in said
+    assert "\n" not in said
+
+
+def test_a_list_of_models(tmp_path):
+    file = tmp_path / "models.txt"
+    file.write_text("# mine\norg/one  # good\n\norg/two@v1.0\r\norg/two@refs/pr/1\n")
+    assert read_list(file) == ["org/one", "org/two@v1.0", "org/two@refs/pr/1"]
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "lists no model"),
+        ("org/one\norg one\n", "models.txt line 2: 'org one' is no model; expected ORG/NAME"),
+        ("one\n", "line 1: 'one' is no model"),
+        ("../one\n", "is no model"),
+        ("org/one\n\norg/one\n", "line 3: 'org/one' is also in line 1: keep one"),
         ("# nothing\n", "lists no model"),
-        ("a/b\nnonsense\n", r"models.txt:2: 'nonsense' is no model id"),
     ],
 )
-def test_a_list_with_a_mistake_is_one_line(tmp_path, text, message):
-    (tmp_path / "models.txt").write_text(text)
+def test_mistakes_in_a_list_are_named(tmp_path, text, message):
+    file = tmp_path / "models.txt"
+    file.write_text(text)
     with pytest.raises(ZooError, match=message):
-        read_list(tmp_path / "models.txt")
+        read_list(file)
 
 
-@pytest.mark.parametrize("told", ["a", "a/b/c", "../x/y", "a/b@", "-a/b", "a b/c"])
-def test_what_is_no_id_is_named(told):
-    with pytest.raises(ZooError, match="is no model id: expected ORG/NAME or ORG/NAME@REVISION"):
-        plan_hub_models([told])
+def test_mistakes_in_names_are_one_line(tmp_path):
+    with pytest.raises(ZooError, match="cannot be read: No such file"):
+        read_list(tmp_path / "none.txt")
+    with pytest.raises(ZooError, match="'vit' is no model of the Hub; expected ORG/NAME"):
+        plan_hub_models(["vit"])
+    with pytest.raises(ZooError, match="'a/b' is given twice"):
+        plan_hub_models(["a/b", "a/b"])

@@ -49,7 +49,10 @@ def test_timm_loads_on_this_machine_and_schemas_are_declared_only_if_needed():
     ours = python(
         "from vitzoo_hf import vit\n"
         "needed = vit.needs_operator_schemas()\n"
-        "timm = vit.import_timm()\n"
+        "from concurrent.futures import ThreadPoolExecutor\n"
+        "with ThreadPoolExecutor(4) as pool:\n"
+        "    timm, *others = pool.map(lambda _: vit.import_timm(), range(4))\n"
+        "assert all(other is timm for other in others)\n"
         "assert vit.import_timm() is timm and timm.is_model('vit_tiny_patch16_224')\n"
         "assert bool(vit._declared_operators) == needed\n"
         "assert not vit.needs_operator_schemas()\n"

@@ -6,6 +6,7 @@ vector. Importing timm costs about a second, so it waits until a model is needed
 
 import json
 import sys
+import threading
 from collections.abc import Mapping
 from functools import lru_cache
 from types import ModuleType
@@ -21,6 +22,7 @@ from vitzoo_hf.schema import HEADS, ZooError, canonical_json, did_you_mean
 INITS = ("timm", "kaiming")
 
 _declared_operators: list[torch.library.Library] = []
+_importing = threading.RLock()
 
 
 def import_timm() -> ModuleType:
@@ -30,11 +32,12 @@ def import_timm() -> ModuleType:
     while registering their fake kernels. Declaring the two missing schemas first lets it load; the operators
     themselves stay unusable, and a ViT calls neither. See `needs_operator_schemas` for when this is done.
     """
-    if needs_operator_schemas():
-        declare_operator_schemas()
-    import timm
+    with _importing:
+        if needs_operator_schemas():
+            declare_operator_schemas()
+        import timm
 
-    return timm
+        return timm
 
 
 def needs_operator_schemas() -> bool:

@@ -241,7 +241,7 @@ def _epoch(source: str) -> int:
 
 def _run_id(source: str, fallback: str) -> str:
     """A path without its epoch and ending, in characters that are safe in a file name."""
-    bare = re.sub(r"(^|/)(checkpoints|(pytorch_)?model(\.\w+)+)$", "", source)
+    bare = re.sub(r"(^|/)(checkpoints|(pytorch_)?model(\.(safetensors|pt|pth|bin|ckpt|index|json))+)$", "", source)
     bare = re.sub(r"\.(safetensors|pt|pth|bin|ckpt)$", "", bare)
     matches = list(EPOCH.finditer(bare))
     if matches and int(matches[-1][1]) <= LARGEST_EPOCH:

@@ -46,12 +46,12 @@ def plan_source(
             )
         return plan_release(web, first_epoch=first_epoch, **told, **named)
     if source.startswith("hf:"):
-        return plan_hub_models([source.removeprefix("hf:").removeprefix("//")], table=table, **named)
+        return plan_hub_models([source.removeprefix("hf:").removeprefix("//")], table=table, **told, **named)
     path = Path(source)
     if not path.exists():
         raise ZooError(f"there is no {source}: give a folder, a file, an http address, or hf:ORG/NAME")
     if path.suffix == ".txt":
-        return plan_hub_models(read_list(path), table=table, **named)
+        return plan_hub_models(read_list(path), table=table, **told, **named)
     if path.is_dir() and is_release(FolderPlace(path)):
         return plan_release(FolderPlace(path), first_epoch=first_epoch, **told, **named)
     return plan_checkpoints(path, table=table, **told, **named)
