@@ -21,6 +21,23 @@ from vitzoo_hf.schema import HEADS, ZooError, canonical_json, did_you_mean
 
 INITS = ("timm", "kaiming")
 
+NOT_OF_THE_MODEL = frozenset(
+    {
+        "pretrained",
+        "pretrained_cfg",
+        "pretrained_cfg_overlay",
+        "pretrained_model_args",
+        "checkpoint_path",
+        "cache_dir",
+        "scriptable",
+        "exportable",
+        "no_jit",
+        "device",
+        "dtype",
+    }
+)
+"""Arguments of `timm.create_model` that read files or place the model, which no row may give."""
+
 _declared_operators: list[torch.library.Library] = []
 _importing = threading.RLock()
 
@@ -125,9 +142,20 @@ def _build(architecture: str, args: Mapping[str, Any], head: str, head_hidden: i
     known = timm.list_models("*vit*") if not timm.is_model(architecture) else []
     if known:
         raise ZooError(f"unknown architecture {architecture!r}: {did_you_mean(architecture, known)}")
+    foreign = sorted(NOT_OF_THE_MODEL & set(args))
+    if foreign:
+        raise ZooError(f"{foreign[0]!r} is no argument of a row's architecture: it says where weights come from")
     try:
         model = timm.create_model(architecture, pretrained=False, **args)
-    except (TypeError, ValueError, LookupError, ArithmeticError, RuntimeError, AssertionError) as error:
+    except (
+        TypeError,
+        ValueError,
+        LookupError,
+        ArithmeticError,
+        RuntimeError,
+        AssertionError,
+        AttributeError,
+    ) as error:
         raise ZooError(f"timm cannot build {architecture!r} with {dict(args)}: {error}") from None
     if not isinstance(getattr(model, "head", None), nn.Linear):
         raise ZooError(f"{architecture!r} has no linear `head` to train: a zoo needs num_classes above 0")

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from vitzoo_hf.foreign.files import read_state_dict
 from vitzoo_hf.foreign.names import to_timm
+from vitzoo_hf.foreign.places import NOT_SHOWN, is_shown
 from vitzoo_hf.foreign.plan import LoadedModel, SourceError, SourcePlan
 from vitzoo_hf.foreign.planned_rows import Found, planned_rows
 from vitzoo_hf.foreign.table import Line, Table, read_table
@@ -133,6 +134,8 @@ class _Folder:
                 raise ZooError(f"{folder} cannot be read: {error.strerror}") from None
             self.refused[self.path(folder)] = f"it cannot be read: {error.strerror}"
             return
+        self.refused |= {ascii(self.path(entry)): NOT_SHOWN for entry in entries if not is_shown(entry.name)}
+        entries = [entry for entry in entries if is_shown(entry.name)]
         leaving = {entry.name for entry in entries if self._leaves(entry)}
         self.refused |= {self.path(folder / name): LINK for name in leaving if self._matters(folder / name)}
         files = {entry.name: entry for entry in entries if entry.name not in leaving and entry.is_file()}

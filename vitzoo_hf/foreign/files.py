@@ -45,15 +45,17 @@ def read_state_dict(file: Path | io.BufferedIOBase, name: str) -> dict[str, Tens
     except OSError as error:
         raise ZooError(f"{name} cannot be read: {error.strerror}") from None
     try:
-        held = _read(opened, name)
+        size = opened.seek(0, io.SEEK_END)
+        held = _read(opened, name, size)
     finally:
         if isinstance(file, Path):
             opened.close()
-    return _tensors(held, name)
+    tensors = _tensors(held, name)
+    _check_plain(tensors, name, size)
+    return tensors
 
 
-def _read(opened: io.BufferedIOBase, name: str) -> Any:
-    size = opened.seek(0, io.SEEK_END)
+def _read(opened: io.BufferedIOBase, name: str, size: int) -> Any:
     opened.seek(0)
     if size == 0:
         raise ZooError(f"{name} is empty: it has 0 bytes")
@@ -110,3 +112,13 @@ def _tensors(held: Any, name: str) -> dict[str, Tensor]:
         what = f"{other[0]!r} is no named tensor" if other else "it is empty"
         raise ZooError(f"{name} is no dictionary of tensors: {what}")
     return dict(held)
+
+
+def _check_plain(tensors: Mapping[str, Tensor], name: str, size: int) -> None:
+    """Refuse tensors without plain memory of their own, and those that claim far more values than the file holds."""
+    for key, tensor in tensors.items():
+        if tensor.is_nested or tensor.is_quantized or tensor.layout != torch.strided or tensor.device.type != "cpu":
+            raise ZooError(f"{name}: {key} is no plain tensor: save it dense, unquantized and from the CPU")
+    claimed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    if claimed > 2 * size + ARCHIVE_SLACK:
+        raise ZooError(f"{name} is refused: {size} bytes that claim to be {claimed} bytes of tensors")

@@ -65,6 +65,7 @@ def to_timm(
     args = told_args | dict(architecture_args or {})
     head, hidden = _head(held, name)
     seen, seen_args = _seen(held, name, needs_name=architecture is None)
+    _check_given(args, seen_args, name)
     architecture = architecture or seen
     args = _fitting(architecture, seen_args, args, head, hidden, held)
     if {"embed_dim", "depth"} & args.keys() and "num_heads" not in args:
@@ -101,28 +102,36 @@ def _from_transformers(tensors: Mapping[str, Tensor], name: str) -> dict[str, Te
             raise ZooError(f"{name} has a pooler, which timm's ViT has not: save it with add_pooling_layer=False")
         bare = key.removeprefix("vit.")
         for pattern, replacement in FROM_TRANSFORMERS:
-            if re.fullmatch(pattern, bare):
-                renamed[re.sub(pattern, replacement, bare)] = tensor
+            if re.fullmatch(pattern, bare, re.ASCII):
+                new = re.sub(pattern, replacement, bare, flags=re.ASCII)
+                new = re.sub(r"\.attn\.([qkv])\w*\.", r".attn.\1.", new)
                 break
         else:
             raise ZooError(f"{name} has a tensor {key!r} that no ViT of transformers has")
+        if new in renamed:
+            raise ZooError(f"{name} has {key!r} under another name too: keep one of the two")
+        renamed[new] = tensor
     return _joined(renamed, name)
 
 
 def _joined(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
     """Query, key and value of each block as timm's one `qkv`."""
-    joined = {key: tensor for key, tensor in tensors.items() if not re.search(r"attn\.(q|k|v)\w*\.\w+$", key)}
-    for block in sorted({int(key.split(".")[1]) for key in tensors if ".attn." in key}):
-        for kind in ("weight", "bias"):
-            parts = [
-                tensors.get(f"blocks.{block}.attn.{long}.{kind}", tensors.get(f"blocks.{block}.attn.{short}.{kind}"))
-                for long, short in (("query", "q"), ("key", "k"), ("value", "v"))
-            ]
-            present = [part for part in parts if part is not None]
-            if present and len(present) < 3:
-                raise ZooError(f"{name} lacks one of query, key and value ({kind}) of block {block}")
-            if present:
-                joined[f"blocks.{block}.attn.qkv.{kind}"] = torch.cat(present)
+    joined: dict[str, Tensor] = {}
+    parts: dict[tuple[str, str], dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        match = re.fullmatch(r"blocks\.(.+)\.attn\.([qkv])\.(\w+)", key)
+        if match is None:
+            joined[key] = tensor
+        else:
+            parts.setdefault((match[1], match[3]), {})[match[2]] = tensor
+    for (block, kind), held in parts.items():
+        if len(held) < 3:
+            raise ZooError(f"{name} lacks one of query, key and value ({kind}) of block {block}")
+        if len({tensor.shape for tensor in held.values()}) > 1 or held["q"].dim() == 0:
+            raise ZooError(f"{name}: query, key and value ({kind}) of block {block} differ in shape")
+        if len({tensor.dtype for tensor in held.values()}) > 1:
+            raise ZooError(f"{name}: query, key and value ({kind}) of block {block} differ in type")
+        joined[f"blocks.{block}.attn.qkv.{kind}"] = torch.cat([held["q"], held["k"], held["v"]])
     return joined
 
 
@@ -143,7 +152,7 @@ def _float32(key: str, tensor: Tensor, name: str, flags: list[str]) -> Tensor:
 def _head(tensors: Mapping[str, Tensor], name: str) -> tuple[str, int | None]:
     if "head.weight" in tensors:
         return "linear", None
-    if "head.0.weight" in tensors and "head.2.weight" in tensors:
+    if "head.2.weight" in tensors and "head.0.weight" in tensors and tensors["head.0.weight"].dim() == 2:
         return "mlp", int(tensors["head.0.weight"].shape[0])
     raise ZooError(f"{name} has no head: `head.weight`, or `head.0` and `head.2` of an MLP, are needed for a row")
 
@@ -153,15 +162,16 @@ def _seen(tensors: Mapping[str, Tensor], name: str, *, needs_name: bool) -> tupl
     try:
         patches = tensors["patch_embed.proj.weight"]
         width, channels, patch, _ = patches.shape
-        tokens, depth = (
-            tensors["pos_embed"].shape[1],
-            1 + max(int(key.split(".")[1]) for key in tensors if key.startswith("blocks.")),
-        )
+        tokens = tensors["pos_embed"].shape[1]
+        blocks = {int(key.split(".")[1]) for key in tensors if key.startswith("blocks.")}
+        depth = len(blocks)
         hidden = tensors["blocks.0.mlp.fc1.weight"].shape[0]
         last = tensors.get("head.weight", tensors.get("head.2.weight"))
         classes = last.shape[0] if last is not None else 0
     except (KeyError, ValueError, IndexError):
         raise ZooError(f"{name} is no ViT: it lacks patch_embed.proj.weight, pos_embed or blocks") from None
+    if blocks != set(range(depth)) or not patches.numel() or tokens <= ("cls_token" in tensors):
+        raise ZooError(f"{name} is no ViT: its blocks are not numbered from 0, or it has no patches")
     side = round((tokens - ("cls_token" in tensors)) ** 0.5)
     args = {"img_size": side * patch, "patch_size": patch, "in_chans": channels, "num_classes": classes}
     args |= {"embed_dim": width, "depth": depth, "mlp_ratio": hidden / width}
@@ -173,6 +183,16 @@ def _seen(tensors: Mapping[str, Tensor], name: str, *, needs_name: bool) -> tupl
             " give the architecture, such as --architecture vit_small_patch16_224, and --architecture-args"
         )
     return f"vit_{SIZES[width]}_patch{patch}_224", args
+
+
+def _check_given(args: Mapping[str, Any], seen: Mapping[str, Any], name: str) -> None:
+    """Refuse arguments that cannot be those of the weights before a model of their size is made."""
+    for key in ("depth", "embed_dim"):
+        if args.get(key) is not None and args[key] != seen[key]:
+            raise ZooError(f"{name} has {key} {seen[key]}; {args[key]!r} is what its config or table says")
+    heads = args.get("num_heads")
+    if heads is not None and not (isinstance(heads, int) and heads > 0):
+        raise ZooError(f"{name} is to have num_heads {heads!r}; expected a whole number above 0")
 
 
 def _fitting(
@@ -211,10 +231,11 @@ def _is_default(
 def _told_by(config: Mapping[str, Any], name: str, flags: list[str]) -> tuple[str | None, dict[str, Any]]:
     """Architecture and arguments as a config.json tells them."""
     if isinstance(config.get("architecture"), str):
-        return config["architecture"].split(".")[0], dict(config.get("model_args") or {})
-    if config.get("model_type") != "vit" and not any(
-        "ViT" in str(kind) for kind in config.get("architectures") or ()
-    ):
+        model_args = config.get("model_args") or {}
+        if not isinstance(model_args, Mapping):
+            raise ZooError(f"the config.json of {name} has model_args that are no object")
+        return config["architecture"].split(".")[0], dict(model_args)
+    if config.get("model_type") != "vit" and "ViT" not in str(config.get("architectures")):
         return None, {}
     try:
         args = {
@@ -227,12 +248,15 @@ def _told_by(config: Mapping[str, Any], name: str, flags: list[str]) -> tuple[st
             "mlp_ratio": config.get("intermediate_size", 3072) / config.get("hidden_size", 768),
             "qkv_bias": config.get("qkv_bias", True),
         }
-    except (TypeError, ZeroDivisionError):
+    except (TypeError, ArithmeticError):
         raise ZooError(f"the config.json of {name} is not one of a ViT: its sizes are no numbers") from None
     if config.get("hidden_act", "gelu") != "gelu":
         raise ZooError(f"{name} uses {config['hidden_act']!r}; zoos hold ViTs with gelu")
-    if abs(config.get("layer_norm_eps", 1e-12) - 1e-6) > 1e-9:
-        flags.append(f"layer_norm_eps {config.get('layer_norm_eps', 1e-12)} in the source, 1e-6 here")
+    eps = config.get("layer_norm_eps", 1e-12)
+    if not isinstance(eps, int | float) or not 0 <= eps < 1:
+        raise ZooError(f"the config.json of {name} has layer_norm_eps {eps!r}; expected a number from 0 to 1")
+    if abs(eps - 1e-6) > 1e-9:
+        flags.append(f"layer_norm_eps {eps} in the source, 1e-6 here")
     return "vit_base_patch16_224", args
 
 

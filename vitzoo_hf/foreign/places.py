@@ -6,8 +6,10 @@ is kept: one file at a time is in memory, and a broken connection is taken up wh
 
 import io
 import json
+import os
 import re
 import time
+import unicodedata
 import urllib.error
 import urllib.request
 from dataclasses import dataclass
@@ -15,6 +17,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from vitzoo_hf.foreign.files import MAX_FILE_BYTES
 from vitzoo_hf.foreign.plan import SourceError
 from vitzoo_hf.hub_files import one_line
 from vitzoo_hf.schema import ZooError
@@ -27,6 +30,7 @@ FIRST_WAIT, LONGEST_WAIT = 0.5, 8.0
 TIMEOUT = 30.0
 TRANSIENT = (408, 429, 500, 502, 503, 504)
 CHUNK = 1 << 20
+NOT_SHOWN = "its name has characters that cannot be shown: rename it"
 
 
 @dataclass(frozen=True)
@@ -56,9 +60,14 @@ def unsafe(name: Any) -> str | None:
         return "it is no plain name"
     if len(name) > MAX_NAME:
         return f"it has {len(name)} characters"
-    if re.search(r"[/\\\x00-\x1f\x7f]|%2e|%2f|%5c", name, re.IGNORECASE):
+    if re.search(r"[/\\]|%2e|%2f|%5c", name, re.IGNORECASE) or not is_shown(name):
         return "it is no plain name"
     return None
+
+
+def is_shown(name: str) -> bool:
+    """Whether a name is free of control and formatting characters, line breaks, and bytes that are no UTF-8."""
+    return not any(unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp") for character in name)
 
 
 class FolderPlace:
@@ -84,8 +93,10 @@ class FolderPlace:
         for file in found:
             if file.name.startswith("."):
                 continue
-            if not file.resolve().is_relative_to(self.root):
-                self.refused[_join(path, file.name)] = "it is a link that leaves the source"
+            if not is_shown(file.name):
+                self.refused[_join(path, ascii(file.name))] = NOT_SHOWN
+            elif not self._holds(file):
+                self.refused[_join(path, file.name)] = "it is a link that leaves the source, or leads nowhere"
             elif file.is_dir() or file.is_file():
                 entries.append(Entry(file.name, file.is_dir(), None if file.is_dir() else file.stat().st_size))
         return entries
@@ -115,11 +126,15 @@ class FolderPlace:
             ZooError: if it is missing, empty, or a link that leaves the source.
         """
         file = self.root / path
-        if not file.is_file() or not file.resolve().is_relative_to(self.root):
+        if not file.is_file() or not self._holds(file):
             raise ZooError(f"it has no file `{file.name}`")
         if file.stat().st_size == 0:
             raise ZooError(f"its file `{file.name}` has 0 bytes")
         return file.stat().st_size
+
+    def _holds(self, file: Path) -> bool:
+        """Whether a file, or what a link means, lies in the source; links may go in circles."""
+        return file.exists() and Path(os.path.realpath(file)).is_relative_to(self.root)
 
 
 class WebPlace:
@@ -141,7 +156,7 @@ class WebPlace:
         data = bytes(self._fetch(f"{path}/" if path else "", MAX_LISTING_BYTES))
         try:
             told = json.loads(data)
-        except ValueError:
+        except (ValueError, RecursionError):
             told = None
         if not isinstance(told, list) or len(told) > MAX_ENTRIES:
             raise ZooError(
@@ -175,20 +190,21 @@ class WebPlace:
             ZooError: if it is missing.
             SourceError: if the server does not answer.
         """
-        return io.BytesIO(self._fetch(path, None))
+        return io.BytesIO(self._fetch(path, MAX_FILE_BYTES))
 
     def size(self, path: str) -> int | None:
         """None: asking for the size of every file of a release would take as many requests."""
         return None
 
-    def _fetch(self, path: str, limit: int | None) -> bytearray:
-        """All bytes of a file; a broken transfer goes on where it broke, if the server can."""
+    def _fetch(self, path: str, limit: int) -> bytearray:
+        """All bytes of a file; a broken transfer goes on where it broke, if the file is still the same."""
         held = bytearray()
+        version: list[str] = []
         failures = 0
         while True:
             before = len(held)
             try:
-                if self._transfer(path, limit, held):
+                if self._transfer(path, limit, held, version):
                     return held
                 raise ConnectionError("the answer ended early")
             except urllib.error.HTTPError as error:
@@ -203,21 +219,25 @@ class WebPlace:
                 raise SourceError(f"{self.address}/{path} cannot be read: {reason}; the same command continues later")
             time.sleep(min(FIRST_WAIT * 2 ** (failures - 1), LONGEST_WAIT))
 
-    def _transfer(self, path: str, limit: int | None, held: bytearray) -> bool:
-        """Add what one request brings to `held`; whether that is all of it."""
+    def _transfer(self, path: str, limit: int, held: bytearray, version: list[str]) -> bool:
+        """Add what one request brings to `held`, which is of `version`; whether that is all of it."""
         headers = {"User-Agent": "vitzoo-hf", "Accept-Encoding": "identity"}
         if held:
             headers["Range"] = f"bytes={len(held)}-"
+            headers |= {"If-Range": version[0]} if version else {}
         request = urllib.request.Request(f"{self.address}/{quote(path)}", headers=headers)
         with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
             told = answer.headers.get("Content-Range", "")
             if held and not (answer.status == 206 and told.startswith(f"bytes {len(held)}-")):
                 held.clear()
-            expected = answer.headers.get("Content-Length")
-            end = None if expected is None else len(held) + int(expected)
+            if not held:
+                tag = answer.headers.get("ETag", "")
+                version[:] = [tag] if tag.startswith('"') else []
+            expected = answer.headers.get("Content-Length", "")
+            end = len(held) + int(expected) if expected.isdecimal() else None
             while chunk := answer.read(CHUNK):
                 held += chunk
-                if limit is not None and len(held) > limit:
+                if len(held) > limit:
                     raise ZooError(f"{self.address}/{path} has more than {limit} bytes, which is not expected")
             return end is None or len(held) == end
 

@@ -4,6 +4,7 @@ Lineage is by folder: a fine-tuned run lies in a folder named like its parent. W
 is kept beside what its configs declare.
 """
 
+import math
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -19,6 +20,7 @@ from vitzoo_hf.foreign.names import to_timm
 from vitzoo_hf.foreign.places import FolderPlace, WebPlace
 from vitzoo_hf.foreign.plan import LoadedModel, PlannedRow, SourcePlan
 from vitzoo_hf.foreign.release_runs import RunFiles, public, read_run
+from vitzoo_hf.foreign.table import LARGEST_RESULT
 from vitzoo_hf.schema import ZooError
 
 FOLDERS = (("vit_imagenet_pretrained", "vit_cifar100_finetuned"), ("pretraining", "finetuning"))
@@ -41,7 +43,7 @@ PROBED_RUNS = 3
 NOTES = (
     "Augmentation is as declared in the configs; the published trainer passes its arguments in another order, so that"
     " mixup was used as label smoothing, cutmix as mixup, and cutmix was off: see `declared` and `effective` in the"
-    " provenance of each row.",
+    " provenance of each row. Whether the released weights were trained by exactly this code is not known.",
     "Heads of contrastive pre-training are projections, not classifiers: these rows have no accuracy.",
     "Test metrics were recorded on whole batches: at batch size 256 on 9,984 of the 10,000 test images of CIFAR-100;"
     " measured again they can differ by up to 0.16 points.",
@@ -132,9 +134,11 @@ class _Planner:
             run = self._run(f"{pretrained}/{folder}", _safe(folder), None)
             if run is not None:
                 parents[folder] = run
+        kept = self._unique([*parents.values()])
+        parents = {folder: run for folder, run in parents.items() if run in kept}
         tuned = []
         for folder in self._folders(finetuned) if finetuned else ():
-            for child in self._folders(f"{finetuned}/{folder}"):
+            for child in self._children(f"{finetuned}/{folder}"):
                 path = f"{finetuned}/{folder}/{child}"
                 if folder not in parents:
                     self.refused[path] = f"its parent {folder} is not among the pre-trained runs"
@@ -146,6 +150,16 @@ class _Planner:
 
     def _folders(self, path: str) -> list[str]:
         return [entry.name for entry in self.place.listing(path) if entry.is_folder]
+
+    def _children(self, path: str) -> list[str]:
+        """The runs of a parent; none, and the folder refused, if it cannot be listed."""
+        try:
+            return self._folders(path)
+        except ZooError as error:
+            if type(error) is not ZooError:
+                raise
+            self.refused[path] = str(error)
+            return []
 
     def _run(self, path: str, run_id: str, parent: _Run | None) -> _Run | None:
         try:
@@ -228,7 +242,7 @@ class _Planner:
         return partial(_load, self.place, path, run.architecture, self.args)
 
     def _columns(self, run: _Run, epoch: int, *, is_final: bool, parent_epoch: int) -> dict[str, Any]:
-        config = run.files.config
+        config = public(run.files.config)
         stage_default = "imagenet-1k" if run.parent is None else "cifar-100"
         told = re.sub(r"[^a-z0-9]", "", str(config.get("dataset::name", "")).lower())
         results, notes = _results(run, epoch)
@@ -245,9 +259,9 @@ class _Planner:
             **results,
             "provenance": {
                 "release": "ViT model zoo",
-                "config": public(config),
+                "config": config,
                 "declared": {name: config.get(f"training::{name}") for name in DECLARED},
-                "effective": _effective(run),
+                "effective": _effective(config),
             },
         }
 
@@ -286,31 +300,35 @@ def _safe(folder: str) -> str:
 
 
 def _factors(run: _Run) -> dict[str, Any]:
-    config, root = run.files.config, run.root.files
+    config, root = public(run.files.config), run.root.files
     seed = config.get("model::head::seed") if run.parent is not None else None
     ddp = root.config.get("training::ddp")
+    optimizer = config.get("optim::optimizer")
     return {
         "regime": run.regime,
         "ddp": ddp if isinstance(ddp, bool) else "ddp" in root.path.split("/")[-1].lower(),
         "seed": _number(config.get("seed") if seed is None else seed, int),
         "parent_seed": None if run.parent is None else _number(root.config.get("seed"), int),
         "lr": _number(config.get("optim::lr"), float),
-        "optimizer": str(config.get("optim::optimizer", "")).lower() or None,
+        "optimizer": optimizer.lower() if isinstance(optimizer, str) and optimizer else None,
         "weight_decay": _number(config.get("optim::wd"), float),
         "head": "mlp" if run.parent is not None and config.get("model::head::mlp") is True else "linear",
     }
 
 
 def _number(value: Any, kind: type) -> Any:
+    """The value as an int64 or a finite float; None if it is neither."""
     try:
-        return None if value is None or isinstance(value, bool) else kind(value)
-    except (TypeError, ValueError):
+        number = None if isinstance(value, bool) else kind(value)
+    except (TypeError, ValueError, OverflowError):
         return None
+    if isinstance(number, int):
+        return number if -(2**63) <= number < 2**63 else None
+    return number if number is not None and math.isfinite(number) else None
 
 
-def _effective(run: _Run) -> dict[str, Any]:
+def _effective(config: Mapping[str, Any]) -> dict[str, Any]:
     """What the published trainer does with the declared augmentation."""
-    config = run.files.config
     declared = {name: config.get(f"training::{name}") for name in DECLARED}
     if declared["mixup"] is None and declared["cutmix"] is None:
         return {"label_smoothing": 0.0, "mixup": 0.0, "cutmix": 0.0, "random_erase": 0.0}
@@ -340,7 +358,7 @@ def _results(run: _Run, epoch: int) -> tuple[dict[str, float | None], list[str]]
             notes.append(f"{run.run_id} records accuracies outside 0 to 1, which are left out.")
             found[name] = None
     for name in ("train_loss", "test_loss"):
-        if found[name] is not None and not abs(found[name] or 0.0) < float("inf"):
+        if abs(found[name] or 0.0) > LARGEST_RESULT:
             found[name] = None
     train, test = found["train_accuracy"], found["test_accuracy"]
     gap = None if train is None or test is None else train - test

@@ -1,6 +1,7 @@
 """One training of the original ViT model zoo as it lies in its folder: config, results per epoch, checkpoints."""
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from vitzoo_hf.schema import ZooError
 MAX_CONFIG_BYTES = 1_000_000
 MAX_RESULT_BYTES = 64_000_000
 MAX_EPOCHS = 100_000
+MAX_LEVELS = 20
 CHECKPOINT = re.compile(r"checkpoint_?0*([0-9]{1,6})", re.ASCII)
 PRIVATE = re.compile(
     r"hostname|node_ip|pid|user|path|dump|dir|cluster|address|trial_id|date|timestamp", re.IGNORECASE
@@ -88,10 +90,10 @@ def parse_results(data: bytes, name: str) -> dict[int, dict[str, Any]]:
     try:
         told = json.loads(text)
         entries = told if isinstance(told, list) else [told]
-    except ValueError:
+    except (ValueError, RecursionError):
         try:
             entries = [json.loads(line) for line in text.splitlines() if line.strip()]
-        except ValueError:
+        except (ValueError, RecursionError):
             raise ZooError(f"{name} is neither JSON nor JSON lines") from None
     if not all(isinstance(entry, dict) for entry in entries):
         raise ZooError(f"{name} does not hold objects, one an epoch")
@@ -103,22 +105,27 @@ def parse_results(data: bytes, name: str) -> dict[int, dict[str, Any]]:
     return found
 
 
-def public(value: Any) -> Any:
-    """A config without paths, hosts and people: what is published of it."""
+def public(value: Any, level: int = 0) -> Any:
+    """A config without paths, hosts and people, as strict JSON can hold it: what is published of it."""
+    if level > MAX_LEVELS:
+        return None
     if isinstance(value, Mapping):
-        kept = {str(key): public(entry) for key, entry in value.items() if not PRIVATE.search(str(key))}
+        keys = [key for key in map(str, value) if not PRIVATE.search(key) and public(key) is not None]
+        kept = {key: public(value[key], level + 1) for key in keys}
         return {key: entry for key, entry in kept.items() if entry is not None}
     if isinstance(value, list):
-        return [public(entry) for entry in value[:1000]]
+        return [public(entry, level + 1) for entry in value[:1000]]
     if isinstance(value, str):
         return None if LOCATED.search(value) or len(value) > 500 else value
-    return value if isinstance(value, bool | int | float) else None
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if isinstance(value, bool | int) else None
 
 
 def _object(data: bytes, name: str) -> dict[str, Any]:
     try:
         told = json.loads(data)
-    except ValueError:
+    except (ValueError, RecursionError):
         told = None
     if not isinstance(told, dict):
         raise ZooError(f"{name} is no JSON object")
