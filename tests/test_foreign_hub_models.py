@@ -98,7 +98,7 @@ def test_only_what_is_needed_is_downloaded_when_it_is_loaded_through_short_failu
     assert hub.run(code, tmp_path / "home") == ["hub-models", len(save(state(1)))]
     assert not hub.asked("/resolve/")
     hub.inject("fail", "/api/models/org/one", times=2, value=503)
-    hub.inject("fail", "/org/one/resolve/", times=2, value=429)
+    hub.inject("fail", "/org/one/resolve/", times=8, value=503)
     zoo, _ = converted(hub, tmp_path, ["org/one"])
     assert list(zoo.index["weights_sha256"]) == [sha256(1)]
     assert not hub.asked(r"h5|pytorch_model")
