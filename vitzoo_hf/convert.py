@@ -195,7 +195,7 @@ def _largest(plan: SourcePlan) -> int:
     sizes = [row.size for row in plan.rows]
     known = [size for size in sizes if size]
     if known:
-        return max(known) // 4
+        return max(1, max(known) // 4)
     for row in plan.rows:
         try:
             return Layout.of(row.load().tensors).num_parameters
