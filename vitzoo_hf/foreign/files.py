@@ -7,7 +7,6 @@ was looked at. What is damaged or hostile is refused by name.
 import io
 import pickle
 import struct
-import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -71,8 +70,7 @@ def _read(opened: io.BufferedIOBase, name: str, size: int) -> Any:
         _check_archive(opened, name, size)
     opened.seek(0)
     try:
-        with warnings.catch_warnings(action="ignore"):
-            return torch.load(opened, map_location="cpu", weights_only=True)  # type: ignore[arg-type]
+        return torch.load(opened, map_location="cpu", weights_only=True)  # type: ignore[arg-type]
     except pickle.UnpicklingError as error:
         reason = "it holds more than tensors" if "weights_only" in str(error).lower() else one_line(error)
         raise ZooError(f"{name} is not read: {reason}; only checkpoints of plain tensors are") from None
