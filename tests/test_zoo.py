@@ -159,7 +159,10 @@ def test_a_flipped_weight_is_refused_by_name(zoo_copy):
     changed = table.set_column(position, field, pa.array(weights, field.type))
     pq.write_table(changed, file, use_dictionary=False, compression="none")
     manifest = json.loads((zoo_copy / "zoo.json").read_text())
-    listed = {f"weights/{file.name}": {"bytes": file.stat().st_size} for file in (zoo_copy / "weights").iterdir()}
+    listed = {
+        f"weights/{file.name}": {"bytes": file.stat().st_size, "sha256": "0" * 64}
+        for file in (zoo_copy / "weights").iterdir()
+    }
     manifest["files"] = {name: entry for name, entry in manifest["files"].items() if name != "shards.json"} | listed
     (zoo_copy / "zoo.json").write_text(json.dumps(manifest))
     damaged = table["model_id"][1].as_py()
@@ -238,3 +241,14 @@ def test_a_flipped_bit_in_a_light_table_is_named(zoo_copy, config):
 
     with pytest.raises(ZooError, match=f"{config}/.* does not match its hash: it is damaged"):
         read_everything()
+
+
+def test_a_shard_without_size_or_hash_is_named(zoo_copy):
+    manifest = json.loads((zoo_copy / "zoo.json").read_text())
+    del manifest["files"]["shards.json"]
+    manifest["files"]["weights/train-00000-of-00001.parquet"] = {"bytes": 3}
+    (zoo_copy / "zoo.json").write_text(json.dumps(manifest))
+    with pytest.raises(
+        ZooError, match=r"is damaged: size or hash of weights/train-00000-of-00001.parquet is not listed"
+    ):
+        Zoo(zoo_copy)

@@ -64,6 +64,9 @@ def read_shards(files: FolderFiles | HubFiles, manifest: Mapping[str, Any]) -> d
             raise ZooError(f"{schema.SHARDS} of {files.name} does not match its hash: it is damaged; {REPAIR}")
         listed = json.loads(data)
     names = [name for name in listed if name.startswith("weights/")]
+    for name in names:
+        if not isinstance(listed[name], dict) or not {"bytes", "sha256"} <= listed[name].keys():
+            raise ZooError(f"{files.name} is damaged: size or hash of {name} is not listed; {REPAIR}")
     order = {f"weights/{split}": rank for rank, split in enumerate(schema.SPLITS)}
     return {name: listed[name] for name in sorted(names, key=lambda name: (order[name.split("-")[0]], name))}
 
