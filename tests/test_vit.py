@@ -209,7 +209,6 @@ def test_unknown_names_are_refused(name, options, message):
         {"img_size": "x"},
         {"embed_dim": -4},
         {"act_layer": "foo"},
-        {"pretrained": True},
     ],
 )
 def test_arguments_timm_refuses_are_named(bad):
