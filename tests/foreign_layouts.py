@@ -49,10 +49,11 @@ def write_checkpoint(folder: Path, model: torch.nn.Module, wrapping: str = "vit"
     (folder / "optimizer").write_bytes(b"of no interest")
 
 
-def config_of(epochs: int, seed: int, **changes: Any) -> dict[str, Any]:
+def config_of(epochs: int, seed: int, outputs: int, **changes: Any) -> dict[str, Any]:
     """A config with the keys of the release."""
     return {
         "model::type": "vit_s_16",
+        "model::o_dim": outputs,
         "dataset::name": "ImageNet1K",
         "dataset::dump": "/netscratch2/somebody/dataset.pt",
         "optim::lr": 0.001,
@@ -102,7 +103,7 @@ def write_release(
         changes = {"training::mode": mode, "training::ddp": ddp}
         if mode == "cl":
             changes |= {"training::mixup": None, "training::cutmix": None, "training::temperature": 0.07}
-        (run / "config.json").write_text(json.dumps(config_of(3, seed, **changes)))
+        (run / "config.json").write_text(json.dumps(config_of(3, seed, 10, **changes)))
         lines = results_of(3)
         text = ("\n".join(map(json.dumps, lines)), json.dumps(lines), json.dumps(lines[0]))[number]
         (run / "result.json").write_text(text)
@@ -128,9 +129,9 @@ def write_finetuned(run: Path, parent: str, seed: int, lr: float, optimizer: str
         "optim::wd": 0,
         "model::head::mlp": mlp,
         "model::head::seed": seed,
-        "pretraining::model::path": "/netscratch2/somebody/checkpoint_89/checkpoints",
+        "pretraining::model::path": "/netscratch2/somebody/checkpoint_2/checkpoints",
     }
-    (run / "config.json").write_text(json.dumps(config_of(2, seed, **changes)))
+    (run / "config.json").write_text(json.dumps(config_of(2, seed, 5, **changes)))
     (run / "result.json").write_text("\n".join(map(json.dumps, results_of(2))))
 
 
@@ -141,11 +142,18 @@ class ListingServer(BaseHTTPRequestHandler):
     requests: list[str]
     extra: dict[str, list[Any]]
     faults: list[tuple[str, Any]]
+    version = 1
     protocol_version = "HTTP/1.1"
+
+    @staticmethod
+    def watch() -> None:
+        """Called when a checkpoint is asked for; tests put something else here."""
 
     def do_GET(self) -> None:
         path = unquote(self.path).strip("/")
         self.requests.append(path)
+        if path.endswith("/checkpoints"):
+            self.watch()
         kind, value = self.faults.pop(0) if self.faults else ("", None)
         if kind == "status":
             self._answer(int(value), b"")
@@ -153,14 +161,19 @@ class ListingServer(BaseHTTPRequestHandler):
         file = self.root / path
         if file.is_dir():
             entries: list[Any] = [
-                {"name": entry.name, "type": "directory" if entry.is_dir() else "file"} for entry in file.iterdir()
+                {"name": entry.name, "type": "directory"}
+                if entry.is_dir()
+                else {"name": entry.name, "type": "file", "size": entry.stat().st_size}
+                for entry in file.iterdir()
             ]
             self._answer(200, json.dumps(entries + self.extra.get(path, [])).encode())
         elif file.is_file():
             data = file.read_bytes()
-            start = int((self.headers.get("Range") or "bytes=0-").removeprefix("bytes=").split("-")[0])
+            is_part = "Range" in self.headers and self.headers.get("If-Range") in (None, f'"{self.version}"')
+            told = self.headers["Range"] if is_part else "bytes=0-"
+            start = int(told.removeprefix("bytes=").split("-")[0])
             self._answer(
-                206 if "Range" in self.headers else 200,
+                206 if is_part else 200,
                 data[start:],
                 start,
                 len(data),
@@ -172,6 +185,8 @@ class ListingServer(BaseHTTPRequestHandler):
     def _answer(self, status: int, body: bytes, start: int = 0, whole: int = 0, cut: int | None = None) -> None:
         self.send_response(status)
         self.send_header("Content-Length", str(len(body)))
+        if whole:
+            self.send_header("ETag", f'"{self.version}"')
         if status == 206:
             self.send_header("Content-Range", f"bytes {start}-{whole - 1}/{whole}")
         self.end_headers()

@@ -6,16 +6,15 @@ is kept: one file at a time is in memory, and a broken connection is taken up wh
 
 import io
 import json
-import os
 import re
 import time
 import unicodedata
 import urllib.error
 import urllib.request
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
 from vitzoo_hf.foreign.files import MAX_FILE_BYTES
 from vitzoo_hf.foreign.plan import SourceError
@@ -26,6 +25,8 @@ MAX_LISTING_BYTES = 32_000_000
 MAX_ENTRIES = 200_000
 MAX_NAME = 255
 ATTEMPTS = 6
+MOST_TRANSFERS = 200
+LONGEST_ASKED_WAIT = 120
 FIRST_WAIT, LONGEST_WAIT = 0.5, 8.0
 TIMEOUT = 30.0
 TRANSIENT = (408, 429, 500, 502, 503, 504)
@@ -70,6 +71,27 @@ def is_shown(name: str) -> bool:
     return not any(unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp") for character in name)
 
 
+def shown(name: Any) -> str:
+    """A name of a listing as it may be printed: short, on one line.
+
+    >>> shown("a\\nb")
+    "'a\\\\nb'"
+    """
+    return name if unsafe(name) is None else ascii(name)[:80]
+
+
+def parsed(data: bytes) -> Any:
+    """JSON that somebody else wrote; None if it is not JSON, or nested too deep to be read.
+
+    >>> parsed(b'{"a": 1}'), parsed(b"{"), parsed(b"[" * 100_000)
+    ({'a': 1}, None, None)
+    """
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError):
+        return None
+
+
 class FolderPlace:
     """A folder on this machine."""
 
@@ -89,17 +111,36 @@ class FolderPlace:
             found = sorted(folder.iterdir(), key=lambda file: file.name)
         except OSError as error:
             raise ZooError(f"{path or self.name} cannot be listed: {error.strerror}") from None
+        if len(found) > MAX_ENTRIES:
+            raise ZooError(f"{path or self.name} has {len(found)} entries; at most {MAX_ENTRIES} are expected")
         entries = []
         for file in found:
-            if file.name.startswith("."):
-                continue
-            if not is_shown(file.name):
-                self.refused[_join(path, ascii(file.name))] = NOT_SHOWN
-            elif not self._holds(file):
-                self.refused[_join(path, file.name)] = "it is a link that leaves the source, or leads nowhere"
-            elif file.is_dir() or file.is_file():
-                entries.append(Entry(file.name, file.is_dir(), None if file.is_dir() else file.stat().st_size))
+            reason = unsafe(file.name)
+            if reason is not None:
+                self.refused[_join(path, shown(file.name))] = reason
+            elif not file.name.startswith("."):
+                try:
+                    entries += self._entry(file)
+                except ZooError as error:
+                    self.refused[_join(path, file.name)] = str(error)
         return entries
+
+    def _entry(self, file: Path) -> list[Entry]:
+        """The entry of a file or folder; nothing for devices, pipes and the like."""
+        if not self._is_inside(file):
+            raise ZooError("it is a link that leaves the source, or leads nowhere")
+        try:
+            if file.is_dir():
+                return [Entry(file.name, True)]
+            return [Entry(file.name, False, file.stat().st_size)] if file.is_file() else []
+        except OSError as error:
+            raise ZooError(f"it cannot be read: {error.strerror}") from None
+
+    def _is_inside(self, file: Path) -> bool:
+        try:
+            return file.resolve(strict=True).is_relative_to(self.root)
+        except (OSError, RuntimeError):
+            return False
 
     def read(self, path: str, limit: int) -> bytes:
         """A small file.
@@ -116,7 +157,13 @@ class FolderPlace:
             raise ZooError(f"{path} cannot be read: {error.strerror}") from None
 
     def open(self, path: str) -> Path:
-        """The file of a checkpoint."""
+        """The file of a checkpoint.
+
+        Raises:
+            SourceError: if the whole folder has gone, such as a disk that was unplugged.
+        """
+        if not self.root.is_dir():
+            raise SourceError(f"{self.name} is not there any more; the same command continues later")
         return self.root / path
 
     def size(self, path: str) -> int | None:
@@ -126,25 +173,69 @@ class FolderPlace:
             ZooError: if it is missing, empty, or a link that leaves the source.
         """
         file = self.root / path
-        if not file.is_file() or not self._holds(file):
+        found = self._entry(file) if self._is_inside(file) else []
+        if not found or found[0].is_folder:
             raise ZooError(f"it has no file `{file.name}`")
-        if file.stat().st_size == 0:
+        if found[0].size == 0:
             raise ZooError(f"its file `{file.name}` has 0 bytes")
-        return file.stat().st_size
+        return found[0].size
 
-    def _holds(self, file: Path) -> bool:
-        """Whether a file, or what a link means, lies in the source; links may go in circles."""
-        return file.exists() and Path(os.path.realpath(file)).is_relative_to(self.root)
+
+@dataclass
+class _Download:
+    """What has come of a file so far, and which version of it that is.
+
+    Attributes:
+        data: from its first byte on.
+        version: its entity tag or date, if the server tells one.
+        total: bytes of the whole file, if the server tells them.
+    """
+
+    data: bytearray = field(default_factory=bytearray)
+    version: str | None = None
+    total: int | None = None
+
+    @property
+    def whole(self) -> bool:
+        """Whether nothing is missing, as far as it can be told."""
+        return self.total is None or len(self.data) == self.total
+
+    def take_up(self, answer: Any) -> None:
+        """Note what an answer tells; begin again if it does not continue this very version."""
+        told = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", answer.headers.get("Content-Range", ""), re.ASCII)
+        continues = answer.status == 206 and told is not None and int(told[1]) == len(self.data)
+        if self.data and not (continues and told is not None and self.total in (None, int(told[2]))):
+            self.data.clear()
+            if answer.status == 206:
+                raise ConnectionError("the server sent another part than the one asked for")
+        tag = answer.headers.get("ETag", "")
+        self.version = (None if tag.startswith("W/") else tag) or answer.headers.get("Last-Modified")
+        self.total = None if answer.length is None else len(self.data) + answer.length
 
 
 class WebPlace:
-    """A web server with JSON listings: a list of `{"name", "type": "directory" | "file", "size"}` for each folder."""
+    """A web server with JSON listings: a list of `{"name", "type": "directory" | "file", "size"}` for each folder.
+
+    Args:
+        address: of the folder.
+
+    Raises:
+        ZooError: if it is no plain http(s) address.
+    """
 
     attempts = ATTEMPTS
 
     def __init__(self, address: str) -> None:
+        try:
+            parts = urlsplit(address)
+            plain = parts.scheme in ("http", "https") and parts.hostname and (parts.port or 1)
+        except ValueError:
+            plain = False
+        if not plain or "@" in parts.netloc or parts.query or parts.fragment or not address.isascii():
+            raise ZooError("the address of a source is http(s)://HOST/PATH: without user, password, ? or #")
         self.name = self.address = address.rstrip("/")
         self.refused: dict[str, str] = {}
+        self._was_listed = False
 
     def listing(self, path: str = "") -> list[Entry]:
         """What lies in a folder, by name.
@@ -153,21 +244,17 @@ class WebPlace:
             ZooError: if the server lists no such folder, or not as JSON.
             SourceError: if the server does not answer.
         """
-        data = bytes(self._fetch(f"{path}/" if path else "", MAX_LISTING_BYTES))
-        try:
-            told = json.loads(data)
-        except (ValueError, RecursionError):
-            told = None
+        told = parsed(bytes(self._fetch(f"{path}/" if path else "", MAX_LISTING_BYTES)))
         if not isinstance(told, list) or len(told) > MAX_ENTRIES:
-            raise ZooError(
-                f"{self.address}/{path} is no listing: expected a JSON list of at most {MAX_ENTRIES} entries"
-            )
+            what = path or self.address
+            raise ZooError(f"{what} is no listing: expected a JSON list of at most {MAX_ENTRIES} entries")
+        self._was_listed = self._was_listed or not path
         entries = {}
         for item in told:
             name = item.get("name") if isinstance(item, dict) else None
             reason = unsafe(name)
             if not isinstance(name, str) or reason is not None:
-                self.refused[_join(path, ascii(name)[:80])] = str(reason)
+                self.refused[_join(path, shown(name))] = str(reason)
             elif not name.startswith("."):
                 size = item.get("size")
                 known = size if isinstance(size, int) and not isinstance(size, bool) and size >= 0 else None
@@ -197,49 +284,67 @@ class WebPlace:
         return None
 
     def _fetch(self, path: str, limit: int) -> bytearray:
-        """All bytes of a file; a broken transfer goes on where it broke, if the file is still the same."""
-        held = bytearray()
-        version: list[str] = []
+        """All bytes of a file; a broken transfer goes on where it broke, if the server can."""
+        got = _Download()
         failures = 0
-        while True:
-            before = len(held)
+        for _ in range(MOST_TRANSFERS):
+            before, asked = len(got.data), 0.0
             try:
-                if self._transfer(path, limit, held, version):
-                    return held
-                raise ConnectionError("the answer ended early")
+                self._transfer(path, limit, got)
+                if got.whole:
+                    return got.data
+                reason = "the answer ended early"
             except urllib.error.HTTPError as error:
                 error.close()
-                if error.code not in TRANSIENT:
-                    raise ZooError(f"{self.address}/{path} cannot be read: the server says {error.code}") from None
                 reason = f"the server says {error.code}"
-            except (urllib.error.URLError, OSError, ConnectionError, http_errors()) as error:
+                if error.code == 416 and got.data:
+                    got.data.clear()
+                elif error.code not in TRANSIENT:
+                    raise self._missing(path, reason) from None
+                asked = _seconds(error.headers.get("Retry-After", ""))
+            except (OSError, http_errors()) as error:
                 reason = one_line(error)
-            failures = 1 if len(held) > before else failures + 1
+            failures = 1 if len(got.data) > before else failures + 1
             if failures >= self.attempts:
-                raise SourceError(f"{self.address}/{path} cannot be read: {reason}; the same command continues later")
-            time.sleep(min(FIRST_WAIT * 2 ** (failures - 1), LONGEST_WAIT))
+                break
+            time.sleep(max(asked, min(FIRST_WAIT * 2 ** (failures - 1), LONGEST_WAIT)))
+        raise SourceError(f"{self.address}/{path} cannot be read: {reason}; the same command continues later")
 
-    def _transfer(self, path: str, limit: int, held: bytearray, version: list[str]) -> bool:
-        """Add what one request brings to `held`, which is of `version`; whether that is all of it."""
+    def _missing(self, path: str, reason: str) -> ZooError:
+        """The error for a file that the server refuses: of the file alone, or of all if it refuses everything now."""
+        if path and self._was_listed:
+            try:
+                self.listing()
+            except SourceError:
+                raise
+            except ZooError:
+                return SourceError(
+                    f"{self.address} is not listed any more: {reason}; the same command continues later"
+                )
+        return ZooError(f"{path or self.address} cannot be read: {reason}")
+
+    def _transfer(self, path: str, limit: int, got: _Download) -> None:
+        """Add what one request brings."""
         headers = {"User-Agent": "vitzoo-hf", "Accept-Encoding": "identity"}
-        if held:
-            headers["Range"] = f"bytes={len(held)}-"
-            headers |= {"If-Range": version[0]} if version else {}
+        if got.data:
+            headers["Range"] = f"bytes={len(got.data)}-"
+            if got.version is not None:
+                headers["If-Range"] = got.version
         request = urllib.request.Request(f"{self.address}/{quote(path)}", headers=headers)
         with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
-            told = answer.headers.get("Content-Range", "")
-            if held and not (answer.status == 206 and told.startswith(f"bytes {len(held)}-")):
-                held.clear()
-            if not held:
-                tag = answer.headers.get("ETag", "")
-                version[:] = [tag] if tag.startswith('"') else []
-            expected = answer.headers.get("Content-Length", "")
-            end = len(held) + int(expected) if expected.isdecimal() else None
+            got.take_up(answer)
+            too_long = f"{path or self.address} has more than {limit} bytes, which is not expected"
+            if got.total is not None and got.total > limit:
+                raise ZooError(too_long)
             while chunk := answer.read(CHUNK):
-                held += chunk
-                if len(held) > limit:
-                    raise ZooError(f"{self.address}/{path} has more than {limit} bytes, which is not expected")
-            return end is None or len(held) == end
+                got.data += chunk
+                if len(got.data) > limit:
+                    raise ZooError(too_long)
+
+
+def _seconds(told: str) -> float:
+    """How long a busy server asks to be left alone, at most two minutes."""
+    return float(min(int(told), LONGEST_ASKED_WAIT)) if re.fullmatch(r"[0-9]{1,6}", told) else 0.0
 
 
 def http_errors() -> type[Exception]:

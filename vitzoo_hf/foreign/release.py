@@ -4,41 +4,39 @@ Lineage is by folder: a fine-tuned run lies in a folder named like its parent. W
 is kept beside what its configs declare.
 """
 
-import math
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from vitzoo_hf import schema
 from vitzoo_hf.flatten import is_head
 from vitzoo_hf.foreign.files import read_state_dict
 from vitzoo_hf.foreign.names import to_timm
 from vitzoo_hf.foreign.places import FolderPlace, WebPlace
-from vitzoo_hf.foreign.plan import LoadedModel, PlannedRow, SourcePlan
-from vitzoo_hf.foreign.release_runs import RunFiles, public, read_run
-from vitzoo_hf.foreign.table import LARGEST_RESULT
+from vitzoo_hf.foreign.plan import LoadedModel, PlannedRow, SourceError, SourcePlan
+from vitzoo_hf.foreign.release_columns import (
+    FACTORS,
+    dataset_of,
+    factors_of,
+    image_record,
+    provenance_of,
+    regime_of,
+    results_of,
+    whole_number,
+)
+from vitzoo_hf.foreign.release_runs import CHECKPOINT, RunFiles, read_run
 from vitzoo_hf.schema import ZooError
 
 FOLDERS = (("vit_imagenet_pretrained", "vit_cifar100_finetuned"), ("pretraining", "finetuning"))
 ABOVE = ("", "dataset", "vit-modelzoo")
 ARCHITECTURES = {"vit_s_16": "vit_small_patch16_224"}
-DATASETS = {"imagenet1k": "imagenet-1k", "imagenet": "imagenet-1k", "cifar100": "cifar-100"}
-FACTORS = {
-    "regime": "string",
-    "ddp": "bool",
-    "seed": "int",
-    "parent_seed": "int",
-    "lr": "float",
-    "optimizer": "string",
-    "weight_decay": "float",
-    "head": "string",
-}
-DECLARED = ("mixup", "cutmix", "randerase", "label_smoothing")
 PROBED_RUNS = 3
+LONGEST_ID_PART = 100
 
 NOTES = (
     "Augmentation is as declared in the configs; the published trainer passes its arguments in another order, so that"
@@ -50,7 +48,6 @@ NOTES = (
     "No images were held out for selection: choosing models by test accuracy is choosing on test.",
     "The release states no licence for its weights.",
 )
-IMAGENET_STATISTICS = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 
 
 def is_release(place: FolderPlace | WebPlace) -> bool:
@@ -84,11 +81,17 @@ def plan_release(
         raise ZooError(f"first_epoch is {first_epoch}; expected 0 (before training) or 1 (after one epoch)")
     planner = _Planner(place, architecture, dict(architecture_args or {}))
     runs = planner.runs()
-    rows = planner.rows(runs, planner.first_epochs(runs, first_epoch))
-    datasets = {row.columns["dataset"] for row in rows}
-    images = {dataset: _image_record(dataset) for dataset in sorted(datasets)}
+    planner.find_offsets(runs, first_epoch)
+    rows = planner.rows(runs)
+    datasets = sorted({row.columns["dataset"] for row in rows})
+    images = {dataset: record for dataset in datasets if (record := image_record(dataset)) is not None}
+    planner.notes += [
+        f"{dataset} is not among the images the release is known to have: how they were prepared is not known."
+        for dataset in datasets
+        if dataset not in images
+    ]
     refused = planner.refused | place.refused
-    return SourcePlan(name, rows, dict(FACTORS), images, refused, list(NOTES) + planner.notes)
+    return SourcePlan(name, rows, dict(FACTORS), images, refused, list(NOTES) + planner.sentences())
 
 
 class _Run:
@@ -107,9 +110,13 @@ class _Run:
 
     @property
     def regime(self) -> str:
-        config, folder = self.root.files.config, self.root.files.path.split("/")[-1]
-        mode = str(config.get("training::mode") or folder[:2]).lower()
-        return "contrastive" if mode == "cl" else "supervised"
+        """How this very run was trained."""
+        return (regime_of(self.files) if self.parent is None else None) or "supervised"
+
+    @property
+    def outputs(self) -> int | None:
+        """How many outputs its config says that its head has."""
+        return whole_number(self.files.config.get("model::o_dim"))
 
 
 class _Planner:
@@ -119,6 +126,9 @@ class _Planner:
         self.place, self.architecture, self.args = place, architecture, args
         self.refused: dict[str, str] = {}
         self.notes: list[str] = []
+        self.notes_on_runs: dict[str, dict[str, None]] = {}
+        self.offsets: dict[str, int] = {}
+        self.is_given = False
 
     def runs(self) -> list[_Run]:
         """Pre-trained runs, then fine-tuned ones, sorted."""
@@ -134,11 +144,9 @@ class _Planner:
             run = self._run(f"{pretrained}/{folder}", _safe(folder), None)
             if run is not None:
                 parents[folder] = run
-        kept = self._unique([*parents.values()])
-        parents = {folder: run for folder, run in parents.items() if run in kept}
         tuned = []
         for folder in self._folders(finetuned) if finetuned else ():
-            for child in self._children(f"{finetuned}/{folder}"):
+            for child in self._folders(f"{finetuned}/{folder}"):
                 path = f"{finetuned}/{folder}/{child}"
                 if folder not in parents:
                     self.refused[path] = f"its parent {folder} is not among the pre-trained runs"
@@ -149,15 +157,12 @@ class _Planner:
         return self._unique([*parents.values(), *tuned])
 
     def _folders(self, path: str) -> list[str]:
-        return [entry.name for entry in self.place.listing(path) if entry.is_folder]
-
-    def _children(self, path: str) -> list[str]:
-        """The runs of a parent; none, and the folder refused, if it cannot be listed."""
+        """Names of the folders in a folder; none, and the folder refused, if it cannot be listed."""
         try:
-            return self._folders(path)
+            return [entry.name for entry in self.place.listing(path) if entry.is_folder]
+        except SourceError:
+            raise
         except ZooError as error:
-            if type(error) is not ZooError:
-                raise
             self.refused[path] = str(error)
             return []
 
@@ -168,85 +173,147 @@ class _Planner:
             architecture = self.architecture or ARCHITECTURES.get(str(told))
             if architecture is None:
                 raise ZooError(f"its model::type {told!r} is unknown: give --architecture")
+            if parent is None and regime_of(files) is None:
+                raise ZooError("neither its training::mode nor its name says sl or cl: its regime is unknown")
             return _Run(run_id, files, parent, architecture)
+        except SourceError:
+            raise
         except ZooError as error:
-            if type(error) is not ZooError:
-                raise
             self.refused[path] = str(error)
             return None
 
     def _unique(self, runs: list[_Run]) -> list[_Run]:
         kept: dict[str, _Run] = {}
         for run in runs:
-            if run.run_id in kept:
+            if run.parent is not None and kept.get(run.parent.run_id) is not run.parent:
+                self.refused[run.files.path] = f"its parent {run.parent.files.folder} is not taken"
+            elif run.run_id in kept:
                 self.refused[run.files.path] = f"its id {run.run_id} is that of {kept[run.run_id].files.path} too"
             else:
                 kept[run.run_id] = run
         return list(kept.values())
 
-    def first_epochs(self, runs: list[_Run], given: int | None) -> dict[str, int]:
-        """Stage -> epochs completed at checkpoint 0."""
+    def find_offsets(self, runs: list[_Run], given: int | None) -> None:
+        """Find out, for each stage, how many epochs were completed at checkpoint 0."""
         if given is not None:
-            return dict.fromkeys(schema.STAGES, given)
-        found = {}
+            self.is_given = True
+            self.offsets = dict.fromkeys(schema.STAGES, given)
+            return
         for stage in schema.STAGES:
-            votes = Counter(vote for run in runs if run.stage == stage and (vote := _vote(run.files)) is not None)
-            found[stage] = votes.most_common(1)[0][0] if votes else 1
-        for run in [run for run in runs if run.parent is not None and 0 in run.files.checkpoints][:PROBED_RUNS]:
+            members = [run for run in runs if run.stage == stage]
+            votes = Counter(vote for run in members if (vote := _vote(run.files)) is not None)
+            self.offsets[stage] = votes.most_common(1)[0][0] if votes else 1
+            if members and not votes:
+                self.notes.append(
+                    f"Whether checkpoint 0 is from before training or from after one epoch is not known for {stage}"
+                    " runs, as their configs do not fit their checkpoints: it counts as epoch 1."
+                )
+        self._probe([run for run in runs if run.parent is not None and 0 in run.files.checkpoints])
+
+    def _probe(self, tuned: list[_Run]) -> None:
+        """Correct the offset of fine-tuned runs by the weights of one of them."""
+        for run in tuned[:PROBED_RUNS]:
             untrained = self._has_trunk_of_parent(run)
             if untrained is None:
                 continue
-            if untrained != (found["finetune"] == 0):
-                found["finetune"] = 0 if untrained else 1
+            if untrained != (self.offsets["finetune"] == 0):
+                self.offsets["finetune"] = 0 if untrained else 1
                 state = "has" if untrained else "no longer has"
                 self.notes.append(
-                    f"Checkpoint 0 of fine-tuned runs counts as epoch {found['finetune']}, against the number of"
-                    f" checkpoints: that of {run.run_id} {state} the trunk of its parent."
+                    f"Checkpoint 0 of fine-tuned runs counts as epoch {self.offsets['finetune']}, against the number"
+                    f" of checkpoints: that of {run.run_id} {state} the trunk of its parent."
                 )
-            break
-        return found
+            return
 
     def _has_trunk_of_parent(self, run: _Run) -> bool | None:
         """Whether checkpoint 0 of a fine-tuned run is its parent's last; None if either cannot be read."""
         assert run.parent is not None
-        last = max(run.parent.files.checkpoints)
-        try:
-            first = self._loader(run, run.files.checkpoints[0][0])().tensors
-            parent = self._loader(run.parent, run.parent.files.checkpoints[last][0])().tensors
-        except ZooError as error:
-            if type(error) is not ZooError:
-                raise
+        parent = self._tensors(run.parent, run.parent.files.last)
+        if parent is None:
             return None
-        trunk = [name for name in parent if not is_head(name)]
-        return all(name in first and torch.equal(first[name], parent[name]) for name in trunk)
+        trunk = {name: tensor for name, tensor in parent.items() if not is_head(name)}
+        first = self._tensors(run, 0)
+        if first is None or not _holds(first, trunk):
+            return None if first is None else False
+        last = self._tensors(run, run.files.last)
+        # a trunk that never changes was frozen, and tells nothing
+        return None if last is None or run.files.last == 0 or _holds(last, trunk) else True
 
-    def rows(self, runs: list[_Run], first_epochs: Mapping[str, int]) -> list[PlannedRow]:
+    def _tensors(self, run: _Run, index: int) -> dict[str, Tensor] | None:
+        """The weights of a checkpoint; None if they cannot be taken."""
+        if index not in run.files.checkpoints:
+            return None
+        try:
+            return self._loader(run, run.files.checkpoints[index][0])().tensors
+        except SourceError:
+            raise
+        except ZooError:
+            return None
+
+    def rows(self, runs: list[_Run]) -> list[PlannedRow]:
         """A row a checkpoint, in the order of the runs, epochs ascending."""
         rows = []
         for run in runs:
-            last = max(run.files.checkpoints)
-            offset = first_epochs[run.stage]
-            if run.files.epochs is not None and last + offset != run.files.epochs:
-                self.notes.append(
-                    f"{run.run_id} ends after {last + offset} epochs; its config says {run.files.epochs}."
-                )
+            offset = self._offset(run)
+            self._note_contradictions(run)
             parent_epoch = 0
             if run.parent is not None:
-                parent_epoch = max(run.parent.files.checkpoints) + first_epochs["pretrain"]
+                parent_epoch = run.parent.files.last + self._offset(run.parent)
             for index, (path, size) in sorted(run.files.checkpoints.items()):
-                columns = self._columns(run, index + offset, is_final=index == last, parent_epoch=parent_epoch)
+                is_final = index == run.files.last
+                columns = self._columns(run, index + offset, is_final=is_final, parent_epoch=parent_epoch)
                 rows.append(PlannedRow(path, columns, run.root.run_id, self._loader(run, path), size))
         return rows
 
-    def _loader(self, run: _Run, path: str) -> Any:
-        return partial(_load, self.place, path, run.architecture, self.args)
+    def _offset(self, run: _Run) -> int:
+        """Epochs completed at checkpoint 0 of a run."""
+        offset, last, epochs = self.offsets[run.stage], run.files.last, run.files.epochs
+        if self.is_given or epochs is None or last + offset <= epochs:
+            return offset
+        return 0 if last == epochs else offset
+
+    def _note(self, run: _Run, notes: list[str]) -> None:
+        """Keep notes on a run."""
+        for note in notes:
+            self.notes_on_runs.setdefault(note, {})[run.run_id] = None
+
+    def sentences(self) -> list[str]:
+        """All notes; one that several runs share is said once."""
+        shared = {note: list(runs) for note, runs in self.notes_on_runs.items()}
+        return self.notes + [
+            f"{runs[0]}: {note}." if len(runs) == 1 else f"{len(runs)} runs, {runs[0]} the first: {note}."
+            for note, runs in shared.items()
+        ]
+
+    def _note_contradictions(self, run: _Run) -> None:
+        """Note where what a run's folder says does not fit together."""
+        config, files = run.files.config, run.files
+        notes = list(files.notes)
+        ends = files.last + self._offset(run)
+        if files.epochs is not None and ends != files.epochs:
+            notes.append(f"it ends after {ends} epochs, its config says {files.epochs}")
+        if self._offset(run) != self.offsets[run.stage]:
+            notes.append("its checkpoints count from before training, unlike those of other runs")
+        if run.parent is not None:
+            named = CHECKPOINT.search(str(config.get("pretraining::model::path", "")))
+            if named is not None and int(named[1]) != run.parent.files.last:
+                notes.append(f"its config names checkpoint {int(named[1])} of its parent, not the last")
+            told, held = config.get("pretraining::seed"), factors_of(run.parent.files, None)["seed"]
+            if told is not None and whole_number(told) != held:
+                notes.append(f"its config names another seed of pre-training than its parent's, {held}")
+        self._note(run, notes)
+
+    def _loader(self, run: _Run, path: str) -> Callable[[], LoadedModel]:
+        parent = None if run.parent is None else run.parent.files
+        outputs = None if "num_classes" in self.args else run.outputs
+        told = {"outputs": outputs, "head": factors_of(run.files, parent)["head"]}
+        return partial(_load, self.place, path, run.architecture, self.args, told)
 
     def _columns(self, run: _Run, epoch: int, *, is_final: bool, parent_epoch: int) -> dict[str, Any]:
-        config = public(run.files.config)
-        stage_default = "imagenet-1k" if run.parent is None else "cifar-100"
-        told = re.sub(r"[^a-z0-9]", "", str(config.get("dataset::name", "")).lower())
-        results, notes = _results(run, epoch)
-        self.notes += [note for note in notes if note not in self.notes]
+        is_projection = run.parent is None and run.regime == "contrastive"
+        results, notes = results_of(run.files, epoch, has_accuracy=not is_projection)
+        self._note(run, notes)
+        parent = None if run.parent is None else run.parent.files
         return {
             "model_id": schema.model_id(run.run_id, epoch),
             "run_id": run.run_id,
@@ -254,21 +321,34 @@ class _Planner:
             "stage": run.stage,
             "epoch": epoch,
             "is_final": is_final,
-            "dataset": DATASETS.get(told, stage_default),
-            **{f"factor_{name}": value for name, value in _factors(run).items()},
+            "dataset": dataset_of(run.files, is_pretraining=run.parent is None),
+            **{f"factor_{name}": value for name, value in factors_of(run.files, parent).items()},
             **results,
-            "provenance": {
-                "release": "ViT model zoo",
-                "config": config,
-                "declared": {name: config.get(f"training::{name}") for name in DECLARED},
-                "effective": _effective(config),
-            },
+            "provenance": provenance_of(run.files, run.regime),
         }
 
 
-def _load(place: FolderPlace | WebPlace, path: str, architecture: str, args: Mapping[str, Any]) -> LoadedModel:
-    tensors = read_state_dict(place.open(path), path)
-    return to_timm(tensors, name=path, architecture=architecture, architecture_args=args)
+def _load(
+    place: FolderPlace | WebPlace,
+    path: str,
+    architecture: str,
+    args: Mapping[str, Any],
+    told: Mapping[str, Any],
+) -> LoadedModel:
+    """Read a checkpoint, and compare it with what its run's config says of it."""
+    model = to_timm(
+        read_state_dict(place.open(path), path), name=path, architecture=architecture, architecture_args=args
+    )
+    outputs = model.architecture_args.get("num_classes")
+    if told["outputs"] is not None and outputs != told["outputs"]:
+        raise ZooError(f"{path} has {outputs} outputs; its config says model::o_dim {told['outputs']}")
+    if told["head"] not in (None, model.head):
+        raise ZooError(f"{path} has a head of kind {model.head}; its run is to have one of kind {told['head']}")
+    return model
+
+
+def _holds(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> bool:
+    return all(name in tensors and torch.equal(tensors[name], tensor) for name, tensor in wanted.items())
 
 
 def _roots(place: FolderPlace | WebPlace) -> tuple[str, str | None] | None:
@@ -295,80 +375,10 @@ def _vote(files: RunFiles) -> int | None:
 
 
 def _safe(folder: str) -> str:
-    """A folder's name as a part of a row's id."""
-    return re.sub(r"[^A-Za-z0-9._=+-]+", "-", folder).lstrip("._=+-") or "run"
+    """A folder's name as a part of a row's id; different names give different parts.
 
-
-def _factors(run: _Run) -> dict[str, Any]:
-    config, root = public(run.files.config), run.root.files
-    seed = config.get("model::head::seed") if run.parent is not None else None
-    ddp = root.config.get("training::ddp")
-    optimizer = config.get("optim::optimizer")
-    return {
-        "regime": run.regime,
-        "ddp": ddp if isinstance(ddp, bool) else "ddp" in root.path.split("/")[-1].lower(),
-        "seed": _number(config.get("seed") if seed is None else seed, int),
-        "parent_seed": None if run.parent is None else _number(root.config.get("seed"), int),
-        "lr": _number(config.get("optim::lr"), float),
-        "optimizer": optimizer.lower() if isinstance(optimizer, str) and optimizer else None,
-        "weight_decay": _number(config.get("optim::wd"), float),
-        "head": "mlp" if run.parent is not None and config.get("model::head::mlp") is True else "linear",
-    }
-
-
-def _number(value: Any, kind: type) -> Any:
-    """The value as an int64 or a finite float; None if it is neither."""
-    try:
-        number = None if isinstance(value, bool) else kind(value)
-    except (TypeError, ValueError, OverflowError):
-        return None
-    if isinstance(number, int):
-        return number if -(2**63) <= number < 2**63 else None
-    return number if number is not None and math.isfinite(number) else None
-
-
-def _effective(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What the published trainer does with the declared augmentation."""
-    declared = {name: config.get(f"training::{name}") for name in DECLARED}
-    if declared["mixup"] is None and declared["cutmix"] is None:
-        return {"label_smoothing": 0.0, "mixup": 0.0, "cutmix": 0.0, "random_erase": 0.0}
-    return {
-        "label_smoothing": declared["mixup"],
-        "mixup": declared["cutmix"],
-        "cutmix": 0.0,
-        "random_erase": 0.25,
-    }
-
-
-def _results(run: _Run, epoch: int) -> tuple[dict[str, float | None], list[str]]:
-    """The results of an epoch, and what is to be noted of them."""
-    told = run.files.results.get(epoch, {})
-    found = {
-        "train_loss": _number(told.get("train_loss"), float),
-        "test_loss": _number(told.get("test_loss"), float),
-        "train_accuracy": _number(told.get("train_acc"), float),
-        "test_accuracy": _number(told.get("test_acc"), float),
-    }
-    notes = []
-    for name in ("train_accuracy", "test_accuracy"):
-        value = found[name]
-        if run.parent is None and run.regime == "contrastive":
-            found[name] = None
-        elif value is not None and not 0 <= value <= 1:
-            notes.append(f"{run.run_id} records accuracies outside 0 to 1, which are left out.")
-            found[name] = None
-    for name in ("train_loss", "test_loss"):
-        if abs(found[name] or 0.0) > LARGEST_RESULT:
-            found[name] = None
-    train, test = found["train_accuracy"], found["test_accuracy"]
-    gap = None if train is None or test is None else train - test
-    return found | {"generalization_gap": gap}, notes
-
-
-def _image_record(dataset: str) -> dict[str, Any]:
-    licence = {
-        "imagenet-1k": "ImageNet terms of access; no image is part of this zoo",
-        "cifar-100": "not stated by its authors; no image is part of this zoo",
-    }
-    record = {"source": dataset, "size": 224, "resize": 256, "crop": 224, "channels": 3, "class_names": []}
-    return record | IMAGENET_STATISTICS | {"licence": licence.get(dataset, "unknown")}
+    >>> _safe("sl_vit_s_16_seed_42"), _safe("a b") == _safe("a-b")
+    ('sl_vit_s_16_seed_42', False)
+    """
+    bare = re.sub(r"[^A-Za-z0-9._=+-]+|-{2,}", "-", folder).strip("._=+-")[:LONGEST_ID_PART] or "run"
+    return folder if bare == folder else f"{bare}-{schema.fingerprint(folder, 8)}"

@@ -1,24 +1,29 @@
 """One training of the original ViT model zoo as it lies in its folder: config, results per epoch, checkpoints."""
 
-import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from vitzoo_hf.foreign.places import FolderPlace, WebPlace
+from vitzoo_hf.foreign.places import FolderPlace, WebPlace, parsed
 from vitzoo_hf.schema import ZooError
 
 MAX_CONFIG_BYTES = 1_000_000
 MAX_RESULT_BYTES = 64_000_000
 MAX_EPOCHS = 100_000
-MAX_LEVELS = 20
-CHECKPOINT = re.compile(r"checkpoint_?0*([0-9]{1,6})", re.ASCII)
+CHECKPOINT = re.compile(r"checkpoint_0*([0-9]{1,6})", re.ASCII)
+MAX_DEPTH = 8
+MAX_TEXT = 500
+LARGEST = 1e300
 PRIVATE = re.compile(
-    r"hostname|node_ip|pid|user|path|dump|dir|cluster|address|trial_id|date|timestamp", re.IGNORECASE
+    r"host|node|pid|user|login|mail|path|dump|dir|root|cwd|home|cluster|address|trial_id|date|timestamp",
+    re.IGNORECASE,
 )
-LOCATED = re.compile(r"^(/|~|[A-Za-z]:[\\/])|[\\/].*[\\/]|\b\d{1,3}(\.\d{1,3}){3}\b|@")
+LOCATED = re.compile(
+    r"(^|[\s=:,;\"'(])([/~]|[A-Za-z]:[\\/]|\\\\)|[\\/].*[\\/]|\d{1,3}(\.\d{1,3}){3}|@|([0-9a-f]{0,4}:){3,}",
+    re.IGNORECASE,
+)
 
 
 @dataclass(frozen=True)
@@ -30,18 +35,32 @@ class RunFiles:
         config: `config.json`.
         results: epochs completed -> what `result.json` says of them.
         checkpoints: index in the folder's name -> (path of the file, bytes where known).
+        last: highest index of all checkpoints, those that cannot be taken among them.
+        notes: what is to be known of it, in sentences about "it".
     """
 
     path: str
     config: dict[str, Any]
     results: dict[int, dict[str, Any]]
     checkpoints: dict[int, tuple[str, int | None]]
+    last: int
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def folder(self) -> str:
+        """The name of its folder."""
+        return self.path.rpartition("/")[2]
 
     @property
     def epochs(self) -> int | None:
         """How long the training was to be."""
-        told = self.config.get("training::epochs_train")
-        return told if isinstance(told, int) and not isinstance(told, bool) and 0 < told <= MAX_EPOCHS else None
+        return epochs_of(self.config)
+
+
+def epochs_of(config: Mapping[str, Any]) -> int | None:
+    """How long a config says that a training was to be; None if it does not say it."""
+    told = config.get("training::epochs_train")
+    return told if isinstance(told, int) and not isinstance(told, bool) and 0 < told <= MAX_EPOCHS else None
 
 
 def read_run(place: FolderPlace | WebPlace, path: str, refused: dict[str, str]) -> RunFiles:
@@ -54,9 +73,8 @@ def read_run(place: FolderPlace | WebPlace, path: str, refused: dict[str, str]) 
     if "config.json" not in entries:
         raise ZooError("it has no config.json")
     config = _object(place.read(f"{path}/config.json", MAX_CONFIG_BYTES), f"{path}/config.json")
-    results: dict[int, dict[str, Any]] = {}
-    if "result.json" in entries:
-        results = parse_results(place.read(f"{path}/result.json", MAX_RESULT_BYTES), f"{path}/result.json")
+    results, notes = _results(place, path, epochs_of(config)) if "result.json" in entries else ({}, [])
+    seen: set[int] = set()
     checkpoints: dict[int, tuple[str, int | None]] = {}
     for entry in entries.values():
         if not (entry.is_folder and entry.name.startswith("checkpoint")):
@@ -65,7 +83,9 @@ def read_run(place: FolderPlace | WebPlace, path: str, refused: dict[str, str]) 
         match = CHECKPOINT.fullmatch(entry.name)
         if match is None:
             refused[where] = "its name has no epoch in ASCII digits, such as checkpoint_89"
-        elif int(match[1]) in checkpoints:
+            continue
+        seen.add(int(match[1]))
+        if int(match[1]) in checkpoints:
             refused[where] = f"its epoch is that of {checkpoints[int(match[1])][0]} too"
         else:
             try:
@@ -74,59 +94,78 @@ def read_run(place: FolderPlace | WebPlace, path: str, refused: dict[str, str]) 
                 refused[where] = str(error)
     if not checkpoints:
         raise ZooError("it has no checkpoint")
-    return RunFiles(path, config, results, checkpoints)
+    return RunFiles(path, config, results, checkpoints, max(seen), notes)
 
 
-def parse_results(data: bytes, name: str) -> dict[int, dict[str, Any]]:
-    """Epochs completed -> results, from JSON lines, an array of objects, or one object.
-
-    >>> parse_results(b'{"training_iteration": 1, "test_acc": 0.5}\\n{"training_iteration": 2}', "x")[1]["test_acc"]
-    0.5
-
-    Raises:
-        ZooError: if it is neither.
-    """
-    text = data.decode("utf-8", errors="replace").strip()
+def _results(
+    place: FolderPlace | WebPlace, path: str, epochs: int | None
+) -> tuple[dict[int, dict[str, Any]], list[str]]:
+    """The results of a run, and what is to be noted of them; weights are taken without them too."""
     try:
-        told = json.loads(text)
-        entries = told if isinstance(told, list) else [told]
-    except (ValueError, RecursionError):
-        try:
-            entries = [json.loads(line) for line in text.splitlines() if line.strip()]
-        except (ValueError, RecursionError):
-            raise ZooError(f"{name} is neither JSON nor JSON lines") from None
-    if not all(isinstance(entry, dict) for entry in entries):
-        raise ZooError(f"{name} does not hold objects, one an epoch")
-    found = {}
+        return parse_results(place.read(f"{path}/result.json", MAX_RESULT_BYTES), epochs)
+    except ZooError as error:
+        if type(error) is not ZooError:
+            raise
+        return {}, ["its result.json cannot be read: it has no results"]
+
+
+def parse_results(data: bytes, epochs: int | None) -> tuple[dict[int, dict[str, Any]], list[str]]:
+    """Epochs completed -> results, from JSON lines, an array of objects, or one object; and what is to be noted.
+
+    Args:
+        data: the file.
+        epochs: how long the training was to be: objects that do not number themselves count in their order only if
+            there are just as many.
+
+    >>> parse_results(b'{"training_iteration": 2, "test_acc": 0.5}', None)[0][2]["test_acc"]
+    0.5
+    """
+    whole = parsed(data)
+    lines = [line for line in data.split(b"\n") if line.strip()]
+    told = [parsed(line) for line in lines] if whole is None else whole if isinstance(whole, list) else [whole]
+    entries = [entry for entry in told if isinstance(entry, dict)]
+    notes = []
+    if len(entries) < len(told):
+        notes.append(f"{len(told) - len(entries)} of {len(told)} entries of its result.json cannot be read")
+    found, unnumbered = {}, 0
     for position, entry in enumerate(entries):
-        epoch = entry.get("training_iteration", position + 1)
+        epoch = entry.get("training_iteration", position + 1 if len(told) == epochs else None)
         if isinstance(epoch, int) and not isinstance(epoch, bool) and 0 <= epoch <= MAX_EPOCHS:
             found[epoch] = entry
-    return found
+        else:
+            unnumbered += 1
+    if unnumbered:
+        notes.append(f"{unnumbered} entries of its result.json do not say their epoch, and are left out")
+    return found, notes
 
 
-def public(value: Any, level: int = 0) -> Any:
-    """A config without paths, hosts and people, as strict JSON can hold it: what is published of it."""
-    if level > MAX_LEVELS:
+def public(value: Any, depth: int = 0) -> Any:
+    """A config without paths, hosts and people: what is published of it.
+
+    >>> public({"optim::lr": 0.1, "dataset::dump": "/home/me/data.pt", "seed": 7})
+    {'optim::lr': 0.1, 'seed': 7}
+    """
+    if depth > MAX_DEPTH:
         return None
     if isinstance(value, Mapping):
-        keys = [key for key in map(str, value) if not PRIVATE.search(key) and public(key) is not None]
-        kept = {key: public(value[key], level + 1) for key in keys}
+        named = {str(key): entry for key, entry in value.items()}
+        kept = {
+            key: public(entry, depth + 1)
+            for key, entry in named.items()
+            if len(key) <= MAX_TEXT and not PRIVATE.search(key) and not LOCATED.search(key.replace("::", "."))
+        }
         return {key: entry for key, entry in kept.items() if entry is not None}
     if isinstance(value, list):
-        return [public(entry, level + 1) for entry in value[:1000]]
+        return [public(entry, depth + 1) for entry in value[:1000]]
     if isinstance(value, str):
-        return None if LOCATED.search(value) or len(value) > 500 else value
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return value if isinstance(value, bool | int) else None
+        return None if LOCATED.search(value) or len(value) > MAX_TEXT else value
+    if isinstance(value, bool):
+        return value
+    return value if isinstance(value, int | float) and abs(value) < LARGEST and math.isfinite(value) else None
 
 
 def _object(data: bytes, name: str) -> dict[str, Any]:
-    try:
-        told = json.loads(data)
-    except (ValueError, RecursionError):
-        told = None
+    told = parsed(data)
     if not isinstance(told, dict):
         raise ZooError(f"{name} is no JSON object")
     return told
