@@ -24,7 +24,7 @@ WHERE = {"stage": "finetune", "is_final": True, "factor_lr": 0.001, "head": "mlp
 
 
 def write_light_files(folder: Path) -> None:
-    """All of the zoo but its shards of weights: index, layouts, list of shards, card, manifest."""
+    """All of the zoo, its shards of weights empty: index, layouts, list of shards, card, manifest."""
     rows = list(_rows())
     parts: dict[str, list[dict[str, Any]]] = {"train": [], "validation": [], "test": []}
     for row in rows:
@@ -47,6 +47,9 @@ def write_light_files(folder: Path) -> None:
         "missing_runs": {},
     }
     assemble(folder, manifest, shards, {}, "name: vit-s\n")
+    for name in shards:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).touch()
 
 
 def _entry(split: str, number: int, light: list[dict[str, Any]]) -> dict[str, Any]:
