@@ -3,7 +3,11 @@ import pytest
 import torch
 
 import vitzoo_hf as vz
-from vitzoo_hf.schema import ZooError
+from vitzoo_hf import population as population_module
+from vitzoo_hf import vit
+from vitzoo_hf.flatten import flatten
+from vitzoo_hf.population import precision_effect
+from vitzoo_hf.schema import ZooError, canonical_json
 from vitzoo_hf.zoo import Zoo
 
 
@@ -89,3 +93,136 @@ def test_cuda_answers_as_the_cpu_does(zoo, images):
     there = vz.Population.from_rows(rows, device="cuda")(images)
     assert there.is_cuda
     assert torch.allclose(there.cpu(), vz.Population.from_rows(rows)(images), atol=1e-4)
+
+
+ARGS = {"img_size": 8, "patch_size": 4, "in_chans": 1, "embed_dim": 16, "depth": 2, "num_heads": 2, "num_classes": 3}
+
+
+def row_of(name, args, seed, **head):
+    model = vit.create(name, args, seed=seed, **head)
+    return {
+        "model_id": f"{name}-{seed}",
+        "architecture": name,
+        "architecture_args": canonical_json(args),
+        "head": head.get("head", "linear"),
+        "head_hidden": head.get("head_hidden"),
+        "weights": flatten(model.state_dict()).numpy(),
+    }, model.eval()
+
+
+@pytest.mark.parametrize("count", [1, 7, 64, 65, 200])
+def test_tiles_of_any_size_give_what_the_models_give_alone(count):
+    rows, models = zip(*[row_of("vit_tiny_patch16_224", ARGS, seed) for seed in range(70)], strict=True)
+    images = torch.randn(count, 1, 8, 8)
+    logits = vz.Population.from_rows(rows)(images)
+    with torch.inference_mode():
+        alone = torch.stack([model(images) for model in models])
+    torch.testing.assert_close(logits, alone, atol=1e-5, rtol=1e-4)
+
+
+def test_the_same_call_gives_the_same_bits(zoo, images):
+    rows = list(zoo.filter(stage="finetune").rows())
+    first, second = (vz.Population.from_rows(rows)(images) for _ in range(2))
+    assert torch.equal(first, second)
+
+
+def test_architectures_that_are_not_plain_run_as_modules():
+    args = ARGS | {"reg_tokens": 2, "init_values": 0.1}
+    rows, models = zip(*[row_of("vit_tiny_patch16_224", args, seed) for seed in range(3)], strict=True)
+    images = torch.randn(300, 1, 8, 8)
+    population = vz.Population.from_rows(rows)
+    assert "the module itself" in population.describe(300)[0]
+    with torch.inference_mode():
+        torch.testing.assert_close(population(images), torch.stack([model(images) for model in models]))
+        told = models[1].forward_intermediates(
+            images, return_prefix_tokens=True, intermediates_only=True, output_fmt="NLC"
+        )
+    for readout, expected in (("token", told[1][1][:, 0]), ("mean", told[1][0].mean(1))):
+        blocks = population.block_features(images, readout)
+        assert blocks.shape == (3, 2, 300, 16)
+        torch.testing.assert_close(blocks[1, 1], expected)
+
+
+def test_all_layers_of_all_models_have_one_cka_matrix(zoo, images):
+    population = vz.Population.from_rows(zoo.filter(stage="finetune").rows())
+    blocks = population.block_features(images)
+    models, layers = blocks.shape[:2]
+    matrix = vz.cka(blocks.flatten(0, 1)).unflatten(0, (models, layers)).unflatten(2, (models, layers))
+    assert torch.allclose(matrix[0, -1, 2, 0], vz.cka([blocks[0, -1], blocks[2, 0]])[0, 1])
+
+
+def test_mixed_architectures_have_outputs_of_their_own():
+    rows = [
+        row_of("vit_tiny_patch16_224", ARGS, 0)[0],
+        row_of("vit_tiny_patch16_224", ARGS | {"depth": 3}, 1)[0],
+        row_of("vit_tiny_patch16_224", ARGS | {"embed_dim": 8}, 2)[0],
+    ]
+    population = vz.Population.from_rows(rows)
+    images = torch.randn(4, 1, 8, 8)
+    each = population.each(images, readout="token")
+    assert [one.blocks.shape for one in each] == [(1, 2, 4, 16), (1, 3, 4, 16), (1, 2, 4, 8)]
+    assert population(images).shape == (3, 4, 3)
+    with pytest.raises(ZooError, match="differ in feature width or depth"):
+        population.features(images)
+
+
+def test_an_unknown_readout_or_precision_is_named(zoo, images):
+    rows = list(zoo.filter(stage="finetune").rows())
+    with pytest.raises(ZooError, match="unknown readout 'tokne': did you mean 'token'"):
+        vz.Population.from_rows(rows).block_features(images, "tokne")
+    with pytest.raises(ZooError, match="unknown precision 'float8'"):
+        vz.Population.from_rows(rows, precision="float8")
+
+
+@pytest.mark.parametrize("plain", [True, False])
+def test_where_memory_runs_out_tiles_are_halved_and_nothing_is_lost(monkeypatch, plain):
+    args = ARGS if plain else ARGS | {"reg_tokens": 1}
+    rows, models = zip(*[row_of("vit_tiny_patch16_224", args, seed) for seed in range(2)], strict=True)
+    images = torch.randn(50, 1, 8, 8)
+    population = vz.Population.from_rows(rows)
+    whole, sizes = population_module._forward, []
+
+    def cramped(group, tensors, inputs, readout):
+        sizes.append(len(inputs))
+        if len(inputs) > 7:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return whole(group, tensors, inputs, readout)
+
+    monkeypatch.setattr(population_module, "_forward", cramped)
+    logits = population(images)
+    assert max(size for size in sizes if size <= 7) in (4, 6)
+    with torch.inference_mode():
+        torch.testing.assert_close(logits, torch.stack([model(images) for model in models]), atol=1e-5, rtol=1e-4)
+
+
+def test_an_image_that_does_not_fit_at_all_is_said(monkeypatch):
+    population = vz.Population.from_rows([row_of("vit_tiny_patch16_224", ARGS, 0)[0]])
+
+    def full(*given):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(population_module, "_forward", full)
+    with pytest.raises(ZooError, match="a single image does not fit into the memory of cpu"):
+        population(torch.randn(9, 1, 8, 8))
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_lower_precision_is_near_and_its_effect_is_told(zoo, images, precision):
+    rows = list(zoo.filter(stage="finetune").rows())
+    exact = vz.Population.from_rows(rows)
+    rounded = vz.Population.from_rows(rows, precision=precision)
+    logits = rounded(images)
+    assert logits.dtype == torch.float32
+    assert not torch.equal(logits, exact(images))
+    effect = precision_effect(rows, images, precision)
+    same = (logits.argmax(-1) == exact(images).argmax(-1)).double().mean()
+    assert effect == {
+        "agreement": same,
+        "largest_logit_difference": (logits - exact(images)).abs().max(),
+    }
+    assert effect["agreement"] > 0.95
+
+
+def test_the_way_is_described(zoo):
+    lines = vz.Population.from_rows(zoo.filter(stage="finetune").rows()).describe(4)
+    assert all("batched products, tiles of" in line and "float32 on cpu" in line for line in lines)

@@ -1,11 +1,14 @@
-"""Rows -> a population: the weights of many models on one device, and the forward pass of them all.
+"""Rows -> a population: the weights of many models, and the forward pass of them all on the same images.
 
-Models of one layout lie together as `[P, D]`; a forward takes views of each vector, so no module is rebuilt and no
-weight copied. Mixed heads and architectures are kept in groups and answered in the order of the rows.
+Models of one layout form a group. A group of plain ViTs runs in tiles of some models by some images, a few dozen
+model-images each, whose activations stay in the processor's cache: all models at once on few images, one model at a
+time on many. Other architectures run as the modules they are, one model at a time. Which way is taken depends on
+sizes and device alone, so that the same call gives the same numbers; `Population.describe` tells it.
 """
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,35 +16,53 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from vitzoo_hf.batched_vit import READOUTS, BatchedViT, Outputs
 from vitzoo_hf.flatten import Layout, unflatten
 from vitzoo_hf.rebuild import architecture_of, checked_vector, usable_device
-from vitzoo_hf.schema import ZooError, canonical_json
+from vitzoo_hf.schema import LIST_LIMIT, ZooError, canonical_json, did_you_mean
 from vitzoo_hf.vit import layout_of, skeleton
 
-BATCH = 256
-
-
-class _Outputs(nn.Module):
-    """Logits and the class-token features they are read from, of one timm ViT."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model: Any = model
-
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        features = self.model.forward_head(self.model.forward_features(images), pre_logits=True)
-        return self.model.head(features), features
+TILE_BYTES = {"cpu": 2**22, "cuda": 2**26}
+"""Of the widest activation in a tile: what the processor's cache holds beside weights and other activations."""
+LEAST_IMAGES, MOST_MODEL_IMAGES = 8, {"cpu": 64, "cuda": 8192}
+MODULE_IMAGES = 256
+ACTIVATIONS = 16  # times the widest activation: what a forward holds at its peak, as a bound
+SHARE_OF_MEMORY = 0.5
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
 class Group:
-    """The models of one layout: their positions in the population and their weights."""
+    """The models of one layout: their positions in the population and their weights.
+
+    Attributes:
+        positions: in the population.
+        layout: of every vector.
+        vectors: flat weights, `[P, D]` of small models or one `[D]` a model; on the device, or on the CPU where
+            they would fill half of it.
+        model: without weights.
+        batched: the batched forward; None for an architecture that it does not know.
+        num_outputs: of the head.
+    """
 
     positions: list[int]
     layout: Layout
-    weights: Float[Tensor, "P D"]
-    module: nn.Module
+    vectors: Float[Tensor, "P D"] | list[Float[Tensor, " D"]]
+    model: nn.Module
+    batched: BatchedViT | None
     num_outputs: int
+
+    def tile(self, device: torch.device, num_images: int, precision: str, scale: float = 1.0) -> tuple[int, int]:
+        """Models and images that run together; `scale` below 1 for a smaller tile."""
+        if self.batched is None:
+            return 1, max(1, int(min(num_images, MODULE_IMAGES) * scale))
+        width = PRECISIONS[precision].itemsize
+        kind = device.type if device.type in TILE_BYTES else "cuda"
+        wanted = TILE_BYTES[kind] // (self.batched.widest * width)
+        fitting = _free_memory(device) // (self.batched.widest * width * ACTIVATIONS)
+        most = max(1, int(min(max(wanted, LEAST_IMAGES), MOST_MODEL_IMAGES[kind], fitting) * scale))
+        images = min(num_images, most)
+        return max(1, min(len(self.positions), most // images)), images
 
 
 @dataclass(frozen=True)
@@ -50,6 +71,7 @@ class Population:
 
     Attributes:
         model_ids: in the order of the rows; the first axis of everything returned.
+        precision: what the forward computes in; results are float32 whatever it is.
 
     Example:
         >>> from vitzoo_hf.zoo import Zoo
@@ -61,14 +83,30 @@ class Population:
     model_ids: list[str]
     groups: list[Group]
     device: torch.device
+    precision: str = "float32"
+    _scale: list[float] = field(default_factory=lambda: [1.0], repr=False)
 
     @classmethod
-    def from_rows(cls, rows: Iterable[Mapping[str, Any]], *, device: str | torch.device = "cpu") -> "Population":
-        """Stack rows of `load_dataset(…)` or `Zoo.rows()` on a device.
+    def from_rows(
+        cls,
+        rows: Iterable[Mapping[str, Any]],
+        device: str | torch.device = "cpu",
+        *,
+        precision: str = "float32",
+    ) -> "Population":
+        """Models of any rows of a zoo.
+
+        Args:
+            rows: of `zoo.rows()` or `load_dataset(...)`; weights that are not verified yet are, against their hash.
+            device: where the models run. Weights that would fill more than half of its free memory stay on the
+                CPU, and the next model's are copied while one runs.
+            precision: `bfloat16` and `float16` round weights and activations; `precision_effect` says what it costs.
 
         Raises:
-            ZooError: if there is no row, or one cannot be rebuilt.
+            ZooError: if there is no row, one cannot be rebuilt, or the precision is unknown.
         """
+        if precision not in PRECISIONS:
+            raise ZooError(f"unknown precision {precision!r}: {did_you_mean(precision, PRECISIONS)}")
         place = usable_device(device)
         model_ids: list[str] = []
         members: dict[str, list[tuple[int, Tensor]]] = {}
@@ -82,17 +120,11 @@ class Population:
             model_ids.append(row.get("model_id", str(position)))
         if not model_ids:
             raise ZooError("a population needs at least one row; the filter or dataset gave none")
-        groups = [
-            Group(
-                positions=[position for position, _ in entries],
-                layout=layout_of(*kinds[key]),
-                weights=torch.stack([vector for _, vector in entries]).to(place),
-                module=_Outputs(skeleton(*kinds[key])).eval(),
-                num_outputs=int(kinds[key][1]["num_classes"]),
-            )
-            for key, entries in members.items()
-        ]
-        return cls(model_ids, groups, place)
+        total = sum(vector.numel() for entries in members.values() for _, vector in entries)
+        stays = total * 4 > SHARE_OF_MEMORY * _free_memory(place)
+        home = torch.device("cpu") if stays else place
+        groups = [_group(kinds[key], entries, home) for key, entries in members.items()]
+        return cls(model_ids, groups, place, precision)
 
     def __len__(self) -> int:
         return len(self.model_ids)
@@ -103,47 +135,64 @@ class Population:
         Raises:
             ZooError: if the models differ in the number of outputs.
         """
-        return self.outputs(images)[0]
-
-    def features(self, images: Float[Tensor, "N C H W"]) -> Float[Tensor, "P N F"]:
-        """Features of every model before its head (the class token after the last norm)."""
-        return self._run(images, want_logits=False)[1]
+        self._check_outputs()
+        return torch.stack([one.logits[0] for one in self.each(images)])
 
     def outputs(self, images: Float[Tensor, "N C H W"]) -> tuple[Float[Tensor, "P N K"], Float[Tensor, "P N F"]]:
-        """Logits and features in one pass."""
+        """Logits and features in one pass.
+
+        Raises:
+            ZooError: if the models differ in the number of outputs or the width of features.
+        """
+        self._check_outputs()
+        each = self.each(images)
+        return torch.stack([one.logits[0] for one in each]), _stacked([one.features[0] for one in each])
+
+    def _check_outputs(self) -> None:
         outputs = sorted({group.num_outputs for group in self.groups})
         if len(outputs) > 1:
             raise ZooError(
                 f"these models have {outputs} outputs, so their logits do not stack: filter by `dataset` or `stage`,"
                 " or take `.features(images)`"
             )
-        logits, features = self._run(images, want_logits=True)
-        assert logits is not None
-        return logits, features
 
-    @torch.inference_mode()
-    def _run(self, images: Tensor, *, want_logits: bool) -> tuple[Tensor | None, Tensor]:
+    def features(self, images: Float[Tensor, "N C H W"]) -> Float[Tensor, "P N F"]:
+        """Features of every model before its head (the class token after the last norm)."""
+        return _stacked([one.features[0] for one in self.each(images)])
+
+    def block_features(self, images: Float[Tensor, "N C H W"], readout: str = "token") -> Float[Tensor, "P L N F"]:
+        """The output of every block of every model; `cka(….flatten(0, 1))` compares every layer with every other.
+
+        Args:
+            images: normalised as the models were fed them.
+            readout: `token`, the class token, or `mean`, that of all other tokens.
+
+        Raises:
+            ZooError: if the models differ in depth or width, or for another readout.
+        """
+        per_model = self.each(images, readout=readout)
+        return _stacked([one.blocks[0] for one in per_model if one.blocks is not None])
+
+    def each(self, images: Float[Tensor, "N C H W"], *, readout: str | None = None) -> list[Outputs]:
+        """Outputs of every model by itself, `[1, N, …]`, so that architectures and heads may differ.
+
+        Raises:
+            ZooError: for images that a model cannot take, or another readout.
+        """
         if images.ndim != 4 or len(images) == 0:
             raise ZooError(f"images have shape {tuple(images.shape)}; expected [N, C, H, W] with N of at least 1")
         if images.dtype != torch.float32:
             raise ZooError(f"images are {images.dtype}; expected float32, normalised as `zoo.probes` gives them")
-        logits: list[Tensor] = [torch.empty(0)] * len(self)
-        features: list[Tensor] = [torch.empty(0)] * len(self)
-        batches = images.to(self.device).split(BATCH)
-        for group in self.groups:
-            for position, vector in zip(group.positions, group.weights, strict=True):
-                tensors = {f"model.{name}": value for name, value in unflatten(vector, group.layout).items()}
-                try:
-                    parts = [functional_call(group.module, tensors, (batch,)) for batch in batches]
-                except (RuntimeError, AssertionError) as error:
-                    raise ZooError(
-                        f"{self.model_ids[position]} cannot take images of shape {tuple(images.shape)}: {error}"
-                    ) from None
-                logits[position] = torch.cat([part[0] for part in parts])
-                features[position] = torch.cat([part[1] for part in parts])
-        if len({part.shape for part in features}) > 1:
-            raise ZooError("these models differ in feature width: filter by `architecture`")
-        return (torch.stack(logits) if want_logits else None), torch.stack(features)
+        if readout is not None and readout not in READOUTS:
+            raise ZooError(f"unknown readout {readout!r}: {did_you_mean(readout, READOUTS)}")
+        found: list[Outputs | None] = [None] * len(self)
+        with torch.inference_mode():
+            for group in self.groups:
+                self._check_images(group, images)
+                for first, outputs in self._run(group, images, readout):
+                    for number, position in enumerate(group.positions[first : first + len(outputs.features)]):
+                        found[position] = outputs.of(number)
+        return [outputs for outputs in found if outputs is not None]
 
     def trunks(self) -> Float[Tensor, "P D"]:
         """Weights of every model without its head.
@@ -153,10 +202,204 @@ class Population:
         """
         trunks: list[Tensor] = [torch.empty(0)] * len(self)
         for group in self.groups:
-            for position, vector in zip(group.positions, group.weights[:, group.layout.trunk()], strict=True):
-                trunks[position] = vector
+            kept = group.layout.trunk()
+            for position, vector in zip(group.positions, group.vectors, strict=True):
+                trunks[position] = vector[kept]
         if len({len(trunk) for trunk in trunks}) > 1:
             raise ZooError(
                 "these models differ in trunk, so their weights have no distance: filter by `architecture`"
             )
         return torch.stack(trunks)
+
+    def describe(self, num_images: int) -> list[str]:
+        """A line a group: how its forward runs on so many images."""
+        lines = []
+        for group in self.groups:
+            models, images = group.tile(self.device, num_images, self.precision, self._scale[0])
+            way = "batched products" if models > 1 else "one model at a time"
+            way = way if group.batched is not None else "the module itself, one model at a time"
+            lines.append(
+                f"{len(group.positions)} models of {group.layout.num_parameters:,} parameters: {way},"
+                f" tiles of {models} models x {images} images, {self.precision} on {self.device}"
+            )
+        return lines
+
+    def _check_images(self, group: Group, images: Tensor) -> None:
+        wanted: Any = group.batched.image if group.batched is not None else None
+        if wanted is not None and tuple(images.shape[1:]) != wanted:
+            raise ZooError(
+                f"{self.model_ids[group.positions[0]]} cannot take images of shape {tuple(images.shape)}:"
+                f" it takes [N, {', '.join(map(str, wanted))}]"
+            )
+
+    def _run(self, group: Group, images: Tensor, readout: str | None) -> Iterator[tuple[int, Outputs]]:
+        """Outputs of tiles of models on all images: the first model's number, and what the tile gives."""
+        dtype = PRECISIONS[self.precision]
+        inputs = images.to(self.device, dtype)
+        inputs = group.batched.patches(inputs) if group.batched is not None else inputs
+        models, _ = group.tile(self.device, len(images), self.precision, self._scale[0])
+        for first, tensors in _weights(group, models, self.device, dtype):
+            names = [self.model_ids[position] for position in group.positions[first : first + models]]
+            whole: Outputs | None = None
+            start = 0
+            while start < len(inputs):
+                _, step = group.tile(self.device, len(images), self.precision, self._scale[0])
+                try:
+                    part = _forward(group, tensors, inputs[start : start + step], readout)
+                except torch.OutOfMemoryError:
+                    self._smaller(step)
+                    continue
+                except (RuntimeError, AssertionError) as error:
+                    if _is_out_of_memory(error):
+                        self._smaller(step)
+                        continue
+                    raise ZooError(f"{names[0]} cannot take images of shape {tuple(images.shape)}: {error}") from None
+                whole = _room_for(part, len(inputs)) if whole is None else whole
+                _fill(whole, part, start)
+                start += step
+            assert whole is not None
+            yield first, whole
+
+    def _smaller(self, step: int) -> None:
+        """Halve all further tiles after memory ran out."""
+        if step == 1:
+            raise ZooError(f"a single image does not fit into the memory of {self.device} beside the weights")
+        self._scale[0] /= 2
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def precision_effect(
+    rows: Iterable[Mapping[str, Any]],
+    images: Float[Tensor, "N C H W"],
+    precision: str,
+    device: str | torch.device = "cpu",
+) -> dict[str, float]:
+    """What a lower precision changes: share of equal predictions, and the largest difference of a logit.
+
+    Example:
+        >>> from vitzoo_hf.zoo import Zoo
+        >>> zoo = Zoo.sample().filter(stage="finetune")
+        >>> precision_effect(zoo.rows(), zoo.probes("digits")[0], "bfloat16")["agreement"] > 0.97
+        True
+    """
+    rows = list(rows)
+    exact = Population.from_rows(rows, device=device)(images)
+    rounded = Population.from_rows(rows, device=device, precision=precision)(images)
+    same = (exact.argmax(-1) == rounded.argmax(-1)).double().mean()
+    return {"agreement": float(same), "largest_logit_difference": float((exact - rounded).abs().max())}
+
+
+def _group(
+    kind: tuple[str, dict[str, Any], str, int | None], entries: list[tuple[int, Tensor]], home: torch.device
+) -> Group:
+    vectors = [vector.to(home) for _, vector in entries]
+    layout = layout_of(*kind)
+    model = skeleton(*kind)
+    return Group(
+        positions=[position for position, _ in entries],
+        layout=layout,
+        vectors=torch.stack(vectors) if layout.num_parameters <= LIST_LIMIT else vectors,
+        model=model,
+        batched=BatchedViT.of(model),
+        num_outputs=int(kind[1]["num_classes"]),
+    )
+
+
+def _weights(
+    group: Group, models: int, device: torch.device, dtype: torch.dtype
+) -> Iterator[tuple[int, dict[str, Tensor]]]:
+    """Tensors of tiles of models on the device; those of the next tile are copied while one is in use."""
+    starts = range(0, len(group.positions), models)
+    stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+    ahead = _copied(group, 0, models, device, dtype, stream)
+    for first in starts:
+        vectors, done = ahead
+        if first + models < len(group.positions):
+            ahead = _copied(group, first + models, models, device, dtype, stream)
+        if done is not None:
+            torch.cuda.current_stream(device).wait_event(done)
+            vectors.record_stream(torch.cuda.current_stream(device))
+        yield first, unflatten(vectors, group.layout)
+
+
+def _copied(
+    group: Group, first: int, models: int, device: torch.device, dtype: torch.dtype, stream: Any
+) -> tuple[Tensor, Any]:
+    """Vectors of a tile of models in the dtype to compute in, and the event that says they have arrived."""
+    part = group.vectors[first : first + models]
+    vectors = part if isinstance(part, Tensor) else part[0][None] if len(part) == 1 else torch.stack(part)
+    if stream is None or vectors.is_cuda:
+        return vectors.to(device, dtype), None
+    pinned = vectors.to(dtype).pin_memory()
+    with torch.cuda.stream(stream):
+        there = pinned.to(device, non_blocking=True)
+        return there, stream.record_event()
+
+
+def _forward(group: Group, tensors: dict[str, Tensor], inputs: Tensor, readout: str | None) -> Outputs:
+    """Outputs of a tile."""
+    if group.batched is not None:
+        return group.batched(tensors, inputs, readout)
+    own = {name: value[0] for name, value in tensors.items()}
+    blocks: list[Tensor] = []
+    model: Any = group.model
+    handles = [
+        block.register_forward_hook(lambda module, given, result: blocks.append(result))
+        for block in (model.blocks if readout is not None else ())
+    ]
+    try:
+        features, logits = functional_call(
+            _Outputs(model), {f"model.{name}": v for name, v in own.items()}, (inputs,)
+        )
+    finally:
+        for handle in handles:
+            handle.remove()
+    prefix = model.num_prefix_tokens
+    read = [block[:, 0] if readout == "token" else block[:, prefix:].mean(1) for block in blocks]
+    return Outputs(logits[None], features[None], torch.stack(read)[None] if read else None)
+
+
+class _Outputs(nn.Module):
+    """Features and the logits that are read from them, of one timm ViT."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model: Any = model
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        features = self.model.forward_head(self.model.forward_features(images), pre_logits=True)
+        return features, self.model.head(features)
+
+
+def _room_for(part: Outputs, num_images: int) -> Outputs:
+    """Empty float32 outputs for all images."""
+
+    def room(values: Tensor | None) -> Tensor | None:
+        if values is None:
+            return None
+        shape = [*values.shape[:-2], num_images, values.shape[-1]]
+        return torch.empty(shape, dtype=torch.float32, device=values.device)
+
+    return Outputs(*map(room, part))  # type: ignore[arg-type]
+
+
+def _fill(whole: Outputs, part: Outputs, start: int) -> None:
+    for to, values in zip(whole, part, strict=True):
+        if to is not None and values is not None:
+            to[..., start : start + values.shape[-2], :] = values
+
+
+def _stacked(features: list[Tensor]) -> Tensor:
+    if len({part.shape for part in features}) > 1:
+        raise ZooError("these models differ in feature width or depth: filter by `architecture`")
+    return torch.stack(features)
+
+
+def _free_memory(device: torch.device) -> int:
+    """Bytes that may be taken on the device; on the CPU tiles are small and weights lie there already."""
+    return int(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else sys.maxsize
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    return "can't allocate memory" in str(error) or "not enough memory" in str(error)

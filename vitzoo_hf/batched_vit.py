@@ -1,0 +1,214 @@
+"""The forward pass of many plain ViTs at once: the same timm model with M sets of weights, on the same images.
+
+Written for the pre-norm ViT that timm builds for names like `vit_small_patch16_224`: patch embedding, class token,
+learned positions, blocks of LayerNorm, attention and GELU MLP, class token through the last norm to a linear or MLP
+head. `BatchedViT.of` gives None for any other, which is then run as the module that it is.
+
+M models, B images, T tokens, d features. Linear layers are one batched product a layer; the images are shared.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional
+
+from vitzoo_hf.vit import import_timm
+
+READOUTS = ("token", "mean")
+
+
+class Outputs(NamedTuple):
+    """What a forward gives: logits, features before the head, and one vector a block where they were asked for."""
+
+    logits: Float[Tensor, "M B K"]
+    features: Float[Tensor, "M B d"]
+    blocks: Float[Tensor, "M L B d"] | None
+
+    def of(self, model: int) -> "Outputs":
+        """The outputs of one of the models alone, M = 1."""
+        one = slice(model, model + 1)
+        return Outputs(self.logits[one], self.features[one], None if self.blocks is None else self.blocks[one])
+
+
+@dataclass(frozen=True)
+class BatchedViT:
+    """The sizes of a plain ViT that its weights alone do not tell.
+
+    Example:
+        >>> from vitzoo_hf.vit import create
+        >>> args = dict(img_size=8, patch_size=4, in_chans=1, embed_dim=16, depth=1, num_heads=2, num_classes=3)
+        >>> model = create("vit_tiny_patch16_224", args).eval()
+        >>> vit = BatchedViT.of(model)
+        >>> stacked = {name: torch.stack([value, value]) for name, value in model.state_dict().items()}
+        >>> vit(stacked, vit.patches(torch.zeros(5, 1, 8, 8))).logits.shape
+        torch.Size([2, 5, 3])
+    """
+
+    patch: tuple[int, int]
+    heads: int
+    depth: int
+    eps: float
+    image: tuple[int, int, int]
+    hidden: int
+
+    @classmethod
+    def of(cls, model: nn.Module) -> "BatchedViT | None":
+        """Its sizes if a timm model is a plain ViT, else None."""
+        if not is_plain(model):
+            return None
+        vit: Any = model
+        block, embed = vit.blocks[0], vit.patch_embed
+        return cls(
+            patch=tuple(embed.patch_size),
+            heads=block.attn.num_heads,
+            depth=len(vit.blocks),
+            eps=block.norm1.eps,
+            image=(embed.proj.in_channels, *embed.img_size),
+            hidden=block.mlp.fc1.out_features,
+        )
+
+    @property
+    def tokens(self) -> int:
+        """Tokens an image, the class token among them."""
+        return 1 + (self.image[1] // self.patch[0]) * (self.image[2] // self.patch[1])
+
+    @property
+    def widest(self) -> int:
+        """Numbers in the widest activation of one image."""
+        return self.tokens * self.hidden
+
+    def patches(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B t c"]:
+        """Images cut into patches, each in the order of the patch embedding's weights."""
+        B, C, H, W = images.shape
+        down, across = self.patch
+        cut = images.reshape(B, C, H // down, down, W // across, across).permute(0, 2, 4, 1, 3, 5)
+        return cut.reshape(B, (H // down) * (W // across), C * down * across)
+
+    def __call__(
+        self, tensors: Mapping[str, Tensor], patches: Float[Tensor, "B t c"], readout: str | None = None
+    ) -> Outputs:
+        """Outputs of M models.
+
+        Args:
+            tensors: timm's names -> `[M, …]`, all of the dtype to compute in.
+            patches: of the images, of the same dtype.
+            readout: what to keep of each block: `token`, the class token, or `mean`, that of all other tokens.
+        """
+        M, B, T = len(tensors["cls_token"]), len(patches), self.tokens
+        stream = self._embedded(tensors, patches)
+        d = stream.shape[-1]
+        kept = None if readout is None else stream.new_empty(M, self.depth, B, d)
+        for number in range(self.depth):
+            self._block(tensors, f"blocks.{number}.", stream)
+            if kept is not None:
+                tokens = stream.view(M, B, T, d)
+                kept[:, number] = tokens[:, :, 0] if readout == "token" else tokens[:, :, 1:].mean(2)
+        features = _norm(stream.view(M, B, T, d)[:, :, 0], tensors, "norm", self.eps)
+        return Outputs(_head(features, tensors), features, kept)
+
+    def _embedded(self, tensors: Mapping[str, Tensor], patches: Float[Tensor, "B t c"]) -> Float[Tensor, "M n d"]:
+        """Embedded patches behind the class token, with their positions."""
+        B, t, c = patches.shape
+        weight, bias = tensors["patch_embed.proj.weight"].flatten(2), tensors["patch_embed.proj.bias"]
+        M, d, _ = weight.shape
+        position = tensors["pos_embed"].squeeze(1)
+        stream = patches.new_empty(M, B, t + 1, d)
+        stream[:, :, 0] = (tensors["cls_token"].flatten(1) + position[:, 0])[:, None]
+        embedded = torch.matmul(patches.reshape(B * t, c), weight.transpose(1, 2))
+        torch.add(embedded.view(M, B, t, d), (position[:, 1:] + bias[:, None])[:, None], out=stream[:, :, 1:])
+        return stream.view(M, B * (t + 1), d)
+
+    def _block(self, tensors: Mapping[str, Tensor], prefix: str, stream: Float[Tensor, "M n d"]) -> None:
+        """Attention and MLP, added to the stream in place."""
+        M, n, d = stream.shape
+        T, heads = self.tokens, self.heads
+        inner = _norm(stream, tensors, f"{prefix}norm1", self.eps)
+        projected = _linear(inner, tensors, f"{prefix}attn.qkv")
+        query, key, value = projected.view(M * n // T, T, 3, heads, -1).permute(2, 0, 3, 1, 4)
+        attended = functional.scaled_dot_product_attention(query, key, value).transpose(1, 2).reshape(M, n, d)
+        stream += _linear(attended, tensors, f"{prefix}attn.proj")
+        inner = _norm(stream, tensors, f"{prefix}norm2", self.eps)
+        hidden = functional.gelu(_linear(inner, tensors, f"{prefix}mlp.fc1"))
+        stream += _linear(hidden, tensors, f"{prefix}mlp.fc2")
+
+
+def is_plain(model: Any) -> bool:
+    """Whether a timm model is the ViT that the batched forward computes."""
+    import_timm()
+    from timm.layers import Attention, Mlp, PatchEmbed
+    from timm.models.vision_transformer import Block, VisionTransformer
+
+    if not _is(model, VisionTransformer) or model.cls_token is None or model.pos_embed is None:
+        return False
+    embed = model.patch_embed
+    usual = (
+        _is(embed, PatchEmbed)
+        and embed.flatten
+        and embed.strict_img_size
+        and not embed.dynamic_img_pad
+        and embed.proj.bias is not None
+        and isinstance(model.norm, nn.LayerNorm)
+        and len(model.blocks) > 0
+        and model.norm.eps == model.blocks[0].norm1.eps
+        and model.global_pool == "token"
+        and not (model.no_embed_class or model.num_reg_tokens or model.dynamic_img_size or model.attn_pool)
+        and _all_identities(embed.norm, model.norm_pre, model.patch_drop, model.fc_norm)
+        and (isinstance(model.head, nn.Linear) or _is_mlp(model.head))
+    )
+    return usual and all(_is(block, Block) and _is_plain_block(block, Attention, Mlp) for block in model.blocks)
+
+
+def _is_plain_block(block: Any, attention: type, mlp: type) -> bool:
+    norms = (block.norm1, block.norm2)
+    return (
+        _is(block.attn, attention)
+        and _is(block.mlp, mlp)
+        and all(isinstance(norm, nn.LayerNorm) and norm.elementwise_affine for norm in norms)
+        and block.norm1.eps == block.norm2.eps
+        and _all_identities(block.ls1, block.ls2, block.attn.q_norm, block.attn.k_norm, block.attn.norm)
+        and _all_identities(block.mlp.norm)
+        and block.attn.gate is None
+        and _is(block.mlp.act, nn.GELU)
+        and block.mlp.act.approximate == "none"
+        and all(part.bias is not None for part in (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2))
+        and block.attn.attn_dim == block.attn.proj.out_features
+    )
+
+
+def _is(module: object, kind: type) -> bool:
+    """Whether a module is of this very class: a subclass may compute otherwise."""
+    return type(module) is kind
+
+
+def _all_identities(*modules: nn.Module) -> bool:
+    return all(_is(module, nn.Identity) for module in modules)
+
+
+def _is_mlp(head: Any) -> bool:
+    return isinstance(head, nn.Sequential) and [type(part) for part in head] == [nn.Linear, nn.ReLU, nn.Linear]
+
+
+def _head(features: Float[Tensor, "M B d"], tensors: Mapping[str, Tensor]) -> Float[Tensor, "M B K"]:
+    if "head.weight" in tensors:
+        return _linear(features, tensors, "head")
+    return _linear(functional.relu(_linear(features, tensors, "head.0")), tensors, "head.2")
+
+
+def _linear(inputs: Float[Tensor, "M n i"], tensors: Mapping[str, Tensor], name: str) -> Float[Tensor, "M n o"]:
+    weight, bias = tensors[f"{name}.weight"], tensors[f"{name}.bias"]
+    if len(inputs) == 1:
+        return functional.linear(inputs[0], weight[0], bias[0])[None]
+    return torch.baddbmm(bias[:, None], inputs, weight.transpose(1, 2))
+
+
+def _norm(
+    inputs: Float[Tensor, "M n d"], tensors: Mapping[str, Tensor], name: str, eps: float
+) -> Float[Tensor, "M n d"]:
+    weight, bias = tensors[f"{name}.weight"], tensors[f"{name}.bias"]
+    if len(inputs) == 1:
+        return functional.layer_norm(inputs, inputs.shape[-1:], weight[0], bias[0], eps)
+    return torch.addcmul(bias[:, None], functional.layer_norm(inputs, inputs.shape[-1:], eps=eps), weight[:, None])
