@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn import functional
 
 from vitzoo_hf.vit import import_timm
@@ -134,6 +135,38 @@ class BatchedViT:
         inner = _norm(stream, tensors, f"{prefix}norm2", self.eps)
         hidden = functional.gelu(_linear(inner, tensors, f"{prefix}mlp.fc1"))
         stream += _linear(hidden, tensors, f"{prefix}mlp.fc2")
+
+
+def outputs_of_module(
+    model: Any, tensors: Mapping[str, Tensor], images: Float[Tensor, "B C H W"], readout: str | None = None
+) -> Outputs:
+    """Outputs of one timm ViT of any kind, M = 1, by the module itself with these tensors as its weights."""
+    blocks: list[Tensor] = []
+    handles = [
+        block.register_forward_hook(lambda module, given, result: blocks.append(result))
+        for block in (model.blocks if readout is not None else ())
+    ]
+    try:
+        named = {f"model.{name}": value for name, value in tensors.items()}
+        features, logits = functional_call(_FeaturesAndLogits(model), named, (images,))
+    finally:
+        for handle in handles:
+            handle.remove()
+    prefix = model.num_prefix_tokens
+    read = [block[:, 0] if readout == "token" else block[:, prefix:].mean(1) for block in blocks]
+    return Outputs(logits[None], features[None], torch.stack(read)[None] if read else None)
+
+
+class _FeaturesAndLogits(nn.Module):
+    """Features before the head and the logits that are read from them."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model: Any = model
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        features = self.model.forward_head(self.model.forward_features(images), pre_logits=True)
+        return features, self.model.head(features)
 
 
 def is_plain(model: Any) -> bool:

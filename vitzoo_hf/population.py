@@ -14,12 +14,11 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.func import functional_call
 
-from vitzoo_hf.batched_vit import READOUTS, BatchedViT, Outputs
+from vitzoo_hf.batched_vit import READOUTS, BatchedViT, Outputs, outputs_of_module
 from vitzoo_hf.flatten import Layout, unflatten
 from vitzoo_hf.rebuild import architecture_of, checked_vector, usable_device
-from vitzoo_hf.schema import LIST_LIMIT, ZooError, canonical_json, did_you_mean
+from vitzoo_hf.schema import ZooError, canonical_json, did_you_mean
 from vitzoo_hf.vit import layout_of, skeleton
 
 TILE_BYTES = {"cpu": 2**22, "cuda": 2**26}
@@ -28,6 +27,8 @@ LEAST_IMAGES, MOST_MODEL_IMAGES = 8, {"cpu": 64, "cuda": 8192}
 MODULE_IMAGES = 256
 ACTIVATIONS = 16  # times the widest activation: what a forward holds at its peak, as a bound
 SHARE_OF_MEMORY = 0.5
+STACKED_PARAMETERS = 2_000_000
+"""Smaller models are copied into one matrix, so that tiles of them are views; larger ones stay where they are."""
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -299,7 +300,7 @@ def _group(
     return Group(
         positions=[position for position, _ in entries],
         layout=layout,
-        vectors=torch.stack(vectors) if layout.num_parameters <= LIST_LIMIT else vectors,
+        vectors=torch.stack(vectors) if layout.num_parameters <= STACKED_PARAMETERS else vectors,
         model=model,
         batched=BatchedViT.of(model),
         num_outputs=int(kind[1]["num_classes"]),
@@ -341,35 +342,7 @@ def _forward(group: Group, tensors: dict[str, Tensor], inputs: Tensor, readout: 
     """Outputs of a tile."""
     if group.batched is not None:
         return group.batched(tensors, inputs, readout)
-    own = {name: value[0] for name, value in tensors.items()}
-    blocks: list[Tensor] = []
-    model: Any = group.model
-    handles = [
-        block.register_forward_hook(lambda module, given, result: blocks.append(result))
-        for block in (model.blocks if readout is not None else ())
-    ]
-    try:
-        features, logits = functional_call(
-            _Outputs(model), {f"model.{name}": v for name, v in own.items()}, (inputs,)
-        )
-    finally:
-        for handle in handles:
-            handle.remove()
-    prefix = model.num_prefix_tokens
-    read = [block[:, 0] if readout == "token" else block[:, prefix:].mean(1) for block in blocks]
-    return Outputs(logits[None], features[None], torch.stack(read)[None] if read else None)
-
-
-class _Outputs(nn.Module):
-    """Features and the logits that are read from them, of one timm ViT."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model: Any = model
-
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        features = self.model.forward_head(self.model.forward_features(images), pre_logits=True)
-        return features, self.model.head(features)
+    return outputs_of_module(group.model, {name: value[0] for name, value in tensors.items()}, inputs, readout)
 
 
 def _room_for(part: Outputs, num_images: int) -> Outputs:
