@@ -85,6 +85,8 @@ def usable_device(device: str | torch.device) -> torch.device:
         found = torch.device(device)
     except RuntimeError:
         raise ZooError(f"unknown device {device!r}: expected cpu, cuda or cuda:N") from None
+    if found.type == "meta":
+        raise ZooError("device 'meta' holds no numbers: expected cpu, cuda or cuda:N")
     if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
         raise ZooError(
             f"device {str(device)!r} is not here: this torch sees {torch.cuda.device_count()} CUDA devices"

@@ -61,13 +61,19 @@ def matches(values: pa.ChunkedArray, column: str, condition: Any) -> np.ndarray:
             mask = pc.is_null(values)
         elif isinstance(condition, tuple):
             low, high = condition
+            if (low is not None and low != low) or (high is not None and high != high):
+                raise ValueError
+            if low is not None and high is not None and low > high:
+                raise ZooError(f"{column}={condition!r} holds nothing: the first of a pair is the lower end")
             mask = pc.is_valid(values)
             if low is not None:
                 mask = pc.and_(mask, pc.greater_equal(values, pa.scalar(low)))
             if high is not None:
                 mask = pc.and_(mask, pc.less_equal(values, pa.scalar(high)))
         else:
-            wanted = condition if isinstance(condition, list | set) else [condition]
+            wanted = list(condition) if isinstance(condition, list | set) else [condition]
+            if any(value != value for value in wanted):
+                raise ValueError
             kind = pa.array(wanted).type if wanted else values.type
             if pa.types.is_string(kind) != pa.types.is_string(values.type):
                 raise TypeError
@@ -75,7 +81,7 @@ def matches(values: pa.ChunkedArray, column: str, condition: Any) -> np.ndarray:
             if pa.types.is_integer(values.type) and held.to_pylist() != list(wanted):
                 raise TypeError
             mask = pc.is_in(values, held)
-    except (TypeError, ValueError, pa.ArrowException):
+    except (TypeError, ValueError, OverflowError, pa.ArrowException):
         raise ZooError(
             f"{column}={condition!r} does not fit the column's type {values.type}:"
             " give a value, a list of values, or a pair (low, high)"

@@ -62,7 +62,12 @@ def to_timm(
     held = {key: _float32(key, tensor, name, flags) for key, tensor in _timm_names(tensors, name).items()}
     told, told_args = _told_by(config or {}, name, flags)
     architecture = architecture or told
-    args = told_args | dict(architecture_args or {})
+    given = dict(architecture_args or {})
+    against = [key for key in given if key in told_args and told_args[key] != given[key]]
+    if against:
+        key = against[0]
+        raise ZooError(f"{name} has {key} {told_args[key]!r} by its config.json, and {given[key]!r} was given")
+    args = told_args | given
     head, hidden = _head(held, name)
     seen, seen_args = _seen(held, name, needs_name=architecture is None)
     _check_given(args, seen_args, name)
@@ -82,8 +87,9 @@ def to_timm(
 
 def _timm_names(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
     held = dict(tensors)
-    for prefix in PREFIXES[:2]:
-        held = _without_prefix(held, prefix)
+    while any(all(key.startswith(prefix) for key in held) for prefix in PREFIXES[:2]) and held:
+        for prefix in PREFIXES[:2]:
+            held = _without_prefix(held, prefix)
     if any("embeddings." in key for key in held):
         return _from_transformers(held, name)
     return _without_prefix(held, PREFIXES[2])
