@@ -130,13 +130,17 @@ class Zoo:
             ZooError: if the zoo has no such config.
         """
         if config == "index":
-            return with_class_names(self._index, self._features).take(self._positions).to_pandas()
+            return (
+                with_class_names(self._index, self._features)
+                .take(self._positions)
+                .to_pandas(integer_object_nulls=True)
+            )
         known = [held for held in self.configs if held != "weights"]
         if config not in known:
             hint = "; `vitzoo evaluate` writes it" if config in ("evaluations", "pairs") else ""
             raise ZooError(f"{self.name} has no config {config!r}{hint}: {did_you_mean(config, known)}")
         table = self._tables.read(config)
-        return with_class_names(table, features_of(table)).to_pandas()
+        return with_class_names(table, features_of(table)).to_pandas(integer_object_nulls=True)
 
     def filter(self, **conditions: Any) -> "Zoo":
         """The rows that meet every condition, as a zoo over the same files.

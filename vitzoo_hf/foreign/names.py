@@ -16,7 +16,7 @@ from vitzoo_hf.foreign.plan import LoadedModel
 from vitzoo_hf.schema import ZooError
 from vitzoo_hf.vit import layout_of
 
-PREFIXES = ("model.", "module.", "vit.")
+PREFIXES = ("model.", "module.", "_orig_mod.", "vit.")
 HEAD_DIM = 64
 SIZES = {192: "tiny", 384: "small", 768: "base", 1024: "large"}
 
@@ -87,12 +87,12 @@ def to_timm(
 
 def _timm_names(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
     held = dict(tensors)
-    while any(all(key.startswith(prefix) for key in held) for prefix in PREFIXES[:2]) and held:
-        for prefix in PREFIXES[:2]:
+    while any(all(key.startswith(prefix) for key in held) for prefix in PREFIXES[:3]) and held:
+        for prefix in PREFIXES[:3]:
             held = _without_prefix(held, prefix)
     if any("embeddings." in key for key in held):
         return _from_transformers(held, name)
-    return _without_prefix(held, PREFIXES[2])
+    return _without_prefix(held, PREFIXES[3])
 
 
 def _without_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -149,7 +149,8 @@ def _float32(key: str, tensor: Tensor, name: str, flags: list[str]) -> Tensor:
     wide = tensor.float()
     if tensor.dtype == torch.float64 and not torch.equal(wide.double(), tensor):
         raise ZooError(f"{name}: {key} is float64, which float32 cannot hold exactly: convert it first")
-    flag = f"stored as {str(tensor.dtype).removeprefix('torch.')}, widened to float32"
+    how = "which float32 holds exactly" if tensor.dtype == torch.float64 else "widened to float32"
+    flag = f"stored as {str(tensor.dtype).removeprefix('torch.')}, {how}"
     if flag not in flags:
         flags.append(flag)
     return wide
