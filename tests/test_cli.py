@@ -150,3 +150,15 @@ def test_help_imports_nothing_heavy(arguments):
     code = f"import sys; from vitzoo_hf.cli import run; run({arguments!r});"
     code += "sys.exit(any(name in sys.modules for name in ('torch', 'timm', 'datasets', 'pandas', 'numpy')))"
     assert subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL, check=False).returncode == 0
+
+
+def test_a_verb_that_fails_late_ends_with_status_1():
+    command = [sys.executable, "-m", "vitzoo_hf.cli", "get", "sample", "nope", "--out", "x.safetensors"]
+    for _ in range(4):
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
+
+
+def test_verbs_that_read_files_know_the_sample(capsys):
+    assert run(["verify", "sample", "--quiet"]) == 0
+    assert "are as they were written" in capsys.readouterr().out

@@ -7,8 +7,10 @@ import pytest
 import torch
 
 from vitzoo_hf import zoo_folder
-from vitzoo_hf.convert import convert
+from vitzoo_hf.convert import NothingTakenError, convert
+from vitzoo_hf.foreign.checkpoints import plan_checkpoints
 from vitzoo_hf.foreign.plan import LoadedModel, PlannedRow, SourceError, SourcePlan
+from vitzoo_hf.foreign.sources import plan_source
 from vitzoo_hf.schema import ZooError
 from vitzoo_hf.vit import create
 from vitzoo_hf.zoo import Zoo
@@ -243,3 +245,53 @@ def test_the_licence_is_unknown_unless_it_is_told(tmp_path):
     assert "license_name: unknown" in (tmp_path / "zoo" / "README.md").read_text()
     convert(plan_of(), tmp_path / "told", licence="mit", progress=False)
     assert "license: mit" in (tmp_path / "told" / "README.md").read_text()
+
+
+GIVEN = {"architecture": NAME, "architecture_args": {"num_heads": 2}}
+
+
+def test_another_zoo_is_never_replaced_unasked(tmp_path):
+    first = write_model(tmp_path / "first", seed=0)
+    second = write_model(tmp_path / "second", seed=1)
+    convert(plan_checkpoints(first, **GIVEN), tmp_path / "zoo", progress=False)
+    held = Zoo(tmp_path / "zoo").index["weights_sha256"][:]
+    with pytest.raises(ZooError, match=r"holds a zoo that is not of this source.*--replace"):
+        convert(plan_checkpoints(second, **GIVEN), tmp_path / "zoo", progress=False)
+    assert Zoo(tmp_path / "zoo").index["weights_sha256"][:] == held
+    convert(plan_checkpoints(second, **GIVEN), tmp_path / "zoo", replace=True, progress=False)
+    assert Zoo(tmp_path / "zoo").index["weights_sha256"][:] != held
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"workers": 0}, "workers is 0"), ({"licence": "bogus: x"}, "'bogus: x' is no name of a licence")],
+)
+def test_bad_options_leave_nothing_behind(tmp_path, options, message):
+    source = write_model(tmp_path / "in", seed=0)
+    with pytest.raises(ZooError, match=message):
+        convert(plan_checkpoints(source, **GIVEN), tmp_path / "zoo", progress=False, **options)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["in"]
+
+
+def test_where_nothing_was_taken_nothing_stands_in_the_way(tmp_path):
+    source = write_model(tmp_path / "in", seed=0)
+    with pytest.raises(NothingTakenError, match="no checkpoint can be taken"):
+        convert(plan_checkpoints(source), tmp_path / "zoo", progress=False)
+    assert convert(plan_checkpoints(source, **GIVEN), tmp_path / "zoo", progress=False).rows == 1
+
+
+def test_an_epoch_that_is_not_told_is_flagged(tmp_path):
+    done = convert(plan_checkpoints(write_model(tmp_path / "in", seed=0), **GIVEN), tmp_path / "zoo", progress=False)
+    assert "The epoch of 1 checkpoints is not told" in done.notes[0]
+    assert json.loads(Zoo(tmp_path / "zoo").index["provenance"][0])["assumed"] == {"epoch": 1}
+
+
+def test_first_epoch_is_for_releases_alone(tmp_path):
+    with pytest.raises(ZooError, match="first_epoch is only for releases"):
+        plan_source(str(write_model(tmp_path / "in", seed=0)), first_epoch=1)
+
+
+def write_model(folder, seed):
+    folder.mkdir()
+    torch.save(create(NAME, ARGS, seed=seed).state_dict(), folder / "a.pt")
+    return folder

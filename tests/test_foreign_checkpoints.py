@@ -384,7 +384,12 @@ def test_other_options_are_another_conversion(tmp_path):
     save(tmp_path / "in" / "a.pt")
     converted(tmp_path / "in", tmp_path)
     other = {"architecture_args": {"num_heads": 4}}
-    zoo, _ = converted(tmp_path / "in", tmp_path, **other)
+    with pytest.raises(ZooError, match="holds a zoo that is not of this source and these options"):
+        converted(tmp_path / "in", tmp_path, **other)
+    assert json.loads(Zoo(tmp_path / "zoo").index[0]["architecture_args"])["num_heads"] != 4
+    plan = plan_checkpoints(tmp_path / "in", architecture=NAME, **other)
+    convert(plan, tmp_path / "zoo", replace=True, progress=False)
+    zoo = Zoo(tmp_path / "zoo")
     assert json.loads(zoo.index[0]["architecture_args"])["num_heads"] == 4
 
 

@@ -10,6 +10,21 @@ ARGS = {"img_size": 16, "patch_size": 8, "in_chans": 1, "embed_dim": 16, "depth"
 BATCH = torch.randn(3, 1, 16, 16)
 
 
+@pytest.mark.parametrize("prefix", ["module.model.", "model.module.", "model._orig_mod.", "_orig_mod.module.model."])
+def test_prefixes_of_several_wrappers_are_taken_off(prefix):
+    state = create(NAME, ARGS, seed=0).state_dict()
+    wrapped = {f"{prefix}{name}": value for name, value in state.items()}
+    model = to_timm(wrapped, name="x", architecture=NAME, architecture_args={"num_heads": ARGS["num_heads"]})
+    assert all(torch.equal(model.tensors[name], state[name]) for name in state)
+
+
+def test_arguments_against_the_config_are_refused():
+    state = create(NAME, ARGS, seed=0).state_dict()
+    config = {"architecture": NAME, "model_args": {"num_heads": ARGS["num_heads"]}}
+    with pytest.raises(ZooError, match=r"has num_heads .* by its config.json, and 7 was given"):
+        to_timm(state, name="x", architecture_args={"num_heads": 7}, config=config)
+
+
 def tiny(head="linear", **changes):
     return create(NAME, ARGS | changes, head=head, head_hidden=8 if head == "mlp" else None, seed=1).eval()
 
@@ -74,7 +89,7 @@ def test_half_precision_is_widened_and_flagged(dtype, flagged):
 
 def test_float64_is_taken_only_if_nothing_is_lost():
     state = {name: tensor.double() for name, tensor in tiny().state_dict().items()}
-    assert given(state).flags == ["stored as float64, widened to float32"]
+    assert given(state).flags == ["stored as float64, which float32 holds exactly"]
     state["norm.bias"] = state["norm.bias"] + 1e-12
     with pytest.raises(ZooError, match=r"x: norm.bias is float64, which float32 cannot hold exactly"):
         given(state)

@@ -4,10 +4,12 @@ import numpy as np
 import pytest
 import torch
 
+import vitzoo_hf as vz
 from vitzoo_hf.flatten import Layout, flatten
 from vitzoo_hf.rebuild import checked_vector, reconstruct
 from vitzoo_hf.schema import ZooError
 from vitzoo_hf.vit import create
+from vitzoo_hf.zoo import Zoo
 
 ARCHITECTURE = "vit_tiny_patch16_224"
 ARGS = {
@@ -184,3 +186,31 @@ def test_changed_weights_are_refused_while_the_row_has_its_hash():
     with pytest.raises(ZooError, match=r"the weights of .* do not match their hash"):
         reconstruct(row | {"weights": changed})
     reconstruct({name: value for name, value in row.items() if name != "weights_sha256"} | {"weights": changed})
+
+
+def test_a_row_that_a_model_shares_is_hashed_again(tiny_zoo):
+    row = next(Zoo(tiny_zoo).rows())
+    with torch.no_grad():
+        for parameter in vz.reconstruct(row).parameters():
+            parameter.zero_()
+    for again in (
+        vz.reconstruct,
+        lambda row: vz.reconstruct(row, copy=True),
+        lambda row: vz.Population.from_rows([row]),
+    ):
+        with pytest.raises(ZooError, match="do not match their hash"):
+            again(row)
+
+
+def test_a_row_whose_model_has_a_copy_stays_as_it_was(tiny_zoo):
+    row = next(Zoo(tiny_zoo).rows())
+    with torch.no_grad():
+        for parameter in vz.reconstruct(row, copy=True).parameters():
+            parameter.zero_()
+    assert vz.reconstruct(row).head.weight.any()
+
+
+def test_weights_of_another_type_are_refused(tiny_zoo):
+    row = dict(next(Zoo(tiny_zoo).rows()))
+    with pytest.raises(ZooError, match="has weights of type int32; expected floating-point numbers"):
+        vz.weights_of(row | {"weights": row["weights"].astype("int32")})

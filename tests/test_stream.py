@@ -117,13 +117,38 @@ def test_ranks_share_the_row_groups(zoo, shuffle):
     assert sorted(itertools.chain(*parts)) == sorted(zoo.model_ids)
 
 
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_ranks_have_work_however_few_row_groups_there_are(shuffle):
+    sample = Zoo.sample()
+    for world_size in (2, 3, 8):
+        parts = [
+            ids(sample.stream(batch_size=2, shuffle=shuffle, rank=rank, world_size=world_size))
+            for rank in range(world_size)
+        ]
+        sizes = [len(part) for part in parts]
+        assert max(sizes) - min(sizes) <= 1
+        assert sorted(itertools.chain(*parts)) == sorted(sample.model_ids)
+
+
+@pytest.mark.parametrize("state", [{}, {"epoch": 0}, {"epoch": -1, "batches_done": 0, "order": ""}])
+def test_what_is_no_state_is_refused(zoo, state):
+    with pytest.raises(ZooError, match="this is no state of a stream"):
+        zoo.stream().load_state_dict(state)
+
+
 def test_loader_workers_share_the_row_groups(zoo):
     loader = DataLoader(zoo.stream(batch_size=2, shuffle=True), batch_size=None, num_workers=2)
     assert sorted(ids(loader)) == sorted(zoo.model_ids)
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
-    ({"batch_size": 0}, "batch_size is 0; it must be at least 1"),
+    ({"batch_size": 0}, "batch_size is 0; it must be a whole number of at least 1"),
+    ({"batch_size": True}, "batch_size is True; it must be a whole number"),
+    ({"seed": -1}, "seed is -1; it must be a whole number of at least 0"),
+    ({"num_workers": -1}, "num_workers is -1"),
+    ({"world_size": 0}, "world_size is 0"),
+    ({"tensors": []}, r"tensors=\[\]: expected a list of names"),
+    ({"device": "meta"}, "device 'meta' holds no numbers"),
     ({"rank": 2, "world_size": 2}, "rank 2 of 2: ranks count from 0"),
 ])  # fmt: skip
 def test_wrong_arguments_are_one_line(zoo, arguments, message):

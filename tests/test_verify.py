@@ -140,3 +140,21 @@ with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
 print(json.dumps([status, *said.getvalue().splitlines()]))
 """
     return hub.run(code, tmp_path / "home")
+
+
+def test_a_file_that_does_not_belong_is_named(zoo_copy):
+    first = next((zoo_copy / "weights").glob("train-*.parquet"))
+    (zoo_copy / "weights" / "train-00001-of-00002.parquet").write_bytes(first.read_bytes())
+    found = verify(zoo_copy, progress=False)
+    assert list(found.damaged) == ["weights/train-00001-of-00002.parquet"]
+    assert "not a file of this zoo" in found.damaged["weights/train-00001-of-00002.parquet"]
+
+
+def test_a_missing_card_is_named(zoo_copy):
+    (zoo_copy / "README.md").unlink()
+    assert list(verify(zoo_copy, progress=False).damaged) == ["README.md"]
+
+
+def test_a_folder_has_no_revision(zoo_copy):
+    with pytest.raises(ZooError, match="only datasets on the Hub have revisions"):
+        verify(zoo_copy, revision="v1", progress=False)

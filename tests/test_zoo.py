@@ -5,8 +5,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from safetensors.torch import load, load_file
 
 import vitzoo_hf as vz
+from vitzoo_hf.export import export_zoo
 from vitzoo_hf.schema import ZooError
 from vitzoo_hf.zoo import Zoo
 
@@ -252,3 +254,39 @@ def test_a_shard_without_size_or_hash_is_named(zoo_copy):
         ZooError, match=r"is damaged: size or hash of weights/train-00000-of-00001.parquet is not listed"
     ):
         Zoo(zoo_copy)
+
+
+def test_the_end_of_a_range_is_rounded_as_the_values_were(zoo):
+    value = zoo.index["test_accuracy"][0]
+    shown = float(f"{value:.7g}")
+    equal = zoo.filter(test_accuracy=shown).model_ids
+    assert set(equal) <= set(zoo.filter(test_accuracy=(shown, None)).model_ids)
+    assert set(equal) <= set(zoo.filter(test_accuracy=(None, shown)).model_ids)
+
+
+@pytest.mark.parametrize(
+    ("condition", "message"),
+    [
+        ({"test_accuracy": (0.9, 0.1)}, "holds nothing: the first of a pair is the lower end"),
+        ({"test_accuracy": float("nan")}, "does not fit the column's type"),
+        ({"factor_seed": 2**70}, "does not fit the column's type"),
+    ],
+)
+def test_conditions_that_can_hold_for_nothing_are_refused(zoo, condition, message):
+    with pytest.raises(ZooError, match=message):
+        zoo.filter(**condition)
+
+
+def test_integers_beside_nulls_stay_whole(zoo):
+    held = zoo.to_pandas()["factor_parent_seed"] if "factor_parent_seed" in zoo.factors else None
+    assert held is None or all(value is None or isinstance(value, int) for value in held)
+
+
+def test_an_exported_file_that_rotted_is_written_again(zoo, tmp_path):
+    files = export_zoo(zoo, tmp_path / "out", progress=False)
+    whole = files[0].read_bytes()
+    held = load(whole)
+    files[0].write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    export_zoo(zoo, tmp_path / "out", progress=False)
+    again = load_file(files[0])
+    assert all(torch.equal(again[name], tensor) for name, tensor in held.items())

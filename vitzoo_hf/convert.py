@@ -7,6 +7,7 @@ when all of it is there. Checkpoints that cannot be taken are named with the rea
 
 import itertools
 import json
+import re
 import shutil
 from collections import deque
 from collections.abc import Iterator, Mapping
@@ -29,7 +30,23 @@ from vitzoo_hf.schema import FORMAT_VERSION, ZooError
 from vitzoo_hf.vit import layout_of
 from vitzoo_hf.zoo_folder import Shard, Storage, assemble, refuse_to_replace, shard_name, swap, write_shard
 
+LICENCE = r"[a-z0-9][a-z0-9._-]{1,60}"
+ANOTHER = "a zoo that is not of this source and these options: choose another folder, or replace=True (--replace)"
 DEFAULT_SPLITS = {"by": "lineage", "seed": 0, "train": 1.0, "validation": 0.0, "test": 0.0}
+
+
+class NothingTakenError(ZooError):
+    """No checkpoint of a source can be taken.
+
+    Attributes:
+        refused: path in the source -> why.
+    """
+
+    def __init__(self, name: str, refused: Mapping[str, str]) -> None:
+        first = next(iter(refused.items()), None)
+        example = f" ({len(refused)} refused; {first[0]}: {first[1]})" if first else ": there is none"
+        super().__init__(f"{name}: no checkpoint can be taken{example}")
+        self.refused = dict(refused)
 
 
 @dataclass
@@ -57,6 +74,7 @@ def convert(
     splits: Mapping[str, Any] | None = None,
     licence: str = "unknown",
     workers: int = 2,
+    replace: bool = False,
     progress: bool = True,
 ) -> Conversion:
     """Write the checkpoints of a planned source as a zoo.
@@ -65,30 +83,35 @@ def convert(
 
     Args:
         plan: from `plan_source`.
-        folder: the zoo; one that is there is replaced once the new one is complete.
+        folder: the zoo.
         dtype: what weights are stored as: float32 is exact, float16 and bfloat16 round them to half the size.
         splits: `by` (`lineage` or `run`), `seed` and the shares of `train`, `validation`, `test`; all in train by
             default.
         licence: of the weights, as the Hub names it, such as `cc-by-4.0`.
         workers: checkpoints that are loaded at the same time.
+        replace: replace another zoo that is in `folder`, once the new one is complete.
         progress: show a bar.
 
     Returns:
         What was taken, and what was refused.
 
     Raises:
-        ZooError: if nothing can be taken, the source has changed since the conversion began, another process converts
-            into the same folder, or the folder cannot be written.
+        NothingTakenError: if no checkpoint can be taken.
+        ZooError: if the folder holds another zoo, the source has changed since the conversion began, another process
+            converts into the same folder, or the folder cannot be written.
     """
     check_dtype(dtype)
+    _check_options(workers, licence)
     job = _Job(plan, dtype, dict(DEFAULT_SPLITS if splits is None else splits), licence)
     _check_splits(job.splits)
     folder = Path(folder)
     refuse_to_replace(folder)
     if (done := _already_done(job, folder)) is not None:
         return done
+    if (folder / schema.MANIFEST).is_file() and not replace:
+        raise ZooError(f"{folder} holds {ANOTHER}")
     if not plan.rows:
-        raise ZooError(f"{plan.name}: no checkpoint can be taken{_examples(plan.refused)}")
+        raise NothingTakenError(plan.name, plan.refused)
     staging = folder.parent / f".{folder.name}.converting"
     try:
         staging.mkdir(parents=True, exist_ok=True)
@@ -99,6 +122,13 @@ def convert(
     except OSError as error:
         reason = error.strerror or error
         raise ZooError(f"cannot write the zoo {folder} ({reason}); the same command continues later") from None
+
+
+def _check_options(workers: int, licence: str) -> None:
+    if workers < 1:
+        raise ZooError(f"workers is {workers}; it must be at least 1")
+    if re.fullmatch(LICENCE, licence) is None:
+        raise ZooError(f"licence {licence!r} is no name of a licence as the Hub has them, such as cc-by-4.0 or other")
 
 
 def _check_splits(splits: Mapping[str, Any]) -> None:
@@ -146,7 +176,8 @@ def _run(job: _Job, staging: Path, folder: Path, workers: int, progress: bool) -
             pool.shutdown(wait=True, cancel_futures=True)
             raise
     if not shards:
-        raise ZooError(f"{job.plan.name}: no checkpoint can be taken{_examples(refused)}")
+        shutil.rmtree(staging, ignore_errors=True)
+        raise NothingTakenError(job.plan.name, refused)
     notes = job.plan.notes + _orphans(shards)
     assemble(staging / "zoo", _manifest(job, refused, notes), shards, {}, "")
     swap(staging / "zoo", folder)
@@ -173,17 +204,20 @@ def _begin(job: _Job, staging: Path) -> Storage:
     """Open the staging folder of this job, or take up what was begun there.
 
     Raises:
-        ZooError: if another conversion was begun there.
+        ZooError: if another conversion was begun there, and has finished a shard.
     """
     record = staging / "job.json"
     if record.exists():
         held = read_json(record)
-        if held["fingerprint"] != job.fingerprint:
+        if held["fingerprint"] != job.fingerprint and not any((staging / "shards").iterdir()):
+            shutil.rmtree(staging)
+        elif held["fingerprint"] != job.fingerprint:
             raise ZooError(
                 f"{staging} holds an unfinished conversion of another source, or with other options: finish that,"
                 " delete it, or choose another folder"
             )
-        return Storage(job.dtype, held["largest"])
+        else:
+            return Storage(job.dtype, held["largest"])
     (staging / "shards").mkdir(parents=True, exist_ok=True)
     largest = _largest(job.plan)
     write_json(record, {"fingerprint": job.fingerprint, "largest": largest})
@@ -337,9 +371,3 @@ def _manifest(job: _Job, refused: Mapping[str, str], notes: list[str]) -> dict[s
         "refused": dict(refused),
         "notes": notes,
     }
-
-
-def _examples(refused: Mapping[str, str]) -> str:
-    """The first refused checkpoint with its reason."""
-    first = next(iter(refused.items()), None)
-    return f" ({len(refused)} refused; {first[0]}: {first[1]})" if first else ": there is none"

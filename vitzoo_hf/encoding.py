@@ -101,6 +101,8 @@ def vector_of(
         value = value.item()
     if isinstance(value, bytes | bytearray | memoryview):
         return _from_bytes(np.frombuffer(value, np.uint8), name, num_parameters, dtype, sha256)
+    if isinstance(value, np.ndarray) and value.dtype.kind not in "fO":
+        raise ZooError(f"{name} has weights of type {value.dtype}; expected floating-point numbers")
     vector = _numbers(value, name)
     if num_parameters is not None and vector.shape != (num_parameters,):
         raise ZooError(

@@ -10,7 +10,8 @@ from safetensors.torch import safe_open, save_file
 
 from vitzoo_hf import schema
 from vitzoo_hf.checkpoint import write_atomically
-from vitzoo_hf.flatten import unflatten
+from vitzoo_hf.flatten import flatten, unflatten
+from vitzoo_hf.foreign.names import to_timm
 from vitzoo_hf.foreign.transformers_folder import (
     CONFIG,
     WEIGHTS,
@@ -86,7 +87,7 @@ def export_zoo(zoo: Zoo, folder: Path, *, format: str = "timm", progress: bool =
         _check_all_known(zoo)
         for place in places.values():
             check_replaceable(place)
-    missing = [model_id for model_id, place in places.items() if _exported_hash(place) != hashes[model_id]]
+    missing = [model_id for model_id, place in places.items() if _exported_hash(place, zoo) != hashes[model_id]]
     with progress_bar("exporting", "model", shown=progress, total=len(places)) as bar:
         bar.update(len(places) - len(missing))
         for row in zoo.filter(model_id=missing).rows() if missing else ():
@@ -143,12 +144,14 @@ def export_subset(zoo: Zoo, folder: Path, *, selection_of: Sequence[str] | None 
     return folder
 
 
-def _exported_hash(place: Path) -> str | None:
-    if place.is_dir() and not (place / CONFIG).is_file():
-        return None
-    file = place / WEIGHTS if place.is_dir() else place
+def _exported_hash(place: Path, zoo: Zoo) -> str | None:
+    """The hash of the weights that an earlier export holds; None if there is none that can be read whole."""
     try:
-        with safe_open(file, framework="pt") as opened:
-            return (opened.metadata() or {}).get("weights_sha256")
-    except (OSError, SafetensorError):
+        with safe_open(place / WEIGHTS if place.is_dir() else place, framework="pt") as opened:
+            layout = zoo.layouts[(opened.metadata() or {})["layout"]]
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - it is no mapping
+        if place.is_dir():
+            tensors = to_timm(tensors, name=place.name, config=json.loads((place / CONFIG).read_text())).tensors
+        return schema.weights_sha256(flatten({name: tensors[name] for name in layout.names}).numpy())
+    except (OSError, SafetensorError, KeyError, ValueError, ZooError):
         return None

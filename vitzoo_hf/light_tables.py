@@ -59,4 +59,4 @@ class LightTables:
             raise ZooError(f"{name} of {self.files.name} cannot be read ({one_line(error)}); {REPAIR}") from None
         if hashlib.sha256(data).hexdigest() != self.manifest["files"][name].get("sha256"):
             raise ZooError(f"{name} of {self.files.name} does not match its hash: it is damaged; {REPAIR}")
-        return pq.read_table(pa.BufferReader(data))
+        return pq.ParquetFile(pa.BufferReader(data)).read(use_threads=False)

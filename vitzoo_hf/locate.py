@@ -93,6 +93,8 @@ def open_files(path: str | Path, revision: str | None) -> FolderFiles | HubFiles
     if folder.is_dir():
         if not (folder / schema.MANIFEST).is_file():
             raise ZooError(f"{folder} is not a zoo: it has no {schema.MANIFEST}; `vitzoo pack` writes zoos")
+        if revision is not None:
+            raise ZooError(f"revision {revision!r} of a folder: only datasets on the Hub have revisions")
         return FolderFiles(folder)
     repository = str(path).removeprefix("hf://").removeprefix("datasets/")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):

@@ -1,6 +1,7 @@
 """What the verbs of the command line share: options, and how a zoo is named."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
@@ -30,6 +31,13 @@ def open_zoo(name: str, where: Sequence[str] | None, *, revision: str | None = N
     zoo = Zoo.sample() if name == "sample" else Zoo(name, revision=revision)
     conditions = dict(parse_condition(text, zoo.column_types) for text in where or ())
     return zoo.filter(**conditions) if conditions else zoo
+
+
+def folder_of(name: str) -> str:
+    """What a verb that reads files is to open: the folder of the sample for `sample`, else what was given."""
+    from vitzoo_hf.zoo import SAMPLE
+
+    return str(SAMPLE) if name == "sample" and not Path(name).exists() else name
 
 
 def table_records(table: Any) -> list[dict[str, Any]]:

@@ -36,7 +36,7 @@ def reconstruct(
             table of one row, as `with_format("arrow")` gives it.
         device: where the model goes, in one copy; its parameters are views of one vector.
         verify: refuse weights that are not finite or not those of the row's `weights_sha256`. Rows of `Zoo.rows()`
-            were verified when they were read and are not again.
+            were verified when they were read and are not again, unless a model shares their memory.
         copy: on the CPU, parameters are views of the row's own memory where it is float32 and may be written to, so
             that nothing is copied; give True for a model that leaves its row alone when it is trained.
 
@@ -51,6 +51,8 @@ def reconstruct(
     """
     place = usable_device(device)
     vector, layout = checked_vector(row, verify=verify)
+    if isinstance(row, VerifiedRow) and not copy:
+        row.verified = False  # who trains the model changes the row
     own = vector.to(place) if place.type != "cpu" or not copy else vector.clone()
     return filled(*architecture_of(row), unflatten(own, layout))
 
@@ -85,6 +87,8 @@ def usable_device(device: str | torch.device) -> torch.device:
         found = torch.device(device)
     except RuntimeError:
         raise ZooError(f"unknown device {device!r}: expected cpu, cuda or cuda:N") from None
+    if found.type == "meta":
+        raise ZooError("device 'meta' holds no numbers: expected cpu, cuda or cuda:N")
     if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
         raise ZooError(
             f"device {str(device)!r} is not here: this torch sees {torch.cuda.device_count()} CUDA devices"

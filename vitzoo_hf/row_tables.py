@@ -56,18 +56,24 @@ def matches(values: pa.ChunkedArray, column: str, condition: Any) -> np.ndarray:
     Raises:
         ZooError: if the condition does not fit the column's type.
     """
+    if isinstance(condition, tuple) and len(condition) == 2 and None not in condition and condition[0] > condition[1]:
+        raise ZooError(f"{column}={condition!r} holds nothing: the first of a pair is the lower end")
     try:
         if condition is None:
             mask = pc.is_null(values)
         elif isinstance(condition, tuple):
             low, high = condition
+            if (low is not None and low != low) or (high is not None and high != high):
+                raise ValueError
             mask = pc.is_valid(values)
             if low is not None:
-                mask = pc.and_(mask, pc.greater_equal(values, pa.scalar(low)))
+                mask = pc.and_(mask, pc.greater_equal(values, _end(low, values.type)))
             if high is not None:
-                mask = pc.and_(mask, pc.less_equal(values, pa.scalar(high)))
+                mask = pc.and_(mask, pc.less_equal(values, _end(high, values.type)))
         else:
-            wanted = condition if isinstance(condition, list | set) else [condition]
+            wanted = list(condition) if isinstance(condition, list | set) else [condition]
+            if any(value != value for value in wanted):
+                raise ValueError
             kind = pa.array(wanted).type if wanted else values.type
             if pa.types.is_string(kind) != pa.types.is_string(values.type):
                 raise TypeError
@@ -75,12 +81,17 @@ def matches(values: pa.ChunkedArray, column: str, condition: Any) -> np.ndarray:
             if pa.types.is_integer(values.type) and held.to_pylist() != list(wanted):
                 raise TypeError
             mask = pc.is_in(values, held)
-    except (TypeError, ValueError, pa.ArrowException):
+    except (TypeError, ValueError, OverflowError, pa.ArrowException):
         raise ZooError(
             f"{column}={condition!r} does not fit the column's type {values.type}:"
             " give a value, a list of values, or a pair (low, high)"
         ) from None
     return mask.fill_null(False).to_numpy()
+
+
+def _end(value: Any, kind: pa.DataType) -> pa.Scalar:
+    """The end of a range, rounded as the column's values were: 0.9 in a float32 column is the float32 next to 0.9."""
+    return pa.scalar(value, kind) if pa.types.is_floating(kind) else pa.scalar(value)
 
 
 def parse_condition(text: str, types: Mapping[str, type]) -> tuple[str, Any]:

@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -68,9 +69,10 @@ class _Loaded:
 class Stream(IterableDataset[dict[str, Any]]):
     """Batches of one layout each; made by `Zoo.stream`.
 
-    Iterating gives one epoch; the next iteration gives the next one, in another order if shuffled. In a
-    `torch.utils.data.DataLoader(stream, batch_size=None, num_workers=…)` each worker reads row groups of its own;
-    there, call `set_epoch` before every epoch, as workers count epochs for themselves.
+    Iterating gives one epoch; the next iteration gives the next one, in another order if shuffled. An iteration that
+    was left early is continued by the next one; `set_epoch` starts at the beginning. In a
+    `torch.utils.data.DataLoader(stream, batch_size=None, num_workers=…)` each worker reads rows of its own; there,
+    call `set_epoch` before every epoch, as workers count epochs for themselves.
     """
 
     def __init__(
@@ -88,13 +90,19 @@ class Stream(IterableDataset[dict[str, Any]]):
         verify: bool = True,
         reuse: bool = False,
     ) -> None:
-        if batch_size < 1:
-            raise ZooError(f"batch_size is {batch_size}; it must be at least 1")
-        if num_workers < 0:
-            raise ZooError(f"num_workers is {num_workers}; it must be at least 0")
-        if not 0 <= rank < world_size:
+        for name, value, least in (
+            ("batch_size", batch_size, 1),
+            ("num_workers", num_workers, 0),
+            ("seed", seed, 0),
+            ("world_size", world_size, 1),
+            ("rank", rank, 0),
+        ):
+            if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
+                raise ZooError(f"{name} is {value!r}; it must be a whole number of at least {least}")
+        if not rank < world_size:
             raise ZooError(f"rank {rank} of {world_size}: ranks count from 0 to world_size - 1")
         self.source, self.batch_size, self.device = source, batch_size, usable_device(device)
+        check_names("tensors", tensors)
         self.tensors = None if tensors is None else list(tensors)
         self.selections = {} if tensors is None else _selections(source, list(tensors))
         self.shuffle, self.seed = shuffle, seed
@@ -128,6 +136,9 @@ class Stream(IterableDataset[dict[str, Any]]):
         Raises:
             ZooError: if the state is of a stream with other rows or another order.
         """
+        known = isinstance(state, Mapping) and {"epoch", "batches_done", "order"} <= state.keys()
+        if not known or not all(isinstance(state[key], int) and state[key] >= 0 for key in ("epoch", "batches_done")):
+            raise ZooError(f"this is no state of a stream: expected what `state_dict()` gives, got {str(state)[:80]}")
         if state["order"] != self._order_fingerprint():
             raise ZooError(
                 "this state is of another stream: its zoo, filter, batch size, shuffle, seed, rank and world size"
@@ -152,7 +163,7 @@ class Stream(IterableDataset[dict[str, Any]]):
         part, parts = self.rank, self.world_size
         if worker is not None:
             part, parts = self.rank * worker.num_workers + worker.id, self.world_size * worker.num_workers
-        windows = self._windows(groups[part::parts])
+        windows = self._windows(_share(groups, part, parts))
         if self.shuffle:
             windows = [[window[index] for index in generator.permutation(len(window))] for window in windows]
         return self._in_batches(windows)
@@ -246,6 +257,32 @@ class Stream(IterableDataset[dict[str, Any]]):
         return slot.buffer[: shape[0] * shape[1]].view(shape)
 
 
+def check_names(what: str, names: Any) -> None:
+    """Refuse names that are no list of texts, or an empty one.
+
+    Raises:
+        ZooError: saying what was given.
+    """
+    fits = names is None or (
+        not isinstance(names, str) and isinstance(names, Sequence) and all(isinstance(name, str) for name in names)
+    )
+    if not fits or (names is not None and not names and what == "tensors"):
+        raise ZooError(f"{what}={names!r}: expected a list of names")
+
+
+def _share(groups: Sequence[list[int]], part: int, parts: int) -> list[list[int]]:
+    """The row groups of one of several readers, in their order: as many rows for each, so that few are cut."""
+    total = sum(len(group) for group in groups)
+    first, last = total * part // parts, total * (part + 1) // parts
+    mine, start = [], 0
+    for group in groups:
+        piece = group[max(0, first - start) : max(0, last - start)]
+        start += len(group)
+        if piece:
+            mine.append(piece)
+    return mine
+
+
 def _sent(host: Tensor, device: torch.device) -> tuple[Tensor, Any]:
     """The batch on its device, and the event after which it is there; host memory itself for the CPU."""
     if device.type != "cuda":
@@ -302,6 +339,7 @@ def light_columns(
     Raises:
         ZooError: for an unknown column.
     """
+    check_names("columns", chosen)
     for name in chosen or ():
         if name not in records:
             raise ZooError(f"unknown column {name!r}: {did_you_mean(name, records)}")

@@ -67,10 +67,26 @@ def verify(path: str | Path, *, revision: str | None = None, progress: bool = Tr
             found.size += entry["bytes"]
             if reason is not None:
                 found.damaged[name] = reason
-    shards = [name for name in found.damaged if name.startswith("weights/")]
+    found.damaged |= _odd_files(files, manifest, listed)
+    shards = [name for name in found.damaged if name.startswith("weights/") and name in listed]
     if shards and not any(name.startswith("index/") for name in found.damaged):
         found.rows = _lost_rows(files, manifest, shards)
     return found
+
+
+def _odd_files(
+    files: FolderFiles | HubFiles, manifest: Mapping[str, Any], listed: Mapping[str, Any]
+) -> dict[str, str]:
+    """What is wrong beside the listed files: a card that is missing, and files that `datasets` would read too."""
+    odd = {} if files.exists("README.md") else {"README.md": "missing: `load_dataset` needs the configs in it"}
+    if isinstance(files, FolderFiles):
+        folder = files.folder
+        configs = {name.split("/")[0] for name in listed if "/" in name}
+        held = {
+            file.relative_to(folder).as_posix() for config in configs for file in (folder / config).glob("*.parquet")
+        }
+        odd |= dict.fromkeys(sorted(held - listed.keys()), "not a file of this zoo, and `load_dataset` would read it")
+    return odd
 
 
 def _damage(files: FolderFiles | HubFiles, name: str, entry: Mapping[str, Any], bar: Any) -> str | None:

@@ -130,13 +130,17 @@ class Zoo:
             ZooError: if the zoo has no such config.
         """
         if config == "index":
-            return with_class_names(self._index, self._features).take(self._positions).to_pandas()
+            return (
+                with_class_names(self._index, self._features)
+                .take(self._positions)
+                .to_pandas(integer_object_nulls=True)
+            )
         known = [held for held in self.configs if held != "weights"]
         if config not in known:
             hint = "; `vitzoo evaluate` writes it" if config in ("evaluations", "pairs") else ""
             raise ZooError(f"{self.name} has no config {config!r}{hint}: {did_you_mean(config, known)}")
         table = self._tables.read(config)
-        return with_class_names(table, features_of(table)).to_pandas()
+        return with_class_names(table, features_of(table)).to_pandas(integer_object_nulls=True)
 
     def filter(self, **conditions: Any) -> "Zoo":
         """The rows that meet every condition, as a zoo over the same files.
@@ -185,6 +189,8 @@ class Zoo:
             ZooError: for an unknown id, with the closest known one.
         """
         ids = self.model_ids
+        if not isinstance(model_id, str):
+            raise ZooError(f"model_id is {model_id!r}; expected the text in column `model_id`")
         if model_id not in ids:
             raise ZooError(f"{self.name} has no model {model_id!r}: {did_you_mean(model_id, ids)}")
         return next(self._at(self._positions[[ids.index(model_id)]]).rows())
@@ -228,7 +234,7 @@ class Zoo:
                 permutation of all rows where a zoo is smaller than that, or a model has a row group of its own.
             seed: of the order.
             num_workers: threads that read ahead, a batch each; 0 reads when a batch is asked for.
-            rank: this process among `world_size`; each reads row groups of its own.
+            rank: this process among `world_size`; each reads rows of its own, as many as any other but for one.
             world_size: number of processes.
             verify: compare every row with its hash when it is first read.
             reuse: hand out the same memory again, so that a batch's `weights` hold only until the next is asked for.

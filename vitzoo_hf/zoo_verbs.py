@@ -1,12 +1,15 @@
 """The verbs that take a zoo as it is: list, describe, get, export, convert, push, verify."""
 
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from json import loads as parse_json
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from vitzoo_hf.console import format_bytes, hint, join, print_json, print_table
-from vitzoo_hf.options import Json, Quiet, Revision, Where, open_zoo, table_records
+from vitzoo_hf.options import Json, Quiet, Revision, Where, folder_of, open_zoo, table_records
 from vitzoo_hf.schema import ZooError
 
 
@@ -35,7 +38,7 @@ def list_rows(
     print_table(table_records(shown.rename(columns={name: name.removeprefix("factor_") for name in columns})))
     if not quiet:
         more = f"{len(shown)} of {len(index)} rows; --limit 0 shows all. " if len(shown) < len(index) else ""
-        hint(f"{more}Next: vitzoo get {zoo} MODEL_ID --out FILE.safetensors")
+        hint(f"{more}Next: vitzoo get {quote(zoo)} MODEL_ID --out FILE.safetensors")
 
 
 def info(zoo: str, *, revision: Revision = None, json: Json = False, quiet: Quiet = False) -> None:
@@ -70,7 +73,7 @@ def info(zoo: str, *, revision: Revision = None, json: Json = False, quiet: Quie
         else:
             print(f"{name:<14}{join(value)}")
     if not quiet:
-        hint(f"Next: vitzoo ls {zoo}")
+        hint(f"Next: vitzoo ls {quote(zoo)}")
 
 
 def get(
@@ -100,7 +103,7 @@ def get(
         return
     print(f"{model_id} in {out}")
     if not quiet:
-        hint(f"Next: vitzoo export {zoo} --out FOLDER --where is_final=true")
+        hint(f"Next: vitzoo export {quote(zoo)} --out FOLDER --where is_final=true")
 
 
 def export(
@@ -144,6 +147,7 @@ def convert(
     test: float = 0.0,
     licence: str = "unknown",
     workers: int = 2,
+    replace: bool = False,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -164,6 +168,7 @@ def convert(
         test: Share that is held out for testing.
         licence: Of the weights, as the Hub names it, such as cc-by-4.0.
         workers: Checkpoints loaded at the same time.
+        replace: Replace another zoo that is in the folder.
     """
     from vitzoo_hf.convert import convert as write
     from vitzoo_hf.foreign.sources import plan_source
@@ -177,18 +182,30 @@ def convert(
         name=name,
     )
     splits = {"by": split_by, "seed": 0, "train": 1 - validation - test, "validation": validation, "test": test}
-    shown = not (json or quiet)
-    done = write(plan, out, dtype=dtype, splits=splits, licence=licence, workers=workers, progress=shown)
+    options: dict[str, Any] = {"dtype": dtype, "splits": splits, "licence": licence, "workers": workers}
+    with _naming_all_refused():
+        done = write(plan, out, **options, replace=replace, progress=not (json or quiet))
     if json:
         print_json(vars(done) | {"folder": str(out)})
         return
     print(f"{done.rows} rows in {out}")
-    for path, reason in done.refused.items():
-        print(f"refused: {path}: {reason}")
-    for note in done.notes:
-        print(f"note: {note}")
+    print(*(f"refused: {path}: {reason}\n" for path, reason in done.refused.items()), sep="", end="")
+    print(*(f"note: {note}\n" for note in done.notes), sep="", end="")
     if not quiet:
-        hint(f"Next: vitzoo verify {out}, then vitzoo push {out} ORG/NAME")
+        hint(f"Next: vitzoo verify {quote(str(out))}, then vitzoo push {quote(str(out))} ORG/NAME")
+
+
+@contextmanager
+def _naming_all_refused() -> Iterator[None]:
+    """Print why each checkpoint was refused where all were."""
+    from vitzoo_hf.convert import NothingTakenError
+
+    try:
+        yield
+    except NothingTakenError as error:
+        for path, reason in error.refused.items():
+            print(f"refused: {path}: {reason}", file=sys.stderr)
+        raise
 
 
 def _json_object(text: str | None, option: str) -> dict[str, Any] | None:
@@ -216,7 +233,7 @@ def push(
     """Publish a zoo on the Hugging Face Hub, or bring it up to date: only what changed is uploaded.
 
     Args:
-        zoo: The zoo's folder.
+        zoo: The zoo's folder, or `sample`.
         repository: Dataset id, ORG/NAME.
         private: Make a new dataset private.
         dry_run: Say what would be uploaded, and change nothing.
@@ -224,7 +241,9 @@ def push(
     """
     from vitzoo_hf.push import push as publish
 
-    done = publish(zoo, repository, private=private, dry_run=dry_run, tag=tag, progress=not (json or quiet))
+    done = publish(
+        folder_of(str(zoo)), repository, private=private, dry_run=dry_run, tag=tag, progress=not (json or quiet)
+    )
     if json:
         print_json(vars(done))
         return
@@ -241,18 +260,18 @@ def push(
         print(f"commit {str(done.commit)[:8]}, tags {', '.join(done.tags)}")
     print(done.url)
     if not quiet:
-        hint(f"Next: vitzoo push {zoo} {repository}" if dry_run else f"Next: vitzoo info {repository}")
+        hint(f"Next: vitzoo push {quote(str(zoo))} {repository}" if dry_run else f"Next: vitzoo info {repository}")
 
 
 def verify(zoo: str, *, revision: Revision = None, json: Json = False, quiet: Quiet = False) -> None:
     """Hash every file of a zoo again and name what is damaged; exit status 1 if anything is.
 
     Args:
-        zoo: Folder, or dataset id, of which every file is read once and nothing kept.
+        zoo: Folder, `sample`, or dataset id, of which every file is read once and nothing kept.
     """
     from vitzoo_hf.verify import verify as check
 
-    found = check(zoo, revision=revision, progress=not (json or quiet))
+    found = check(folder_of(zoo), revision=revision, progress=not (json or quiet))
     if json:
         print_json(vars(found) | {"intact": found.intact})
     else:

@@ -79,7 +79,7 @@ def plan_checkpoints(
         rows=planned.rows,
         factor_types={} if told is None else told.factor_types,
         refused=planned.refused | folder.refused,
-        notes=[] if told is None else told.notes,
+        notes=planned.notes + ([] if told is None else told.notes),
     )
 
 

@@ -99,7 +99,7 @@ def plan_hub_models(
             raise
     planned = planned_rows(found, told, architecture=architecture, architecture_args=architecture_args)
     types, notes = ({}, []) if told is None else (told.factor_types, told.notes)
-    return SourcePlan(name, planned.rows, types, refused=planned.refused | refused, notes=notes)
+    return SourcePlan(name, planned.rows, types, refused=planned.refused | refused, notes=planned.notes + notes)
 
 
 def _matched(table: Table, repositories: Sequence[str]) -> Table:

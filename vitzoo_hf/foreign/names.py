@@ -16,7 +16,7 @@ from vitzoo_hf.foreign.plan import LoadedModel
 from vitzoo_hf.schema import ZooError
 from vitzoo_hf.vit import layout_of
 
-PREFIXES = ("model.", "module.", "vit.")
+PREFIXES = ("model.", "module.", "_orig_mod.", "vit.")
 HEAD_DIM = 64
 SIZES = {192: "tiny", 384: "small", 768: "base", 1024: "large"}
 
@@ -62,7 +62,12 @@ def to_timm(
     held = {key: _float32(key, tensor, name, flags) for key, tensor in _timm_names(tensors, name).items()}
     told, told_args = _told_by(config or {}, name, flags)
     architecture = architecture or told
-    args = told_args | dict(architecture_args or {})
+    given = dict(architecture_args or {})
+    against = [key for key in given if key in told_args and told_args[key] != given[key]]
+    if against:
+        key = against[0]
+        raise ZooError(f"{name} has {key} {told_args[key]!r} by its config.json, and {given[key]!r} was given")
+    args = told_args | given
     head, hidden = _head(held, name)
     seen, seen_args = _seen(held, name, needs_name=architecture is None)
     _check_given(args, seen_args, name)
@@ -82,11 +87,12 @@ def to_timm(
 
 def _timm_names(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
     held = dict(tensors)
-    for prefix in PREFIXES[:2]:
-        held = _without_prefix(held, prefix)
+    while any(all(key.startswith(prefix) for key in held) for prefix in PREFIXES[:3]) and held:
+        for prefix in PREFIXES[:3]:
+            held = _without_prefix(held, prefix)
     if any("embeddings." in key for key in held):
         return _from_transformers(held, name)
-    return _without_prefix(held, PREFIXES[2])
+    return _without_prefix(held, PREFIXES[3])
 
 
 def _without_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -143,7 +149,8 @@ def _float32(key: str, tensor: Tensor, name: str, flags: list[str]) -> Tensor:
     wide = tensor.float()
     if tensor.dtype == torch.float64 and not torch.equal(wide.double(), tensor):
         raise ZooError(f"{name}: {key} is float64, which float32 cannot hold exactly: convert it first")
-    flag = f"stored as {str(tensor.dtype).removeprefix('torch.')}, widened to float32"
+    how = "which float32 holds exactly" if tensor.dtype == torch.float64 else "widened to float32"
+    flag = f"stored as {str(tensor.dtype).removeprefix('torch.')}, {how}"
     if flag not in flags:
         flags.append(flag)
     return wide

@@ -3,7 +3,7 @@
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -14,6 +14,7 @@ from vitzoo_hf.schema import ZooError
 
 EPOCH = re.compile(r"(?:epoch[-_]?|checkpoint[-_])(\d{1,10})(?!\d)", re.ASCII | re.IGNORECASE)
 LONGEST_RUN_ID = 120
+UNTOLD = "The epoch of {} checkpoints is not told, {} the first: it counts as 1; a table's column `epoch` tells it."
 
 Load = Callable[[str | None, dict[str, Any] | None], LoadedModel]
 
@@ -41,6 +42,7 @@ class Rows:
 
     rows: list[PlannedRow]
     refused: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
 
 def planned_rows(
@@ -75,11 +77,18 @@ def planned_rows(
         run, epoch = lines[source].values["run_id"], lines[source].values["epoch"]
         final[run] = max(epoch, final.get(run, 0))
     groups, depths = _groups(lines), _depths(lines)
+    untold = [source for source in kept if _named_epoch(source) is None and not _tells_epoch(table, source)]
+    for source in untold:
+        kept[source] = replace(kept[source], provenance=kept[source].provenance | {"assumed": {"epoch": 1}})
     rows = [
         _row(kept[source], lines[source], final, groups, architecture, architecture_args)
         for source in sorted(kept, key=lambda source: (depths[source], *_order(lines[source].values)))
     ]
-    return Rows(rows, refused)
+    return Rows(rows, refused, [UNTOLD.format(len(untold), min(untold))] if untold else [])
+
+
+def _tells_epoch(table: Table | None, source: str) -> bool:
+    return table is not None and source in table.lines and "epoch" in table.lines[source].values
 
 
 def _row(
@@ -235,8 +244,13 @@ def _guessed(sources: list[str], fallback: str) -> dict[str, Line]:
 
 def _epoch(source: str) -> int:
     """The last epoch that a path names; 1 if it names none."""
+    named = _named_epoch(source)
+    return 1 if named is None else named
+
+
+def _named_epoch(source: str) -> int | None:
     named = [int(number) for number in EPOCH.findall(source)]
-    return named[-1] if named and named[-1] <= LARGEST_EPOCH else 1
+    return named[-1] if named and named[-1] <= LARGEST_EPOCH else None
 
 
 def _run_id(source: str, fallback: str) -> str:

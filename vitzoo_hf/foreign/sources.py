@@ -45,6 +45,10 @@ def plan_source(
                 " vit_cifar100_finetuned, listed as JSON"
             )
         return plan_release(web, first_epoch=first_epoch, **told, **named)
+    if _is_release_folder(Path(source)):
+        return plan_release(FolderPlace(Path(source)), first_epoch=first_epoch, **told, **named)
+    if first_epoch is not None:
+        raise ZooError("first_epoch is only for releases of the ViT model zoo: a table's column `epoch` tells others")
     if source.startswith("hf:"):
         return plan_hub_models([source.removeprefix("hf:").removeprefix("//")], table=table, **told, **named)
     path = Path(source)
@@ -52,6 +56,8 @@ def plan_source(
         raise ZooError(f"there is no {source}: give a folder, a file, an http address, or hf:ORG/NAME")
     if path.suffix == ".txt":
         return plan_hub_models(read_list(path), table=table, **told, **named)
-    if path.is_dir() and is_release(FolderPlace(path)):
-        return plan_release(FolderPlace(path), first_epoch=first_epoch, **told, **named)
     return plan_checkpoints(path, table=table, **told, **named)
+
+
+def _is_release_folder(path: Path) -> bool:
+    return path.is_dir() and is_release(FolderPlace(path))
