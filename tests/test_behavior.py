@@ -1,5 +1,4 @@
 import contextlib
-import importlib
 import warnings
 
 import numpy as np
@@ -8,10 +7,10 @@ import torch
 from jaxtyping import config
 from sklearn.metrics import log_loss
 
-from vitzoo_hf.behavior import accuracy, agreement, cross_entropy, expected_calibration_error, predictions
-
-# vitzoo_hf.<name> may be the function of that name; the module is in sys.modules.
-behavior = importlib.import_module("vitzoo_hf.behavior")
+import vitzoo_hf.behavior_inputs as inputs
+import vitzoo_hf.behavior_pairs as behavior
+from vitzoo_hf.behavior import accuracy, cross_entropy, expected_calibration_error, predictions
+from vitzoo_hf.behavior_pairs import agreement
 
 
 @pytest.fixture
@@ -98,7 +97,7 @@ def test_accuracy_equals_torchmetrics(torchmetrics):
 @pytest.mark.parametrize("block", [1, 50, 2**20])
 @pytest.mark.parametrize(("P", "N", "C"), [(1, 5, 2), (3, 37, 10), (2, 19, 1000)])
 def test_cross_entropy_and_ece_equal_their_oracles(monkeypatch, block, P, N, C):
-    monkeypatch.setattr(behavior, "BLOCK_ELEMENTS", block)
+    monkeypatch.setattr(inputs, "BLOCK_ELEMENTS", block)
     logits, labels = random_logits(P, N, C)
     losses = [log_loss(labels, model, labels=range(C)) for model in softmax(logits)]
     np.testing.assert_allclose(cross_entropy(logits, labels), losses, rtol=1e-6)
