@@ -16,8 +16,7 @@ from vitzoo_hf.behavior_inputs import check_logits, check_predictions, checked_l
 
 BLOCK_ELEMENTS = 2**20
 COMPARISONS_AT_ONCE = 2**26  # one byte each
-SUMS_AT_ONCE = 2**24
-CACHED_ELEMENTS = 2**17
+CACHED_ELEMENTS = 2**17  # two such buffers fit in a core's cache
 
 
 @torch.no_grad()
@@ -88,7 +87,10 @@ def error_consistency(predictions: Num[Tensor, "P N"], labels: Integer[Tensor, "
     """
     check_predictions(predictions)
     right = (predictions == checked_labels(labels, predictions, None)).to(torch.uint8)
-    return _beyond_chance(_matches(right), _chance_matches(right), len(labels))
+    hits = right.sum(1, dtype=torch.float64)
+    misses = len(labels) - hits
+    by_chance = torch.outer(hits, hits) + torch.outer(misses, misses)
+    return _beyond_chance(_matches(right), by_chance, len(labels))
 
 
 @torch.no_grad()
@@ -181,18 +183,19 @@ def _matches_by_bit_planes(predicted: Integer[Tensor, "P N"]) -> Int64[Tensor, "
         codes = np.unique(codes, return_inverse=True)[1].reshape(P, N)
         lowest, highest = 0, int(codes.max())
     width = (highest - lowest).bit_length()
+    code_type = np.min_scalar_type(highest - lowest)  # the smallest unsigned integer
     matches = np.full((P, P), N, np.int64)
-    step = max(64, BLOCK_ELEMENTS * 8 // (P * max(width, 1)) // 64 * 64)
+    step = max(64, 4 * BLOCK_ELEMENTS // P // 64 * 64)
     for start in range(0, N, step):
-        block = (codes[:, start : start + step].astype(np.int64, order="C") - lowest).astype(np.uint16)
+        block = codes[:, start : start + step].astype(code_type, order="C")
+        block -= lowest % 2 ** (8 * code_type.itemsize)  # wraps around, as the cast does
         block = np.pad(block, ((0, 0), (0, -block.shape[1] % 64)))
-        bits = ((block >> bit) & 1 for bit in range(width))
-        planes = [np.packbits(plane.astype(bool), axis=1).view(np.uint64) for plane in bits]
+        planes = [np.packbits(block & (1 << bit), axis=1).view(np.uint64) for bit in range(width)]
         for row in range(P if planes else 0):
             differ = planes[0][row] ^ planes[0][row:]
             for plane in planes[1:]:
                 differ |= plane[row] ^ plane[row:]
-            matches[row, row:] -= np.bitwise_count(differ).sum(1, dtype=np.int64)
+            matches[row, row:] -= np.bitwise_count(differ).sum(1, dtype=np.uint32)
     return torch.from_numpy(np.triu(matches) + np.triu(matches, 1).T)
 
 
@@ -235,12 +238,9 @@ def _beyond_chance(
 
 def _mixture_sums(probabilities: Float[Tensor, "P K"]) -> Float64[Tensor, "P P"]:
     """The upper triangle of `sum_k s log s` with `s = p_k + q_k`."""
-    P, K = probabilities.shape
-    on_cpu = probabilities.device.type == "cpu"
-    columns = max(1, (CACHED_ELEMENTS if on_cpu else SUMS_AT_ONCE) // P)
-    pieces = [probabilities[:, start : start + columns] for start in range(0, K, columns)]
-    if not on_cpu:
-        return torch.stack([_mixture_sums_by_torch(piece) for piece in pieces]).sum(0)
+    if probabilities.device.type != "cpu":
+        return _mixture_sums_by_torch(probabilities)
+    pieces = probabilities.split(max(1, CACHED_ELEMENTS // len(probabilities)), dim=1)
     with ThreadPoolExecutor(torch.get_num_threads()) as threads:
         return torch.from_numpy(sum(threads.map(_mixture_sums_by_numpy, pieces)))
 
