@@ -225,13 +225,13 @@ def expected_calibration_error(
     return gaps.abs().sum(1) / len(labels)
 
 
-def _predictions_of(predictions_or_logits: Tensor) -> tuple[Integer[Tensor, "P N"], int | None]:
+def _predictions_of(predictions_or_logits: Tensor) -> tuple[Int64[Tensor, "P N"], int | None]:
     """Predictions `[P, N]`, and the number of classes where logits tell it."""
     if predictions_or_logits.is_floating_point():
         check_logits(predictions_or_logits)
         return predictions(predictions_or_logits), predictions_or_logits.shape[-1]
     check_predictions(predictions_or_logits)
-    return predictions_or_logits, None
+    return predictions_or_logits.long(), None
 
 
 def _labels_in_top_k(logits: Tensor, labels: Tensor, k: int) -> Int64[Tensor, " P"]:

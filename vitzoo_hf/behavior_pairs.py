@@ -17,6 +17,7 @@ from vitzoo_hf.behavior_inputs import check_logits, check_predictions, checked_l
 BLOCK_ELEMENTS = 2**20
 COMPARISONS_AT_ONCE = 2**26  # one byte each
 CACHED_ELEMENTS = 2**17  # two such buffers fit in a core's cache
+FLOAT32_SUM = 1024  # terms that are added up before float64
 
 
 @torch.no_grad()
@@ -86,7 +87,7 @@ def error_consistency(predictions: Num[Tensor, "P N"], labels: Integer[Tensor, "
                 [0.5000, 1.0000]], dtype=torch.float64)
     """
     check_predictions(predictions)
-    right = (predictions == checked_labels(labels, predictions, None)).to(torch.uint8)
+    right = (predictions.long() == checked_labels(labels, predictions, None)).to(torch.uint8)
     hits = right.sum(1, dtype=torch.float64)
     misses = len(labels) - hits
     by_chance = torch.outer(hits, hits) + torch.outer(misses, misses)
@@ -123,7 +124,7 @@ def error_overlap(
         tensor(0.5000, dtype=torch.float64)
     """
     check_predictions(predictions)
-    right = (predictions == checked_labels(labels, predictions, None)).to(torch.uint8)
+    right = (predictions.long() == checked_labels(labels, predictions, None)).to(torch.uint8)
     wrong = len(labels) - right.sum(1)
     # both right + both wrong = matches, and (images - both right) = wrong + wrong' - both wrong
     both_wrong = (_matches(right) + wrong + wrong[:, None] - len(labels)) // 2
@@ -212,17 +213,18 @@ def _matches_by_comparison(predicted: Integer[Tensor, "P N"]) -> Int64[Tensor, "
 
 def _chance_matches(codes: Integer[Tensor, "P N"]) -> Float64[Tensor, "P P"]:
     """N times the matches that two models would have by chance: `sum_c n_c m_c`, exact below 2^53."""
+    codes = codes.long()
     lowest, highest = int(codes.min()), int(codes.max())
     if highest - lowest >= 2**16:
         codes = codes.unique(return_inverse=True)[1]
         lowest, highest = 0, int(codes.max())
     P, N = codes.shape
-    codes = codes.long() - lowest
     expected = torch.zeros(P, P, dtype=torch.float64, device=codes.device)
     classes = max(N, BLOCK_ELEMENTS // P)  # at once, in counts no larger than the codes
     for start in range(0, highest - lowest + 1, classes):
         width = min(classes, highest - lowest + 1 - start)
-        bins = (codes - start + 1).clamp_(0, width + 1)  # the first and the last bin hold all other classes
+        # the first and the last bin hold all other classes
+        bins = (codes - (lowest + start - 1)).clamp_(0, width + 1)
         counts = torch.zeros(P, width + 2, dtype=torch.float64, device=codes.device)
         counts.scatter_add_(1, bins, torch.ones_like(bins, dtype=torch.float64))
         expected += counts[:, 1:-1] @ counts[:, 1:-1].T
@@ -246,14 +248,16 @@ def _mixture_sums(probabilities: Float[Tensor, "P K"]) -> Float64[Tensor, "P P"]
 
 
 def _mixture_sums_by_numpy(probabilities: Float[Tensor, "P K"]) -> Float64[np.ndarray, "P P"]:
-    p = np.ascontiguousarray(probabilities.numpy())
-    mixture, logarithm = np.empty_like(p), np.empty_like(p)
-    sums = np.zeros((len(p), len(p)))
-    for row in range(len(p)):
-        s, log_s = mixture[row:], logarithm[row:]
-        np.add(p[row:], p[row], out=s)
-        np.log(s, out=log_s)
-        sums[row, row:] = np.vecdot(s, log_s)
+    P, K = probabilities.shape
+    sums = np.zeros((P, P))
+    for start in range(0, K, FLOAT32_SUM):
+        p = np.ascontiguousarray(probabilities[:, start : start + FLOAT32_SUM].numpy())
+        mixture, logarithm = np.empty_like(p), np.empty_like(p)
+        for row in range(P):
+            s, log_s = mixture[row:], logarithm[row:]
+            np.add(p[row:], p[row], out=s)
+            np.log(s, out=log_s)
+            sums[row, row:] += np.vecdot(s, log_s)
     return sums
 
 
