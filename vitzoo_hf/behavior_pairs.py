@@ -17,7 +17,7 @@ from vitzoo_hf.behavior_inputs import check_logits, check_predictions, checked_l
 BLOCK_ELEMENTS = 2**20
 COMPARISONS_AT_ONCE = 2**26  # one byte each
 CACHED_ELEMENTS = 2**17  # two such buffers fit in a core's cache
-FLOAT32_SUM = 1024  # terms that are added up before float64
+FLOAT32_SUM = 4096  # terms that are added up before float64
 
 
 @torch.no_grad()
