@@ -183,13 +183,12 @@ def _matches_by_bit_planes(predicted: Integer[Tensor, "P N"]) -> Int64[Tensor, "
     if highest - lowest >= 2**16:
         codes = np.unique(codes, return_inverse=True)[1].reshape(P, N)
         lowest, highest = 0, int(codes.max())
-    width = (highest - lowest).bit_length()
+    width = (highest - lowest).bit_length()  # integers of such a range differ in their `width` lowest bits
     code_type = np.min_scalar_type(highest - lowest)  # the smallest unsigned integer
     matches = np.full((P, P), N, np.int64)
     step = max(64, 4 * BLOCK_ELEMENTS // P // 64 * 64)
     for start in range(0, N, step):
         block = codes[:, start : start + step].astype(code_type, order="C")
-        block -= lowest % 2 ** (8 * code_type.itemsize)  # wraps around, as the cast does
         block = np.pad(block, ((0, 0), (0, -block.shape[1] % 64)))
         planes = [np.packbits(block & (1 << bit), axis=1).view(np.uint64) for bit in range(width)]
         for row in range(P if planes else 0):
