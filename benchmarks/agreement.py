@@ -10,6 +10,7 @@ import os
 
 os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 
+import ctypes
 import itertools
 import math
 from collections.abc import Callable
@@ -194,22 +195,17 @@ def compared(task: str, ways: dict[str, Callable[[], object]], pairs: int = PAIR
 
 
 def peak_memory_above(way: Callable, *arguments: torch.Tensor) -> float:
-    """MB by which the process's peak rises above what it held before; the kernel forgets earlier peaks.
-
-    The first of three calls counts most: later ones may find its memory still held.
-    """
+    """MB by which the process's peak rises above what it held before; freed memory is given back first."""
 
     def status(key: str) -> float:
         (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key)]
         return int(line.split()[1]) / 1e3
 
-    def once() -> float:
-        Path("/proc/self/clear_refs").write_text("5")
-        before = status("VmRSS")
-        way(*arguments)
-        return status("VmHWM") - before
-
-    return max(once() for _ in range(3))
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    before = status("VmRSS")
+    way(*arguments)
+    return status("VmHWM") - before
 
 
 if __name__ == "__main__":

@@ -141,7 +141,7 @@ def jensen_shannon(logits: Float[Tensor, "P N C"]) -> Float64[Tensor, "P P"]:
     `mean(H((p + q) / 2) - (H(p) + H(q)) / 2)`: 0 for equal outputs, log 2 for disjoint ones; its root is a metric for
     one image. With `g(p, q) = sum_c (p_c + q_c) log(p_c + q_c)` it is `(g(p, p) + g(q, q) - 2 g(p, q)) / 4`: one
     logarithm a class, and exactly 0 for equal models (on CUDA 0 to rounding). P^2 N C / 2 logarithms in all, on as
-    many threads as torch has; temporaries of a few MB a thread.
+    many threads as torch has; temporaries of tens of MB.
 
     Args:
         logits: any floating dtype. float64 logits are computed in float64; others in float32, to about 1e-7 nats
