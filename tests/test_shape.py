@@ -34,6 +34,9 @@ def test_public_names():
     names += (
         " expected_calibration_error flatten predictions reconstruct unflatten verify weight_distances weights_of"
     )
+    names += (
+        " brier_score class_accuracy prediction_entropy cohen_kappa error_consistency error_overlap jensen_shannon"
+    )
     names += " __version__"
     assert sorted(vz.__all__) == sorted(names.split())
     for name in vz.__all__:

@@ -12,10 +12,17 @@ from vitzoo_hf import schema
 
 if TYPE_CHECKING:
     from vitzoo_hf.behavior import accuracy as accuracy
-    from vitzoo_hf.behavior import agreement as agreement
+    from vitzoo_hf.behavior import brier_score as brier_score
+    from vitzoo_hf.behavior import class_accuracy as class_accuracy
     from vitzoo_hf.behavior import cross_entropy as cross_entropy
     from vitzoo_hf.behavior import expected_calibration_error as expected_calibration_error
+    from vitzoo_hf.behavior import prediction_entropy as prediction_entropy
     from vitzoo_hf.behavior import predictions as predictions
+    from vitzoo_hf.behavior_pairs import agreement as agreement
+    from vitzoo_hf.behavior_pairs import cohen_kappa as cohen_kappa
+    from vitzoo_hf.behavior_pairs import error_consistency as error_consistency
+    from vitzoo_hf.behavior_pairs import error_overlap as error_overlap
+    from vitzoo_hf.behavior_pairs import jensen_shannon as jensen_shannon
     from vitzoo_hf.blueprint import Blueprint as Blueprint
     from vitzoo_hf.cka import cka as cka
     from vitzoo_hf.evaluate import evaluate as evaluate
@@ -40,13 +47,20 @@ _PUBLIC = {
     "Zoo": "zoo",
     "ZooError": "schema",
     "accuracy": "behavior",
-    "agreement": "behavior",
+    "agreement": "behavior_pairs",
+    "brier_score": "behavior",
     "cka": "cka",
+    "class_accuracy": "behavior",
+    "cohen_kappa": "behavior_pairs",
     "cosine_similarity": "weightspace",
     "cross_entropy": "behavior",
+    "error_consistency": "behavior_pairs",
+    "error_overlap": "behavior_pairs",
     "evaluate": "evaluate",
     "expected_calibration_error": "behavior",
     "flatten": "flatten",
+    "jensen_shannon": "behavior_pairs",
+    "prediction_entropy": "behavior",
     "predictions": "behavior",
     "reconstruct": "rebuild",
     "unflatten": "flatten",

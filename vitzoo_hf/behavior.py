@@ -1,18 +1,24 @@
-"""What models predict: accuracy, loss, calibration and agreement of a whole population.
+"""What each model of a population predicts, and how well: accuracy, losses, calibration, certainty.
 
 Pure functions of tensors. P models, N images, C classes; the result lies on the input's device, and inputs are
 never written to. Everything is computed in blocks of images, so temporaries stay near 8 MB a block whatever N is.
-Losses and confidences come from float32 exponentials (float64 for float64 logits) summed in float64.
+Losses and probabilities come from float32 exponentials (float64 for float64 logits) summed in float64. NaN logits
+are refused by name, and nothing hides them.
 """
 
-from collections.abc import Iterator
-
-import numpy as np
 import torch
 from jaxtyping import Float, Float64, Int64, Integer, Num
 from torch import Tensor
 
-BLOCK_ELEMENTS = 2**20
+from vitzoo_hf.behavior_inputs import (
+    check_logits,
+    check_predictions,
+    checked_labels,
+    describe,
+    image_blocks,
+    refuse_rows,
+    softmax_blocks,
+)
 
 
 @torch.no_grad()
@@ -31,40 +37,82 @@ def predictions(logits: Float[Tensor, "*P N C"]) -> Int64[Tensor, "*P N"]:
     """
     if logits.ndim < 2 or not logits.is_floating_point() or 0 in logits.shape:
         raise ValueError(
-            f"logits are {_describe(logits)}; expected non-empty floating [..., N, C]: "
+            f"logits are {describe(logits)}; expected non-empty floating [..., N, C]: "
             "models, then images, then classes"
         )
     largest, classes = logits.max(-1)
-    _refuse_rows(largest.isnan(), "NaN logits")
+    refuse_rows(largest.isnan(), "NaN logits")
     return classes
 
 
 @torch.no_grad()
 def accuracy(
-    predictions_or_logits: Num[Tensor, "P N"] | Float[Tensor, "P N C"], labels: Integer[Tensor, " N"]
+    predictions_or_logits: Num[Tensor, "P N"] | Float[Tensor, "P N C"], labels: Integer[Tensor, " N"], k: int = 1
 ) -> Float64[Tensor, " P"]:
-    """Share of images whose predicted class is the label.
+    """Share of images whose label is the predicted class, or among the `k` classes with the largest logits.
+
+    A label is in the top k where fewer than k classes beat it: by a larger logit, or by an equal one and a lower
+    index. So k=1 is the accuracy of `predictions`, and a constant model does not pass for a good one.
 
     Args:
         predictions_or_logits: integer predictions `[P, N]` or floating logits `[P, N, C]`.
         labels: true classes, any integer dtype.
+        k: 1 for predictions; 1 to C for logits.
 
     Raises:
-        ValueError: on float predictions, NaN logits, labels that do not fit, or no images.
+        ValueError: on float predictions, NaN logits, labels that do not fit, no images, or such a k.
 
     Example:
         >>> accuracy(torch.tensor([[0, 1, 2, 0], [0, 1, 1, 1]]), torch.tensor([0, 1, 1, 1]))
         tensor([0.5000, 1.0000], dtype=torch.float64)
+        >>> logits = torch.tensor([[[0.1, 0.3, 0.6], [0.1, 0.2, 0.7]]])
+        >>> accuracy(logits, torch.tensor([1, 0]), k=2)
+        tensor([0.5000], dtype=torch.float64)
     """
-    if predictions_or_logits.is_floating_point():
-        _check_logits(predictions_or_logits)
-        predicted, classes = predictions(predictions_or_logits), predictions_or_logits.shape[-1]
+    if k != 1:
+        counts = _labels_in_top_k(predictions_or_logits, labels, k)
     else:
-        _check_predictions(predictions_or_logits)
-        predicted, classes = predictions_or_logits, None
-    labels = _checked_labels(labels, predicted, classes)
-    counts = (predicted == labels).sum(-1)
+        predicted, classes = _predictions_of(predictions_or_logits)
+        counts = (predicted == checked_labels(labels, predicted, classes)).sum(-1)
     return counts.double() / torch.full_like(counts, len(labels))
+
+
+@torch.no_grad()
+def class_accuracy(
+    predictions_or_logits: Num[Tensor, "P N"] | Float[Tensor, "P N C"],
+    labels: Integer[Tensor, " N"],
+    num_classes: int | None = None,
+) -> Float64[Tensor, "P C"]:
+    """Share of each class's images that are predicted right: the recall of every class.
+
+    Args:
+        predictions_or_logits: integer predictions `[P, N]` or floating logits `[P, N, C]`.
+        labels: true classes, any integer dtype.
+        num_classes: C of predictions, which do not tell; of logits it is their last axis.
+
+    Returns:
+        NaN for a class without images. The mean weighted by the images of each class is `accuracy`.
+
+    Raises:
+        ValueError: on float predictions, NaN logits, labels that do not fit, no images, or a `num_classes` that is
+            missing for predictions or another than that of the logits.
+
+    Example:
+        >>> class_accuracy(torch.tensor([[0, 1, 1, 0]]), torch.tensor([0, 1, 1, 1]), num_classes=3)
+        tensor([[1.0000, 0.6667,    nan]], dtype=torch.float64)
+    """
+    predicted, classes = _predictions_of(predictions_or_logits)
+    if classes is None and (num_classes is None or num_classes < 1):
+        raise ValueError(f"num_classes={num_classes} for predictions; expected how many classes the models know")
+    if None not in (classes, num_classes) and classes != num_classes:
+        raise ValueError(f"num_classes={num_classes}, but the logits have {classes}: leave it out")
+    labels = checked_labels(labels, predicted, classes or num_classes)
+    images = torch.bincount(labels, minlength=classes or num_classes or 0)
+    right = torch.zeros(len(predicted), len(images), dtype=torch.int64, device=predicted.device)
+    for block in image_blocks(len(labels), len(predicted)):
+        hits = predicted[:, block] == labels[block]
+        right.scatter_add_(1, labels[block].expand(len(predicted), -1), hits.long())
+    return right.double() / images
 
 
 @torch.no_grad()
@@ -82,13 +130,63 @@ def cross_entropy(logits: Float[Tensor, "P N C"], labels: Integer[Tensor, " N"])
         >>> cross_entropy(torch.zeros(1, 3, 10), torch.tensor([0, 4, 9])).exp()
         tensor([10.0000], dtype=torch.float64)
     """
-    _check_logits(logits)
-    labels = _checked_labels(labels, logits[..., 0], logits.shape[-1])
+    check_logits(logits)
+    labels = checked_labels(labels, logits[..., 0], logits.shape[-1])
     loss = torch.zeros(len(logits), dtype=torch.float64, device=logits.device)
-    for block, shifted, partition in _softmax_blocks(logits):
-        target = labels[block].expand(len(logits), -1).unsqueeze(-1)
+    for images, shifted, _, partition in softmax_blocks(logits):
+        target = labels[images].expand(len(logits), -1).unsqueeze(-1)
         loss += (partition.log() - shifted.gather(-1, target).squeeze(-1)).sum(1)
     return loss / len(labels)
+
+
+@torch.no_grad()
+def brier_score(logits: Float[Tensor, "P N C"], labels: Integer[Tensor, " N"]) -> Float64[Tensor, " P"]:
+    """Mean squared distance between the softmax and the one-hot label, over all classes (Brier 1950).
+
+    `mean(sum_c (p_c - [c = label])^2)`: 0 for certain and right, 2 for certain and wrong. Of two classes it is twice
+    the binary score.
+
+    Args:
+        logits: any floating dtype.
+        labels: true classes, any integer dtype.
+
+    Raises:
+        ValueError: on NaN or +inf logits, labels that do not fit, or no images.
+
+    Example:
+        >>> brier_score(torch.zeros(1, 3, 4), torch.tensor([0, 1, 3]))
+        tensor([0.7500], dtype=torch.float64)
+    """
+    check_logits(logits)
+    labels = checked_labels(labels, logits[..., 0], logits.shape[-1])
+    score = torch.zeros(len(logits), dtype=torch.float64, device=logits.device)
+    for images, _, exps, partition in softmax_blocks(logits):
+        target = labels[images].expand(len(logits), -1).unsqueeze(-1)
+        others = exps.double().scatter_(-1, target, 0)  # sums of their own: 1 - p of a sure label would cancel
+        score += ((others.sum(-1).square() + others.square().sum(-1)) / partition.square()).sum(1)
+    return score / len(labels)
+
+
+@torch.no_grad()
+def prediction_entropy(logits: Float[Tensor, "P N C"]) -> Float64[Tensor, " P"]:
+    """Mean entropy of the softmax, in nats: 0 for a model that is always certain, `log C` for one that never is.
+
+    Args:
+        logits: any floating dtype. A logit of -inf is a probability of 0 and adds nothing.
+
+    Raises:
+        ValueError: on NaN or +inf logits, no classes, or no images.
+
+    Example:
+        >>> prediction_entropy(torch.zeros(1, 3, 10)).exp()
+        tensor([10.0000], dtype=torch.float64)
+    """
+    check_logits(logits)
+    entropy = torch.zeros(len(logits), dtype=torch.float64, device=logits.device)
+    for _, shifted, exps, partition in softmax_blocks(logits):
+        weighted = (exps * shifted).masked_fill_(exps == 0, 0)
+        entropy += (partition.log() - weighted.double().sum(-1) / partition).sum(1)
+    return entropy / logits.shape[1]
 
 
 @torch.no_grad()
@@ -116,134 +214,41 @@ def expected_calibration_error(
     """
     if bins < 1:
         raise ValueError(f"bins={bins}; expected at least 1 (15 is usual)")
-    _check_logits(logits)
-    labels = _checked_labels(labels, logits[..., 0], logits.shape[-1])
+    check_logits(logits)
+    labels = checked_labels(labels, logits[..., 0], logits.shape[-1])
     inner_edges = torch.arange(1, bins, dtype=torch.float64, device=logits.device) / bins
     gaps = torch.zeros(len(logits), bins, dtype=torch.float64, device=logits.device)
-    for block, shifted, partition in _softmax_blocks(logits):
+    for images, shifted, _, partition in softmax_blocks(logits):
         confidence = partition.reciprocal()
-        correct = shifted.argmax(-1) == labels[block]
+        correct = shifted.argmax(-1) == labels[images]
         gaps.scatter_add_(1, torch.bucketize(confidence, inner_edges), correct.double() - confidence)
     return gaps.abs().sum(1) / len(labels)
 
 
-@torch.no_grad()
-def agreement(predictions: Num[Tensor, "P N"]) -> Float64[Tensor, "P P"]:
-    """Share of images on which two models predict the same class, for all pairs.
-
-    Classes are compared for equality only, so any integers do. On the CPU each image is one bit of `log2(C)` bit
-    planes; two models differ where the OR of the XORed planes is set, and a population count adds up.
-
-    Returns:
-        Exact counts / N: symmetric, ones on the diagonal.
-
-    Raises:
-        ValueError: on float predictions, a shape other than [P, N], or no images.
-
-    Example:
-        >>> agreement(torch.tensor([[0, 1, 2, 3], [0, 1, 0, 0]]))
-        tensor([[1.0000, 0.5000],
-                [0.5000, 1.0000]], dtype=torch.float64)
-    """
-    _check_predictions(predictions)
-    count = _matches_by_bit_planes if predictions.device.type == "cpu" else _matches_by_comparison
-    matches = count(predictions)
-    return matches.double() / matches.diagonal()  # a scalar divisor is inverted on GPUs: N / N would not be 1
+def _predictions_of(predictions_or_logits: Tensor) -> tuple[Int64[Tensor, "P N"], int | None]:
+    """Predictions `[P, N]`, and the number of classes where logits tell it."""
+    if predictions_or_logits.is_floating_point():
+        check_logits(predictions_or_logits)
+        return predictions(predictions_or_logits), predictions_or_logits.shape[-1]
+    check_predictions(predictions_or_logits)
+    return predictions_or_logits.long(), None
 
 
-def _matches_by_bit_planes(predicted: Integer[Tensor, "P N"]) -> Int64[Tensor, "P P"]:
-    P, N = predicted.shape
-    codes = predicted.numpy()
-    lowest, highest = int(codes.min()), int(codes.max())
-    if highest - lowest >= 2**16:
-        codes = np.unique(codes, return_inverse=True)[1].reshape(P, N)
-        lowest, highest = 0, int(codes.max())
-    width = (highest - lowest).bit_length()
-    matches = np.full((P, P), N, np.int64)
-    step = max(64, BLOCK_ELEMENTS * 8 // (P * max(width, 1)) // 64 * 64)
-    for start in range(0, N, step):
-        block = (codes[:, start : start + step].astype(np.int64, order="C") - lowest).astype(np.uint16)
-        block = np.pad(block, ((0, 0), (0, -block.shape[1] % 64)))
-        bits = ((block >> bit) & 1 for bit in range(width))
-        planes = [np.packbits(plane.astype(bool), axis=1).view(np.uint64) for plane in bits]
-        for row in range(P if planes else 0):
-            differ = planes[0][row] ^ planes[0][row:]
-            for plane in planes[1:]:
-                differ |= plane[row] ^ plane[row:]
-            matches[row, row:] -= np.bitwise_count(differ).sum(1, dtype=np.int64)
-    return torch.from_numpy(np.triu(matches) + np.triu(matches, 1).T)
-
-
-def _matches_by_comparison(predicted: Integer[Tensor, "P N"]) -> Int64[Tensor, "P P"]:
-    P = len(predicted)
-    matches = torch.zeros(P, P, dtype=torch.int64, device=predicted.device)
-    budget = 64 * BLOCK_ELEMENTS  # of one-byte comparisons
-    for block in predicted.split(max(1, budget // P**2), dim=1):
-        rows = max(1, budget // block.numel())
-        for start in range(0, P, rows):
-            same = block[start : start + rows, None] == block[None]
-            matches[start : start + rows] += same.sum(-1)
-    return matches
-
-
-def _softmax_blocks(logits: Float[Tensor, "P N C"]) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Blocks of images: their slice, `z - max(z)` [P, n, C], and `sum_c exp(z_c - max(z))` [P, n] in float64."""
+def _labels_in_top_k(logits: Tensor, labels: Tensor, k: int) -> Int64[Tensor, " P"]:
+    """How many labels of each model fewer than k classes beat."""
+    if not logits.is_floating_point():
+        raise ValueError(f"k={k} needs logits [P, N, C]; predictions are {describe(logits)} and tell k=1 only")
+    check_logits(logits)
     P, N, C = logits.shape
-    _refuse_rows(~logits.amax(-1).isfinite(), "logits that are NaN, +inf or -inf throughout")
-    step = max(1, BLOCK_ELEMENTS // (P * C))
-    for start in range(0, N, step):
-        block = logits[:, start : start + step]
-        block = block if block.dtype == torch.float64 else block.float()
-        shifted = block - block.amax(-1, keepdim=True)
-        yield slice(start, start + step), shifted, shifted.exp().double().sum(-1)
-
-
-def _refuse_rows(bad: Tensor, what: str) -> None:
-    if bad.any():
-        affected = bad.reshape(-1, bad.shape[-1])
-        models = affected.any(1).nonzero().flatten().tolist()
-        shown = ", ".join(map(str, models[:8])) + (", …" if len(models) > 8 else "")
-        raise ValueError(
-            f"{what} in {int(affected.sum())} rows of {len(models)} of {len(affected)} models "
-            f"(positions {shown}): drop these models, or look for a diverged run"
-        )
-
-
-def _check_logits(logits: Tensor) -> None:
-    if logits.ndim != 3 or not logits.is_floating_point() or 0 in logits.shape:
-        raise ValueError(
-            f"logits are {_describe(logits)}; expected non-empty floating [P, N, C]: models, images, classes "
-            "(one model: logits[None])"
-        )
-
-
-def _check_predictions(predicted: Tensor) -> None:
-    if predicted.is_floating_point():
-        raise ValueError(
-            f"predictions are {_describe(predicted)}; expected integers [P, N]: take the argmax first, "
-            "predictions(logits)"
-        )
-    if predicted.ndim != 2 or predicted.dtype == torch.bool or 0 in predicted.shape:
-        raise ValueError(
-            f"predictions are {_describe(predicted)}; expected non-empty integers [P, N] "
-            "(one model: predictions[None])"
-        )
-
-
-def _checked_labels(labels: Tensor, predicted: Tensor, classes: int | None) -> Tensor:
-    """The labels as int64 on the device of `predicted`."""
-    if labels.is_floating_point() or labels.dtype == torch.bool or labels.shape != predicted.shape[1:]:
-        raise ValueError(
-            f"labels are {_describe(labels)}; expected one integer for each of the {predicted.shape[1]} images"
-        )
-    lowest, highest = int(labels.min()), int(labels.max())
-    if lowest < 0 or (classes is not None and highest >= classes):
-        raise ValueError(
-            f"labels run from {lowest} to {highest}; expected 0 to "
-            f"{'the last class' if classes is None else classes - 1}: check that they belong to these models' classes"
-        )
-    return labels.to(predicted.device, torch.int64)
-
-
-def _describe(tensor: Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+    if not 1 <= k <= C:
+        raise ValueError(f"k={k}; expected 1 to {C}, the number of classes")
+    labels = checked_labels(labels, logits[..., 0], C)
+    refuse_rows(logits.amax(-1).isnan(), "NaN logits")
+    counts = torch.zeros(P, dtype=torch.int64, device=logits.device)
+    classes = torch.arange(C, device=logits.device)
+    for images in image_blocks(N, P * C):
+        own = logits[:, images].gather(-1, labels[images].expand(P, -1).unsqueeze(-1))
+        lower_index = classes < labels[images].unsqueeze(-1)
+        beaten_by = (logits[:, images] > own) | ((logits[:, images] == own) & lower_index)
+        counts += (beaten_by.sum(-1) < k).sum(-1)
+    return counts

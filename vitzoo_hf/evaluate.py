@@ -17,7 +17,8 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from vitzoo_hf import schema
-from vitzoo_hf.behavior import accuracy, agreement, cross_entropy, expected_calibration_error, predictions
+from vitzoo_hf.behavior import accuracy, cross_entropy, expected_calibration_error, predictions
+from vitzoo_hf.behavior_pairs import agreement
 from vitzoo_hf.cka import cka
 from vitzoo_hf.population import Population
 from vitzoo_hf.progress import progress_bar
