@@ -34,7 +34,7 @@ def test_public_names():
     names += (
         " expected_calibration_error flatten predictions reconstruct unflatten verify weight_distances weights_of"
     )
-    names += " __version__"
+    names += " FeatureFile MinibatchCKA cka_between __version__"
     assert sorted(vz.__all__) == sorted(names.split())
     for name in vz.__all__:
         assert getattr(vz, name) is not None
