@@ -6,7 +6,6 @@ from sklearn.metrics.pairwise import rbf_kernel
 
 from vitzoo_hf.cka import cka, hsic
 
-
 LINEAR, DEBIASED, RBF = 0.55761, 0.51346, 0.65483  # google-research/representation_similarity, its notebook
 
 

@@ -19,7 +19,8 @@ from torch import Tensor
 from vitzoo_hf.centred_features import CentredFeatures
 
 TILE_ELEMENTS = 2**23
-TILE_IMAGES = 256
+TILE_IMAGES = 192
+DIAGONAL_IMAGES = 64
 MEDIAN_TILE = 1024
 FEATURE_COLUMNS = 2048
 MODEL_BLOCK = 64
@@ -93,10 +94,12 @@ def _split(run: slice, size: int, num_first: int | None) -> Iterator[slice]:
 
 
 def _tiles(first: slice, second: slice, height: int, width: int) -> Iterator[tuple[slice, slice]]:
-    """Tiles that cover two ranges of images, or the upper triangle of one, its diagonal in square tiles."""
+    """Tiles that cover two ranges of images, or the upper triangle of one, its diagonal in small squares."""
     for start in range(first.start, first.stop, height):
         i = slice(start, min(start + height, first.stop))
-        if first == second:
+        if first == second and height > DIAGONAL_IMAGES:
+            yield from _tiles(i, i, DIAGONAL_IMAGES, height)
+        elif first == second:
             yield i, i
         for other in range(i.stop if first == second else second.start, second.stop, width):
             yield i, slice(other, min(other + width, second.stop))
@@ -111,7 +114,7 @@ def _sample_route(
     inner = torch.zeros(P, P, dtype=torch.float64, device=centred.device)
     rows = torch.zeros(P, N, dtype=torch.float64, device=centred.device)
     height = min(TILE_IMAGES, max(16, isqrt(TILE_ELEMENTS // (2 * P))))
-    width = max(height, min(4 * TILE_IMAGES, TILE_ELEMENTS // (P * height)))
+    width = max(height, min(5 * TILE_IMAGES, TILE_ELEMENTS // (P * height)))
     memory = torch.empty(P * min(height, N) * min(width, N), dtype=centred.dtype, device=centred.device)
     for first, second, left, right in centred.block_pairs():
         for i, j in _tiles(first, second, height, width):
