@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 import torch
+from gram_oracle import cka_oracle, hsic_oracle, randn, related
 from jaxtyping import config
-from sklearn.metrics.pairwise import rbf_kernel
 
 from vitzoo_hf.cka import cka, hsic
 
@@ -22,47 +22,6 @@ def notebook():
     x = random.randn(100, 10)
     y = random.randn(100, 10) + x
     return torch.tensor(np.stack([x, y]))
-
-
-def randn(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def related(P, N, F, seed=0):
-    """Models that share a signal, each in its own basis, with an offset and a scale of its own."""
-    signal, noise = randn(1, N, F, seed=seed), randn(P, N, F, seed=seed + 1)
-    mixed = signal @ randn(P, F, F, seed=seed + 2) / F**0.5 + noise
-    return mixed * torch.logspace(-2, 2, P)[:, None, None] + torch.linspace(-3, 3, P)[:, None, None]
-
-
-def gram(x, kernel, bandwidth):
-    x = x.double().numpy()
-    if kernel == "linear":
-        return x @ x.T
-    distances = ((x[:, None] - x[None]) ** 2).sum(-1)
-    return rbf_kernel(x, gamma=1 / (2 * bandwidth**2 * np.median(distances)))
-
-
-def hsic_oracle(features, debiased, kernel="linear", bandwidth=1.0):
-    """Biased by centring matrices; unbiased by U-centring (Szekely and Rizzo 2014), not by Song's formula."""
-    n = len(features[0])
-    centred = []
-    for x in features:
-        k = gram(x, kernel, bandwidth)
-        if debiased:
-            np.fill_diagonal(k, 0)
-            k = k - k.sum(0) / (n - 2) - k.sum(1)[:, None] / (n - 2) + k.sum() / ((n - 1) * (n - 2))
-            np.fill_diagonal(k, 0)
-        else:
-            h = np.eye(n) - 1 / n
-            k = h @ k @ h
-        centred.append(k)
-    return np.array([[(k * m).sum() for m in centred] for k in centred]) / (n * (n - 3) if debiased else (n - 1) ** 2)
-
-
-def cka_oracle(*args, **kwargs):
-    h = hsic_oracle(*args, **kwargs)
-    return h / np.sqrt(np.outer(np.diag(h), np.diag(h)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -37,7 +37,7 @@ class FeatureFile:
         self.path = Path(path)
         try:
             header = np.load(self.path, mmap_mode="r", allow_pickle=False)
-        except ValueError as error:
+        except (ValueError, EOFError) as error:
             raise ValueError(f"{path} is no .npy file ({error}): write it with numpy.save") from None
         if not (
             isinstance(header, np.memmap)

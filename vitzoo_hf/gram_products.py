@@ -77,12 +77,12 @@ def median_distances(centred: CentredFeatures) -> Float64[Tensor, " P"]:
     return torch.stack(medians).double()
 
 
-def _block_pairs(blocks: list[slice], num_first: int | None, P: int) -> list[tuple[slice, slice]]:
-    """Pairs of blocks of models that cover what is asked for."""
+def _block_pairs(blocks: list[slice], num_first: int | None) -> list[tuple[slice, slice]]:
+    """Pairs of blocks of models: all, or, with `num_first`, of the first ones with the others."""
     if num_first is None:
         return list(combinations_with_replacement(blocks, 2))
     first = [block for block in blocks if block.start < num_first]
-    return [*product(first, blocks[len(first) :]), *((slice(p, p + 1),) * 2 for p in range(P))]
+    return list(product(first, blocks[len(first) :]))
 
 
 def _split(run: slice, size: int, num_first: int | None) -> Iterator[slice]:
@@ -110,11 +110,11 @@ def _sample_route(
 ) -> tuple[Float64[Tensor, "P P"], Float64[Tensor, "P N"]]:
     """Inner products of the Gram matrices off their diagonals, and, of a kernel that is not linear, row sums."""
     P, N = len(centred), centred.num_images
-    pairs = _block_pairs(list(_split(slice(0, P), MODEL_BLOCK, num_first)), num_first, P)
+    pairs = _block_pairs(list(_split(slice(0, P), MODEL_BLOCK, num_first)), num_first)
     inner = torch.zeros(P, P, dtype=torch.float64, device=centred.device)
     rows = torch.zeros(P, N, dtype=torch.float64, device=centred.device)
-    height = min(TILE_IMAGES, max(16, isqrt(TILE_ELEMENTS // (2 * P))))
-    width = max(height, min(5 * TILE_IMAGES, TILE_ELEMENTS // (P * height)))
+    height = min(TILE_IMAGES, max(16, isqrt(TILE_ELEMENTS // (2 * P)) // 16 * 16))
+    width = max(height, min(5 * TILE_IMAGES, TILE_ELEMENTS // (P * height) // 16 * 16))
     memory = torch.empty(P * min(height, N) * min(width, N), dtype=centred.dtype, device=centred.device)
     for first, second, left, right in centred.block_pairs():
         for i, j in _tiles(first, second, height, width):
@@ -133,6 +133,8 @@ def _sample_route(
             flat, copies = tile.flatten(1), 1 if i == j else 2
             for p, q in pairs:
                 inner[p, q] += copies * (flat[p] @ flat[q].T)
+            if num_first is not None:
+                inner.diagonal().add_(copies * torch.linalg.vector_norm(flat, dim=1).double().square())
     return inner, rows
 
 
@@ -143,7 +145,10 @@ def _feature_route(centred: CentredFeatures, num_first: int | None = None) -> Fl
     blocks: list[slice] = []
     for run in centred.runs:
         blocks += _split(run, max(1, FEATURE_COLUMNS // centred.widths[run.start]), num_first)
-    for p, q in _block_pairs(blocks, num_first, P):
+    pairs = _block_pairs(blocks, num_first)
+    if num_first is not None:
+        pairs += [(slice(p, p + 1), slice(p, p + 1)) for p in range(P)]
+    for p, q in pairs:
         parts = (
             _side_by_side(centred.read(p, images)).T @ _side_by_side(centred.read(q, images))
             for images in centred.blocks()
