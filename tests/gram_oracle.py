@@ -1,4 +1,4 @@
-"""HSIC and CKA in float64 numpy, written from their definitions: they share no code and no formula with the package."""
+"""HSIC and CKA in float64 numpy, written from their definitions: no code or formula of the package."""
 
 import numpy as np
 import torch
