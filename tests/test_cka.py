@@ -1,14 +1,17 @@
-import importlib
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
+from gram_oracle import cka_oracle, hsic_oracle, randn, related
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from jaxtyping import config
-from sklearn.metrics.pairwise import rbf_kernel
 
-from vitzoo_hf.cka import cka, hsic
-
-cka_module = importlib.import_module("vitzoo_hf.cka")
+from vitzoo_hf import centred_features
+from vitzoo_hf.cka import cka, cka_between, hsic
+from vitzoo_hf.feature_file import FeatureFile
 
 LINEAR, DEBIASED, RBF = 0.55761, 0.51346, 0.65483  # google-research/representation_similarity, its notebook
 
@@ -26,47 +29,6 @@ def notebook():
     x = random.randn(100, 10)
     y = random.randn(100, 10) + x
     return torch.tensor(np.stack([x, y]))
-
-
-def randn(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def related(P, N, F, seed=0):
-    """Models that share a signal, each in its own basis, with an offset and a scale of its own."""
-    signal, noise = randn(1, N, F, seed=seed), randn(P, N, F, seed=seed + 1)
-    mixed = signal @ randn(P, F, F, seed=seed + 2) / F**0.5 + noise
-    return mixed * torch.logspace(-2, 2, P)[:, None, None] + torch.linspace(-3, 3, P)[:, None, None]
-
-
-def gram(x, kernel, bandwidth):
-    x = x.double().numpy()
-    if kernel == "linear":
-        return x @ x.T
-    distances = ((x[:, None] - x[None]) ** 2).sum(-1)
-    return rbf_kernel(x, gamma=1 / (2 * bandwidth**2 * np.median(distances)))
-
-
-def hsic_oracle(features, debiased, kernel="linear", bandwidth=1.0):
-    """Biased by centring matrices; unbiased by U-centring (Szekely and Rizzo 2014), not by Song's formula."""
-    n = len(features[0])
-    centred = []
-    for x in features:
-        k = gram(x, kernel, bandwidth)
-        if debiased:
-            np.fill_diagonal(k, 0)
-            k = k - k.sum(0) / (n - 2) - k.sum(1)[:, None] / (n - 2) + k.sum() / ((n - 1) * (n - 2))
-            np.fill_diagonal(k, 0)
-        else:
-            h = np.eye(n) - 1 / n
-            k = h @ k @ h
-        centred.append(k)
-    return np.array([[(k * m).sum() for m in centred] for k in centred]) / (n * (n - 3) if debiased else (n - 1) ** 2)
-
-
-def cka_oracle(*args, **kwargs):
-    h = hsic_oracle(*args, **kwargs)
-    return h / np.sqrt(np.outer(np.diag(h), np.diag(h)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -105,43 +67,6 @@ def test_cka_and_hsic_equal_their_oracles(P, N, F, debiased, kernel):
     size = np.sqrt(np.outer(np.diag(expected), np.diag(expected)))
     np.testing.assert_allclose(hsic(features, **options).numpy() / size, expected / size, atol=2e-5)
     assert torch.equal(hsic(features, **options), hsic(features, **options).T)
-
-
-@pytest.mark.parametrize("debiased", [True, False])
-@pytest.mark.parametrize("tile", [16, 20, 39, 40, 41])
-def test_tiles_and_both_routes_agree(monkeypatch, tile, debiased):
-    features = related(7, 40, 6)
-    centred, _ = cka_module._centred(features)
-    expected = cka_oracle(features, debiased)
-    monkeypatch.setattr(cka_module, "MAX_TILE", tile)
-    monkeypatch.setattr(cka_module, "MODEL_BLOCK", 3)
-    monkeypatch.setattr(cka_module, "FEATURE_COLUMNS", 13)
-    squares = centred.square().sum(2).double()
-    whole = cka_module._feature_route(centred)
-    off_diagonal, _ = cka_module._sample_route(centred)
-    torch.testing.assert_close(whole.triu(), (off_diagonal + squares @ squares.T).triu(), rtol=1e-6, atol=1e-6)
-    for inner in (whole - squares @ squares.T, off_diagonal):
-        monkeypatch.setattr(cka_module, "_feature_route", lambda _, inner=inner: inner + squares @ squares.T)
-        monkeypatch.setattr(cka_module, "_sample_route", lambda _, inner=inner: (inner, None))
-        np.testing.assert_allclose(cka(features, debiased=debiased), expected, atol=1e-6)
-
-
-@pytest.mark.parametrize("tile", [16, 30])
-def test_rbf_tiles(monkeypatch, tile):
-    features = related(3, 70, 5)
-    monkeypatch.setattr(cka_module, "MAX_TILE", tile)
-    for debiased in (True, False):
-        expected = cka_oracle(features, debiased, "rbf", 0.5)
-        np.testing.assert_allclose(cka(features, debiased=debiased, kernel="rbf", bandwidth=0.5), expected, atol=1e-5)
-
-
-@pytest.mark.parametrize(("N", "F"), [(2, 1), (5, 3), (64, 1), (65, 8), (300, 2)])
-def test_the_median_distance_is_exact(monkeypatch, N, F):
-    monkeypatch.setattr(cka_module, "MAX_TILE", 16)
-    model = randn(N, F).double()
-    distances = ((model[:, None] - model[None]) ** 2).sum(-1).numpy()
-    result = cka_module._median(model, model.square().sum(1))
-    assert result.item() == pytest.approx(np.median(distances), rel=1e-6)
 
 
 def test_many_features_keep_the_debiased_estimate_accurate():
@@ -241,12 +166,6 @@ def test_a_small_variation_upon_a_large_offset_is_no_constant():
     assert cka(features)[0, 1].item() == pytest.approx(1, abs=1e-3)
 
 
-def test_the_second_centring_removes_the_rounding_of_the_first_mean():
-    features = torch.randint(9, (2, 3001, 3), generator=torch.Generator().manual_seed(0)) + 2.0**23 - 9
-    centred, _ = cka_module._centred(features)
-    assert centred.double().mean(1).abs().max() < 1e-6
-
-
 def test_debiased_cka_of_equidistant_images_is_nan_rather_than_noise():
     one_outlier = torch.zeros(12, 3)
     one_outlier[4] = 2.3
@@ -271,6 +190,113 @@ def test_strided_features_are_read_and_not_written():
             np.testing.assert_allclose(result, cka_oracle(before, True, kernel), atol=1e-5)
             assert not result.requires_grad
     assert torch.equal(features, before)
+
+
+@given(st.data())
+@settings(max_examples=40, deadline=None)
+def test_drawn_shapes_equal_the_oracle(data):
+    N = data.draw(st.integers(4, 60))
+    widths = data.draw(st.lists(st.integers(1, 40), min_size=1, max_size=6))
+    debiased, kernel = data.draw(st.booleans()), data.draw(st.sampled_from(["linear", "rbf"]))
+    seed = data.draw(st.integers(0, 99))
+    shared = randn(N, 40, seed=seed)
+    models = [shared[:, :width] + randn(N, width, seed=seed + p + 1) for p, width in enumerate(widths)]
+    biased = np.diag(hsic_oracle(models, False, kernel))
+    size = np.sqrt(np.outer(biased, biased))
+    expected = hsic_oracle(models, debiased, kernel)
+    result = hsic(models, debiased=debiased, kernel=kernel).numpy()
+    np.testing.assert_allclose(result / size, expected / size, atol=5e-5)
+    kept = np.diag(expected) > 1e-3 * biased
+    aligned = cka(models, debiased=debiased, kernel=kernel).numpy()[kept][:, kept]
+    own = np.diag(expected)[kept]
+    np.testing.assert_allclose(aligned, expected[kept][:, kept] / np.sqrt(np.outer(own, own)), rtol=1e-2, atol=1e-3)
+
+
+@given(st.data())
+@settings(max_examples=20, deadline=None)
+def test_between_is_a_block_of_all_pairs(data):
+    N = data.draw(st.sampled_from([4, 9, 33, 300]))
+    first, second = (data.draw(st.lists(st.integers(1, 30), min_size=1, max_size=4)) for _ in range(2))
+    shared = randn(N, 30, seed=data.draw(st.integers(0, 99)))
+    models = [shared[:, :width] + randn(N, width, seed=p) for p, width in enumerate([*first, *second])]
+    for debiased in (True, False):
+        block = cka_between(models[: len(first)], models[len(first) :], debiased=debiased)
+        assert block.shape == (len(first), len(second))
+        whole = cka(models, debiased=debiased)[: len(first), len(first) :]
+        torch.testing.assert_close(block, whole, atol=1e-4, rtol=1e-4, equal_nan=True)
+
+
+def test_between_refuses_other_images_and_keeps_nan(unchecked):
+    with pytest.raises(ValueError, match=r"models have features of \[8, 9\] images"):
+        cka_between([randn(8, 2)], [randn(9, 2)])
+    block = cka_between([randn(8, 2), torch.ones(8, 2)], [randn(8, 3, seed=1)])
+    assert block.isnan().tolist() == [[False], [True]]
+
+
+def test_layers_of_models_are_a_flat_sequence():
+    layers = randn(2, 3, 30, 4) + randn(1, 1, 30, 4, seed=1)
+    every = cka(layers.flatten(0, 1)).unflatten(0, (2, 3)).unflatten(2, (2, 3))
+    torch.testing.assert_close(every[0, :, 1], cka_between(layers[0], layers[1]), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("kernel", ["linear", "rbf"])
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_files_of_features_are_read_in_blocks(tmp_path, monkeypatch, dtype, kernel):
+    models = [*related(3, 60, 5).numpy().astype(dtype), randn(60, 8).numpy().astype(dtype)]
+    for p, model in enumerate(models):
+        np.save(tmp_path / f"{p}.npy", model)
+    files = [FeatureFile(tmp_path / f"{p}.npy") for p in range(4)]
+    expected = cka([torch.from_numpy(model) for model in models], kernel=kernel)
+    assert torch.equal(cka(files, kernel=kernel), expected)
+    monkeypatch.setattr(centred_features, "BLOCK_BYTES", 1000)
+    torch.testing.assert_close(cka(files, kernel=kernel), expected, atol=1e-6, rtol=0)
+    mixed = [files[0], torch.from_numpy(models[1]), *files[2:]]
+    torch.testing.assert_close(cka(mixed, kernel=kernel), expected, atol=1e-6, rtol=0)
+    if kernel == "linear":
+        torch.testing.assert_close(cka_between(files[:1], files[1:]), expected[:1, 1:], atol=1e-6, rtol=0)
+
+
+def test_files_take_less_memory_than_their_features(tmp_path):
+    """40 MB of features, blocks of 4 MB: the peak of a process of its own grows by far less than the features."""
+    for p in range(10):
+        np.save(tmp_path / f"{p}.npy", np.random.default_rng(p).standard_normal((2000, 500), np.float32))
+    code = f"""
+import resource, torch, vitzoo_hf as vz
+from vitzoo_hf import centred_features, gram_products
+torch.set_num_threads(1)
+centred_features.BLOCK_BYTES, gram_products.TILE_ELEMENTS = 2**22, 2**19
+vz.cka(torch.randn(10, 300, 100))
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+vz.cka([vz.FeatureFile(f"{tmp_path}/{{p}}.npy") for p in range(10)])
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+    printed = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    unit = 1 if sys.platform == "darwin" else 1024
+    assert int(printed) * unit < 25e6
+
+
+@pytest.mark.parametrize("debiased", [True, False])
+def test_identical_models_one_model_and_four_images(debiased):
+    model = randn(4, 3)
+    close = {"atol": 1e-4, "rtol": 0}
+    torch.testing.assert_close(cka([model], debiased=debiased), torch.ones(1, 1).double(), **close)
+    torch.testing.assert_close(cka([model] * 3, debiased=debiased), torch.ones(3, 3).double(), **close)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kernel", ["linear", "rbf"])
+@pytest.mark.parametrize("debiased", [True, False])
+@pytest.mark.parametrize(("N", "F"), [(600, 20), (300, 200)], ids=["feature", "sample"])
+def test_cuda_agrees_with_the_processor(N, F, debiased, kernel):
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    features = related(6, N, F)
+    options = {"debiased": debiased, "kernel": kernel}
+    result = cka(features.cuda(), **options)
+    assert result.is_cuda
+    torch.testing.assert_close(result.cpu(), cka(features, **options), atol=1e-4, rtol=0)
+    block = cka_between(features[:2].cuda(), features[2:].cuda(), debiased=debiased)
+    torch.testing.assert_close(block.cpu(), cka(features, debiased=debiased)[:2, 2:], atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize(

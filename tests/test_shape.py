@@ -37,7 +37,7 @@ def test_public_names():
     names += (
         " brier_score class_accuracy prediction_entropy cohen_kappa error_consistency error_overlap jensen_shannon"
     )
-    names += " __version__"
+    names += " FeatureFile MinibatchCKA cka_between __version__"
     assert sorted(vz.__all__) == sorted(names.split())
     for name in vz.__all__:
         assert getattr(vz, name) is not None

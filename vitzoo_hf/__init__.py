@@ -25,7 +25,10 @@ if TYPE_CHECKING:
     from vitzoo_hf.behavior_pairs import jensen_shannon as jensen_shannon
     from vitzoo_hf.blueprint import Blueprint as Blueprint
     from vitzoo_hf.cka import cka as cka
+    from vitzoo_hf.cka import cka_between as cka_between
+    from vitzoo_hf.cka_batches import MinibatchCKA as MinibatchCKA
     from vitzoo_hf.evaluate import evaluate as evaluate
+    from vitzoo_hf.feature_file import FeatureFile as FeatureFile
     from vitzoo_hf.flatten import Layout as Layout
     from vitzoo_hf.flatten import flatten as flatten
     from vitzoo_hf.flatten import unflatten as unflatten
@@ -42,7 +45,9 @@ __version__ = schema.VERSION
 
 _PUBLIC = {
     "Blueprint": "blueprint",
+    "FeatureFile": "feature_file",
     "Layout": "flatten",
+    "MinibatchCKA": "cka_batches",
     "Population": "population",
     "Zoo": "zoo",
     "ZooError": "schema",
@@ -52,6 +57,7 @@ _PUBLIC = {
     "cka": "cka",
     "class_accuracy": "behavior",
     "cohen_kappa": "behavior_pairs",
+    "cka_between": "cka",
     "cosine_similarity": "weightspace",
     "cross_entropy": "behavior",
     "error_consistency": "behavior_pairs",
