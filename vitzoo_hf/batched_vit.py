@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
 
-from vitzoo_hf.vit import import_timm
+from vitzoo_hf.vit import is_plain
 
 READOUTS = ("token", "mean")
 
@@ -167,62 +167,6 @@ class _FeaturesAndLogits(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         features = self.model.forward_head(self.model.forward_features(images), pre_logits=True)
         return features, self.model.head(features)
-
-
-def is_plain(model: Any) -> bool:
-    """Whether a timm model is the ViT that the batched forward computes."""
-    import_timm()
-    from timm.layers import Attention, Mlp, PatchEmbed
-    from timm.models.vision_transformer import Block, VisionTransformer
-
-    if not _is(model, VisionTransformer) or model.cls_token is None or model.pos_embed is None:
-        return False
-    embed = model.patch_embed
-    usual = (
-        _is(embed, PatchEmbed)
-        and embed.flatten
-        and embed.strict_img_size
-        and not embed.dynamic_img_pad
-        and embed.proj.bias is not None
-        and isinstance(model.norm, nn.LayerNorm)
-        and len(model.blocks) > 0
-        and model.norm.eps == model.blocks[0].norm1.eps
-        and model.global_pool == "token"
-        and not (model.no_embed_class or model.num_reg_tokens or model.dynamic_img_size or model.attn_pool)
-        and _all_identities(embed.norm, model.norm_pre, model.patch_drop, model.fc_norm)
-        and (isinstance(model.head, nn.Linear) or _is_mlp(model.head))
-    )
-    return usual and all(_is(block, Block) and _is_plain_block(block, Attention, Mlp) for block in model.blocks)
-
-
-def _is_plain_block(block: Any, attention: type, mlp: type) -> bool:
-    norms = (block.norm1, block.norm2)
-    return (
-        _is(block.attn, attention)
-        and _is(block.mlp, mlp)
-        and all(isinstance(norm, nn.LayerNorm) and norm.elementwise_affine for norm in norms)
-        and block.norm1.eps == block.norm2.eps
-        and _all_identities(block.ls1, block.ls2, block.attn.q_norm, block.attn.k_norm, block.attn.norm)
-        and _all_identities(block.mlp.norm)
-        and block.attn.gate is None
-        and _is(block.mlp.act, nn.GELU)
-        and block.mlp.act.approximate == "none"
-        and all(part.bias is not None for part in (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2))
-        and block.attn.attn_dim == block.attn.proj.out_features
-    )
-
-
-def _is(module: object, kind: type) -> bool:
-    """Whether a module is of this very class: a subclass may compute otherwise."""
-    return type(module) is kind
-
-
-def _all_identities(*modules: nn.Module) -> bool:
-    return all(_is(module, nn.Identity) for module in modules)
-
-
-def _is_mlp(head: Any) -> bool:
-    return isinstance(head, nn.Sequential) and [type(part) for part in head] == [nn.Linear, nn.ReLU, nn.Linear]
 
 
 def _head(features: Float[Tensor, "M B d"], tensors: Mapping[str, Tensor]) -> Float[Tensor, "M B K"]:
