@@ -34,6 +34,8 @@ def test_public_names():
     names += (
         " expected_calibration_error flatten predictions reconstruct unflatten verify weight_distances weights_of"
     )
+    names += " part_distances task_vectors weight_statistics weight_quantiles singular_values stable_rank"
+    names += " zoo_task_vectors zoo_weight_metrics"
     names += " __version__"
     assert sorted(vz.__all__) == sorted(names.split())
     for name in vz.__all__:

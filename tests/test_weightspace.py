@@ -8,7 +8,7 @@ from sklearn.metrics.pairwise import cosine_distances, euclidean_distances
 
 from vitzoo_hf.weightspace import cosine_similarity, norms, weight_distances
 
-weightspace = importlib.import_module("vitzoo_hf.weightspace")
+gram = importlib.import_module("vitzoo_hf.gram")
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def test_l2_of_a_base_and_noise(generator, epsilon, D):
 
 def test_base_and_noise_and_families_need_no_direct_differences(monkeypatch, generator):
     """Else a population around one pretrained model would take as long as a loop over its pairs."""
-    monkeypatch.setattr(weightspace, "_measure_directly", None)
+    monkeypatch.setattr(gram, "_add_direct", None)
     noise = 1e-3 * torch.randn(12, 800, generator=generator)
     assert_accurate(torch.randn(800, generator=generator) + noise)
     assert_accurate(torch.randn(4, 1, 800, generator=generator).expand(4, 3, 800).reshape(12, 800) + noise)
@@ -103,7 +103,7 @@ def test_half_precision_is_exact_on_the_stored_values(generator, dtype):
 def test_blocks_of_columns_change_nothing(monkeypatch, generator, columns):
     weights = torch.randn(6, 1000, generator=generator)
     weights[1] = weights[0] + 1e-5
-    monkeypatch.setattr(weightspace, "BLOCK_ELEMENTS", 6 * columns)
+    monkeypatch.setattr(gram, "BLOCK_ELEMENTS", 6 * columns)
     assert_accurate(weights)
     np.testing.assert_allclose(norms(weights), np.linalg.norm(weights.double(), axis=1), rtol=1e-12)
 
@@ -156,7 +156,7 @@ def test_cosine_of_parallel_opposite_and_zero_vectors(generator):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda w: weight_distances(w, "l1"), "metric='l1'; expected 'l2' or 'cosine'"),
+        (lambda w: weight_distances(w, "l1"), "metric='l1'; expected 'l2', 'normalized_l2' or 'cosine'"),
         (lambda w: weight_distances(w[0]), r"weights are float32 \[9\]; expected .*one model: weights\[None\]"),
         (lambda w: weight_distances(w.int()), r"weights are int32 \[5, 9\]"),
         (lambda w: norms(w[:, :0]), r"weights are float32 \[5, 0\]; expected non-empty"),
