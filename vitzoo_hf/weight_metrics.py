@@ -17,7 +17,7 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 from vitzoo_hf.flatten import Layout
-from vitzoo_hf.gram import SquaredDistances, column_pieces, squared_lengths
+from vitzoo_hf.gram import Scratch, SquaredDistances, column_pieces, squared_lengths_of_piece
 from vitzoo_hf.progress import progress_bar
 from vitzoo_hf.schema import ZooError, did_you_mean
 from vitzoo_hf.spectra import matrices_of, singular_values
@@ -208,10 +208,10 @@ class _Sums:
         self.names = [name for names in parts.values() for name in names]
         places = dict(layout.items())
         self.places = [places[name] for name in self.names]
-        count = len(model_ids)
-        self.distances = [SquaredDistances(count, torch.float32, device, SQUARED_ERROR) for _ in parts]
+        count, scratch = len(model_ids), Scratch()
+        self.distances = [SquaredDistances(count, torch.float32, device, SQUARED_ERROR, scratch) for _ in parts]
         self.lengths = torch.zeros(len(self.names), count, dtype=torch.float64, device=device)
-        self.moments = [] if threshold is None else [Moments(count, device, threshold) for _ in self.names]
+        self.moments = [] if threshold is None else [Moments(count, device, threshold, scratch) for _ in self.names]
 
     def wanted(self) -> list[slice]:
         """Columns that the pass to come is for."""
@@ -225,7 +225,7 @@ class _Sums:
             vectors = transform(piece)
             self.distances[self.part_of[number]].add(vectors)
             if first:
-                self.lengths[number] += squared_lengths(vectors)
+                self.lengths[number] += squared_lengths_of_piece(vectors)
                 if self.moments:
                     self.moments[number].add(vectors)
         if first and not self.lengths.isfinite().all():

@@ -12,7 +12,7 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 from vitzoo_hf.flatten import Layout
-from vitzoo_hf.gram import check_weights, column_pieces
+from vitzoo_hf.gram import Scratch, check_weights, column_pieces
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,8 @@ def weight_statistics(weights: Float[Tensor, "P D"], layout: Layout, *, threshol
         (0.5, 0.7071, -1.0)
     """
     check_weights(weights, layout)
-    moments = [Moments(len(weights), weights.device, threshold) for _ in layout.names]
+    scratch = Scratch()
+    moments = [Moments(len(weights), weights.device, threshold, scratch) for _ in layout.names]
     for tensor, (_, place) in zip(moments, layout.items(), strict=True):
         tensor.add(weights[:, place])
     return statistics_of(moments)
@@ -99,9 +100,13 @@ class Moments:
         count: P.
         device: of the blocks.
         threshold: values up to this size count as zero.
+        scratch: memory to share with others.
     """
 
-    def __init__(self, count: int, device: torch.device, threshold: float = 0.0) -> None:
+    def __init__(
+        self, count: int, device: torch.device, threshold: float = 0.0, scratch: Scratch | None = None
+    ) -> None:
+        self.scratch = scratch or Scratch()
         if not threshold >= 0:
             raise ValueError(f"threshold={threshold}; expected 0 or more")
         self.threshold = threshold
@@ -113,12 +118,13 @@ class Moments:
     def add(self, block: Float[Tensor, "P c"]) -> None:
         """Take in these columns of the tensor."""
         for piece in column_pieces(block):
-            self.small += torch.le(piece.abs(), self.threshold, out=torch.empty_like(piece)).sum(1)
+            x, xx = self.scratch.like(piece, 1), self.scratch.like(piece, 2)
+            self.small += torch.le(torch.abs(piece, out=x), self.threshold, out=xx).sum(1)
             low, high = piece.amin(1), piece.amax(1)
             spread = high > low  # a constant stays exactly constant, and nothing under- or overflows
             rough, size = piece.mean(1).where(spread, low), (high - low).where(spread, 1)
-            x = (piece - rough[:, None]) / size[:, None]
-            xx = x * x
+            torch.sub(piece, rough[:, None], out=x).div_(size[:, None])
+            torch.mul(x, x, out=xx)
             sums = (x.sum(1), xx.sum(1), torch.linalg.vecdot(xx, x), torch.linalg.vecdot(xx, xx))
             self._merge(piece.shape[1], rough.double(), size.double(), *(total.double() for total in sums))
 
