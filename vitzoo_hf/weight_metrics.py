@@ -244,7 +244,7 @@ class _Sums:
         count = len(set(models))
         return (
             f"{self.model_ids[models[0]]} has NaN or infinite weights in {self.names[tensors[0]]}"
-            + (f", and so have {count - 1} other models" if count > 1 else "")
+            + (f", as have at least {count - 1} other models" if count > 1 else "")
             + ": leave it out by a filter, or look for a diverged run"
         )
 
