@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from jaxtyping import config
 
 from vitzoo_hf.flatten import Layout, flatten, unflatten
 from vitzoo_hf.schema import ZooError
@@ -144,3 +145,21 @@ def test_the_trunk_is_everything_but_the_head():
 def test_nothing_is_a_vector_too():
     assert flatten({}).shape == (0,)
     assert unflatten(torch.empty(0), Layout.of({})) == {}
+
+
+def test_parts_of_a_network():
+    from vitzoo_hf.vit import layout_of
+
+    layout = layout_of("vit_tiny_patch16_224", {"depth": 2, "num_classes": 10}, "mlp", 8)
+    blocks = layout.parts("block")
+    assert list(blocks) == ["embedding", "blocks.0", "blocks.1", "norm", "head"]
+    assert blocks["embedding"] == ["cls_token", "pos_embed", "patch_embed.proj.weight", "patch_embed.proj.bias"]
+    assert [name for names in blocks.values() for name in names] == list(layout.names)
+    assert layout.parts("tensor") == {name: [name] for name in layout.names}
+    assert layout.parts("model") == {"model": list(layout.names)}
+    config.update("jaxtyping_disable", True)
+    try:
+        with pytest.raises(ValueError, match="per='layer'; expected 'model', 'block' or 'tensor'"):
+            layout.parts("layer")
+    finally:
+        config.update("jaxtyping_disable", False)

@@ -214,10 +214,12 @@ def test_lower_precision_is_near_and_its_effect_is_told(zoo, images, precision):
     logits = rounded(images)
     assert logits.dtype == torch.float32
     assert not torch.equal(logits, exact(images))
-    effect = precision_effect(rows, images, precision)
+    labels = zoo.probes("digits")[1]
+    effect = precision_effect(rows, images, labels, precision)
     same = (logits.argmax(-1) == exact(images).argmax(-1)).double().mean()
     assert effect == {
         "agreement": same,
+        "accuracy_difference": (vz.accuracy(logits, labels) - vz.accuracy(exact(images), labels)).abs().max(),
         "largest_logit_difference": (logits - exact(images)).abs().max(),
     }
     assert effect["agreement"] > 0.95

@@ -37,7 +37,10 @@ def test_public_names():
     names += (
         " brier_score class_accuracy prediction_entropy cohen_kappa error_consistency error_overlap jensen_shannon"
     )
-    names += " FeatureFile MinibatchCKA cka_between __version__"
+    names += " FeatureFile MinibatchCKA cka_between"
+    names += " part_distances task_vectors weight_statistics weight_quantiles singular_values stable_rank"
+    names += " zoo_task_vectors zoo_weight_metrics"
+    names += " __version__"
     assert sorted(vz.__all__) == sorted(names.split())
     for name in vz.__all__:
         assert getattr(vz, name) is not None

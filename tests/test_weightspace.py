@@ -3,12 +3,15 @@ import importlib
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from jaxtyping import config
 from sklearn.metrics.pairwise import cosine_distances, euclidean_distances
 
-from vitzoo_hf.weightspace import cosine_similarity, norms, weight_distances
+from vitzoo_hf.flatten import Layout
+from vitzoo_hf.weightspace import cosine_similarity, norms, part_distances, task_vectors, weight_distances
 
-weightspace = importlib.import_module("vitzoo_hf.weightspace")
+gram = importlib.import_module("vitzoo_hf.gram")
 
 
 @pytest.fixture
@@ -44,7 +47,7 @@ def test_l2_of_a_base_and_noise(generator, epsilon, D):
 
 def test_base_and_noise_and_families_need_no_direct_differences(monkeypatch, generator):
     """Else a population around one pretrained model would take as long as a loop over its pairs."""
-    monkeypatch.setattr(weightspace, "_measure_directly", None)
+    monkeypatch.setattr(gram, "_add_direct", None)
     noise = 1e-3 * torch.randn(12, 800, generator=generator)
     assert_accurate(torch.randn(800, generator=generator) + noise)
     assert_accurate(torch.randn(4, 1, 800, generator=generator).expand(4, 3, 800).reshape(12, 800) + noise)
@@ -61,7 +64,18 @@ def test_l2_equals_scikit_learn(generator):
 
 
 @pytest.mark.parametrize(
-    "case", ["outlier", "families", "nested", "trajectory", "identical", "all identical", "one pair", "overflow"]
+    "case",
+    [
+        "outlier",
+        "families",
+        "nested",
+        "trajectory",
+        "identical",
+        "all identical",
+        "one pair",
+        "overflow",
+        "underflow",
+    ],
 )
 def test_l2_where_the_gram_matrix_cancels(generator, case):
     noise = torch.randn(12, 800, generator=generator)
@@ -75,6 +89,7 @@ def test_l2_where_the_gram_matrix_cancels(generator, case):
         "all identical": noise[:1].expand(5, -1) + 0.1,
         "one pair": torch.cat([noise, noise[3:4] * (1 + 1e-6)]),
         "overflow": noise * 1e25,
+        "underflow": noise * 1e-25,
     }[case]
     assert_accurate(weights)
 
@@ -103,7 +118,7 @@ def test_half_precision_is_exact_on_the_stored_values(generator, dtype):
 def test_blocks_of_columns_change_nothing(monkeypatch, generator, columns):
     weights = torch.randn(6, 1000, generator=generator)
     weights[1] = weights[0] + 1e-5
-    monkeypatch.setattr(weightspace, "BLOCK_ELEMENTS", 6 * columns)
+    monkeypatch.setattr(gram, "BLOCK_ELEMENTS", 6 * columns)
     assert_accurate(weights)
     np.testing.assert_allclose(norms(weights), np.linalg.norm(weights.double(), axis=1), rtol=1e-12)
 
@@ -135,6 +150,100 @@ def test_invariances(generator, metric):
     assert weight_distances(weights[:1], metric).tolist() == [[0]]
 
 
+@given(st.integers(1, 9), st.integers(1, 700), st.sampled_from([1, 1e-4]), st.integers(0, 99))
+@settings(max_examples=30, deadline=None)
+def test_any_shape(P, D, epsilon, seed):
+    generator = torch.Generator().manual_seed(seed)
+    assert_accurate(torch.randn(1, D, generator=generator) + epsilon * torch.randn(P, D, generator=generator), 1e-5)
+
+
+def test_epochs_of_a_run_beside_other_runs(generator):
+    """Close to each other, far from the rest: 1e-4 of the norm within, 1 between."""
+    runs = torch.randn(5, 1, 3000, generator=generator)
+    steps = 1e-4 * torch.randn(5, 4, 3000, generator=generator).cumsum(1)
+    assert_accurate((runs + steps).flatten(0, 1), 1e-5)
+
+
+def test_tiles_of_rows_change_nothing(monkeypatch, generator):
+    weights = torch.randn(150, 600, generator=generator)
+    assert_accurate(weights)
+    monkeypatch.setattr(gram, "TILE", 7)
+    assert_accurate(weights)
+
+
+@pytest.mark.parametrize("epsilon", [1, 1e-4])
+def test_normalized_l2_is_the_distance_over_the_mean_length(generator, epsilon):
+    weights = torch.randn(1, 900, generator=generator) + epsilon * torch.randn(10, 900, generator=generator)
+    lengths = np.linalg.norm(weights.double().numpy(), axis=1)
+    expected = l2_oracle(weights) / np.sqrt(np.outer(lengths, lengths))
+    result = weight_distances(weights, "normalized_l2")
+    np.testing.assert_allclose(result, expected, rtol=1e-6)
+    torch.testing.assert_close(weight_distances(1024 * weights, "normalized_l2"), result, rtol=1e-6, atol=0)
+    zeroed = weight_distances(weights.index_fill(0, torch.tensor(2), 0), "normalized_l2")
+    assert zeroed[2].isnan().all()
+    assert zeroed[3, :2].isfinite().all()
+
+
+def by_block():
+    shapes = {
+        "cls_token": (1, 1, 4),
+        "patch_embed.proj.bias": (4,),
+        "blocks.0.norm1.weight": (4,),
+        "blocks.0.attn.qkv.weight": (12, 4),
+        "blocks.1.mlp.fc1.weight": (300, 4),
+        "norm.weight": (4,),
+        "head.weight": (3, 4),
+        "pos_embed": (1, 5, 4),
+    }
+    return Layout(tuple(shapes), tuple(shapes.values()))
+
+
+@pytest.mark.parametrize("metric", ["l2", "normalized_l2", "cosine"])
+@pytest.mark.parametrize("per", ["model", "block", "tensor"])
+def test_distances_of_parts_are_those_of_their_columns(generator, per, metric):
+    layout = by_block()
+    weights = torch.randn(6, layout.num_parameters, generator=generator)
+    weights[1] = weights[0] + 1e-4 * weights[1]
+    weights[3, layout.place("norm.weight")] = 0
+    result = part_distances(weights, layout, per=per, metric=metric)
+    parts = layout.parts(per)
+    assert len(result) == len(parts)
+    for part, names in zip(result, parts.values(), strict=True):
+        columns = torch.cat([weights[:, layout.place(name)] for name in names], 1)
+        torch.testing.assert_close(part, weight_distances(columns, metric), rtol=1e-6, atol=1e-12, equal_nan=True)
+
+
+def test_squared_distances_of_parts_add_up(generator):
+    layout = by_block()
+    weights = torch.randn(6, layout.num_parameters, generator=generator)
+    for per in ("block", "tensor"):
+        total = part_distances(weights, layout, per=per).square().sum(0)
+        torch.testing.assert_close(total.sqrt(), weight_distances(weights), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_task_vectors_are_differences(generator, dtype):
+    parents = torch.randn(2, 500, generator=generator).to(dtype)[[0, 0, 1]]
+    children = (parents.float() + 0.05 * torch.randn(3, 500, generator=generator)).to(dtype)
+    result = task_vectors(children, parents)
+    expected = (children.double() - parents.double()).numpy()
+    np.testing.assert_allclose(result, expected, rtol=1e-6)
+    np.testing.assert_allclose(cosine_similarity(result), 1 - cosine_distances(expected), atol=1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("metric", ["l2", "normalized_l2", "cosine"])
+def test_cpu_and_cuda_agree(generator, metric):
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    layout = by_block()
+    weights = torch.randn(90, layout.num_parameters, generator=generator)
+    weights[1:5] = weights[0] + 1e-4 * weights[1:5]
+    there = part_distances(weights.cuda(), layout, metric=metric)
+    assert there.is_cuda
+    torch.testing.assert_close(there.cpu(), part_distances(weights, layout, metric=metric), rtol=1e-5, atol=1e-9)
+
+
 @pytest.mark.parametrize("epsilon", [1, 1e-2, 1e-4])
 def test_cosine_equals_scikit_learn(generator, epsilon):
     weights = torch.randn(1, 900, generator=generator) + epsilon * torch.randn(10, 900, generator=generator)
@@ -156,9 +265,14 @@ def test_cosine_of_parallel_opposite_and_zero_vectors(generator):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda w: weight_distances(w, "l1"), "metric='l1'; expected 'l2' or 'cosine'"),
+        (lambda w: weight_distances(w, "l1"), "metric='l1'; expected 'l2', 'normalized_l2' or 'cosine'"),
         (lambda w: weight_distances(w[0]), r"weights are float32 \[9\]; expected .*one model: weights\[None\]"),
         (lambda w: weight_distances(w.int()), r"weights are int32 \[5, 9\]"),
+        (lambda w: part_distances(w, by_block()), "weights have 9 columns and the layout 1296 values; expected the"),
+        (
+            lambda w: task_vectors(w, w[:1]),
+            r"children are \[5, 9\] and parents \[1, 9\]; expected one parent a child",
+        ),
         (lambda w: norms(w[:, :0]), r"weights are float32 \[5, 0\]; expected non-empty"),
         (lambda w: cosine_similarity(w[:0]), r"weights are float32 \[0, 9\]"),
         (

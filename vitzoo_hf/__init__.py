@@ -36,8 +36,16 @@ if TYPE_CHECKING:
     from vitzoo_hf.rebuild import reconstruct as reconstruct
     from vitzoo_hf.rebuild import weights_of as weights_of
     from vitzoo_hf.schema import ZooError as ZooError
+    from vitzoo_hf.spectra import singular_values as singular_values
+    from vitzoo_hf.spectra import stable_rank as stable_rank
     from vitzoo_hf.verify import verify as verify
+    from vitzoo_hf.weight_metrics import zoo_task_vectors as zoo_task_vectors
+    from vitzoo_hf.weight_metrics import zoo_weight_metrics as zoo_weight_metrics
+    from vitzoo_hf.weight_statistics import weight_quantiles as weight_quantiles
+    from vitzoo_hf.weight_statistics import weight_statistics as weight_statistics
     from vitzoo_hf.weightspace import cosine_similarity as cosine_similarity
+    from vitzoo_hf.weightspace import part_distances as part_distances
+    from vitzoo_hf.weightspace import task_vectors as task_vectors
     from vitzoo_hf.weightspace import weight_distances as weight_distances
     from vitzoo_hf.zoo import Zoo as Zoo
 
@@ -67,12 +75,20 @@ _PUBLIC = {
     "flatten": "flatten",
     "jensen_shannon": "behavior_pairs",
     "prediction_entropy": "behavior",
+    "part_distances": "weightspace",
     "predictions": "behavior",
     "reconstruct": "rebuild",
+    "singular_values": "spectra",
+    "stable_rank": "spectra",
+    "task_vectors": "weightspace",
     "unflatten": "flatten",
     "verify": "verify",
     "weight_distances": "weightspace",
+    "weight_quantiles": "weight_statistics",
+    "weight_statistics": "weight_statistics",
     "weights_of": "rebuild",
+    "zoo_task_vectors": "weight_metrics",
+    "zoo_weight_metrics": "weight_metrics",
 }
 
 __all__ = ["__version__", *sorted(_PUBLIC)]

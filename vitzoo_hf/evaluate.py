@@ -1,34 +1,53 @@
 """A zoo -> metrics of every model and of every pair of final models, recomputed from the stored weights.
 
 The images are those the zoo carries (`probes`), prepared as training prepared them, or images given by the
-caller. Metrics of a model are taken on the dataset it was trained on; metrics of pairs on one dataset for all.
+caller. Metrics of a model are taken on the dataset it was trained on; metrics of pairs on one dataset for all. Every
+row is read once for its outputs, which a cache keeps, and once more, in columns, for the distances between weights.
 """
 
-import itertools
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
 from vitzoo_hf import schema
-from vitzoo_hf.behavior import accuracy, cross_entropy, expected_calibration_error, predictions
-from vitzoo_hf.behavior_pairs import agreement
+from vitzoo_hf.behavior import (
+    accuracy,
+    brier_score,
+    cross_entropy,
+    expected_calibration_error,
+    prediction_entropy,
+)
 from vitzoo_hf.cka import cka
-from vitzoo_hf.population import Population
-from vitzoo_hf.progress import progress_bar
+from vitzoo_hf.model_outputs import ImageBatch, run_models
+from vitzoo_hf.outputs_cache import OutputsCache
+from vitzoo_hf.pairs import measure_pairs
+from vitzoo_hf.population import Population, precision_effect
 from vitzoo_hf.row_tables import records
 from vitzoo_hf.schema import ZooError
-from vitzoo_hf.weightspace import cosine_similarity, weight_distances
 from vitzoo_hf.zoo import Zoo
 from vitzoo_hf.zoo_folder import write_config
 
-CHUNK = 64
+COLUMNS = ("model_id", "run_id", "parent_id", "stage", "epoch", "is_final", "head", "dataset")
+TOP = 5
+COMPARED = 4
+"""Models and, at most, images of which a lower precision is compared with float32."""
+COMPARED_IMAGES = 512
+MEASURES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "loss": cross_entropy,
+    "accuracy": accuracy,
+    "top5_accuracy": partial(accuracy, k=TOP),
+    "ece": expected_calibration_error,
+    "brier": brier_score,
+    "entropy": lambda logits, labels: prediction_entropy(logits),
+}
 
 
 @dataclass(frozen=True)
@@ -39,14 +58,18 @@ class Report:
         evaluations: one row a model, the columns of `schema.evaluation_features`.
         pairs: one row a pair of final models, the columns of `schema.pair_features`.
         dataset: images on which the pairs were compared.
+        failed: model -> why it has no metrics, such as NaN among its outputs.
+        precision_effect: what a lower precision than float32 changes, measured on some models; empty for float32.
     """
 
     evaluations: pd.DataFrame
     pairs: pd.DataFrame
     dataset: str
+    failed: dict[str, str] = field(default_factory=dict)
+    precision_effect: dict[str, float] = field(default_factory=dict)
 
     def matrix(self, metric: str) -> pd.DataFrame:
-        """A pair metric as a symmetric model × model table; the diagonal is 1, or 0 for the distance.
+        """A pair metric as a symmetric model × model table; the diagonal is 1, or 0 for distances.
 
         Raises:
             ZooError: for an unknown metric.
@@ -57,7 +80,7 @@ class Report:
         table = self.pairs.pivot(index="model_a", columns="model_b", values=metric).reindex(index=ids, columns=ids)
         table = table.combine_first(table.T).loc[ids, ids]
         for model_id in ids:
-            table.loc[model_id, model_id] = 0.0 if metric == "weight_l2" else 1.0
+            table.loc[model_id, model_id] = 0.0 if metric in schema.DISTANCES else 1.0
         return table
 
     def write(self, folder: str | Path) -> None:
@@ -87,6 +110,8 @@ def evaluate(
     labels: Int64[Tensor, " N"] | None = None,
     *,
     device: str | torch.device = "cpu",
+    precision: str = "float32",
+    cache: str | Path | None = None,
     progress: bool = True,
 ) -> Report:
     """Measure every model of a zoo, and every pair of its final models.
@@ -97,6 +122,9 @@ def evaluate(
             are used for every model, so filter the zoo to models that know their classes.
         labels: of `images`.
         device: where the models run.
+        precision: `float32`, or `bfloat16` or `float16`, whose effect is then in the report.
+        cache: folder that keeps logits and features, found by the hashes of weights and images: an interrupted
+            evaluation continues there, and models that were measured before are not run again. None keeps nothing.
         progress: show a bar.
 
     Raises:
@@ -112,31 +140,49 @@ def evaluate(
     if (images is None) != (labels is None):
         raise ZooError("give images and labels, or neither")
     index = zoo.to_pandas()
-    held = {} if images is None or labels is None else {"test": (images, labels)}
-    rows: dict[str, dict[str, Any]] = {}
-    with progress_bar("evaluating", "model", shown=progress, total=len(zoo)) as bar:
-        for dataset, members in index.groupby("dataset", sort=False):
-            probes = held or _held_out(zoo, str(dataset))
-            ids = list(members["model_id"])
-            for chunk in _chunks(ids, CHUNK):
-                rows |= _measure_models(zoo.filter(model_id=chunk), probes, zoo.manifest, device)
-                bar.update(len(chunk))
-    columns = [
-        "model_id",
-        "run_id",
-        "parent_id",
-        "stage",
-        "epoch",
-        "is_final",
-        "head",
-        "dataset",
-        *zoo.factors,
-    ]
-    measured = pd.DataFrame([rows[model_id] for model_id in index["model_id"]])
-    evaluations = pd.concat([index[columns], measured], axis=1)
     dataset = _common_dataset(index)
-    pair_images = held.get("test") or zoo.probes(dataset, "test")
-    return Report(evaluations, _measure_pairs(zoo, pair_images[0], dataset, device), dataset)
+    sets = _image_sets(zoo, index, None if images is None or labels is None else (images, labels))
+    rows = records(index)
+    compared = [row for row in rows if row["is_final"]]
+    wanted = {row["model_id"]: {*sets[row["dataset"]].values(), *_shared(row, sets[dataset])} for row in rows}
+    with OutputsCache.opened(None if cache is None else Path(cache), precision) as held:
+        run_models(zoo, rows, wanted, held, device=device, precision=precision, progress=progress)
+        failed: dict[str, str] = {}
+        measured = [_measure(row, sets[row["dataset"]], zoo.manifest, held, failed) for row in rows]
+        chosen = [
+            number
+            for number, row in enumerate(compared)
+            if row["dataset"] == dataset and is_classifier(row, zoo.manifest) and row["model_id"] not in failed
+        ]
+        test = sets[dataset]["test"]
+        final = zoo.filter(is_final=True)
+        options: dict[str, Any] = {"dataset": dataset, "device": device, "progress": progress}
+        pairs = measure_pairs(final, compared, chosen, held, test.digest, test.labels, **options)
+    evaluations = pd.concat([index[[*COLUMNS, *zoo.factors]], pd.DataFrame(measured)], axis=1)
+    effect = (
+        {}
+        if precision == "float32"
+        else _effect(zoo, [compared[number] for number in chosen], test, precision, device)
+    )
+    return Report(evaluations, pairs, dataset, failed, effect)
+
+
+def _shared(row: Mapping[str, Any], sets: Mapping[str, ImageBatch]) -> list[ImageBatch]:
+    """The images on which final models are compared."""
+    return [sets["test"]] if row["is_final"] else []
+
+
+def _image_sets(
+    zoo: Zoo, index: pd.DataFrame, given: tuple[Tensor, Tensor] | None
+) -> dict[str, dict[str, ImageBatch]]:
+    """Dataset -> role -> images; given ones are the test images of every dataset."""
+    if given is not None:
+        batch = ImageBatch.of(*given)
+        return {dataset: {"test": batch} for dataset in set(index["dataset"])}
+    return {
+        dataset: {role: ImageBatch.of(*part) for role, part in _held_out(zoo, dataset).items()}
+        for dataset in dict.fromkeys([*index["dataset"], _common_dataset(index)])
+    }
 
 
 def _held_out(zoo: Zoo, dataset: str) -> dict[str, tuple[Tensor, Tensor]]:
@@ -156,87 +202,76 @@ def is_classifier(row: Mapping[str, Any], manifest: Mapping[str, Any]) -> bool:
     return recipe.get("regime", "supervised") == "supervised" and outputs == known
 
 
-def _measure_models(
-    zoo: Zoo,
-    probes: Mapping[str, tuple[Tensor, Tensor]],
+def _measure(
+    row: Mapping[str, Any],
+    sets: Mapping[str, ImageBatch],
     manifest: Mapping[str, Any],
-    device: str | torch.device,
-) -> dict[str, dict[str, Any]]:
-    rows = list(zoo.rows())
-    sizes = {f"num_{role}_images": len(probes[role][1]) if role in probes else 0 for role in ("selection", "test")}
-    found: dict[str, dict[str, Any]] = {row["model_id"]: dict.fromkeys(schema.EVALUATIONS) | sizes for row in rows}
-    classifiers = [row for row in rows if is_classifier(row, manifest)]
-    if not classifiers:
+    cache: OutputsCache,
+    failed: dict[str, str],
+) -> dict[str, Any]:
+    """Metrics of one model from its outputs; None where it has none, with the reason in `failed`."""
+    sizes = {f"num_{role}_images": len(sets[role].labels) if role in sets else 0 for role in ("selection", "test")}
+    found: dict[str, Any] = dict.fromkeys(schema.EVALUATIONS) | sizes
+    if not is_classifier(row, manifest):
         return found
-    population = Population.from_rows(classifiers, device=device)
-    for role, (images, labels) in probes.items():
-        logits, labels = population(images), labels.to(device)
-        measured = {
-            f"{role}_loss": cross_entropy(logits, labels),
-            f"{role}_accuracy": accuracy(logits, labels),
-        }
-        if role == "test":
-            measured["test_ece"] = expected_calibration_error(logits, labels)
-        for name, values in measured.items():
-            for model_id, value in zip(population.model_ids, values.tolist(), strict=True):
-                found[model_id][name] = value
-    return found
+    measured: dict[str, float] = {}
+    try:
+        for role, batch in sets.items():
+            logits = cache.read(row, batch.digest, "logits")[None]
+            for name in MEASURES:
+                if f"{role}_{name}" in found and not (name == "top5_accuracy" and logits.shape[-1] <= TOP):
+                    measured[f"{role}_{name}"] = float(MEASURES[name](logits, batch.labels))
+    except ValueError as error:
+        failed[row["model_id"]] = str(error)
+        return found
+    return found | measured
 
 
-def _measure_pairs(zoo: Zoo, images: Tensor, dataset: str, device: str | torch.device) -> pd.DataFrame:
-    final = zoo.filter(is_final=True)
-    rows = list(final.rows())
-    if len(images) < 4:
-        raise ZooError(f"there are {len(images)} test images of {dataset!r}; comparing models takes at least 4")
-    if len(rows) < 2:
-        return pd.DataFrame({name: [] for name in schema.pair_features()})
-    population = Population.from_rows(rows, device=device)
-    features = population.features(images)
-    trunks = population.trunks()
-    matrices = {
-        "cka": cka(features),
-        "cka_biased": cka(features, debiased=False),
-        "weight_l2": weight_distances(trunks),
-        "weight_cosine": cosine_similarity(trunks),
-        "agreement": _agreement(rows, zoo.manifest, images, dataset, device),
-    }
-    tables = {name: matrix.cpu().tolist() for name, matrix in matrices.items()}
-    records = [
-        {
-            "model_a": rows[i]["model_id"],
-            "model_b": rows[j]["model_id"],
-            "same_parent": rows[i]["parent_id"] is not None and rows[i]["parent_id"] == rows[j]["parent_id"],
-            "same_head": rows[i]["head"] == rows[j]["head"],
-            "dataset": dataset,
-            **{name: tables[name][i][j] for name in schema.PAIR_METRICS},
-        }
-        for i, j in itertools.combinations(range(len(rows)), 2)
-    ]
-    return pd.DataFrame(records)
+def _effect(
+    zoo: Zoo, rows: Sequence[Mapping[str, Any]], batch: ImageBatch, precision: str, device: str | torch.device
+) -> dict[str, float]:
+    """What the precision changes for some of the models on some of the images."""
+    some = zoo.filter(model_id=[row["model_id"] for row in rows[:COMPARED]])
+    if not len(some):
+        return {}
+    images, labels = batch.images[:COMPARED_IMAGES], batch.labels[:COMPARED_IMAGES]
+    return precision_effect(some.rows(), images, labels, precision, device)
 
 
-def _agreement(
-    rows: list[dict[str, Any]],
-    manifest: Mapping[str, Any],
-    images: Tensor,
-    dataset: str,
-    device: str | torch.device,
-) -> Float[Tensor, "P P"]:
-    """Agreement between the models that classify this dataset; NaN for every other pair."""
-    matrix = torch.full((len(rows), len(rows)), torch.nan, dtype=torch.float64)
-    chosen = [i for i, row in enumerate(rows) if row["dataset"] == dataset and is_classifier(row, manifest)]
-    if chosen:
-        population = Population.from_rows([rows[i] for i in chosen], device=device)
-        positions = torch.tensor(chosen)
-        matrix[positions[:, None], positions] = agreement(predictions(population(images))).cpu()
-    return matrix
+def layer_similarity(
+    zoo: Zoo, images: Float[Tensor, "N C H W"], *, device: str | torch.device = "cpu"
+) -> pd.DataFrame:
+    """Debiased CKA of every block of every model with every block of every other: one row a pair of blocks.
+
+    Args:
+        zoo: a few models.
+        images: normalised as the models are fed them.
+        device: where models run.
+
+    Example:
+        >>> zoo = Zoo.sample().filter(stage="pretrain")
+        >>> table = layer_similarity(zoo, zoo.probes("digits")[0])
+        >>> list(table.columns), len(table)
+        (['model_a', 'block_a', 'model_b', 'block_b', 'cka'], 16)
+    """
+    population = Population.from_rows(zoo.rows(), device=device)
+    blocks: list[Float64[Tensor, "N F"]] = []
+    names: list[tuple[str, int]] = []
+    for model_id, outputs in zip(population.model_ids, population.each(images, readout="token"), strict=True):
+        assert outputs.blocks is not None
+        blocks += list(outputs.blocks[0])
+        names += [(model_id, number) for number in range(outputs.blocks.shape[1])]
+    values = cka(blocks).cpu().tolist()
+    return pd.DataFrame(
+        [
+            {"model_a": a[0], "block_a": a[1], "model_b": b[0], "block_b": b[1], "cka": values[i][j]}
+            for i, a in enumerate(names)
+            for j, b in enumerate(names)
+        ]
+    )
 
 
 def _common_dataset(index: pd.DataFrame) -> str:
     """The dataset of most final models: the fine-tuning dataset of a zoo that has one."""
     final = index[index["is_final"]] if index["is_final"].any() else index
     return str(final["dataset"].value_counts().index[0])
-
-
-def _chunks(items: list[str], size: int) -> list[list[str]]:
-    return [items[start : start + size] for start in range(0, len(items), size)]

@@ -7,13 +7,15 @@ vector and rebuilding a model copies nothing. Only float32 tensors are accepted:
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from vitzoo_hf.schema import ZooError, fingerprint
+
+EMBEDDING = ("cls_token", "reg_token", "dist_token", "pos_embed", "patch_embed")
 
 
 @dataclass(frozen=True)
@@ -94,10 +96,39 @@ class Layout:
         kept = [torch.arange(part.start, part.stop) for name, part in self.items() if not is_head(name)]
         return torch.cat(kept) if kept else torch.empty(0, dtype=torch.int64)
 
+    def parts(self, per: Literal["model", "block", "tensor"]) -> dict[str, list[str]]:
+        """Names of parts of the network -> the tensors of each, both in order.
+
+        "block" makes `embedding` (tokens, positions, patches), `blocks.0` …, `norm` and `head`; any other tensor goes
+        by the first word of its name. "model" makes one part, "tensor" one of each.
+
+        Raises:
+            ValueError: for another `per`.
+
+        Example:
+            >>> layout = Layout(("cls_token", "pos_embed", "blocks.0.norm1.bias"), ((1,), (1,), (1,)))
+            >>> layout.parts("block")
+            {'embedding': ['cls_token', 'pos_embed'], 'blocks.0': ['blocks.0.norm1.bias']}
+        """
+        if per not in ("model", "block", "tensor"):
+            raise ValueError(f"per={per!r}; expected 'model', 'block' or 'tensor'")
+        parts: dict[str, list[str]] = {}
+        for name in self.names:
+            part = {"model": "model", "block": _block_of(name), "tensor": name}[per]
+            parts.setdefault(part, []).append(name)
+        return parts
+
     def items(self) -> Iterator[tuple[str, slice]]:
         """`(name, slice)` of each tensor, in order."""
         for name, offset, size in zip(self.names, self.offsets, self.sizes, strict=True):
             yield name, slice(offset, offset + size)
+
+
+def _block_of(name: str) -> str:
+    first, *rest = name.split(".")
+    if first in EMBEDDING:
+        return "embedding"
+    return f"blocks.{rest[0]}" if first == "blocks" and rest else first
 
 
 def is_head(name: str) -> bool:

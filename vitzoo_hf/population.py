@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Integer
 from torch import Tensor, nn
 
 from vitzoo_hf.batched_vit import READOUTS, BatchedViT, Outputs, outputs_of_module
@@ -273,22 +273,32 @@ class Population:
 def precision_effect(
     rows: Iterable[Mapping[str, Any]],
     images: Float[Tensor, "N C H W"],
+    labels: Integer[Tensor, " N"],
     precision: str,
     device: str | torch.device = "cpu",
 ) -> dict[str, float]:
-    """What a lower precision changes: share of equal predictions, and the largest difference of a logit.
+    """What a lower precision changes, over all models and images.
+
+    Returns:
+        `agreement`, the share of equal predictions; `accuracy_difference`, the largest change of a model's accuracy;
+        `largest_logit_difference`.
 
     Example:
         >>> from vitzoo_hf.zoo import Zoo
         >>> zoo = Zoo.sample().filter(stage="finetune")
-        >>> precision_effect(zoo.rows(), zoo.probes("digits")[0], "bfloat16")["agreement"] > 0.97
+        >>> precision_effect(zoo.rows(), *zoo.probes("digits"), "bfloat16")["agreement"] > 0.97
         True
     """
     rows = list(rows)
     exact = Population.from_rows(rows, device=device)(images)
     rounded = Population.from_rows(rows, device=device, precision=precision)(images)
-    same = (exact.argmax(-1) == rounded.argmax(-1)).double().mean()
-    return {"agreement": float(same), "largest_logit_difference": float((exact - rounded).abs().max())}
+    labels = labels.to(exact.device)
+    right, rounded_right = ((logits.argmax(-1) == labels).double().mean(-1) for logits in (exact, rounded))
+    return {
+        "agreement": float((exact.argmax(-1) == rounded.argmax(-1)).double().mean()),
+        "accuracy_difference": float((right - rounded_right).abs().max()),
+        "largest_logit_difference": float((exact - rounded).abs().max()),
+    }
 
 
 def _group(

@@ -127,7 +127,16 @@ def evaluation_features(factors: Mapping[str, str]) -> "datasets.Features":
     return Features(columns)
 
 
-EVALUATIONS = ("selection_loss", "selection_accuracy", "test_loss", "test_accuracy", "test_ece")
+EVALUATIONS = (
+    "selection_loss",
+    "selection_accuracy",
+    "test_loss",
+    "test_accuracy",
+    "test_top5_accuracy",
+    "test_ece",
+    "test_brier",
+    "test_entropy",
+)
 
 
 def pair_features() -> "datasets.Features":
@@ -140,7 +149,20 @@ def pair_features() -> "datasets.Features":
     return Features(columns)
 
 
-PAIR_METRICS = ("agreement", "cka", "cka_biased", "weight_l2", "weight_cosine")
+PAIR_METRICS = (
+    "agreement",
+    "cohen_kappa",
+    "error_consistency",
+    "error_overlap",
+    "jensen_shannon",
+    "cka",
+    "cka_biased",
+    "weight_l2",
+    "weight_l2_normalized",
+    "weight_cosine",
+)
+DISTANCES = ("jensen_shannon", "weight_l2", "weight_l2_normalized")
+"""Pair metrics that are 0, not 1, for a model and itself."""
 
 
 def probe_features() -> "datasets.Features":

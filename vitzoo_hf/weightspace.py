@@ -5,19 +5,18 @@ written to. Weights are read in blocks of columns, so a memory-mapped population
 temporaries stay near 16 MB whatever D is. float32 products obey `torch.set_float32_matmul_precision`.
 """
 
-from collections.abc import Iterator
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
-from jaxtyping import Bool, Float, Float64
+from jaxtyping import Float, Float64
 from torch import Tensor
 
-BLOCK_ELEMENTS = 2**20
-MAX_COLUMNS = 4096  # longer float32 sums would lose a digit
-RELATIVE_ERROR = 5e-7
+from vitzoo_hf.flatten import Layout
+from vitzoo_hf.gram import SquaredDistances, check_weights, squared_lengths, working
+
+Metric = Literal["l2", "normalized_l2", "cosine"]
 
 
-@torch.no_grad()
 def norms(weights: Float[Tensor, "P D"]) -> Float64[Tensor, " P"]:
     """Euclidean norm of every model, accumulated in float64.
 
@@ -28,10 +27,8 @@ def norms(weights: Float[Tensor, "P D"]) -> Float64[Tensor, " P"]:
         >>> norms(torch.tensor([[3.0, 4.0], [0.0, 0.0]]))
         tensor([5., 0.], dtype=torch.float64)
     """
-    _check(weights)
-    squares = torch.zeros(len(weights), dtype=torch.float64, device=weights.device)
-    for block in _column_blocks(weights):
-        squares += block.double().square().sum(1)
+    check_weights(weights)
+    squares = squared_lengths(weights)
     if not squares.isfinite().all():
         models = (~squares.isfinite()).nonzero().flatten().tolist()
         shown = ", ".join(map(str, models[:8])) + (", …" if len(models) > 8 else "")
@@ -42,20 +39,20 @@ def norms(weights: Float[Tensor, "P D"]) -> Float64[Tensor, " P"]:
     return squares.sqrt()
 
 
-@torch.no_grad()
-def weight_distances(weights: Float[Tensor, "P D"], metric: Literal["l2", "cosine"] = "l2") -> Float64[Tensor, "P P"]:
+def weight_distances(weights: Float[Tensor, "P D"], metric: Metric = "l2") -> Float64[Tensor, "P P"]:
     """Distance of all pairs of models in weight space.
 
     "l2" is the Euclidean distance from the Gram matrix of the weights less their mean,
     `d_ij^2 = G_ii + G_jj - 2 G_ij`, relative error below 1e-6 for float32: where models lie so close together that
     the difference would cancel, groups of close models are centred anew on their own mean, and what that cannot
-    separate is subtracted directly. Identical models are exactly 0 apart. "cosine" is 1 - cosine similarity,
-    `(d_ij^2 - (|w_i| - |w_j|)^2) / (2 |w_i| |w_j|)`, which stays accurate for nearly equal models; a zero vector has
-    no direction and gives NaN in its whole row and column.
+    separate is subtracted directly. Identical models are exactly 0 apart. "normalized_l2" is
+    `d_ij / sqrt(|w_i| |w_j|)`, which no common scale of the weights changes. "cosine" is 1 - cosine similarity,
+    `(d_ij^2 - (|w_i| - |w_j|)^2) / (2 |w_i| |w_j|)`, which stays accurate for nearly equal models. For the last two a
+    zero vector has no length to divide by and gives NaN in its whole row and column.
 
     Args:
         weights: any floating dtype; below float32 computed in float32, float64 in float64.
-        metric: "l2" or "cosine".
+        metric: "l2", "normalized_l2" or "cosine".
 
     Returns:
         A symmetric matrix with a zero diagonal.
@@ -72,16 +69,53 @@ def weight_distances(weights: Float[Tensor, "P D"], metric: Literal["l2", "cosin
         tensor([[0., 1.],
                 [1., 0.]], dtype=torch.float64)
     """
-    if metric not in ("l2", "cosine"):
-        raise ValueError(f"metric={metric!r}; expected 'l2' or 'cosine'")
+    _check_metric(metric)
     lengths = norms(weights)
-    with torch.autocast(weights.device.type, enabled=False):
-        squared = _squared_distances(weights, torch.arange(len(weights), device=weights.device))
-    if metric == "l2":
-        return squared.sqrt()
-    lengths = lengths.where(lengths > 0, torch.nan)
-    radial = (lengths[:, None] - lengths).square()
-    return ((squared - radial) / (2 * torch.outer(lengths, lengths))).clamp(0, 2)
+    distances = SquaredDistances(len(weights), weights.dtype, weights.device)
+    while distances.is_pending:
+        distances.add(weights)
+        distances.finish_pass()
+    return distances_of(distances.squared, lengths, metric)
+
+
+def part_distances(
+    weights: Float[Tensor, "P D"],
+    layout: Layout,
+    *,
+    per: Literal["model", "block", "tensor"] = "block",
+    metric: Metric = "l2",
+) -> Float64[Tensor, "G P P"]:
+    """Distance of all pairs of models, for each part of the network alone.
+
+    Args:
+        weights: the vectors of models of one layout.
+        layout: of the vectors.
+        per: the parts, in the order of `layout.parts(per)`: embedding, blocks, norm and head, or every tensor.
+        metric: as for `weight_distances`.
+
+    Raises:
+        ValueError: as `weight_distances`; or if weights and layout differ in length.
+
+    Example:
+        >>> layout = Layout.of({"norm.bias": torch.zeros(1), "head.bias": torch.zeros(2)})
+        >>> part_distances(torch.tensor([[1.0, 0.0, 0.0], [3.0, 3.0, 4.0]]), layout)[:, 0, 1]
+        tensor([2., 5.], dtype=torch.float64)
+    """
+    _check_metric(metric)
+    check_weights(weights, layout)
+    norms(weights)
+    places = dict(layout.items())
+    matrices = []
+    for names in layout.parts(per).values():
+        pieces = [weights[:, places[name]] for name in names]
+        distances = SquaredDistances(len(weights), weights.dtype, weights.device)
+        while distances.is_pending:
+            for piece in pieces:
+                distances.add(piece)
+            distances.finish_pass()
+        lengths = torch.stack([squared_lengths(piece) for piece in pieces]).sum(0).sqrt()
+        matrices.append(distances_of(distances.squared, lengths, metric))
+    return torch.stack(matrices)
 
 
 def cosine_similarity(weights: Float[Tensor, "P D"]) -> Float64[Tensor, "P P"]:
@@ -105,67 +139,48 @@ def cosine_similarity(weights: Float[Tensor, "P D"]) -> Float64[Tensor, "P P"]:
     return 1 - weight_distances(weights, "cosine")
 
 
-def _squared_distances(weights: Float[Tensor, "P D"], models: Tensor) -> Float64[Tensor, "M M"]:
-    """Squared distances of the chosen models, by their centred Gram matrix where its error bound allows."""
-    gram = torch.zeros(len(models), len(models), dtype=torch.float64, device=weights.device)
-    for block in _column_blocks(weights, models):
-        centred = block - block.mean(0)
-        gram += centred @ centred.T
-    scale = gram.diagonal()[:, None] + gram.diagonal()
-    squared = (scale - (gram + gram.T)).fill_diagonal_(0)
-    tolerance = torch.finfo(_working(weights.dtype)).eps / RELATIVE_ERROR
-    close = ~((squared >= tolerance * scale) & squared.isfinite())  # infinite or NaN where float32 overflows
-    close.fill_diagonal_(False)
-    if not close.any():
-        return squared
-    for group in _groups(close):
-        if len(group) < len(models):
-            squared[group[:, None], group] = _squared_distances(weights, models[group])
-        else:
-            _measure_directly(squared, weights, models, close)
-    return squared
+def task_vectors(children: Float[Tensor, "P D"], parents: Float[Tensor, "P D"]) -> Float[Tensor, "P D"]:
+    """What training changed: child less parent, row by row ("Editing models with task arithmetic", Ilharco et al.).
 
+    `norms` of the result says how far each model went, `cosine_similarity` which went the same way. It is float32 for
+    half precision, as the difference of two such numbers is no such number.
 
-def _groups(close: Bool[Tensor, "M M"]) -> Iterator[Tensor]:
-    """Connected components, of two models or more, of the graph of close pairs."""
-    labels = torch.arange(len(close), device=close.device)
-    while True:
-        spread = torch.minimum(labels, labels.expand_as(close).where(close, len(close)).amin(1))
-        if torch.equal(spread, labels):
-            break
-        labels = spread
-    for label, size in zip(*labels.unique(return_counts=True), strict=True):
-        if size > 1:
-            yield (labels == label).nonzero().flatten()
+    Raises:
+        ValueError: on weights that are empty or not floating, or if the two differ in shape.
 
-
-def _measure_directly(
-    squared: Float64[Tensor, "M M"], weights: Float[Tensor, "P D"], models: Tensor, close: Bool[Tensor, "M M"]
-) -> None:
-    """Replace the entries of close pairs by sums of squared differences, in float64."""
-    first, second = close.triu().nonzero().T
-    for start in range(0, len(first), len(models)):
-        i, j = first[start : start + len(models)], second[start : start + len(models)]
-        sums = torch.zeros(len(i), dtype=torch.float64, device=weights.device)
-        for block in _column_blocks(weights, models):
-            sums += (block[i].double() - block[j].double()).square().sum(1)
-        squared[i, j] = squared[j, i] = sums
-
-
-def _column_blocks(weights: Float[Tensor, "P D"], models: Tensor | None = None) -> Iterator[Tensor]:
-    """Blocks of columns, in the working precision."""
-    rows = len(weights) if models is None else len(models)
-    for block in weights.split(max(256, min(MAX_COLUMNS, BLOCK_ELEMENTS // rows)), dim=1):
-        yield (block if models is None else block[models]).to(_working(weights.dtype))
-
-
-def _working(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _check(weights: Tensor) -> None:
-    if weights.ndim != 2 or not weights.is_floating_point() or 0 in weights.shape:
+    Example:
+        >>> task_vectors(torch.tensor([[2.0, 1.0]]), torch.tensor([[1.0, 1.0]]))
+        tensor([[1., 0.]])
+    """
+    check_weights(children)
+    if children.shape != parents.shape:
         raise ValueError(
-            f"weights are {str(weights.dtype).removeprefix('torch.')} {list(weights.shape)}; expected non-empty "
-            "floating [P, D]: one flat vector a model (one model: weights[None])"
+            f"children are {list(children.shape)} and parents {list(parents.shape)}; expected one parent a child: "
+            "repeat shared parents, and leave heads out where they differ (Layout.trunk)"
         )
+    dtype = working(torch.promote_types(children.dtype, parents.dtype))
+    return children.to(dtype) - parents.to(dtype)
+
+
+def distances_of(
+    squared: Float64[Tensor, "*G P P"], lengths: Float64[Tensor, "*G P"], metric: Metric
+) -> Float64[Tensor, "*G P P"]:
+    """A metric of all pairs from squared distances and norms, as `weight_distances` defines it.
+
+    Example:
+        >>> distances_of(torch.tensor([[0.0, 4.0], [4.0, 0.0]]).double(), torch.ones(2).double(), "cosine")[0, 1]
+        tensor(2., dtype=torch.float64)
+    """
+    if metric == "l2":
+        return squared.sqrt()
+    lengths = lengths.where(lengths > 0, torch.nan)
+    products = lengths[..., :, None] * lengths[..., None, :]
+    if metric == "normalized_l2":
+        return (squared / products).sqrt()
+    radial = (lengths[..., :, None] - lengths[..., None, :]).square()
+    return ((squared - radial) / (2 * products)).clamp(0, 2)
+
+
+def _check_metric(metric: str) -> None:
+    if metric not in get_args(Metric):
+        raise ValueError(f"metric={metric!r}; expected 'l2', 'normalized_l2' or 'cosine'")

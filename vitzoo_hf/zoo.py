@@ -25,6 +25,7 @@ from vitzoo_hf.rebuild import VerifiedRow, reconstruct
 from vitzoo_hf.row_tables import check_classes, features_of, matches, with_class_names
 from vitzoo_hf.schema import ZooError, did_you_mean
 from vitzoo_hf.stream import RowSource, Stream, light_columns
+from vitzoo_hf.weight_columns import BLOCK_BYTES, WeightColumns
 from vitzoo_hf.weight_reader import RowTable, WeightReader
 
 if TYPE_CHECKING:
@@ -265,6 +266,21 @@ class Zoo:
             verify=verify,
             reuse=reuse,
         )
+
+    def weight_columns(
+        self, *, device: str | torch.device = "cpu", num_workers: int = 1, block_bytes: int = BLOCK_BYTES
+    ) -> WeightColumns:
+        """Blocks of columns of all weights, `(slice, float32 [P, c])`, to measure pairs of models out of core.
+
+        Args:
+            device: where blocks go.
+            num_workers: threads that read.
+            block_bytes: memory of a block, of which there are two.
+
+        Raises:
+            ZooError: if there is no row, or rows differ in layout beyond the head.
+        """
+        return WeightColumns(self._row_source([]), device=device, num_workers=num_workers, block_bytes=block_bytes)
 
     def probes(self, dataset: str, role: str = "test") -> tuple[Tensor, Tensor]:
         """Held-out images of a dataset as its models are fed them, and their labels.

@@ -1,0 +1,92 @@
+"""Models of a zoo on images -> their outputs in a cache, some models at a time and each model once."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from vitzoo_hf.outputs_cache import OutputsCache, digest_of
+from vitzoo_hf.population import Population
+from vitzoo_hf.progress import progress_bar
+from vitzoo_hf.zoo import Zoo
+
+CHUNK_BYTES = 2**30
+
+
+@dataclass(frozen=True, eq=False)
+class ImageBatch:
+    """Images as models are fed them, with labels and the hash by which a cache finds their outputs."""
+
+    images: Float[Tensor, "N C H W"]
+    labels: Int64[Tensor, " N"]
+    digest: str
+
+    @classmethod
+    def of(cls, images: Tensor, labels: Tensor) -> "ImageBatch":
+        """Images with their hash."""
+        return cls(images, labels, digest_of(images))
+
+
+def run_models(
+    zoo: Zoo,
+    rows: Sequence[Mapping[str, Any]],
+    wanted: Mapping[str, set[ImageBatch]],
+    cache: OutputsCache,
+    *,
+    device: str | torch.device,
+    precision: str,
+    progress: bool,
+) -> None:
+    """Put the outputs of models on images into the cache; what is there already is not run again.
+
+    Args:
+        zoo: the models.
+        rows: of the index, those to run.
+        wanted: model -> the images it is to see.
+        cache: where outputs go, model by model.
+        device: where models run.
+        precision: that they run in.
+        progress: show a bar.
+    """
+    missing = {
+        row["model_id"]: [batch for batch in wanted[row["model_id"]] if not cache.has(row, batch.digest)]
+        for row in rows
+    }
+    todo = [row for row in rows if missing[row["model_id"]]]
+    with progress_bar("evaluating", "model", shown=progress, total=len(rows), done=len(rows) - len(todo)) as bar:
+        for chunk in _chunks(todo, missing):
+            whole = zoo.filter(model_id=[row["model_id"] for row in chunk]).rows()
+            by_kind: dict[tuple[ImageBatch, ...], list[dict[str, Any]]] = {}
+            for row in whole:
+                unseen = sorted(missing[row["model_id"]], key=lambda batch: batch.digest)
+                by_kind.setdefault(tuple(unseen), []).append(row)
+            for batches, members in by_kind.items():
+                population = Population.from_rows(members, device=device, precision=precision)
+                for batch in batches:
+                    for row, outputs in zip(members, population.each(batch.images), strict=True):
+                        parts = {"logits": outputs.logits[0], "features": outputs.features[0]}
+                        cache.write(row, batch.digest, parts)
+                bar.update(len(members))
+
+
+def _chunks(
+    rows: Sequence[Mapping[str, Any]], missing: Mapping[str, Sequence[ImageBatch]]
+) -> Iterator[list[Mapping[str, Any]]]:
+    """Rows whose weights and outputs together stay below `CHUNK_BYTES`, at least one."""
+    chunk: list[Mapping[str, Any]] = []
+    size = 0
+    for row in rows:
+        images = max(len(batch.images) for batch in missing[row["model_id"]])
+        classes = json.loads(row["architecture_args"]).get("num_classes") or 0
+        needed = 4 * (row["num_parameters"] + images * (classes + 1024))
+        if chunk and size + needed > CHUNK_BYTES:
+            yield chunk
+            chunk, size = [], 0
+        chunk.append(row)
+        size += needed
+    if chunk:
+        yield chunk

@@ -1,0 +1,166 @@
+"""What the weights of each tensor of each model look like: norm, mean, spread, sparsity, tails, quantiles.
+
+Pure functions of tensors. P models, D weights, T tensors of a layout. Moments are merged from blocks of columns by
+the formulas of Pébay (Sandia report SAND2008-6212, 2008), so that vectors need not be in memory at once.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Float64
+from torch import Tensor
+
+from vitzoo_hf.flatten import Layout
+from vitzoo_hf.gram import Scratch, check_weights, column_pieces
+
+
+@dataclass(frozen=True)
+class WeightStatistics:
+    """Statistics of every tensor (column) of every model (row).
+
+    Attributes:
+        norm: Euclidean.
+        mean: of the values.
+        std: standard deviation of the values, divided by their number.
+        sparsity: share of the values whose size is at most the threshold.
+        excess_kurtosis: fourth central moment over the squared variance, less 3 (Fisher); NaN for a constant tensor.
+    """
+
+    norm: Float64[Tensor, "P T"]
+    mean: Float64[Tensor, "P T"]
+    std: Float64[Tensor, "P T"]
+    sparsity: Float64[Tensor, "P T"]
+    excess_kurtosis: Float64[Tensor, "P T"]
+
+
+def weight_statistics(weights: Float[Tensor, "P D"], layout: Layout, *, threshold: float = 0.0) -> WeightStatistics:
+    """Statistics of every tensor of every model.
+
+    Args:
+        weights: the vectors of models of one layout, any floating dtype.
+        layout: of the vectors.
+        threshold: values up to this size count as zero.
+
+    Raises:
+        ValueError: on weights that are empty, not floating, or of another length than the layout; on a negative
+            threshold. NaN and infinite weights give NaN.
+
+    Example:
+        >>> layout = Layout.of({"w": torch.zeros(4)})
+        >>> found = weight_statistics(torch.tensor([[0.0, 0.0, 1.0, -1.0]]), layout)
+        >>> found.sparsity.item(), round(found.std.item(), 4), found.excess_kurtosis.item()
+        (0.5, 0.7071, -1.0)
+    """
+    check_weights(weights, layout)
+    scratch = Scratch()
+    moments = [Moments(len(weights), weights.device, threshold, scratch) for _ in layout.names]
+    for tensor, (_, place) in zip(moments, layout.items(), strict=True):
+        tensor.add(weights[:, place])
+    return statistics_of(moments)
+
+
+def weight_quantiles(
+    weights: Float[Tensor, "P D"], layout: Layout, quantiles: Sequence[float | int]
+) -> Float64[Tensor, "P T Q"]:
+    """Quantiles of every tensor of every model, interpolated linearly as `numpy.quantile` does.
+
+    Args:
+        weights: the vectors of models of one layout, any floating dtype.
+        layout: of the vectors.
+        quantiles: between 0 and 1.
+
+    Raises:
+        ValueError: on weights that are empty, not floating, or of another length than the layout; on a quantile that
+            is not between 0 and 1.
+
+    Example:
+        >>> layout = Layout.of({"w": torch.zeros(3)})
+        >>> weight_quantiles(torch.tensor([[3.0, 1.0, 2.0]]), layout, [0, 0.5, 0.75])
+        tensor([[[1.0000, 2.0000, 2.5000]]], dtype=torch.float64)
+    """
+    check_weights(weights, layout)
+    wanted = torch.tensor(list(quantiles), dtype=torch.float64, device=weights.device)
+    if not ((wanted >= 0) & (wanted <= 1)).all():
+        raise ValueError(f"quantiles={list(quantiles)}; expected numbers between 0 and 1")
+    found = weights.new_empty(len(weights), len(layout.names), len(wanted), dtype=torch.float64)
+    for tensor, (_, place) in enumerate(layout.items()):
+        for model, values in enumerate(weights[:, place]):
+            ordered = values.sort().values
+            below = wanted * (len(values) - 1)
+            low, high = ordered[below.floor().long()].double(), ordered[below.ceil().long()].double()
+            found[model, tensor] = low + (high - low) * (below - below.floor())
+    return found
+
+
+class Moments:
+    """Statistics of one tensor of P models, from blocks of its columns.
+
+    Args:
+        count: P.
+        device: of the blocks.
+        threshold: values up to this size count as zero.
+        scratch: memory to share with others.
+    """
+
+    def __init__(
+        self, count: int, device: torch.device, threshold: float = 0.0, scratch: Scratch | None = None
+    ) -> None:
+        self.scratch = scratch or Scratch()
+        if not threshold >= 0:
+            raise ValueError(f"threshold={threshold}; expected 0 or more")
+        self.threshold = threshold
+        self.seen = 0
+        zeros = torch.zeros(count, dtype=torch.float64, device=device)
+        self.small, self.mean, self.second, self.third, self.fourth = (zeros.clone() for _ in range(5))
+
+    @torch.no_grad()
+    def add(self, block: Float[Tensor, "P c"]) -> None:
+        """Take in these columns of the tensor."""
+        for piece in column_pieces(block):
+            x, xx = self.scratch.like(piece, 1), self.scratch.like(piece, 2)
+            self.small += torch.le(torch.abs(piece, out=x), self.threshold, out=xx).sum(1)
+            low, high = piece.amin(1), piece.amax(1)
+            spread = high > low  # a constant stays exactly constant, and nothing under- or overflows
+            rough, size = piece.mean(1).where(spread, low), (high - low).where(spread, 1)
+            torch.sub(piece, rough[:, None], out=x).div_(size[:, None])
+            torch.mul(x, x, out=xx)
+            sums = (x.sum(1), xx.sum(1), torch.linalg.vecdot(xx, x), torch.linalg.vecdot(xx, xx))
+            self._merge(piece.shape[1], rough.double(), size.double(), *(total.double() for total in sums))
+
+    def _merge(self, n: int, rough: Tensor, size: Tensor, s1: Tensor, s2: Tensor, s3: Tensor, s4: Tensor) -> None:
+        """Merge sums of powers of n values `(w - rough) / size`."""
+        off = s1 / n
+        second = size**2 * (s2 - n * off**2)
+        third = size**3 * (s3 - 3 * off * s2 + 2 * n * off**3)
+        fourth = size**4 * (s4 - 4 * off * s3 + 6 * off**2 * s2 - 3 * n * off**4)
+        mean = rough + size * off
+        m, total = self.seen, self.seen + n
+        delta = mean - self.mean if m else torch.zeros_like(mean)
+        ratio = delta / total
+        self.fourth += (
+            fourth
+            + delta * ratio**3 * m * n * (m * m - m * n + n * n)
+            + 6 * ratio**2 * (m * m * second + n * n * self.second)
+            + 4 * ratio * (m * third - n * self.third)
+        )
+        self.third += third + delta * ratio**2 * m * n * (m - n) + 3 * ratio * (m * second - n * self.second)
+        self.second += second + delta * ratio * m * n
+        self.mean = self.mean + ratio * n if m else mean
+        self.seen = total
+
+
+def statistics_of(moments: Sequence[Moments]) -> WeightStatistics:
+    """The statistics of tensors of which every column was added."""
+    seen = torch.tensor([tensor.seen for tensor in moments], device=moments[0].mean.device)
+    small, mean, second, fourth = (
+        torch.stack([getattr(tensor, name) for tensor in moments], 1)
+        for name in ("small", "mean", "second", "fourth")
+    )
+    return WeightStatistics(
+        norm=(second + seen * mean**2).sqrt(),
+        mean=mean,
+        std=(second / seen).sqrt(),
+        sparsity=small / seen,
+        excess_kurtosis=seen * fourth / second**2 - 3,
+    )
