@@ -31,7 +31,8 @@ def test_train_pack_evaluate_plot_by_hand(capsys, tmp_path, tiny_runs):
     assert status == 1
     assert "has no config 'evaluations'; `vitzoo evaluate` writes it" in err
     status, out, _ = call(capsys, "evaluate", tmp_path / "zoo", "--json")
-    assert json.loads(out) == {"evaluations": 18, "pairs": 45, "dataset": "digits"}
+    told = {"evaluations": 18, "pairs": 45, "dataset": "digits", "failed": {}, "precision_effect": {}}
+    assert json.loads(out) == told
     status, out, _ = call(capsys, "plot", tmp_path / "zoo", "--out", tmp_path / "report", "--json")
     assert Path(json.loads(out)["report"]).is_file()
 
@@ -162,3 +163,35 @@ def test_a_verb_that_fails_late_ends_with_status_1():
 def test_verbs_that_read_files_know_the_sample(capsys):
     assert run(["verify", "sample", "--quiet"]) == 0
     assert "are as they were written" in capsys.readouterr().out
+
+
+def test_evaluate_measures_other_images_into_tables(tiny_zoo, tmp_path, capsys):
+    command = ["evaluate", str(tiny_zoo), "--corrupt", "contrast:5", "--out", str(tmp_path / "out"), "--json"]
+    assert run(command) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert {row["images"] for row in rows} == {"digits", "digits, contrast 5"}
+    assert (tmp_path / "out" / "images.csv").read_text().count("\n") == len(rows) + 1
+    assert run(command) == 0, "it continues from what it kept"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--corrupt", "contrast"], "give --out FOLDER"),
+        (["--where", "stage=finetune"], "give --out FOLDER"),
+        (["--corrupt", "contrats", "--out", "x"], "unknown corruption 'contrats': did you mean 'contrast'?"),
+        (["--data", "digist", "--out", "x"], "unknown image source 'digist'"),
+        (["--precision", "float8"], "unknown precision 'float8'"),
+    ],
+)
+def test_mistakes_of_evaluate_are_one_line(tiny_zoo, tmp_path, monkeypatch, capsys, options, message):
+    monkeypatch.chdir(tmp_path)
+    assert run(["evaluate", str(tiny_zoo), *options]) == 1
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.count("vitzoo: ") == 1
+
+
+def test_evaluate_says_how_models_run(tiny_zoo, tmp_path, capsys):
+    assert run(["evaluate", str(tiny_zoo), "--out", str(tmp_path), "--verbose", "--quiet"]) == 0
+    assert "tiles of" in capsys.readouterr().out

@@ -2,12 +2,20 @@ import itertools
 
 import datasets
 import numpy as np
+import pandas as pd
 import pytest
 import torch
-from sklearn.metrics import accuracy_score, log_loss
+from scipy.spatial.distance import jensenshannon
+from scipy.stats import entropy
+from sklearn.metrics import accuracy_score, cohen_kappa_score, log_loss, top_k_accuracy_score
 
 import vitzoo_hf as vz
-from vitzoo_hf.evaluate import is_classifier
+from vitzoo_hf import vit
+from vitzoo_hf.convert import convert
+from vitzoo_hf.evaluate import evaluate_on, is_classifier, layer_similarity
+from vitzoo_hf.foreign.checkpoints import plan_checkpoints
+from vitzoo_hf.image_sets import image_sets
+from vitzoo_hf.outputs_cache import OutputsCache
 from vitzoo_hf.schema import ZooError
 from vitzoo_hf.zoo import Zoo
 
@@ -158,3 +166,128 @@ def test_a_zoo_opens_wherever_writing_its_evaluation_was_cut(zoo_copy, monkeypat
     assert len(list(Zoo(zoo_copy).rows())) == 18
     report.write(zoo_copy)
     assert len(Zoo(zoo_copy).to_pandas("evaluations")) == len(report.evaluations)
+
+
+def test_more_metrics_agree_with_scikit_learn(zoo, report, probabilities):
+    measured = report.evaluations.set_index("model_id")
+    labels = zoo.probes("digits")[1].numpy()
+    for (model_id, role), probability in probabilities.items():
+        if role == "test":
+            row = measured.loc[model_id]
+            expected = top_k_accuracy_score(labels, probability, k=5, labels=range(10))
+            assert row["test_top5_accuracy"] == pytest.approx(expected)
+            assert row["test_brier"] == pytest.approx(
+                ((probability - np.eye(10)[labels]) ** 2).sum(1).mean(), abs=1e-6
+            )
+            assert row["test_entropy"] == pytest.approx(entropy(probability, axis=1).mean(), abs=1e-6)
+
+
+def test_more_pair_metrics_agree_with_one_pair_at_a_time(zoo, report, probabilities):
+    labels = zoo.probes("digits")[1].numpy()
+    for _, row in report.pairs.iterrows():
+        a, b = ((row[name], "test") for name in ("model_a", "model_b"))
+        names = ["cohen_kappa", "error_consistency", "error_overlap", "jensen_shannon"]
+        if a not in probabilities or b not in probabilities:
+            assert row[names].isna().all()
+            continue
+        x, y = probabilities[a].argmax(1), probabilities[b].argmax(1)
+        assert row["cohen_kappa"] == pytest.approx(cohen_kappa_score(x, y))
+        wrong = np.stack([x != labels, y != labels])
+        assert row["error_overlap"] == pytest.approx(wrong.all(0).sum() / wrong.any(0).sum())
+        divergence = jensenshannon(probabilities[a], probabilities[b], axis=1) ** 2
+        assert row["jensen_shannon"] == pytest.approx(divergence.mean(), abs=1e-6)
+
+
+def test_models_that_were_measured_are_not_run_again(zoo, report, tmp_path, monkeypatch):
+    first = vz.evaluate(zoo, cache=tmp_path, progress=False)
+    monkeypatch.setattr("vitzoo_hf.model_outputs.Population", None)
+    second = vz.evaluate(zoo, cache=tmp_path, progress=False)
+    for one in (first, second):
+        pd.testing.assert_frame_equal(one.evaluations, report.evaluations)
+        pd.testing.assert_frame_equal(one.pairs, report.pairs)
+
+
+def test_an_interrupted_evaluation_goes_on_with_the_next_model(zoo, report, tmp_path, monkeypatch):
+    real, written = OutputsCache.write, []
+
+    def interrupted(self, row, digest, parts):
+        if len(written) == 7:
+            raise KeyboardInterrupt
+        written.append((row["model_id"], digest))
+        real(self, row, digest, parts)
+
+    monkeypatch.setattr(OutputsCache, "write", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        vz.evaluate(zoo, cache=tmp_path, progress=False)
+    before = set(written)
+    written.clear()
+    monkeypatch.setattr(
+        OutputsCache, "write", lambda *given: (written.append((given[1]["model_id"], given[2])), real(*given))
+    )
+    again = vz.evaluate(zoo, cache=tmp_path, progress=False)
+    assert not before & set(written)
+    pd.testing.assert_frame_equal(again.pairs, report.pairs)
+
+
+def test_a_model_with_nan_among_its_outputs_is_named_and_the_rest_goes_on(zoo, report, tmp_path, monkeypatch):
+    real = OutputsCache.write
+    bad = next(row["model_id"] for row in zoo.rows() if row["is_final"] and row["stage"] == "finetune")
+
+    def diverged(self, row, digest, parts):
+        if row["model_id"] == bad:
+            parts = parts | {"logits": parts["logits"].clone().index_fill_(0, torch.tensor([1]), float("nan"))}
+        real(self, row, digest, parts)
+
+    monkeypatch.setattr(OutputsCache, "write", diverged)
+    found = vz.evaluate(zoo, progress=False)
+    assert list(found.failed) == [bad]
+    assert "NaN" in found.failed[bad]
+    table = found.evaluations.set_index("model_id")
+    assert pd.isna(table.loc[bad, "test_accuracy"])
+    assert (
+        table.drop(bad)["test_accuracy"].dropna()
+        == report.evaluations.set_index("model_id").drop(bad)["test_accuracy"].dropna()
+    ).all()
+    hit = (found.pairs["model_a"] == bad) | (found.pairs["model_b"] == bad)
+    assert found.pairs.loc[hit, "agreement"].isna().all()
+    assert found.pairs.loc[hit, "weight_l2"].notna().all()
+
+
+def test_a_lower_precision_tells_its_effect(zoo, report):
+    found = vz.evaluate(zoo.filter(stage="finetune"), precision="bfloat16", progress=False)
+    assert 0.9 < found.precision_effect["agreement"] <= 1
+    assert report.precision_effect == {}
+
+
+def test_models_of_different_trunks_have_no_distance_and_the_rest_is_measured(tmp_path):
+    args = {"img_size": 8, "patch_size": 4, "in_chans": 1, "embed_dim": 16, "num_heads": 2, "num_classes": 3}
+    (tmp_path / "in").mkdir()
+    for depth in (1, 2):
+        for seed in (0, 1):
+            state = vit.create("vit_tiny_patch16_224", args | {"depth": depth}, seed=seed).state_dict()
+            torch.save(state, tmp_path / "in" / f"d{depth}s{seed}.pt")
+    given = {"architecture": "vit_tiny_patch16_224", "architecture_args": {"num_heads": 2}}
+    convert(plan_checkpoints(tmp_path / "in", **given), tmp_path / "zoo", progress=False)
+    found = vz.evaluate(Zoo(tmp_path / "zoo"), torch.randn(9, 1, 8, 8), torch.arange(9) % 3, progress=False)
+    same = found.pairs["model_a"].str[:2] == found.pairs["model_b"].str[:2]
+    assert (found.pairs["weight_l2"].notna() == same).all()
+    assert found.pairs["cka"].notna().all()
+
+
+def test_layers_are_compared_with_every_other(zoo):
+    chosen = zoo.filter(stage="pretrain")
+    images = zoo.probes("digits")[0]
+    table = layer_similarity(chosen, images)
+    pivot = table.pivot(index=["model_a", "block_a"], columns=["model_b", "block_b"], values="cka")
+    matrix = pivot.sort_index().sort_index(axis=1).to_numpy()
+    assert np.allclose(matrix, matrix.T)
+    assert np.allclose(matrix.diagonal(), 1)
+
+
+def test_clean_images_give_the_same_as_the_evaluation(zoo, report):
+    table = evaluate_on(zoo, image_sets(zoo, "digits", corruptions=["gaussian_noise:5"]), progress=False)
+    clean = table[table["images"] == "digits"].set_index("model_id")
+    both = report.evaluations.set_index("model_id").loc[clean.index]
+    assert np.allclose(clean["accuracy"], both["test_accuracy"], atol=0.003)
+    assert np.allclose(clean["loss"], both["test_loss"], atol=1e-4)
+    assert set(table["images"]) == {"digits", "digits, gaussian_noise 5"}

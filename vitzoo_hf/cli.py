@@ -11,6 +11,7 @@ from cyclopts import App
 from cyclopts.exceptions import CycloptsError
 
 from vitzoo_hf.console import format_bytes, format_duration, hint, join, print_json, print_table
+from vitzoo_hf.evaluate_verb import evaluate
 from vitzoo_hf.options import Json, Quiet, Workers, open_zoo, table_records
 from vitzoo_hf.schema import VERSION, ZooError
 from vitzoo_hf.zoo_verbs import convert, export, get, info, list_rows, push, verify
@@ -26,7 +27,7 @@ app = App(
 )
 
 app.command(list_rows, name="ls")
-for verb in (info, get, export, convert, push, verify):
+for verb in (info, get, export, convert, push, verify, evaluate):
     app.command(verb)
 
 
@@ -175,27 +176,6 @@ def pack(
         print(f"left out: {run_id}: {reason}")
     if not quiet:
         hint(f"Next: vitzoo evaluate {out}")
-
-
-@app.command
-def evaluate(zoo: Path, *, device: str = "cpu", json: Json = False, quiet: Quiet = False) -> None:
-    """Measure every model and every pair of final models, and write the result into the zoo.
-
-    Args:
-        zoo: The zoo's folder.
-        device: cpu or cuda.
-    """
-    from vitzoo_hf.evaluate import evaluate as measure
-    from vitzoo_hf.zoo import Zoo
-
-    report = measure(Zoo(zoo), device=device, progress=not (json or quiet))
-    report.write(zoo)
-    if json:
-        print_json({"evaluations": len(report.evaluations), "pairs": len(report.pairs), "dataset": report.dataset})
-        return
-    print(f"{len(report.evaluations)} models and {len(report.pairs)} pairs, compared on {report.dataset}, in {zoo}")
-    if not quiet:
-        hint(f"Next: vitzoo plot {zoo} --out REPORT")
 
 
 @app.command

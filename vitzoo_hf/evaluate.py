@@ -140,7 +140,7 @@ def evaluate(
     if (images is None) != (labels is None):
         raise ZooError("give images and labels, or neither")
     index = zoo.to_pandas()
-    dataset = _common_dataset(index)
+    dataset = common_dataset(index)
     sets = _image_sets(zoo, index, None if images is None or labels is None else (images, labels))
     rows = records(index)
     compared = [row for row in rows if row["is_final"]]
@@ -181,7 +181,7 @@ def _image_sets(
         return {dataset: {"test": batch} for dataset in set(index["dataset"])}
     return {
         dataset: {role: ImageBatch.of(*part) for role, part in _held_out(zoo, dataset).items()}
-        for dataset in dict.fromkeys([*index["dataset"], _common_dataset(index)])
+        for dataset in dict.fromkeys([*index["dataset"], common_dataset(index)])
     }
 
 
@@ -238,6 +238,58 @@ def _effect(
     return precision_effect(some.rows(), images, labels, precision, device)
 
 
+def evaluate_on(
+    zoo: Zoo,
+    sets: Mapping[str, tuple[Tensor, Tensor]],
+    *,
+    device: str | torch.device = "cpu",
+    precision: str = "float32",
+    cache: str | Path | None = None,
+    progress: bool = True,
+) -> pd.DataFrame:
+    """Metrics of every classifier on each of several sets of images, such as corrupted ones.
+
+    Args:
+        zoo: the models; those whose heads are no classifiers are left out.
+        sets: name -> normalised images `[N, C, H, W]` and labels `[N]`, as `image_sets` gives them.
+        device: where the models run.
+        precision: see `evaluate`.
+        cache: see `evaluate`.
+        progress: show a bar.
+
+    Returns:
+        One row a model and set: `model_id`, `images`, `num_images`, `loss`, `accuracy`, `top5_accuracy` (NaN for up
+        to five classes), `ece`, `brier`, `entropy`.
+
+    Raises:
+        ZooError: if no model classifies, or the images do not fit the models.
+
+    Example:
+        >>> from vitzoo_hf.image_sets import image_sets
+        >>> zoo = Zoo.sample().filter(stage="finetune", head="linear")
+        >>> table = evaluate_on(zoo, image_sets(zoo, "digits", corruptions=["contrast:5"]), progress=False)
+        >>> by_set = table.groupby("images")["accuracy"].mean()
+        >>> bool(by_set["digits"] > by_set["digits, contrast 5"])
+        True
+    """
+    rows = [row for row in records(zoo.to_pandas()) if is_classifier(row, zoo.manifest)]
+    if not rows:
+        raise ZooError("no model of this zoo classifies: filter another part of it")
+    batches = {name: ImageBatch.of(*part) for name, part in sets.items()}
+    wanted = {row["model_id"]: set(batches.values()) for row in rows}
+    found = []
+    with OutputsCache.opened(None if cache is None else Path(cache), precision) as held:
+        run_models(zoo, rows, wanted, held, device=device, precision=precision, progress=progress)
+        for row in rows:
+            for name, batch in batches.items():
+                logits = held.read(row, batch.digest, "logits")[None]
+                shown = [name for name in MEASURES if name != "top5_accuracy" or logits.shape[-1] > TOP]
+                measured = {measure: float(MEASURES[measure](logits, batch.labels)) for measure in shown}
+                about = {"model_id": row["model_id"], "images": name, "num_images": len(batch.labels)}
+                found.append(about | dict.fromkeys(MEASURES, float("nan")) | measured)
+    return pd.DataFrame(found)
+
+
 def layer_similarity(
     zoo: Zoo, images: Float[Tensor, "N C H W"], *, device: str | torch.device = "cpu"
 ) -> pd.DataFrame:
@@ -271,7 +323,7 @@ def layer_similarity(
     )
 
 
-def _common_dataset(index: pd.DataFrame) -> str:
+def common_dataset(index: pd.DataFrame) -> str:
     """The dataset of most final models: the fine-tuning dataset of a zoo that has one."""
     final = index[index["is_final"]] if index["is_final"].any() else index
     return str(final["dataset"].value_counts().index[0])
