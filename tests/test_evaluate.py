@@ -1,4 +1,11 @@
+import contextlib
 import itertools
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -235,7 +242,9 @@ def test_a_model_with_nan_among_its_outputs_is_named_and_the_rest_goes_on(zoo, r
 
     def diverged(self, row, digest, parts):
         if row["model_id"] == bad:
-            parts = parts | {"logits": parts["logits"].clone().index_fill_(0, torch.tensor([1]), float("nan"))}
+            parts = parts | {
+                "logits": np.where(np.arange(len(parts["logits"]))[:, None] == 1, np.nan, parts["logits"])
+            }
         real(self, row, digest, parts)
 
     monkeypatch.setattr(OutputsCache, "write", diverged)
@@ -291,3 +300,52 @@ def test_clean_images_give_the_same_as_the_evaluation(zoo, report):
     assert np.allclose(clean["accuracy"], both["test_accuracy"], atol=0.003)
     assert np.allclose(clean["loss"], both["test_loss"], atol=1e-4)
     assert set(table["images"]) == {"digits", "digits, gaussian_noise 5"}
+
+
+def test_ray_gives_the_same_also_where_a_worker_is_killed(zoo, report, tmp_path):
+    pytest.importorskip("ray")
+    code = f"""
+import pandas as pd
+import vitzoo_hf as vz
+from vitzoo_hf.evaluate import evaluate
+
+if __name__ == "__main__":
+    found = evaluate(vz.Zoo({str(zoo.name)!r}), ray="local", progress=False, cache={str(tmp_path / "cache")!r})
+    found.pairs.to_pickle({str(tmp_path / "pairs")!r})
+    found.evaluations.to_pickle({str(tmp_path / "evaluations")!r})
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    killed = False
+    while process.poll() is None:
+        busy = [] if killed else _workers_at_a_task(process.pid)
+        if busy:
+            os.kill(busy[0], signal.SIGKILL)
+            killed = True
+        time.sleep(0.01)
+    assert process.returncode == 0, process.stderr.read()
+    process.stderr.close()
+    assert killed
+    pd.testing.assert_frame_equal(pd.read_pickle(tmp_path / "pairs"), report.pairs, rtol=1e-4, atol=1e-5)
+    pd.testing.assert_frame_equal(pd.read_pickle(tmp_path / "evaluations"), report.evaluations, rtol=1e-4, atol=1e-5)
+
+
+def _workers_at_a_task(session):
+    """Worker processes of a Ray cluster of this session that run a task now."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):
+                if (entry / "cmdline").read_bytes().startswith(b"ray::_task") and os.getsid(
+                    int(entry.name)
+                ) == session:
+                    found.append(int(entry.name))
+    return found
+
+
+def test_an_address_without_a_cluster_is_one_line(zoo):
+    pytest.importorskip("ray")
+    code = f"import vitzoo_hf as vz; vz.evaluate(vz.Zoo({str(zoo.name)!r}), ray='127.0.0.1:1', progress=False)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert "ZooError: no Ray cluster at '127.0.0.1:1'" in done.stderr

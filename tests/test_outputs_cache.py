@@ -11,7 +11,7 @@ ROW = {
     "head": "linear",
     "head_hidden": None,
 }
-PARTS = {"logits": torch.randn(3, 2), "features": torch.randn(3, 5)}
+PARTS = {"logits": torch.randn(3, 2).numpy(), "features": torch.randn(3, 5).numpy()}
 
 
 def test_what_is_written_is_read(tmp_path):
@@ -20,7 +20,7 @@ def test_what_is_written_is_read(tmp_path):
     cache.write(ROW, "d" * 64, PARTS)
     assert cache.has(ROW, "d" * 64)
     for name, values in PARTS.items():
-        assert torch.equal(cache.read(ROW, "d" * 64, name), values)
+        assert torch.equal(cache.read(ROW, "d" * 64, name), torch.from_numpy(values))
 
 
 @pytest.mark.parametrize(

@@ -112,6 +112,7 @@ def evaluate(
     device: str | torch.device = "cpu",
     precision: str = "float32",
     cache: str | Path | None = None,
+    ray: str | None = None,
     progress: bool = True,
 ) -> Report:
     """Measure every model of a zoo, and every pair of its final models.
@@ -125,6 +126,8 @@ def evaluate(
         precision: `float32`, or `bfloat16` or `float16`, whose effect is then in the report.
         cache: folder that keeps logits and features, found by the hashes of weights and images: an interrupted
             evaluation continues there, and models that were measured before are not run again. None keeps nothing.
+        ray: address of a Ray cluster whose workers run the models (`auto`, `local` to start one here); every machine
+            must reach the zoo under the same path or id. The extra `vitzoo-hf[ray]` installs it.
         progress: show a bar.
 
     Raises:
@@ -146,7 +149,7 @@ def evaluate(
     compared = [row for row in rows if row["is_final"]]
     wanted = {row["model_id"]: {*sets[row["dataset"]].values(), *_shared(row, sets[dataset])} for row in rows}
     with OutputsCache.opened(None if cache is None else Path(cache), precision) as held:
-        run_models(zoo, rows, wanted, held, device=device, precision=precision, progress=progress)
+        run_models(zoo, rows, wanted, held, device=device, precision=precision, ray=ray, progress=progress)
         failed: dict[str, str] = {}
         measured = [_measure(row, sets[row["dataset"]], zoo.manifest, held, failed) for row in rows]
         chosen = [
@@ -245,6 +248,7 @@ def evaluate_on(
     device: str | torch.device = "cpu",
     precision: str = "float32",
     cache: str | Path | None = None,
+    ray: str | None = None,
     progress: bool = True,
 ) -> pd.DataFrame:
     """Metrics of every classifier on each of several sets of images, such as corrupted ones.
@@ -255,6 +259,7 @@ def evaluate_on(
         device: where the models run.
         precision: see `evaluate`.
         cache: see `evaluate`.
+        ray: see `evaluate`.
         progress: show a bar.
 
     Returns:
@@ -279,7 +284,7 @@ def evaluate_on(
     wanted = {row["model_id"]: set(batches.values()) for row in rows}
     found = []
     with OutputsCache.opened(None if cache is None else Path(cache), precision) as held:
-        run_models(zoo, rows, wanted, held, device=device, precision=precision, progress=progress)
+        run_models(zoo, rows, wanted, held, device=device, precision=precision, ray=ray, progress=progress)
         for row in rows:
             for name, batch in batches.items():
                 logits = held.read(row, batch.digest, "logits")[None]

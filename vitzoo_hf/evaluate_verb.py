@@ -29,6 +29,7 @@ def evaluate(
     device: str = "cpu",
     precision: str = "float32",
     cache: Path | None = None,
+    ray: str | None = None,
     verbose: bool = False,
     json: Json = False,
     quiet: Quiet = False,
@@ -45,6 +46,7 @@ def evaluate(
         device: cpu or cuda.
         precision: float32, bfloat16 or float16.
         cache: Folder that keeps outputs; by default `.evaluation` in the zoo or in the folder of --out.
+        ray: Address of a Ray cluster that runs the models: auto, or local to start one here.
         verbose: Say how the models run.
     """
     elsewhere = bool(data or corrupt or where)
@@ -54,7 +56,7 @@ def evaluate(
         raise ZooError(f"{zoo!r} is no folder, and results are written into the zoo: give --out FOLDER for tables")
     opened = open_zoo(zoo, where)
     place = cache or (out if out is not None else Path(zoo)) / CACHE
-    options: dict[str, Any] = {"device": device, "precision": precision, "cache": place}
+    options: dict[str, Any] = {"device": device, "precision": precision, "cache": place, "ray": ray}
     options["progress"] = not (json or quiet)
     if verbose:
         _tell_plan(opened, device, precision)

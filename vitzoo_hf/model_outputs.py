@@ -1,10 +1,11 @@
 """Models of a zoo on images -> their outputs in a cache, some models at a time and each model once."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
@@ -12,9 +13,11 @@ from torch import Tensor
 from vitzoo_hf.outputs_cache import OutputsCache, digest_of
 from vitzoo_hf.population import Population
 from vitzoo_hf.progress import progress_bar
+from vitzoo_hf.ray_outputs import outputs_on_ray
 from vitzoo_hf.zoo import Zoo
 
 CHUNK_BYTES = 2**30
+TASK_BYTES = 2**26
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,6 +42,7 @@ def run_models(
     *,
     device: str | torch.device,
     precision: str,
+    ray: str | None = None,
     progress: bool,
 ) -> None:
     """Put the outputs of models on images into the cache; what is there already is not run again.
@@ -50,6 +54,7 @@ def run_models(
         cache: where outputs go, model by model.
         device: where models run.
         precision: that they run in.
+        ray: address of a Ray cluster whose workers run them, or `local`; None runs them here.
         progress: show a bar.
     """
     missing = {
@@ -57,33 +62,62 @@ def run_models(
         for row in rows
     }
     todo = [row for row in rows if missing[row["model_id"]]]
+    by_id = {row["model_id"]: row for row in todo}
     with progress_bar("evaluating", "model", shown=progress, total=len(rows), done=len(rows) - len(todo)) as bar:
-        for chunk in _chunks(todo, missing):
-            whole = zoo.filter(model_id=[row["model_id"] for row in chunk]).rows()
-            by_kind: dict[tuple[ImageBatch, ...], list[dict[str, Any]]] = {}
-            for row in whole:
-                unseen = sorted(missing[row["model_id"]], key=lambda batch: batch.digest)
-                by_kind.setdefault(tuple(unseen), []).append(row)
-            for batches, members in by_kind.items():
-                population = Population.from_rows(members, device=device, precision=precision)
-                for batch in batches:
-                    for row, outputs in zip(members, population.each(batch.images), strict=True):
-                        parts = {"logits": outputs.logits[0], "features": outputs.features[0]}
-                        cache.write(row, batch.digest, parts)
-                bar.update(len(members))
+        if ray is None:
+            results = _outputs_here(zoo, _chunks(todo, missing, CHUNK_BYTES), missing, device, precision)
+        else:
+            ids = [[row["model_id"] for row in chunk] for chunk in _chunks(todo, missing, TASK_BYTES)]
+            options: dict[str, Any] = {"device": str(device), "precision": precision, "address": ray}
+            results = outputs_on_ray(zoo.source, ids, missing, **options)
+        for result in results:
+            for model_id, digest, parts in result:
+                cache.write(by_id[model_id], digest, parts)
+            bar.update(len({model_id for model_id, _, _ in result}))
+
+
+def _outputs_here(
+    zoo: Zoo,
+    chunks: Iterable[Sequence[Mapping[str, Any]]],
+    missing: Mapping[str, Sequence[ImageBatch]],
+    device: str | torch.device,
+    precision: str,
+) -> Iterator[list[tuple[str, str, dict[str, np.ndarray]]]]:
+    """Outputs of a model at a time: model id, digest of the images, and the arrays."""
+    for chunk in chunks:
+        by_kind: dict[tuple[ImageBatch, ...], list[dict[str, Any]]] = {}
+        for row in zoo.filter(model_id=[row["model_id"] for row in chunk]).rows():
+            unseen = sorted(missing[row["model_id"]], key=lambda batch: batch.digest)
+            by_kind.setdefault(tuple(unseen), []).append(row)
+        for batches, members in by_kind.items():
+            population = Population.from_rows(members, device=device, precision=precision)
+            outputs = {batch.digest: population.each(batch.images) for batch in batches}
+            for number, model_id in enumerate(population.model_ids):
+                yield [
+                    (
+                        model_id,
+                        digest,
+                        {"logits": _array(each[number].logits), "features": _array(each[number].features)},
+                    )
+                    for digest, each in outputs.items()
+                ]
+
+
+def _array(values: Float[Tensor, "1 N F"]) -> np.ndarray:
+    return values[0].cpu().numpy()
 
 
 def _chunks(
-    rows: Sequence[Mapping[str, Any]], missing: Mapping[str, Sequence[ImageBatch]]
+    rows: Sequence[Mapping[str, Any]], missing: Mapping[str, Sequence[ImageBatch]], most: int
 ) -> Iterator[list[Mapping[str, Any]]]:
-    """Rows whose weights and outputs together stay below `CHUNK_BYTES`, at least one."""
+    """Rows whose weights and outputs together stay below so many bytes, at least one."""
     chunk: list[Mapping[str, Any]] = []
     size = 0
     for row in rows:
         images = max(len(batch.images) for batch in missing[row["model_id"]])
         classes = json.loads(row["architecture_args"]).get("num_classes") or 0
         needed = 4 * (row["num_parameters"] + images * (classes + 1024))
-        if chunk and size + needed > CHUNK_BYTES:
+        if chunk and size + needed > most:
             yield chunk
             chunk, size = [], 0
         chunk.append(row)

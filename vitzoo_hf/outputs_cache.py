@@ -73,7 +73,7 @@ class OutputsCache:
         """`logits` `[N, K]` or `features` `[N, F]`, float32."""
         return torch.from_numpy(np.load(self.place(row, digest) / f"{part}.npy"))
 
-    def write(self, row: Mapping[str, Any], digest: str, parts: Mapping[str, Tensor]) -> None:
+    def write(self, row: Mapping[str, Any], digest: str, parts: Mapping[str, np.ndarray]) -> None:
         """Keep the outputs of a model.
 
         Raises:
@@ -85,7 +85,7 @@ class OutputsCache:
             fresh = Path(tempfile.mkdtemp(dir=place.parent, prefix=".tmp-"))
             try:
                 for name in PARTS:
-                    np.save(fresh / f"{name}.npy", parts[name].cpu().numpy())
+                    np.save(fresh / f"{name}.npy", parts[name])
                 record = {name: _sha256(fresh / f"{name}.npy") for name in PARTS}
                 (fresh / RECORD).write_text(json.dumps(record))
                 shutil.rmtree(place, ignore_errors=True)
