@@ -155,8 +155,8 @@ class Zoo:
             ZooError: for an unknown column, a value of the wrong type, or an unknown class name.
 
         Example:
-            >>> zoo = Zoo.sample().filter(factor_lr=[1e-3, 3e-3], test_accuracy=(0.9, None))
-            >>> all(row["test_accuracy"] >= 0.9 for row in zoo.index)
+            >>> zoo = Zoo.sample().filter(factor_lr=[1e-3, 3e-3], test_accuracy=(0.75, None))
+            >>> all(row["test_accuracy"] >= 0.75 for row in zoo.index)
             True
         """
         table = with_class_names(self._index, self._features)
