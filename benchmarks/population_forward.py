@@ -64,7 +64,7 @@ def figures(size: str, args: dict, batch: int, threads: int) -> list[dict]:
     with torch.inference_mode():
         expected = ways["loop"]()
         errors = {name: float((way() - expected).abs().max()) for name, way in ways.items()}
-        rounds = max(3, min(25, 4000 // (batch * MODELS)))
+        rounds = max(3, min(15, 2000 // (batch * MODELS)))
         taken = side_by_side.interleaved(ways, rounds)
     clock = "cpu_s" if threads == 1 else "wall_s"
     best = min(times[clock] for name, times in taken.items() if name != OURS)

@@ -1,4 +1,4 @@
-"""Put the figures of results/*.csv into the table of README.md.
+"""Put the figures of results/*.csv into the tables of README.md.
 
 python benchmarks/readme.py
 """
@@ -46,6 +46,35 @@ def table() -> str:
     return "\n".join(lines)
 
 
+MEASURES = (
+    ("agreement of 250 models on 10,000 images of 100 classes, over a numpy loop", "agreement", {"task": "agreement", "way": "numpy, loop over pairs"}, "times_ours", "{:.0f} ×"),
+    ("the same over a float32 one-hot product", "agreement", {"task": "agreement", "way": "one-hot GEMM, float32"}, "times_ours", "{:.0f} ×"),
+    ("the same over `torchmetrics` per pair", "agreement", {"task": "agreement", "way": "torchmetrics multiclass_accuracy"}, "times_ours", "{:.0f} ×"),
+    ("debiased CKA of 50 models, 2048 images, 192 features, over `pytorch-cka`", "cka_pairs", {"way": "pytorch-cka cka_from_features"}, "times_cka", "{:.1f} ×"),
+    ("the same over `ckatorch`", "cka_pairs", {"way": "ckatorch cka_base, unbiased"}, "times_cka", "{:.0f} ×"),
+    ("memory for CKA of 250 models, 10,000 images, 384 features, from files", "cka_from_files", {}, "peak_memory_mb", "{:.0f} MB"),
+    ("L2 of 250 × 1M weights that lie 1e-4 apart, over accurate `torch.cdist`", "distances", {"what": "250 x 1M, models 0.0001 apart, in memory", "way": "torch.cdist, donot_use_mm_for_euclid_dist"}, "over_ours_cpu", "{:.0f} ×"),
+    ("the same over `torch.cdist` as it is, which is wrong there", "distances", {"what": "250 x 1M, models 0.0001 apart, in memory", "way": "torch.cdist, default (matrix products, wrong: see errors)"}, "over_ours_cpu", "{:.1f} ×"),
+    ("distances of 40 ViT-S out of core, of the stream's own rate, cached", "distances", {"what": "40 ViT-S, 3.53 GB, from page cache", "way": "distances"}, "of_the_stream_wall", "{:.2f}"),
+    ("the same from disk", "distances", {"what": "40 ViT-S, 3.53 GB, from disk", "way": "distances"}, "of_the_stream_wall", "{:.2f}"),
+)  # fmt: skip
+
+
+def measures() -> str:
+    """The lines of the table of metrics, and the slowest case of the population's forward."""
+    lines = ["| measured, one thread, processor time where not said otherwise | |", "|---|---|"]
+    for label, name, where, column, form in MEASURES:
+        found = next(line for line in read(name) if all(line[key] == value for key, value in where.items()))
+        lines.append(f"| {label} | {form.format(float(found[column]))} |")
+    forward = [line for line in read("population_forward") if line["way"] == "ours" and line["threads"] == "1"]
+    ratios = [float(line["ours_over_best_other"]) for line in forward]
+    lines.append(
+        "| forward of 16 models, three sizes, 1 to 512 images: time over the best of loop, vmap and bmm, worst and best"
+        f" case | {max(ratios):.2f} and {min(ratios):.2f} |"
+    )
+    return "\n".join(lines) + "\n"
+
+
 def derived(found: dict[str, str], column: str) -> float:
     """A column, or a ratio of two lines of the results."""
     if column == "ratio":
@@ -65,10 +94,15 @@ def read(name: str) -> list[dict[str, str]]:
 def fill(readme: Path) -> None:
     """Rewrite the table between its marks."""
     marks = r"(<!-- data path: [^\n]*-->\n).*?(<!-- end of data path -->)"
-    text = readme.read_text(encoding="utf-8")
-    readme.write_text(
-        re.sub(marks, lambda match: f"{match[1]}{table()}\n{match[2]}", text, flags=re.DOTALL), encoding="utf-8"
+    text = re.sub(
+        marks,
+        lambda match: f"{match[1]}{table()}\n{match[2]}",
+        readme.read_text(encoding="utf-8"),
+        flags=re.DOTALL,
     )
+    marks = r"(<!-- measures: [^\n]*-->\n).*?(<!-- end of measures -->)"
+    text = re.sub(marks, lambda match: f"{match[1]}{measures()}{match[2]}", text, flags=re.DOTALL)
+    readme.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

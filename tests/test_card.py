@@ -367,3 +367,12 @@ def test_every_package_and_the_template_are_installed(tmp_path):
     ).stdout
     assert output.startswith(str(tmp_path / "installed"))
     assert output.strip().endswith(template().strip())
+
+
+def test_tables_measured_by_an_earlier_version_have_a_card_too(zoo_copy):
+    for config, columns in (("pairs", ["cohen_kappa", "jensen_shannon"]), ("evaluations", ["test_brier"])):
+        for file in (zoo_copy / config).glob("*.parquet"):
+            pq.write_table(pq.read_table(file).drop_columns(columns), file)
+    card = card_text(zoo_copy, json.loads((zoo_copy / "zoo.json").read_text()))
+    assert "`agreement`" in card
+    assert "`jensen_shannon`" not in card

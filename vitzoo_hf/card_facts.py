@@ -158,10 +158,15 @@ class Facts:
         return held | {"weights": "list of float32" if self.encoding == "list" else "binary"}
 
     def table(self, config: str, columns: Iterable[str]) -> list[dict[str, Any]]:
-        """Columns of all rows of a light config."""
-        files = [file for file in self.files if file.config == config]
+        """Columns of all rows of a light config; None where it was written before there was such a column."""
+        files = [self.folder / file.path for file in self.files if file.config == config]
+        empty = dict.fromkeys(columns)
         return [
-            row for file in files for row in pq.read_table(self.folder / file.path, columns=list(columns)).to_pylist()
+            empty | row
+            for file in files
+            for row in pq.read_table(
+                file, columns=[name for name in empty if name in pq.read_schema(file).names]
+            ).to_pylist()
         ]
 
     @cached_property
