@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import datasets
 import pytest
 import torch
@@ -6,7 +9,7 @@ import vitzoo_hf as vz
 from vitzoo_hf import population as population_module
 from vitzoo_hf import vit
 from vitzoo_hf.flatten import flatten
-from vitzoo_hf.population import precision_effect
+from vitzoo_hf.precision import precision_effect
 from vitzoo_hf.schema import ZooError, canonical_json
 from vitzoo_hf.zoo import Zoo
 
@@ -228,3 +231,28 @@ def test_lower_precision_is_near_and_its_effect_is_told(zoo, images, precision):
 def test_the_way_is_described(zoo):
     lines = vz.Population.from_rows(zoo.filter(stage="finetune").rows()).describe(4)
     assert all("batched products, tiles of" in line and "float32 on cpu" in line for line in lines)
+
+
+@pytest.mark.slow
+def test_compiled_forwards_give_the_same():
+    code = """
+import torch
+import vitzoo_hf as vz
+
+rows = list(vz.Zoo.sample().filter(stage="finetune", head="linear").rows())
+images = torch.randn(70, 1, 16, 16)
+compiled = vz.Population.from_rows(rows, compiled=True)(images)
+torch.testing.assert_close(compiled, vz.Population.from_rows(rows)(images), atol=1e-5, rtol=1e-4)
+"""  # the type checks of tests cannot be compiled
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.gpu
+def test_graphs_on_cuda_give_the_same(zoo, images):
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    rows = list(zoo.filter(stage="finetune").rows())
+    graphed = vz.Population.from_rows(rows, device="cuda", compiled=True)
+    plain = vz.Population.from_rows(rows, device="cuda")(images)
+    for _ in range(3):
+        assert torch.allclose(graphed(images), plain, atol=1e-4)

@@ -29,7 +29,8 @@ from vitzoo_hf.cka import cka
 from vitzoo_hf.model_outputs import ImageBatch, run_models
 from vitzoo_hf.outputs_cache import OutputsCache
 from vitzoo_hf.pairs import measure_pairs
-from vitzoo_hf.population import Population, precision_effect
+from vitzoo_hf.population import Population
+from vitzoo_hf.precision import precision_effect
 from vitzoo_hf.row_tables import records
 from vitzoo_hf.schema import ZooError
 from vitzoo_hf.zoo import Zoo

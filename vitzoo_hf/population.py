@@ -7,12 +7,12 @@ sizes and device alone, so that the same call gives the same numbers; `Populatio
 """
 
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from jaxtyping import Float, Integer
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from vitzoo_hf.batched_vit import READOUTS, BatchedViT, Outputs, outputs_of_module
@@ -43,6 +43,7 @@ class Group:
             they would fill half of it.
         model: without weights.
         batched: the batched forward; None for an architecture that it does not know.
+        forward: the same, compiled if it is to be.
         num_outputs: of the head.
     """
 
@@ -51,6 +52,7 @@ class Group:
     vectors: Float[Tensor, "P D"] | list[Float[Tensor, " D"]]
     model: nn.Module
     batched: BatchedViT | None
+    forward: Callable[..., Outputs] | None
     num_outputs: int
 
     def tile(self, device: torch.device, num_images: int, precision: str, scale: float = 1.0) -> tuple[int, int]:
@@ -94,6 +96,7 @@ class Population:
         device: str | torch.device = "cpu",
         *,
         precision: str = "float32",
+        compiled: bool = False,
     ) -> "Population":
         """Models of any rows of a zoo.
 
@@ -101,7 +104,10 @@ class Population:
             rows: of `zoo.rows()` or `load_dataset(...)`; weights that are not verified yet are, against their hash.
             device: where the models run. Weights that would fill more than half of its free memory stay on the
                 CPU, and the next model's are copied while one runs.
-            precision: `bfloat16` and `float16` round weights and activations; `precision_effect` says what it costs.
+            compiled: compile the forward of plain ViTs once for each architecture and tile, half a minute each; on
+                CUDA as graphs that are replayed. On a CPU it gained nothing in `benchmarks/LOG.md`.
+            precision: `bfloat16` and `float16` round weights and activations; `precision_effect` of
+                `vitzoo_hf.precision` says what it costs.
 
         Raises:
             ZooError: if there is no row, one cannot be rebuilt, or the precision is unknown.
@@ -124,7 +130,7 @@ class Population:
         total = sum(vector.numel() for entries in members.values() for _, vector in entries)
         stays = total * 4 > SHARE_OF_MEMORY * _free_memory(place)
         home = torch.device("cpu") if stays else place
-        groups = [_group(kinds[key], entries, home) for key, entries in members.items()]
+        groups = [_group(kinds[key], entries, home, compiled, place) for key, entries in members.items()]
         return cls(model_ids, groups, place, precision)
 
     def __len__(self) -> int:
@@ -270,51 +276,40 @@ class Population:
             torch.cuda.empty_cache()
 
 
-def precision_effect(
-    rows: Iterable[Mapping[str, Any]],
-    images: Float[Tensor, "N C H W"],
-    labels: Integer[Tensor, " N"],
-    precision: str,
-    device: str | torch.device = "cpu",
-) -> dict[str, float]:
-    """What a lower precision changes, over all models and images.
-
-    Returns:
-        `agreement`, the share of equal predictions; `accuracy_difference`, the largest change of a model's accuracy;
-        `largest_logit_difference`.
-
-    Example:
-        >>> from vitzoo_hf.zoo import Zoo
-        >>> zoo = Zoo.sample().filter(stage="finetune")
-        >>> precision_effect(zoo.rows(), *zoo.probes("digits"), "bfloat16")["agreement"] > 0.97
-        True
-    """
-    rows = list(rows)
-    exact = Population.from_rows(rows, device=device)(images)
-    rounded = Population.from_rows(rows, device=device, precision=precision)(images)
-    labels = labels.to(exact.device)
-    right, rounded_right = ((logits.argmax(-1) == labels).double().mean(-1) for logits in (exact, rounded))
-    return {
-        "agreement": float((exact.argmax(-1) == rounded.argmax(-1)).double().mean()),
-        "accuracy_difference": float((right - rounded_right).abs().max()),
-        "largest_logit_difference": float((exact - rounded).abs().max()),
-    }
-
-
 def _group(
-    kind: tuple[str, dict[str, Any], str, int | None], entries: list[tuple[int, Tensor]], home: torch.device
+    kind: tuple[str, dict[str, Any], str, int | None],
+    entries: list[tuple[int, Tensor]],
+    home: torch.device,
+    compiled: bool,
+    place: torch.device,
 ) -> Group:
     vectors = [vector.to(home) for _, vector in entries]
     layout = layout_of(*kind)
     model = skeleton(*kind)
+    batched = BatchedViT.of(model)
     return Group(
         positions=[position for position, _ in entries],
         layout=layout,
         vectors=torch.stack(vectors) if layout.num_parameters <= STACKED_PARAMETERS else vectors,
         model=model,
-        batched=BatchedViT.of(model),
+        batched=batched,
+        forward=_compiled(batched, place) if compiled and batched is not None else batched,
         num_outputs=int(kind[1]["num_classes"]),
     )
+
+
+def _compiled(batched: BatchedViT, place: torch.device) -> Callable[..., Outputs]:
+    """The forward compiled for each shape; more shapes than fit are an error, never a silent return to eager."""
+    from torch._dynamo import config as dynamo_config
+
+    mode = "reduce-overhead" if place.type == "cuda" else "default"
+    forward = torch.compile(batched.__call__, dynamic=False, mode=mode)
+
+    def run(*given: Any) -> Outputs:
+        with dynamo_config.patch(recompile_limit=64, fail_on_recompile_limit_hit=True):
+            return forward(*given)
+
+    return run
 
 
 def _weights(
@@ -350,8 +345,8 @@ def _copied(
 
 def _forward(group: Group, tensors: dict[str, Tensor], inputs: Tensor, readout: str | None) -> Outputs:
     """Outputs of a tile."""
-    if group.batched is not None:
-        return group.batched(tensors, inputs, readout)
+    if group.forward is not None:
+        return group.forward(tensors, inputs, readout)
     return outputs_of_module(group.model, {name: value[0] for name, value in tensors.items()}, inputs, readout)
 
 
