@@ -9,14 +9,14 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from vitzoo_hf import report
+from vitzoo_hf import figures, report
 from vitzoo_hf.schema import ZooError
 
 
 @pytest.fixture(scope="module", autouse=True)
 def coarse_figures():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report, "DPI", 30)
+        patch.setattr(figures, "DPI", 30)
         yield
 
 
@@ -43,7 +43,14 @@ def small_tables(models=12, parents=("sl-s42", "cl-s42")):
     )
     pairs["same_parent"] = pairs["model_a"].str[:2] == pairs["model_b"].str[:2]
     pairs["agreement"] = pairs["cka"] = np.where(pairs["same_parent"], 0.75, 0.5) + rng.uniform(0, 0.01, len(pairs))
+    pairs["cohen_kappa"] = pairs["agreement"] - 0.1
     return index, evaluations.reset_index(drop=True), pairs.assign(weight_l2=rng.uniform(1, 9, len(pairs)))
+
+
+def layer_table():
+    blocks = [(model, block) for model in ("a", "b") for block in range(3)]
+    rows = [(*one, *other, 1.0 if one == other else 0.5) for one in blocks for other in blocks]
+    return pd.DataFrame(rows, columns=["model_a", "block_a", "model_b", "block_b", "cka"])
 
 
 class Page(html.parser.HTMLParser):
@@ -70,7 +77,8 @@ class Page(html.parser.HTMLParser):
 def page(tmp_path_factory):
     folder = tmp_path_factory.mktemp("report")
     facts = {"models": "12", "licence": "<b>CC & BY</b>"}
-    path = report.write_report(*small_tables(), folder, title="Zoo <script>alert(1)</script>", facts=facts)
+    title = "Zoo <script>alert(1)</script>"
+    path = report.write_report(*small_tables(), folder, title=title, facts=facts, layers=layer_table())
     assert path == folder / "report.html"
     return path
 
@@ -79,7 +87,7 @@ def test_report_is_self_contained_and_well_formed(page):
     found = Page(page.read_text("utf-8"))
     assert found.open == []
     links = [value for _, attrs in found.elements for key, value in attrs.items() if key in ("src", "href")]
-    assert len(links) == len(report.FIGURES)
+    assert len(links) == len(figures.FIGURES)
     assert all(link.startswith("data:image/png;base64,") for link in links)
     assert not {"link", "iframe", "object"} & {tag for tag, _ in found.elements}
     assert not re.search(r"https?:|url\(|@import", page.read_text("utf-8"))
@@ -92,7 +100,7 @@ def test_report_shows_facts_sentences_figures_and_models(page):
     assert re.search(r"\blr : η² = (0\.9\d|1\.00)", text)
     assert "No more than chance would explain" in text
     assert re.search(r"same parent predict the same class for 75\.\d % .* for 50\.\d %", text)
-    assert all(entry.heading in text and entry.caption in text for entry in report.FIGURES.values())
+    assert all(entry.heading in text and entry.caption in text for entry in figures.FIGURES.values())
     assert "Not drawn" not in text
     assert "sl-s42--0@5" in text
     assert "generalization gap" in text
@@ -115,12 +123,13 @@ def test_everything_from_outside_is_escaped(tmp_path):
 
 def test_figures_that_do_not_apply_are_skipped_and_named(tmp_path):
     index, evaluations, pairs = small_tables()
-    written = report.write_figures(index, evaluations, None, tmp_path)
-    assert [path.name for path in written] == ["accuracy_by_factor.png", "learning_curves.png"]
-    assert report.write_figures(index, evaluations, pairs[:0], tmp_path) == written
+    written = figures.write_figures(index, evaluations, None, tmp_path)
+    assert [path.name for path in written] == ["overview.png", "accuracy_by_factor.png", "learning_curves.png"]
+    assert figures.write_figures(index, evaluations, pairs[:0], tmp_path) == written
     unrecorded = index.assign(test_accuracy=np.nan)
     path = report.write_report(unrecorded, evaluations, pairs.assign(agreement=None), tmp_path, title="t", facts={})
     missing = "Learning curves, Agreement of predictions, Distance in weights and agreement in behaviour"
+    missing += ", Agreement and accuracy, Layers against layers"
     assert f"Not drawn, for lack of data: {missing}." in path.read_text("utf-8")
 
 
@@ -140,8 +149,10 @@ def test_a_zoo_where_nothing_varies(tmp_path):
 
 def test_formats_and_files(tmp_path):
     index, evaluations, pairs = small_tables()
-    written = report.write_figures(index, evaluations, pairs, tmp_path / "a" / "b", formats=("png", "svg"))
-    assert [path.suffix for path in written] == [".png", ".svg"] * len(report.FIGURES)
+    written = figures.write_figures(
+        index, evaluations, pairs, tmp_path / "a" / "b", layers=layer_table(), formats=("png", "svg")
+    )
+    assert [path.suffix for path in written] == [".png", ".svg"] * len(figures.FIGURES)
     assert sorted(path.name for path in (tmp_path / "a" / "b").iterdir()) == sorted(path.name for path in written)
     assert all(path.read_bytes().startswith(PNG) for path in written[::2])
     assert all(b"<svg" in path.read_bytes() for path in written[1::2])
@@ -150,9 +161,9 @@ def test_formats_and_files(tmp_path):
 def test_errors_are_one_clear_line(tmp_path):
     index, evaluations, pairs = small_tables()
     with pytest.raises(ZooError, match=r"^cannot write figures as 'pngg': did you mean 'png'\?$"):
-        report.write_figures(index, evaluations, pairs, tmp_path, formats=["pngg"])
+        figures.write_figures(index, evaluations, pairs, tmp_path, formats=["pngg"])
     with pytest.raises(ZooError, match=r"^table 'pairs' has no column 'weight_l2'"):
-        report.write_figures(index, evaluations, pairs.drop(columns="weight_l2"), tmp_path)
+        figures.write_figures(index, evaluations, pairs.drop(columns="weight_l2"), tmp_path)
     for wrong, name in (((index[:0], evaluations), "index"), ((index, evaluations[:0]), "evaluations")):
         with pytest.raises(ZooError, match=f"^table '{name}' has no rows"):
             report.write_report(*wrong, pairs, tmp_path, title="t", facts={})
@@ -160,14 +171,14 @@ def test_errors_are_one_clear_line(tmp_path):
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
-    path = report._write(tmp_path / "x", b"old")
+    path = figures.written(tmp_path / "x", b"old")
 
     def fail(self, target):
         raise OSError("disk full")
 
     monkeypatch.setattr(type(path), "replace", fail)
     with pytest.raises(ZooError, match=r"cannot write .*x: disk full"):
-        report._write(path, b"new")
+        figures.written(path, b"new")
     assert list(tmp_path.iterdir()) == [path]
     assert path.read_bytes() == b"old"
 
@@ -177,6 +188,22 @@ def test_a_full_disk_is_one_line_and_leaves_no_scrap(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(pathlib.Path, "write_bytes", full)
-    with pytest.raises(ZooError, match=r"cannot write .*accuracy_by_factor.png: No space left on device"):
-        report.write_figures(*small_tables(), tmp_path)
+    with pytest.raises(ZooError, match=r"cannot write .*overview.png: No space left on device"):
+        figures.write_figures(*small_tables(), tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_every_figure_is_drawn_again_from_the_tables_beside_it(tmp_path):
+    report.write_report(*small_tables(), tmp_path, title="t", facts={}, layers=layer_table())
+    tables = figures.Tables.read(tmp_path)
+    again = figures.write_figures(
+        tables.index, tables.evaluations, tables.pairs, tmp_path / "again", layers=tables.layers
+    )
+    assert len(again) == len(figures.FIGURES)
+    for file in again:
+        assert file.read_bytes() == (tmp_path / "figures" / file.name).read_bytes(), file.name
+
+
+def test_a_folder_without_tables_is_one_line(tmp_path):
+    with pytest.raises(ZooError, match="holds no tables of a report"):
+        figures.Tables.read(tmp_path)

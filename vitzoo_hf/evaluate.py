@@ -139,13 +139,9 @@ def evaluate(
         >>> len(report.evaluations), len(report.pairs)
         (6, 15)
     """
-    if len(zoo) == 0:
-        raise ZooError("there is no model to evaluate: the filter matches none")
-    if (images is None) != (labels is None):
-        raise ZooError("give images and labels, or neither")
     index = zoo.to_pandas()
+    sets = _image_sets(zoo, index, images, labels)
     dataset = common_dataset(index)
-    sets = _image_sets(zoo, index, None if images is None or labels is None else (images, labels))
     rows = records(index)
     compared = [row for row in rows if row["is_final"]]
     wanted = {row["model_id"]: {*sets[row["dataset"]].values(), *_shared(row, sets[dataset])} for row in rows}
@@ -177,11 +173,15 @@ def _shared(row: Mapping[str, Any], sets: Mapping[str, ImageBatch]) -> list[Imag
 
 
 def _image_sets(
-    zoo: Zoo, index: pd.DataFrame, given: tuple[Tensor, Tensor] | None
+    zoo: Zoo, index: pd.DataFrame, images: Tensor | None, labels: Tensor | None
 ) -> dict[str, dict[str, ImageBatch]]:
     """Dataset -> role -> images; given ones are the test images of every dataset."""
-    if given is not None:
-        batch = ImageBatch.of(*given)
+    if len(zoo) == 0:
+        raise ZooError("there is no model to evaluate: the filter matches none")
+    if (images is None) != (labels is None):
+        raise ZooError("give images and labels, or neither")
+    if images is not None and labels is not None:
+        batch = ImageBatch.of(images, labels)
         return {dataset: {"test": batch} for dataset in set(index["dataset"])}
     return {
         dataset: {role: ImageBatch.of(*part) for role, part in _held_out(zoo, dataset).items()}

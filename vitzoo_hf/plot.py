@@ -131,7 +131,7 @@ def accuracy_by_factor(evaluations: pd.DataFrame) -> Figure:
     told = f"{len(table)} final models; line: median, box: quartiles"
     told += "" if len(shares) <= MAX_PANELS else f"; the {MAX_PANELS} strongest of {len(shares)} factors"
     told += "\nη²: share of the variance between models that the factor explains" if len(shares) else ""
-    _heading(figure, "What decides test accuracy?", told)
+    heading(figure, "What decides test accuracy?", told)
     return figure
 
 
@@ -162,7 +162,7 @@ def learning_curves(index: pd.DataFrame) -> Figure:
         axes.set_title(f"{stages[stage]} ({len(runs)} run{'s' * (len(runs) > 1)})")
         axes.yaxis.set_major_formatter(PERCENT)
         axes.set(xlabel="epoch (points: kept checkpoints)", ylabel="test accuracy")
-    _heading(figure, "How the population learns: test accuracy by epoch", "thin: one run; thick: median")
+    heading(figure, "How the population learns: test accuracy by epoch", "thin: one run; thick: median")
     return figure
 
 
@@ -208,7 +208,7 @@ def pair_matrix(pairs: pd.DataFrame, index: pd.DataFrame, value: str = "agreemen
     left_out = len(pd.unique(pairs[["model_a", "model_b"]].to_numpy().ravel())) - size
     told = f"{size} final models in the same order on both axes, grouped by the run at the root of their lineage"
     told += f"\nleft out, without a value: {left_out}" if left_out else ""
-    _heading(figure, f"Who resembles whom: {NAMES.get(value, value).split(' (')[0]}", told)
+    heading(figure, f"Who resembles whom: {NAMES.get(value, value).split(' (')[0]}", told)
     return figure
 
 
@@ -246,7 +246,7 @@ def distance_against_agreement(pairs: pd.DataFrame) -> Figure:
     axes.yaxis.set_major_formatter(PERCENT)
     axes.set(xlabel=NAMES["weight_l2"], ylabel=NAMES["agreement"])
     figure.legend(loc="outside lower left", ncols=2, handletextpad=0.3)
-    _heading(figure, "Close in weights, close in behaviour?", "a point is a pair of models; margins: densities")
+    heading(figure, "Close in weights, close in behaviour?", "a point is a pair of models; margins: densities")
     return figure
 
 
@@ -300,7 +300,7 @@ def _levels(column: pd.Series) -> pd.Series:
     return pd.Series(pd.Categorical(text, categories=list(order), ordered=bool(numeric)), index=column.index)
 
 
-def _colours(level: pd.Series, shift: int = 0) -> dict[str, Any]:
+def colours(level: pd.Series, shift: int = 0) -> dict[str, Any]:
     """Level -> colour: a ramp where order means something, else separate hues; `shift` tells factors apart."""
     names = [name for name in level.cat.categories if (level == name).any()]
     if len(names) > len(PALETTE) or (level.cat.ordered and len(names) > 2):
@@ -309,7 +309,7 @@ def _colours(level: pd.Series, shift: int = 0) -> dict[str, Any]:
     return {name: PALETTE[(i + 2 * shift) % len(PALETTE)] for i, name in enumerate(names)}
 
 
-def _heading(figure: Figure, title: str, told: str) -> None:
+def heading(figure: Figure, title: str, told: str) -> None:
     """A bold title and grey lines below it; blank lines in the title keep their place in the layout."""
     width, height = map(float, figure.get_size_inches())
     title += "\n" * (told.count("\n") + 1)
@@ -322,9 +322,9 @@ def _room(names: Collection[str]) -> float:
 
 
 def _strip_panel(axes: Axes, y: pd.Series, level: pd.Series, share: float | None, room: float) -> None:
-    names = list(_colours(level))
+    names = list(colours(level))
     rng = np.random.default_rng(0)
-    for i, (name, colour) in enumerate(_colours(level).items()):
+    for i, (name, colour) in enumerate(colours(level).items()):
         values = y[level == name]
         low, median, high = values.quantile([0.25, 0.5, 0.75])
         axes.add_patch(Rectangle((i - 0.32, low), 0.64, high - low, color=colour, alpha=0.18, lw=0))
@@ -348,7 +348,7 @@ def _strip_panel(axes: Axes, y: pd.Series, level: pd.Series, share: float | None
 
 def _curves(axes: Axes, rows: pd.DataFrame, level: pd.Series) -> None:
     """Thin lines for runs; thick medians, drawn at epochs that at least half of a level's runs kept."""
-    for name, colour in _colours(level).items():
+    for name, colour in colours(level).items():
         part = rows[rows["run_id"].isin(level.index[level == name])]
         for _, run in part.groupby("run_id"):
             axes.plot(run["epoch"], run["test_accuracy"], color=colour, lw=0.8, alpha=0.3)
@@ -380,11 +380,11 @@ def _margin(axes: Axes, rows: pd.DataFrame, strips: dict[str, pd.Series]) -> lis
     size, wide = len(rows), 0.035 * len(rows)
     entries = []
     for j, (name, level) in enumerate(strips.items()):
-        colours, left = _colours(level, j), wide * (1.15 * (j - len(strips)) - 0.4)
-        cells = np.array([[to_rgb(colours[label])] for label in level])
+        shades, left = colours(level, j), wide * (1.15 * (j - len(strips)) - 0.4)
+        cells = np.array([[to_rgb(shades[label])] for label in level])
         axes.imshow(cells, extent=(left, left + wide, size, 0), interpolation="nearest")
         axes.text(left + wide / 2, 1.01 * size, _short(name), rotation=90, va="top", ha="center", fontsize=8)
-        entries += [Patch(alpha=0, label=f"{name}:")] + [Patch(color=c, label=n) for n, c in colours.items()]
+        entries += [Patch(alpha=0, label=f"{name}:")] + [Patch(color=c, label=n) for n, c in shades.items()]
     groups = rows.groupby("lineage", sort=False).indices
     tilt = 60 if max(map(len, groups)) * len(groups) > 60 else 0
     for name, members in groups.items():

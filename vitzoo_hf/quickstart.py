@@ -10,12 +10,14 @@ from pathlib import Path
 import pandas as pd
 
 from vitzoo_hf.blueprint import Blueprint
-from vitzoo_hf.evaluate import evaluate
+from vitzoo_hf.evaluate import common_dataset, evaluate, layer_similarity
 from vitzoo_hf.launch import exclusive, launch
 from vitzoo_hf.pack import is_packed, pack
 from vitzoo_hf.report import write_report
 from vitzoo_hf.schema import ZooError
 from vitzoo_hf.zoo import Zoo
+
+LAYER_MODELS, LAYER_IMAGES = 4, 500
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,22 @@ def write_zoo_report(zoo: Zoo, folder: Path) -> Path:
         folder,
         title=zoo.manifest["name"],
         facts=facts,
+        layers=_layers(zoo),
     )
+
+
+def _layers(zoo: Zoo) -> pd.DataFrame | None:
+    """CKA between blocks of the best final model of each of some parents; None where the zoo carries no images."""
+    table = zoo.to_pandas("evaluations")
+    held = {row["dataset"] for row in zoo.probe_rows("test")}
+    table = table[table["is_final"] & table["model_id"].isin(zoo.model_ids) & table["dataset"].isin(held)]
+    if table.empty:
+        return None
+    table = table[table["dataset"] == common_dataset(table)]
+    order = table["selection_accuracy"].astype(float).fillna(-1).sort_values(ascending=False, kind="stable")
+    best = table.loc[order.index].drop_duplicates("parent_id")["model_id"].head(LAYER_MODELS)
+    images = zoo.probes(str(table["dataset"].iloc[0]), "test")[0][:LAYER_IMAGES]
+    return layer_similarity(zoo.filter(model_id=list(best)), images)
 
 
 def summary_table(zoo: Zoo) -> pd.DataFrame:

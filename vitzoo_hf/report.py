@@ -1,123 +1,15 @@
-"""The figures of a zoo as files, and one self-contained HTML page that shows and explains them."""
+"""One self-contained HTML page that shows and explains the figures of a zoo."""
 
 import base64
 import html
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from io import BytesIO
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pandas as pd
-from matplotlib import rc_context
-from matplotlib.figure import Figure
 
 from vitzoo_hf import plot
-from vitzoo_hf.checkpoint import write_atomically
-from vitzoo_hf.schema import ZooError, did_you_mean
-
-DPI = 200
-
-
-class Entry(NamedTuple):
-    """A figure of the report: how it is drawn from (index, evaluations, pairs), and what the page says of it."""
-
-    draw: Callable[[pd.DataFrame, pd.DataFrame, pd.DataFrame], Figure]
-    heading: str
-    caption: str
-    of_pairs: bool = False
-
-
-FIGURES: dict[str, Entry] = {
-    "accuracy_by_factor": Entry(
-        lambda index, evaluations, pairs: plot.accuracy_by_factor(evaluations),
-        "Accuracy by factor",
-        "Each point is one final model, measured on the test images; every panel shows the same models, sorted by"
-        " another factor. A black line is the median of a level, its box the middle half. Panels are ordered by η²,"
-        " the bar on top: how much of the differences between models the factor explains by itself. Table:"
-        " evaluations.",
-    ),
-    "learning_curves": Entry(
-        lambda index, evaluations, pairs: plot.learning_curves(index),
-        "Learning curves",
-        "A thin line is one run, a thick line the median of the runs that share a level of the strongest factor;"
-        " points are checkpoints kept in the zoo. Test accuracy as recorded during training; contrastive"
-        " pre-training has none, so it is not shown. Table: index.",
-    ),
-    "agreement_matrix": Entry(
-        lambda index, evaluations, pairs: plot.pair_matrix(pairs, index, "agreement"),
-        "Agreement of predictions",
-        "Each cell is a pair of final models: the share of test images for which both predict the same class."
-        " Rows and columns have the same order: by lineage (brackets, white lines), then by the factors in the"
-        " strips on the left. Bright blocks on the diagonal mean that models of one parent decide alike. Hatched:"
-        " not defined, for example between different label sets. Tables: pairs, index.",
-        True,
-    ),
-    "cka_matrix": Entry(
-        lambda index, evaluations, pairs: plot.pair_matrix(pairs, index, "cka"),
-        "Similarity of representations",
-        "As above, with the centred kernel alignment (CKA, debiased) of the features that two models compute for"
-        " the test images: 1 means the same geometry up to rotation and scale, 0 unrelated. It needs no labels, so"
-        " pre-trained models are included where they were measured. Tables: pairs, index.",
-        True,
-    ),
-    "distance_against_agreement": Entry(
-        lambda index, evaluations, pairs: plot.distance_against_agreement(pairs),
-        "Distance in weights and agreement in behaviour",
-        "Each point is a pair of final models: how far apart their trunk weights are, and how often they agree on"
-        " test images. Spearman's rank correlation is computed within each colour; a correlation over both colours"
-        " would mostly show the difference between the groups. Pairs share models and are not independent, so read"
-        " it as a description and not as a test. Table: pairs.",
-        True,
-    ),
-}
-"""File name -> figure, in the order of the report."""
-
-
-def write_figures(
-    index: pd.DataFrame,
-    evaluations: pd.DataFrame,
-    pairs: pd.DataFrame | None,
-    folder: Path,
-    *,
-    formats: Sequence[str] = ("png",),
-) -> list[Path]:
-    """Write every figure that applies to this zoo, each file atomically; returns the files in report order.
-
-    A figure is skipped where its columns hold no value, such as learning curves without recorded accuracy.
-
-    Args:
-        index: see `plot.learning_curves`.
-        evaluations: see `plot.accuracy_by_factor`.
-        pairs: see `plot.pair_matrix` and `plot.distance_against_agreement`; None or empty: no figure of pairs.
-        folder: created where missing.
-        formats: file endings that matplotlib can write, such as `png`, `svg`, `pdf`.
-
-    Raises:
-        ZooError: for an unknown format, a missing column, or an empty `index` or `evaluations`.
-    """
-    known = Figure().canvas.get_supported_filetypes()
-    for ending in formats:
-        if ending not in known:
-            raise ZooError(f"cannot write figures as {ending!r}: {did_you_mean(ending, known)}")
-    if pairs is None:
-        pairs = pd.DataFrame()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ZooError(f"cannot write into {folder}: {error.strerror}") from None
-    written = []
-    for name, entry in FIGURES.items():
-        if entry.of_pairs and pairs.empty:
-            continue
-        try:
-            figure = entry.draw(index, evaluations, pairs)
-        except plot.NothingToDrawError:
-            continue
-        for ending in formats:
-            with BytesIO() as buffer, rc_context(plot.STYLE):
-                figure.savefig(buffer, format=ending, dpi=DPI)
-                written.append(_write(folder / f"{name}.{ending}", buffer.getvalue()))
-    return written
+from vitzoo_hf.figures import FIGURES, Entry, tables_of, write_figures, written
 
 
 def write_report(
@@ -128,8 +20,11 @@ def write_report(
     *,
     title: str,
     facts: Mapping[str, str],
+    layers: pd.DataFrame | None = None,
 ) -> Path:
     """Write `folder/figures/*.png` and `folder/report.html`, one page that needs no other file and no network.
+
+    The tables that the figures are drawn from go to `folder/data/*.csv`; `Tables.read` reads them again.
 
     Args:
         index: see `plot.learning_curves`.
@@ -138,6 +33,7 @@ def write_report(
         folder: created where missing.
         title: the heading, plain text.
         facts: label -> value, plain text: what the zoo is, where it comes from.
+        layers: see `write_figures`.
 
     Raises:
         ZooError: for a missing column, or an empty `index` or `evaluations`.
@@ -145,7 +41,8 @@ def write_report(
     plot.require(index, "index", ("model_id", "is_final"))
     models = plot.final_models(evaluations)
     shares = plot.explained_variance(evaluations)
-    figures = write_figures(index, evaluations, pairs, folder / "figures")
+    figures = write_figures(index, evaluations, pairs, folder / "figures", layers=layers)
+    tables_of(index, evaluations, pairs, layers).write(folder)
     drawn = {path.stem for path in figures}
     missing = [entry.heading for name, entry in FIGURES.items() if name not in drawn]
     sections = [
@@ -160,12 +57,7 @@ def write_report(
         _model_section(models, index),
     ]
     page = _PAGE.format(title=_escape(title), style=_STYLE, script=_SCRIPT, body="\n".join(sections))
-    return _write(folder / "report.html", page.encode())
-
-
-def _write(path: Path, content: bytes) -> Path:
-    write_atomically(path, lambda temporary: temporary.write_bytes(content))
-    return path
+    return written(folder / "report.html", page.encode())
 
 
 def _escape(text: Any) -> str:
