@@ -349,3 +349,51 @@ def test_an_address_without_a_cluster_is_one_line(zoo):
     code = f"import vitzoo_hf as vz; vz.evaluate(vz.Zoo({str(zoo.name)!r}), ray='127.0.0.1:1', progress=False)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert "ZooError: no Ray cluster at '127.0.0.1:1'" in done.stderr
+
+
+def test_a_diverged_model_is_named_and_the_rest_is_compared(tmp_path):
+    args = {
+        "img_size": 8,
+        "patch_size": 4,
+        "in_chans": 1,
+        "embed_dim": 16,
+        "depth": 1,
+        "num_heads": 2,
+        "num_classes": 3,
+    }
+    (tmp_path / "in").mkdir()
+    for seed in range(4):
+        model = vit.create("vit_tiny_patch16_224", args, seed=seed)
+        model.blocks[0].mlp.fc2.weight.data *= 1e38 if seed == 2 else 1
+        torch.save(model.state_dict(), tmp_path / "in" / f"m{seed}.pt")
+    given = {"architecture": "vit_tiny_patch16_224", "architecture_args": {"num_heads": 2}}
+    convert(plan_checkpoints(tmp_path / "in", **given), tmp_path / "zoo", progress=False)
+    found = vz.evaluate(Zoo(tmp_path / "zoo"), torch.randn(9, 1, 8, 8), torch.arange(9) % 3, progress=False)
+    assert list(found.failed) == ["m2@1"]
+    hit = (found.pairs["model_a"] == "m2@1") | (found.pairs["model_b"] == "m2@1")
+    for name in ("cka", "agreement"):
+        assert (found.pairs[name].isna() == hit).all()
+    assert found.pairs["weight_l2"].notna().all()
+    assert (found.evaluations.set_index("model_id")["test_accuracy"].isna() == [False, False, True, False]).all()
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "message"),
+    [
+        (torch.randn(4, 1, 8, 8), torch.arange(5), r"labels are int64 \[5\]; expected a tensor of 4 integers"),
+        (torch.randn(4, 1, 8, 8), torch.rand(4), "expected a tensor of 4 integers"),
+        (torch.randn(4, 1, 8, 8), torch.tensor([0, 1, 2, 10]), "labels go up to 10, but .* knows 10 classes"),
+        (torch.randn(4, 1, 8, 8), torch.tensor([0, 1, 2, -1]), "integers from 0"),
+        (torch.full((4, 1, 8, 8), float("nan")), torch.arange(4), "NaN or infinite values among the images"),
+        (torch.randn(4, 8, 8), torch.arange(4), r"expected a float32 tensor \[N, C, H, W\]"),
+    ],
+)
+def test_wrong_images_and_labels_are_refused_before_anything_runs(zoo, monkeypatch, images, labels, message):
+    from vitzoo_hf.model_outputs import ImageBatch
+
+    monkeypatch.setattr("vitzoo_hf.model_outputs.Population", None)
+    with pytest.raises(Exception, match=rf"{message}|Type-check"):
+        vz.evaluate(zoo.filter(stage="finetune"), images, labels, progress=False)
+    if "knows" not in message and images.ndim == 4 and labels.dtype == torch.int64 and len(labels) == 4:
+        with pytest.raises(ZooError, match=message):
+            ImageBatch.of(images, labels)

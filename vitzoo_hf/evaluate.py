@@ -145,9 +145,10 @@ def evaluate(
     rows = records(index)
     compared = [row for row in rows if row["is_final"]]
     wanted = {row["model_id"]: {*sets[row["dataset"]].values(), *_shared(row, sets[dataset])} for row in rows}
+    _check_classes(zoo, rows, sets)
     with OutputsCache.opened(None if cache is None else Path(cache), precision) as held:
         run_models(zoo, rows, wanted, held, device=device, precision=precision, ray=ray, progress=progress)
-        failed: dict[str, str] = {}
+        failed = _overflowing(compared, held, sets[dataset]["test"])
         measured = [_measure(row, sets[row["dataset"]], zoo.manifest, held, failed) for row in rows]
         chosen = [
             number
@@ -156,7 +157,7 @@ def evaluate(
         ]
         test = sets[dataset]["test"]
         final = zoo.filter(is_final=True)
-        options: dict[str, Any] = {"dataset": dataset, "device": device, "progress": progress}
+        options: dict[str, Any] = {"dataset": dataset, "device": device, "progress": progress, "left_out": failed}
         pairs = measure_pairs(final, compared, chosen, held, test.digest, test.labels, **options)
     evaluations = pd.concat([index[[*COLUMNS, *zoo.factors]], pd.DataFrame(measured)], axis=1)
     effect = (
@@ -165,6 +166,22 @@ def evaluate(
         else _effect(zoo, [compared[number] for number in chosen], test, precision, device)
     )
     return Report(evaluations, pairs, dataset, failed, effect)
+
+
+def _check_classes(zoo: Zoo, rows: Sequence[Mapping[str, Any]], sets: Mapping[str, Mapping[str, ImageBatch]]) -> None:
+    """Refuse labels that classifiers do not know, before anything runs."""
+    for dataset, parts in sets.items():
+        known = [row for row in rows if row["dataset"] == dataset and is_classifier(row, zoo.manifest)]
+        parts["test"].check_classes(known)
+
+
+def _overflowing(rows: Sequence[Mapping[str, Any]], cache: OutputsCache, batch: ImageBatch) -> dict[str, str]:
+    """Models whose features on these images are not all finite -> why they have no metrics."""
+    return {
+        row["model_id"]: "NaN or infinite features: its training diverged"
+        for row in rows
+        if not cache.read(row, batch.digest, "features").isfinite().all()
+    }
 
 
 def _shared(row: Mapping[str, Any], sets: Mapping[str, ImageBatch]) -> list[ImageBatch]:
@@ -282,6 +299,8 @@ def evaluate_on(
     if not rows:
         raise ZooError("no model of this zoo classifies: filter another part of it")
     batches = {name: ImageBatch.of(*part) for name, part in sets.items()}
+    for batch in batches.values():
+        batch.check_classes(rows)
     wanted = {row["model_id"]: set(batches.values()) for row in rows}
     found = []
     with OutputsCache.opened(None if cache is None else Path(cache), precision) as held:

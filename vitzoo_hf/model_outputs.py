@@ -14,6 +14,7 @@ from vitzoo_hf.outputs_cache import OutputsCache, digest_of
 from vitzoo_hf.population import Population
 from vitzoo_hf.progress import progress_bar
 from vitzoo_hf.ray_outputs import outputs_on_ray
+from vitzoo_hf.schema import ZooError
 from vitzoo_hf.zoo import Zoo
 
 CHUNK_BYTES = 2**30
@@ -30,8 +31,35 @@ class ImageBatch:
 
     @classmethod
     def of(cls, images: Tensor, labels: Tensor) -> "ImageBatch":
-        """Images with their hash."""
-        return cls(images, labels, digest_of(images))
+        """Images with their hash.
+
+        Raises:
+            ZooError: for images that are not float32 `[N, C, H, W]` and finite, or not one whole label for each.
+        """
+        if not isinstance(images, Tensor) or images.dtype != torch.float32 or images.ndim != 4 or not len(images):
+            raise ZooError(f"images are {_described(images)}; expected a float32 tensor [N, C, H, W], normalised")
+        if not images.isfinite().all():
+            raise ZooError("NaN or infinite values among the images")
+        whole = isinstance(labels, Tensor) and not labels.is_floating_point() and labels.dtype != torch.bool
+        if not whole or labels.shape != images.shape[:1] or int(labels.min()) < 0:
+            raise ZooError(
+                f"labels are {_described(labels)}; expected a tensor of {len(images)} integers from 0, one an image"
+            )
+        return cls(images, labels.long(), digest_of(images))
+
+    def check_classes(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Refuse labels that a classifier does not know.
+
+        Raises:
+            ZooError: naming the first such model.
+        """
+        highest = int(self.labels.max())
+        for row in rows:
+            outputs = json.loads(row["architecture_args"]).get("num_classes")
+            if outputs is not None and highest >= outputs:
+                raise ZooError(
+                    f"labels go up to {highest}, but {row['model_id']} knows {outputs} classes: give images of those"
+                )
 
 
 def run_models(
@@ -101,6 +129,12 @@ def _outputs_here(
                     )
                     for digest, each in outputs.items()
                 ]
+
+
+def _described(values: Any) -> str:
+    if not isinstance(values, Tensor):
+        return f"a {type(values).__name__}"
+    return f"{str(values.dtype).removeprefix('torch.')} {list(values.shape)}"
 
 
 def _array(values: Float[Tensor, "1 N F"]) -> np.ndarray:

@@ -5,7 +5,7 @@ weights are NaN for models whose trunks differ in layout.
 """
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import pandas as pd
@@ -36,6 +36,7 @@ def measure_pairs(
     labels: Int64[Tensor, " N"],
     *,
     dataset: str,
+    left_out: Collection[str] = (),
     device: str | torch.device = "cpu",
     progress: bool = True,
 ) -> pd.DataFrame:
@@ -49,6 +50,7 @@ def measure_pairs(
         digest: of the images.
         labels: of the images.
         dataset: their name.
+        left_out: models whose outputs are not finite: they have distances of weights alone.
         device: where the metrics are computed.
         progress: show bars.
 
@@ -59,8 +61,7 @@ def measure_pairs(
         raise ZooError(f"there are {len(labels)} test images of {dataset!r}; comparing models takes at least 4")
     if len(rows) < 2:
         return pd.DataFrame({name: [] for name in schema.pair_features()})
-    features = [FeatureFile(cache.place(row, digest) / "features.npy") for row in rows]
-    matrices = {"cka": cka(features), "cka_biased": cka(features, debiased=False)}
+    matrices = _of_features(rows, left_out, cache, digest)
     matrices |= _of_weights(zoo, rows, device, progress)
     matrices |= _of_predictions([rows[i] for i in classifiers], classifiers, len(rows), cache, digest, labels, device)
     tables = {name: matrix.cpu().tolist() for name, matrix in matrices.items()}
@@ -77,6 +78,19 @@ def measure_pairs(
             for i, j in itertools.combinations(range(len(rows)), 2)
         ]
     )
+
+
+def _of_features(
+    rows: Sequence[Mapping[str, Any]], left_out: Collection[str], cache: OutputsCache, digest: str
+) -> dict[str, Float64[Tensor, "P P"]]:
+    """CKA of models whose features are finite."""
+    chosen = [position for position, row in enumerate(rows) if row["model_id"] not in left_out]
+    features = [FeatureFile(cache.place(rows[position], digest) / "features.npy") for position in chosen]
+    found = {"cka": _nan(len(rows)), "cka_biased": _nan(len(rows))}
+    place = torch.tensor(chosen, dtype=torch.int64)
+    for name, debiased in (("cka", True), ("cka_biased", False)) if chosen else ():
+        found[name][place[:, None], place] = cka(features, debiased=debiased).cpu()
+    return found
 
 
 def _of_weights(
