@@ -397,3 +397,22 @@ def test_wrong_images_and_labels_are_refused_before_anything_runs(zoo, monkeypat
     if "knows" not in message and images.ndim == 4 and labels.dtype == torch.int64 and len(labels) == 4:
         with pytest.raises(ZooError, match=message):
             ImageBatch.of(images, labels)
+
+
+def test_a_shard_damaged_after_its_models_were_measured_is_still_refused(zoo_copy, tmp_path):
+    vz.evaluate(Zoo(zoo_copy), cache=tmp_path / "cache", progress=False)
+    shard = next((zoo_copy / "weights").glob("*.parquet"))
+    held = bytearray(shard.read_bytes())
+    held[len(held) // 2] ^= 1
+    shard.write_bytes(held)
+    with pytest.raises(ZooError, match=r"damaged|do not match"):
+        vz.evaluate(Zoo(zoo_copy), cache=tmp_path / "cache", progress=False)
+
+
+def test_a_model_without_any_value_has_none_on_the_diagonal_either(report):
+    matrix = report.matrix("agreement")
+    undefined = matrix.columns[matrix.isna().all()]
+    assert len(undefined)
+    assert matrix.drop(index=undefined, columns=undefined).to_numpy().diagonal().tolist() == [1.0] * (
+        10 - len(undefined)
+    )

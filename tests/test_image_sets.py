@@ -47,3 +47,20 @@ def test_another_number_of_classes_is_refused(tiny_zoo, tmp_path):
 def test_an_unknown_source_is_named(tiny_zoo):
     with pytest.raises(ZooError, match="unknown image source 'digist'"):
         image_sets(Zoo(tiny_zoo), "digits", data="digist")
+
+
+def test_a_crop_of_the_recipe_is_applied_to_other_sources_too():
+    zoo = Zoo.sample()
+    images, _ = image_sets(zoo, "mnist5k", data="mnist5k")["mnist5k"]
+    own, _ = zoo.probes("mnist5k", "test")
+    assert torch.allclose(images[: len(own)], own, atol=1e-6) or torch.allclose(images.sum(0), own.sum(0), atol=1e-3)
+
+
+def test_classes_of_another_name_are_refused(tiny_zoo, tmp_path):
+    words = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+    for word in words:
+        (tmp_path / word).mkdir()
+        for number in range(8):
+            Image.new("L", (8, 8), number).save(tmp_path / word / f"{number}.png")
+    with pytest.raises(ZooError, match=r"a class of .* is 'eight' where the models of 'digits' have '0'"):
+        image_sets(Zoo(tiny_zoo), "digits", data=str(tmp_path))

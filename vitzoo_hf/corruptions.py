@@ -1,7 +1,7 @@
 """Images made harder: a handful of corruptions and shifts at five severities, computed by torchvision.
 
 Every corruption takes and gives float images in [0, 1] and follows from its name, its severity and a seed alone.
-Severities are of the size that Hendrycks and Dietterich (2019) use for small images.
+Noise and contrast have the severities of Hendrycks and Dietterich (2019) for small images; the others are ours.
 """
 
 from collections.abc import Callable
@@ -16,13 +16,14 @@ from vitzoo_hf.vit import import_timm
 SEVERITIES = (1, 2, 3, 4, 5)
 LEVELS: dict[str, tuple[float, ...]] = {
     "gaussian_noise": (0.04, 0.06, 0.08, 0.09, 0.10),
-    "gaussian_blur": (0.4, 0.6, 0.7, 0.8, 1.0),
+    "gaussian_blur": (0.6, 0.9, 1.2, 1.6, 2.2),
     "contrast": (0.75, 0.5, 0.4, 0.3, 0.15),
     "brightness": (1.1, 1.2, 1.3, 1.5, 1.8),
     "rotation": (5, 10, 15, 20, 30),
     "translation": (0.04, 0.08, 0.12, 0.16, 0.24),
 }
-"""Corruption -> its strength by severity: standard deviation, sigma in pixels of 32, factors, degrees, shares."""
+"""Corruption -> its strength by severity: deviation, sigma in pixels (of 32 for larger images), factors, degrees,
+shares of the width."""
 
 
 def parse_corruption(text: str) -> tuple[str, int]:
@@ -77,7 +78,7 @@ def _functions() -> dict[str, Callable[[Tensor, float, int], Tensor]]:
         return images + level * drawn.to(images.device)
 
     def blur(images: Tensor, level: float, seed: int) -> Tensor:
-        sigma = level * images.shape[-1] / 32
+        sigma = level * max(1.0, images.shape[-1] / 32)
         return functional.gaussian_blur(images, [2 * max(1, round(3 * sigma)) + 1] * 2, [sigma] * 2)
 
     def shift(images: Tensor, level: float, seed: int) -> Tensor:

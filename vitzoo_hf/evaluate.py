@@ -7,6 +7,7 @@ row is read once for its outputs, which a cache keeps, and once more, in columns
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -60,6 +61,7 @@ class Report:
         pairs: one row a pair of final models, the columns of `schema.pair_features`.
         dataset: images on which the pairs were compared.
         failed: model -> why it has no metrics, such as NaN among its outputs.
+        is_own: whether the images were those that the zoo carries.
         precision_effect: what a lower precision than float32 changes, measured on some models; empty for float32.
     """
 
@@ -68,6 +70,7 @@ class Report:
     dataset: str
     failed: dict[str, str] = field(default_factory=dict)
     precision_effect: dict[str, float] = field(default_factory=dict)
+    is_own: bool = True
 
     def matrix(self, metric: str) -> pd.DataFrame:
         """A pair metric as a symmetric model × model table; the diagonal is 1, or 0 for distances.
@@ -81,7 +84,8 @@ class Report:
         table = self.pairs.pivot(index="model_a", columns="model_b", values=metric).reindex(index=ids, columns=ids)
         table = table.combine_first(table.T).loc[ids, ids]
         for model_id in ids:
-            table.loc[model_id, model_id] = 0.0 if metric in schema.DISTANCES else 1.0
+            if table.loc[model_id].notna().any():
+                table.loc[model_id, model_id] = 0.0 if metric in schema.DISTANCES else 1.0
         return table
 
     def write(self, folder: str | Path) -> None:
@@ -90,6 +94,8 @@ class Report:
         Raises:
             ZooError: if it is not a zoo, has other models, or cannot be written.
         """
+        if not self.is_own:
+            raise ZooError("this report is of other images than the zoo carries: keep its tables elsewhere")
         zoo = Zoo(folder)
         index = zoo.to_pandas().set_index("model_id")
         if list(self.evaluations["model_id"]) != list(index.index):
@@ -147,7 +153,8 @@ def evaluate(
     wanted = {row["model_id"]: {*sets[row["dataset"]].values(), *_shared(row, sets[dataset])} for row in rows}
     _check_classes(zoo, rows, sets)
     with OutputsCache.opened(None if cache is None else Path(cache), precision) as held:
-        run_models(zoo, rows, wanted, held, device=device, precision=precision, ray=ray, progress=progress)
+        read = run_models(zoo, rows, wanted, held, device=device, precision=precision, ray=ray, progress=progress)
+        _verify(zoo, [row["model_id"] for row in compared if row["model_id"] not in read])
         failed = _overflowing(compared, held, sets[dataset]["test"])
         measured = [_measure(row, sets[row["dataset"]], zoo.manifest, held, failed) for row in rows]
         chosen = [
@@ -160,12 +167,14 @@ def evaluate(
         options: dict[str, Any] = {"dataset": dataset, "device": device, "progress": progress, "left_out": failed}
         pairs = measure_pairs(final, compared, chosen, held, test.digest, test.labels, **options)
     evaluations = pd.concat([index[[*COLUMNS, *zoo.factors]], pd.DataFrame(measured)], axis=1)
-    effect = (
-        {}
-        if precision == "float32"
-        else _effect(zoo, [compared[number] for number in chosen], test, precision, device)
-    )
-    return Report(evaluations, pairs, dataset, failed, effect)
+    effect = _effect(zoo, [compared[number] for number in chosen], test, precision, device)
+    return Report(evaluations, pairs, dataset, failed, effect, images is None)
+
+
+def _verify(zoo: Zoo, model_ids: list[str]) -> None:
+    """Compare rows with their hashes that were not read for their outputs: distances read weights as they lie."""
+    for _ in zoo.filter(model_id=model_ids).rows() if model_ids else ():
+        pass
 
 
 def _check_classes(zoo: Zoo, rows: Sequence[Mapping[str, Any]], sets: Mapping[str, Mapping[str, ImageBatch]]) -> None:
@@ -251,7 +260,9 @@ def _measure(
 def _effect(
     zoo: Zoo, rows: Sequence[Mapping[str, Any]], batch: ImageBatch, precision: str, device: str | torch.device
 ) -> dict[str, float]:
-    """What the precision changes for some of the models on some of the images."""
+    """What the precision changes for some of the models on some of the images; nothing for float32."""
+    if precision == "float32":
+        return {}
     some = zoo.filter(model_id=[row["model_id"] for row in rows[:COMPARED]])
     if not len(some):
         return {}
@@ -281,8 +292,8 @@ def evaluate_on(
         progress: show a bar.
 
     Returns:
-        One row a model and set: `model_id`, `images`, `num_images`, `loss`, `accuracy`, `top5_accuracy` (NaN for up
-        to five classes), `ece`, `brier`, `entropy`.
+        One row a model and set, NaN for a model with NaN among its logits: `model_id`, `images`, `num_images`,
+        `loss`, `accuracy`, `top5_accuracy` (NaN for up to five classes), `ece`, `brier`, `entropy`.
 
     Raises:
         ZooError: if no model classifies, or the images do not fit the models.
@@ -309,7 +320,9 @@ def evaluate_on(
             for name, batch in batches.items():
                 logits = held.read(row, batch.digest, "logits")[None]
                 shown = [name for name in MEASURES if name != "top5_accuracy" or logits.shape[-1] > TOP]
-                measured = {measure: float(MEASURES[measure](logits, batch.labels)) for measure in shown}
+                measured = {}
+                with suppress(ValueError):  # logits that are not finite: the row stays NaN
+                    measured = {measure: float(MEASURES[measure](logits, batch.labels)) for measure in shown}
                 about = {"model_id": row["model_id"], "images": name, "num_images": len(batch.labels)}
                 found.append(about | dict.fromkeys(MEASURES, float("nan")) | measured)
     return pd.DataFrame(found)

@@ -74,11 +74,17 @@ def _of_source(
         path=data if is_folder else None,
         size=record["size"],
         resize=record.get("resize"),
-        crop=record.get("crop") if record.get("resize") else None,
+        crop=record.get("crop"),
         channels=record["channels"],
     )
     found = load_images(data, spec)
     known = record.get("class_names", [])
     if len(found.class_names) != len(known):
         raise ZooError(f"{data!r} has {len(found.class_names)} classes; the models of {dataset!r} know {len(known)}")
+    other = [(a, b) for a, b in zip(found.class_names, known, strict=True) if a != b]
+    if other:
+        raise ZooError(
+            f"a class of {data!r} is {other[0][0]!r} where the models of {dataset!r} have {other[0][1]!r}: give"
+            " images with the same classes in the same order"
+        )
     return found.part("test")

@@ -72,7 +72,7 @@ def run_models(
     precision: str,
     ray: str | None = None,
     progress: bool,
-) -> None:
+) -> set[str]:
     """Put the outputs of models on images into the cache; what is there already is not run again.
 
     Args:
@@ -84,6 +84,9 @@ def run_models(
         precision: that they run in.
         ray: address of a Ray cluster whose workers run them, or `local`; None runs them here.
         progress: show a bar.
+
+    Returns:
+        The models whose rows were read, and so verified, by this process.
     """
     missing = {
         row["model_id"]: [batch for batch in wanted[row["model_id"]] if not cache.has(row, batch.digest)]
@@ -102,6 +105,7 @@ def run_models(
             for model_id, digest, parts in result:
                 cache.write(by_id[model_id], digest, parts)
             bar.update(len({model_id for model_id, _, _ in result}))
+    return set() if ray is not None else set(by_id)
 
 
 def _outputs_here(

@@ -196,6 +196,10 @@ class Population:
         with torch.inference_mode():
             for group in self.groups:
                 self._check_images(group, images)
+                model: Any = group.model
+                if readout == "token" and model.cls_token is None:
+                    name = self.model_ids[group.positions[0]]
+                    raise ZooError(f"{name} has no class token: take readout='mean'")
                 for first, outputs in self._run(group, images, readout):
                     for number, position in enumerate(group.positions[first : first + len(outputs.features)]):
                         found[position] = outputs.of(number)
