@@ -143,7 +143,7 @@ class Population:
             ZooError: if the models differ in the number of outputs.
         """
         self._check_outputs()
-        return torch.stack([one.logits[0] for one in self.each(images)])
+        return self._gathered(self._tiles(images, None), "logits")
 
     def outputs(self, images: Float[Tensor, "N C H W"]) -> tuple[Float[Tensor, "P N K"], Float[Tensor, "P N F"]]:
         """Logits and features in one pass.
@@ -152,8 +152,8 @@ class Population:
             ZooError: if the models differ in the number of outputs or the width of features.
         """
         self._check_outputs()
-        each = self.each(images)
-        return torch.stack([one.logits[0] for one in each]), _stacked([one.features[0] for one in each])
+        tiles = list(self._tiles(images, None))
+        return self._gathered(tiles, "logits"), self._gathered(tiles, "features")
 
     def _check_outputs(self) -> None:
         outputs = sorted({group.num_outputs for group in self.groups})
@@ -165,7 +165,7 @@ class Population:
 
     def features(self, images: Float[Tensor, "N C H W"]) -> Float[Tensor, "P N F"]:
         """Features of every model before its head (the class token after the last norm)."""
-        return _stacked([one.features[0] for one in self.each(images)])
+        return self._gathered(self._tiles(images, None), "features")
 
     def block_features(self, images: Float[Tensor, "N C H W"], readout: str = "token") -> Float[Tensor, "P L N F"]:
         """The output of every block of every model; `cka(….flatten(0, 1))` compares every layer with every other.
@@ -177,8 +177,7 @@ class Population:
         Raises:
             ZooError: if the models differ in depth or width, or for another readout.
         """
-        per_model = self.each(images, readout=readout)
-        return _stacked([one.blocks[0] for one in per_model if one.blocks is not None])
+        return self._gathered(self._tiles(images, readout), "blocks")
 
     def each(self, images: Float[Tensor, "N C H W"], *, readout: str | None = None) -> list[Outputs]:
         """Outputs of every model by itself, `[1, N, …]`, so that architectures and heads may differ.
@@ -186,13 +185,32 @@ class Population:
         Raises:
             ZooError: for images that a model cannot take, or another readout.
         """
+        found: list[Outputs | None] = [None] * len(self)
+        for positions, outputs in self._tiles(images, readout):
+            for number, position in enumerate(positions):
+                found[position] = outputs.of(number)
+        return [outputs for outputs in found if outputs is not None]
+
+    def _gathered(self, outputs: Iterable[tuple[list[int], Outputs]], part: str) -> Tensor:
+        """One part of the outputs of all models, as one tensor."""
+        tiles = [(positions, getattr(found, part)) for positions, found in outputs]
+        if len({values.shape[1:] for _, values in tiles}) > 1:
+            raise ZooError("these models differ in feature width or depth: filter by `architecture`")
+        if len(tiles) == 1:
+            return tiles[0][1]
+        whole = torch.empty(len(self), *tiles[0][1].shape[1:], device=tiles[0][1].device)
+        for positions, values in tiles:
+            whole[positions] = values
+        return whole
+
+    def _tiles(self, images: Tensor, readout: str | None) -> Iterator[tuple[list[int], Outputs]]:
+        """Outputs of some models after the others: their positions, and what they give."""
         if images.ndim != 4 or len(images) == 0:
             raise ZooError(f"images have shape {tuple(images.shape)}; expected [N, C, H, W] with N of at least 1")
         if images.dtype != torch.float32:
             raise ZooError(f"images are {images.dtype}; expected float32, normalised as `zoo.probes` gives them")
         if readout is not None and readout not in READOUTS:
             raise ZooError(f"unknown readout {readout!r}: {did_you_mean(readout, READOUTS)}")
-        found: list[Outputs | None] = [None] * len(self)
         with torch.inference_mode():
             for group in self.groups:
                 self._check_images(group, images)
@@ -201,9 +219,7 @@ class Population:
                     name = self.model_ids[group.positions[0]]
                     raise ZooError(f"{name} has no class token: take readout='mean'")
                 for first, outputs in self._run(group, images, readout):
-                    for number, position in enumerate(group.positions[first : first + len(outputs.features)]):
-                        found[position] = outputs.of(number)
-        return [outputs for outputs in found if outputs is not None]
+                    yield group.positions[first : first + len(outputs.features)], outputs
 
     def trunks(self) -> Float[Tensor, "P D"]:
         """Weights of every model without its head.
@@ -265,6 +281,9 @@ class Population:
                         self._smaller(step)
                         continue
                     raise ZooError(f"{names[0]} cannot take images of shape {tuple(images.shape)}: {error}") from None
+                if step >= len(inputs) and self.precision == "float32":
+                    whole = part
+                    break
                 whole = _room_for(part, len(inputs)) if whole is None else whole
                 _fill(whole, part, start)
                 start += step
@@ -370,12 +389,6 @@ def _fill(whole: Outputs, part: Outputs, start: int) -> None:
     for to, values in zip(whole, part, strict=True):
         if to is not None and values is not None:
             to[..., start : start + values.shape[-2], :] = values
-
-
-def _stacked(features: list[Tensor]) -> Tensor:
-    if len({part.shape for part in features}) > 1:
-        raise ZooError("these models differ in feature width or depth: filter by `architecture`")
-    return torch.stack(features)
 
 
 def _free_memory(device: torch.device) -> int:
