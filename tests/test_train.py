@@ -7,13 +7,15 @@ import pytest
 import torch
 from sklearn.metrics import accuracy_score, log_loss
 
-from vitzoo_hf import train
+from vitzoo_hf import objectives, train, trainer
 from vitzoo_hf.blueprint import Blueprint, Recipe
 from vitzoo_hf.checkpoint import RunFolder
 from vitzoo_hf.flatten import flatten
 from vitzoo_hf.images import load_images
+from vitzoo_hf.objectives import info_nce, soften
 from vitzoo_hf.schema import ZooError, weights_sha256
-from vitzoo_hf.train import DivergedError, info_nce, soften, train_run
+from vitzoo_hf.train import train_run
+from vitzoo_hf.trainer import DivergedError
 from vitzoo_hf.vit import create
 
 TEXT = """\
@@ -418,7 +420,7 @@ def test_soft_targets_are_those_of_label_smoothing(smoothing):
 )
 @pytest.mark.parametrize("count", [1, 2, 5, 8])
 def test_mixed_targets_are_distributions(recipe, count):
-    mix = train.make_mix(recipe, 10)
+    mix = objectives.make_mix(recipe, 10)
     inputs, targets = mix(torch.randn(count, 1, 8, 8), torch.arange(count))
     assert len(inputs) == len(targets)
     assert len(inputs) >= count - 1
@@ -428,9 +430,9 @@ def test_mixed_targets_are_distributions(recipe, count):
 
 def test_full_batches_have_equally_many_items():
     items = torch.arange(10)
-    assert [batch.tolist() for batch in train.full_batches(items, 4)] == [[0, 1, 2, 3], [4, 5, 6, 7]]
-    assert [len(batch) for batch in train.full_batches(items, 20)] == [10]
-    assert [len(batch) for batch in train.full_batches(items, 10)] == [10]
+    assert [batch.tolist() for batch in trainer.full_batches(items, 4)] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert [len(batch) for batch in trainer.full_batches(items, 20)] == [10]
+    assert [len(batch) for batch in trainer.full_batches(items, 10)] == [10]
 
 
 def test_cosine_goes_from_lr_to_zero(make, monkeypatch, tmp_path):
@@ -456,7 +458,7 @@ def test_global_generators_are_put_back_after_an_error():
         raise KeyError
 
     before = torch.random.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
-    with pytest.raises(KeyError), train.seeded_globals(3):
+    with pytest.raises(KeyError), objectives.seeded_globals(3):
         fail()
     assert torch.equal(torch.random.get_rng_state(), before[0])
     assert random.getstate() == before[1]

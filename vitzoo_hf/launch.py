@@ -257,7 +257,8 @@ def _work(connection: Connection, blueprint: Blueprint, folder: Path, device: st
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     import torch
 
-    from vitzoo_hf.train import DivergedError, train_run
+    from vitzoo_hf.train import train_run
+    from vitzoo_hf.trainer import DivergedError
 
     torch.set_num_threads(1)
     runs = {run.run_id: run for run in blueprint.runs}

@@ -12,7 +12,8 @@ from vitzoo_hf.blueprint import Blueprint, Run
 from vitzoo_hf.images import load_images
 from vitzoo_hf.launch import default_workers
 from vitzoo_hf.schema import SPLITS, ZooError
-from vitzoo_hf.train import Trainer, architecture_args, fitting_args, full_batches, head_hidden
+from vitzoo_hf.train import architecture_args, fitting_args, head_hidden
+from vitzoo_hf.trainer import Trainer, full_batches
 from vitzoo_hf.vit import create, layout_of
 
 WARMUP_STEPS = 3

@@ -1,0 +1,164 @@
+"""A model in training: the step, the epoch, the results, and what must be kept to continue."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Int64
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from vitzoo_hf.augment import augment
+from vitzoo_hf.blueprint import Recipe
+from vitzoo_hf.checkpoint import RunFolder, load_optimizer_tensors, optimizer_tensors
+from vitzoo_hf.flatten import is_head
+from vitzoo_hf.images import ImageSet
+from vitzoo_hf.objectives import derive_seed, info_nce, make_erase, make_mix, seeded_globals
+from vitzoo_hf.schema import ZooError
+
+EVALUATION_BATCH = 256
+
+
+class DivergedError(ZooError):
+    """A loss or weight stopped being finite."""
+
+
+@dataclass
+class Trainer:
+    """A model in training: the step, the epoch, the results, what must be kept to continue."""
+
+    recipe: Recipe
+    images: ImageSet
+    model: nn.Module
+    epochs: int
+    device: str
+
+    def __post_init__(self) -> None:
+        self.model.to(self.device)
+        if self.recipe.freeze_trunk:
+            for name, parameter in self.model.named_parameters():
+                parameter.requires_grad_(is_head(name))
+        self.optimizer = make_optimizer(self.recipe, self.model)
+        pixels, labels = self.images.part("train")
+        self.pixels, self.labels = pixels.to(self.device), labels.to(self.device)
+        self.mix = make_mix(self.recipe, len(self.images.class_names))
+        self.erase = make_erase(self.recipe, self.device)
+
+    @property
+    def contrastive(self) -> bool:
+        """Whether the run learns from views rather than labels."""
+        return self.recipe.regime == "contrastive"
+
+    def train_epoch(self, epoch: int) -> None:
+        """One pass over the training images.
+
+        Raises:
+            DivergedError: if the mean loss or a weight is not finite afterwards.
+        """
+        seed = self.recipe.seed
+        order = torch.randperm(
+            len(self.labels), generator=torch.Generator().manual_seed(derive_seed(seed, "order", epoch))
+        )
+        views = torch.Generator(self.device).manual_seed(derive_seed(seed, "views", epoch))
+        order = order.to(self.device)
+        size = self.recipe.batch_size
+        batches = full_batches(order, size) if self.contrastive else order.split(size)
+        self.model.train()
+        total = torch.zeros((), device=self.device)
+        with seeded_globals(derive_seed(seed, "mix", epoch)):
+            for number, batch in enumerate(batches):
+                self._set_lr(epoch - 1 + number / len(batches))
+                total += self.step(batch, views)
+        finite = all(bool(parameter.isfinite().all()) for parameter in self.model.parameters())
+        if not (math.isfinite(float(total)) and finite):
+            raise DivergedError("the loss or a weight is no longer finite; lower the learning rate")
+
+    def step(self, batch: Int64[Tensor, " B"], views: torch.Generator) -> Tensor:
+        """One update on the training images at these positions; returns the loss, detached."""
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = self._loss(batch, views)
+        loss.backward()
+        self.optimizer.step()
+        return loss.detach()
+
+    def _set_lr(self, position: float) -> None:
+        if self.recipe.schedule == "cosine":
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.recipe.lr * 0.5 * (1 + math.cos(math.pi * position / self.epochs))
+
+    def _views(self, pixels: Tensor, generator: torch.Generator) -> Tensor:
+        spec = self.images.spec
+        view = augment(pixels.float() / 255, self.recipe.augmentation, generator)
+        return (view - spec.mean) / spec.std
+
+    def _loss(self, batch: Tensor, views: torch.Generator) -> Tensor:
+        pixels = self.pixels[batch]
+        if self.contrastive:
+            both = torch.cat([self._views(pixels, views), self._views(pixels, views)])
+            return info_nce(self.model(self.erase(both)), self.recipe.temperature)
+        inputs, targets = self.mix(self._views(pixels, views), self.labels[batch])
+        return cross_entropy(self.model(self.erase(inputs)), targets)
+
+    @torch.inference_mode()
+    def results(self) -> dict[str, float | None]:
+        """Loss and accuracy on all training and all test images, unaugmented and in eval mode.
+
+        A contrastive run has no accuracy; its losses are InfoNCE over fixed views, so that epochs compare.
+        """
+        self.model.eval()
+        measured: dict[str, float | None] = {}
+        for role in ("train", "test"):
+            pixels, labels = self.images.part(role)
+            pixels, labels = pixels.to(self.device), labels.to(self.device)
+            if self.contrastive:
+                measured |= {f"{role}_loss": self._contrastive_loss(pixels), f"{role}_accuracy": None}
+                continue
+            logits = torch.cat([self.model(self.images.normalize(part)) for part in pixels.split(EVALUATION_BATCH)])
+            measured[f"{role}_loss"] = float(cross_entropy(logits.double(), labels))
+            measured[f"{role}_accuracy"] = float((logits.argmax(1) == labels).double().mean())
+        train, test = measured["train_accuracy"], measured["test_accuracy"]
+        measured["generalization_gap"] = train - test if train is not None and test is not None else None
+        return measured
+
+    def _contrastive_loss(self, pixels: Tensor) -> float:
+        views = torch.Generator(self.device).manual_seed(derive_seed(0, "fixed views"))
+        losses = [
+            info_nce(self.model(torch.cat([self._views(part, views) for _ in range(2)])), self.recipe.temperature)
+            for part in full_batches(pixels, self.recipe.batch_size)
+        ]
+        return float(torch.stack(losses).double().mean())
+
+    def resume_tensors(self) -> dict[str, Tensor]:
+        """Weights and optimizer state."""
+        weights = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
+        return weights | optimizer_tensors(self.optimizer)
+
+    def resume(self, place: RunFolder, keep_epochs: tuple[int, ...]) -> int | None:
+        """Load the resume file of `place`, if there is one and no kept epoch before it is lost; returns its epoch."""
+        found = place.load_resume()
+        if found is None:
+            return None
+        epoch, tensors = found
+        if not {kept for kept in keep_epochs if kept <= epoch} <= set(place.epochs()) or not place.intact():
+            return None
+        weights = {
+            name.removeprefix("model."): tensor for name, tensor in tensors.items() if name.startswith("model.")
+        }
+        self.model.load_state_dict(weights)
+        load_optimizer_tensors(self.optimizer, tensors)
+        return epoch
+
+
+def full_batches(items: Tensor, size: int) -> tuple[Tensor, ...]:
+    """Batches of exactly `size`, so that each has equally many negatives; all items at once if they are fewer."""
+    return items[: max(len(items) // size, 1) * size].split(size)
+
+
+def make_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
+    """AdamW or SGD over every trainable parameter."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if recipe.optimizer == "adamw":
+        return torch.optim.AdamW(parameters, lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True)
+    return torch.optim.SGD(
+        parameters, lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay, fused=True
+    )
