@@ -32,9 +32,10 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the figures to this file too")
     parser.add_argument("--large", action="store_true", help=f"stream {LARGE_ROWS} rows (22 GB of disk)")
     arguments = parser.parse_args()
-    torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        rows = streamed(Path(folder), LARGE_ROWS if arguments.large else STREAMED_ROWS) + errors() + in_memory()
+        rows = streamed(Path(folder), LARGE_ROWS if arguments.large else STREAMED_ROWS)
+    torch.set_num_threads(1)
+    rows += errors() + in_memory()
     side_by_side.report("distances", rows, arguments.json)
 
 

@@ -1,6 +1,7 @@
 import shutil
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from test_shards import make_row
@@ -268,3 +269,20 @@ def test_cpu_and_cuda_agree(tmp_path):
     torch.testing.assert_close(there.l2.cpu(), here.l2, rtol=1e-5, atol=0)
     np.testing.assert_allclose(there.spectra["stable_rank"], here.spectra["stable_rank"], rtol=1e-6)
     np.testing.assert_allclose(there.table["std"], here.table["std"], rtol=1e-5)
+
+
+def test_threads_share_the_columns_and_agree(tiny_zoo):
+    zoo = Zoo(tiny_zoo)
+    before = torch.get_num_threads()
+    found = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(zoo_weight_metrics(zoo, per="tensor", progress=False))
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        torch.testing.assert_close(other.l2, found[0].l2, rtol=1e-6, atol=0)
+        torch.testing.assert_close(other.norms, found[0].norms, rtol=1e-6, atol=0)
+        pd.testing.assert_frame_equal(other.table, found[0].table, rtol=1e-6)

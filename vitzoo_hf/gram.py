@@ -8,6 +8,7 @@ and a group that does not fall apart is subtracted pair by pair. float32 product
 """
 
 from collections.abc import Iterator
+from copy import copy
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +21,9 @@ RELATIVE_ERROR = 5e-7
 BLOCK_ELEMENTS = 2**18  # of a piece: 1 MB, which stays in a core's cache
 MAX_COLUMNS = 4096  # longer float32 sums would lose a digit
 TILE = 64  # rows of a product that are taken at a time, of its lower triangle only
+CANCELLED = 0.1  # share of two summands below which their difference has lost a digit
+COMMON_SHARE = 0.25  # of the squares of vectors that their mean holds, from which on it is taken off
+SAMPLED_COLUMNS = 32
 SAFE_SQUARES = (1e-24, 1e30)  # float32 sums of squares outside of this may have lost digits or overflown
 
 
@@ -42,7 +46,10 @@ class _Group:
     """Models that share a centred Gram matrix."""
 
     models: Tensor
-    gram: Float64[Tensor, "M M"]
+    sums: Float64[Tensor, "M M"]
+
+    def empty(self) -> "_Group":
+        return _Group(self.models, torch.zeros_like(self.sums))
 
 
 @dataclass(frozen=True)
@@ -52,6 +59,9 @@ class _Direct:
     first: Tensor
     second: Tensor
     sums: Float64[Tensor, " K"]
+
+    def empty(self) -> "_Direct":
+        return _Direct(self.first, self.second, torch.zeros_like(self.sums))
 
 
 class SquaredDistances:
@@ -94,16 +104,36 @@ class SquaredDistances:
         self._pending: list[_Group | _Direct] = [self._group(torch.arange(count, device=device))]
 
     @torch.no_grad()
-    def add(self, block: Float[Tensor, "P c"]) -> None:
-        """Take in these columns of all vectors."""
+    def add(self, block: Float[Tensor, "P c"], lengths: Float64[Tensor, " P"] | None = None) -> None:
+        """Take in these columns of all vectors; add their squared lengths, to six digits, to `lengths` if given."""
         with torch.autocast(block.device.type, enabled=False):
             for piece in column_pieces(block):
+                found = None
                 for task in self._pending:
-                    if isinstance(task, _Group):
-                        chosen = piece if len(task.models) == len(piece) else piece[task.models]
-                        _add_gram(task.gram, chosen, self.scratch.like(chosen))
-                    else:
+                    if isinstance(task, _Direct):
                         _add_direct(task, piece)
+                        continue
+                    of_all = len(task.models) == len(piece)
+                    chosen = piece if of_all else piece[task.models]
+                    mean = _mean_model(chosen) if _has_common_part(chosen) else None
+                    vectors = chosen if mean is None else torch.sub(chosen, mean, out=self.scratch.like(chosen))
+                    diagonal = _add_gram(task.sums, vectors)
+                    if of_all and lengths is not None:
+                        found = _lengths_of(diagonal, vectors, mean)
+                if lengths is not None:
+                    lengths += squared_lengths_of_piece(piece) if found is None else found
+
+    def fork(self, scratch: Scratch) -> "SquaredDistances":
+        """Another that takes in other columns of the same pass, in another thread, to be joined to this one."""
+        twin = copy(self)
+        twin.scratch = scratch
+        twin._pending = [task.empty() for task in self._pending]
+        return twin
+
+    def join(self, twin: "SquaredDistances") -> None:
+        """Add what a fork of this pass took in."""
+        for mine, its in zip(self._pending, twin._pending, strict=True):
+            mine.sums.add_(its.sums)
 
     @property
     def is_pending(self) -> bool:
@@ -123,7 +153,7 @@ class SquaredDistances:
         return _Group(models, torch.zeros(len(models), len(models), dtype=torch.float64, device=self.device))
 
     def _settle(self, group: _Group) -> None:
-        models, gram = group.models, group.gram.tril() + group.gram.tril(-1).T
+        models, gram = group.models, group.sums.tril() + group.sums.tril(-1).T
         scale = gram.diagonal()[:, None] + gram.diagonal()
         squared = (scale - 2 * gram).fill_diagonal_(0)
         self.squared[models[:, None], models] = squared
@@ -189,12 +219,43 @@ def working(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _add_gram(gram: Float64[Tensor, "M M"], piece: Float[Tensor, "M c"], centred: Float[Tensor, "M c"]) -> None:
-    """Add the lower triangle, by tiles, of the product of the piece, centred, with itself."""
-    torch.sub(piece, piece.mean(0), out=centred)
-    for start in range(0, len(piece), TILE):
+def _has_common_part(piece: Float[Tensor, "M c"]) -> bool:
+    """Whether vectors share so much that distances would lose digits unless it is taken off; judged by a few columns.
+
+    Which pieces are centred changes accuracy alone: a distance is the same whatever is taken off both vectors.
+    """
+    if piece.device.type != "cpu":
+        return True  # to look would wait for the device
+    few = piece[:, :SAMPLED_COLUMNS]
+    mean = _mean_model(few)
+    return not len(piece) * torch.dot(mean, mean) < COMMON_SHARE * few.square().sum()
+
+
+def _mean_model(piece: Float[Tensor, "M c"]) -> Float[Tensor, " c"]:
+    return (piece.new_full((1, len(piece)), 1 / len(piece)) @ piece)[0]  # half the time of `mean(0)`
+
+
+def _add_gram(gram: Float64[Tensor, "M M"], vectors: Float[Tensor, "M c"]) -> Float[Tensor, " M"]:
+    """Add the lower triangle, by tiles, of the product of vectors with themselves; returns its diagonal."""
+    diagonals = []
+    for start in range(0, len(vectors), TILE):
         stop = start + TILE
-        gram[start:stop, :stop] += centred[start:stop] @ centred[:stop].T
+        product = vectors[start:stop] @ vectors[:stop].T
+        gram[start:stop, :stop] += product
+        diagonals.append(product[:, start:].diagonal())
+    return torch.cat(diagonals)
+
+
+def _lengths_of(
+    diagonal: Float[Tensor, " M"], vectors: Float[Tensor, "M c"], mean: Float[Tensor, " c"] | None
+) -> Float64[Tensor, " M"] | None:
+    """Squared lengths from those of the vectors less their mean; None where digits were lost."""
+    lengths = terms = diagonal.double()
+    if mean is not None:
+        middle = torch.dot(mean, mean).double()
+        lengths, terms = lengths + 2 * (vectors @ mean).double() + middle, terms + middle
+    low, high = SAFE_SQUARES
+    return lengths if ((lengths > CANCELLED * terms) & (lengths > low) & (lengths < high)).all() else None
 
 
 def _add_direct(task: _Direct, piece: Float[Tensor, "P c"]) -> None:

@@ -6,6 +6,9 @@ Spectra and quantiles take whole tensors, so they are taken model by model, in a
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -17,7 +20,7 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 from vitzoo_hf.flatten import Layout
-from vitzoo_hf.gram import Scratch, SquaredDistances, column_pieces, squared_lengths_of_piece
+from vitzoo_hf.gram import Scratch, SquaredDistances, column_pieces
 from vitzoo_hf.progress import progress_bar
 from vitzoo_hf.schema import ZooError, did_you_mean
 from vitzoo_hf.spectra import matrices_of, singular_values
@@ -213,6 +216,22 @@ class _Sums:
         self.lengths = torch.zeros(len(self.names), count, dtype=torch.float64, device=device)
         self.moments = [] if threshold is None else [Moments(count, device, threshold, scratch) for _ in self.names]
 
+    def fork(self, *, first: bool) -> "_Sums":
+        """Sums of the pass to come of other columns, for another thread, to be joined to these."""
+        twin, scratch = copy(self), Scratch()
+        twin.distances = [distances.fork(scratch) for distances in self.distances]
+        twin.lengths = torch.zeros_like(self.lengths)
+        twin.moments = [moments.fork(scratch) for moments in self.moments] if first else []
+        return twin
+
+    def join(self, twin: "_Sums") -> None:
+        """Add what a fork took in."""
+        for mine, its in zip(self.distances, twin.distances, strict=True):
+            mine.join(its)
+        self.lengths += twin.lengths
+        for moments, others in zip(self.moments, twin.moments, strict=False):
+            moments.join(others)
+
     def wanted(self) -> list[slice]:
         """Columns that the pass to come is for."""
         return [
@@ -223,11 +242,9 @@ class _Sums:
         """Take in a block; norms and moments on the first pass only."""
         for number, piece in self._pieces(columns, block):
             vectors = transform(piece)
-            self.distances[self.part_of[number]].add(vectors)
-            if first:
-                self.lengths[number] += squared_lengths_of_piece(vectors)
-                if self.moments:
-                    self.moments[number].add(vectors)
+            self.distances[self.part_of[number]].add(vectors, self.lengths[number] if first else None)
+            if first and self.moments:
+                self.moments[number].add(vectors)
         if first and not self.lengths.isfinite().all():
             raise ZooError(self._not_finite())
 
@@ -279,16 +296,54 @@ class _Sums:
 def _read(columns: WeightColumns, sums: _Sums, transform: Callable[[Tensor], Tensor], progress: bool) -> int:
     """Read blocks until every distance is accurate; how many passes that took."""
     passes = 0
-    while wanted := sums.wanted():
-        chosen = None if passes == 0 else wanted
-        with progress_bar("reading weights", "block", shown=progress, total=len(columns.blocks(chosen))) as bar:
-            for part, block in columns.read(chosen):
-                sums.add(part, block, transform, first=passes == 0)
-                bar.update()
-        for distances in sums.distances:
-            distances.finish_pass()
-        passes += 1
+    with _single_threads(columns.device) as (pool, threads):
+        while wanted := sums.wanted():
+            first = passes == 0
+            chosen = None if first else wanted
+            forks = [sums.fork(first=first) for _ in range(threads)]
+            with progress_bar("reading weights", "block", shown=progress, total=len(columns.blocks(chosen))) as bar:
+                for part, block in columns.read(chosen):
+                    _add_in_threads(pool, forks, part, block, transform, first)
+                    bar.update()
+            for fork in forks:
+                sums.join(fork)
+            for distances in sums.distances:
+                distances.finish_pass()
+            passes += 1
     return passes
+
+
+def _add_in_threads(
+    pool: ThreadPoolExecutor,
+    forks: Sequence[_Sums],
+    columns: slice,
+    block: Tensor,
+    transform: Callable[[Tensor], Tensor],
+    first: bool,
+) -> None:
+    """Give each fork its share of the columns of a block, always the same one, and wait for all."""
+    share = -(-block.shape[1] // len(forks))
+    futures = []
+    for number, fork in enumerate(forks):
+        start, stop = number * share, min((number + 1) * share, block.shape[1])
+        if start < stop:
+            part = slice(columns.start + start, columns.start + stop)
+            futures.append(pool.submit(fork.add, part, block[:, start:stop], transform, first=first))
+    for future in futures:
+        future.result()
+
+
+@contextmanager
+def _single_threads(device: torch.device) -> Iterator[tuple[ThreadPoolExecutor, int]]:
+    """A thread for each that torch would use: sums of a piece that fits the cache are too short to be shared out."""
+    before = torch.get_num_threads()
+    count = before if device.type == "cpu" else 1
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(count, "vitzoo-sums", initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            yield pool, count
+    finally:
+        torch.set_num_threads(before)
 
 
 def _spectra(model_id: str, weights: Float[Tensor, "1 D"], layout: Layout, top: int) -> list[dict[str, Any]]:

@@ -114,6 +114,10 @@ class Moments:
         zeros = torch.zeros(count, dtype=torch.float64, device=device)
         self.small, self.mean, self.second, self.third, self.fourth = (zeros.clone() for _ in range(5))
 
+    def fork(self, scratch: Scratch) -> "Moments":
+        """Empty moments of other columns of the tensor, to be joined to these."""
+        return Moments(len(self.mean), self.mean.device, self.threshold, scratch)
+
     @torch.no_grad()
     def add(self, block: Float[Tensor, "P c"]) -> None:
         """Take in these columns of the tensor."""
@@ -126,15 +130,23 @@ class Moments:
             torch.sub(piece, rough[:, None], out=x).div_(size[:, None])
             torch.mul(x, x, out=xx)
             sums = (x.sum(1), xx.sum(1), torch.linalg.vecdot(xx, x), torch.linalg.vecdot(xx, xx))
-            self._merge(piece.shape[1], rough.double(), size.double(), *(total.double() for total in sums))
+            self._add_sums(piece.shape[1], rough.double(), size.double(), *(total.double() for total in sums))
 
-    def _merge(self, n: int, rough: Tensor, size: Tensor, s1: Tensor, s2: Tensor, s3: Tensor, s4: Tensor) -> None:
+    def join(self, other: "Moments") -> None:
+        """Add what another took in of other columns of the same tensor."""
+        if other.seen:
+            self.small += other.small
+            self._merge(other.seen, other.mean, other.second, other.third, other.fourth)
+
+    def _add_sums(self, n: int, rough: Tensor, size: Tensor, s1: Tensor, s2: Tensor, s3: Tensor, s4: Tensor) -> None:
         """Merge sums of powers of n values `(w - rough) / size`."""
         off = s1 / n
         second = size**2 * (s2 - n * off**2)
         third = size**3 * (s3 - 3 * off * s2 + 2 * n * off**3)
         fourth = size**4 * (s4 - 4 * off * s3 + 6 * off**2 * s2 - 3 * n * off**4)
-        mean = rough + size * off
+        self._merge(n, rough + size * off, second, third, fourth)
+
+    def _merge(self, n: int, mean: Tensor, second: Tensor, third: Tensor, fourth: Tensor) -> None:
         m, total = self.seen, self.seen + n
         delta = mean - self.mean if m else torch.zeros_like(mean)
         ratio = delta / total

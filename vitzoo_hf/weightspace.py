@@ -71,12 +71,15 @@ def weight_distances(weights: Float[Tensor, "P D"], metric: Metric = "l2") -> Fl
                 [1., 0.]], dtype=torch.float64)
     """
     _check_metric(metric)
-    lengths = norms(weights)
+    check_weights(weights)
     distances = SquaredDistances(len(weights), weights.dtype, weights.device)
+    lengths = None
     while distances.is_pending:
         distances.add(weights)
         distances.finish_pass()
-    return distances_of(distances.squared, lengths, metric)
+        if lengths is None and (metric != "l2" or len(weights) == 1 or not distances.squared.isfinite().all()):
+            lengths = norms(weights)
+    return distances.squared.sqrt() if lengths is None else distances_of(distances.squared, lengths, metric)
 
 
 def part_distances(
