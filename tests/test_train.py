@@ -48,6 +48,8 @@ KINDS = {
     "mixed": "seed: 1, lr: 3e-3, augmentation: crop-flip, mixup: 0.8, cutmix: 1.0, random_erase: 0.25,"
     " label_smoothing: 0.1",
     "cutmix": "seed: 1, cutmix: 1.0",
+    "accumulated": "seed: 1, lr: 3e-3, accumulate: 2, augmentation: crop, mixup: 0.8",
+    "bfloat16, warm-up": "seed: 1, lr: 3e-3, precision: bfloat16, warmup_epochs: 1.5, schedule: cosine",
 }
 
 
@@ -211,11 +213,12 @@ def test_every_epoch_has_its_own_order_and_views(make, tmp_path, monkeypatch):
     orders, views = [], []
     step = train.Trainer.step
 
-    def spy(self, batch, generator):
+    def spy(self, batches, generator):
+        (batch,) = batches
         if len(batch) == 50 and generator.initial_seed() not in views:
             views.append(generator.initial_seed())
             orders.append(tuple(batch.tolist()))
-        return step(self, batch, generator)
+        return step(self, batches, generator)
 
     monkeypatch.setattr(train.Trainer, "step", spy)
     zoo = make("seed: 1, augmentation: crop")
@@ -356,10 +359,32 @@ def test_the_spec_holds_no_path(make, tmp_path):
         assert str(tmp_path) not in str(train.run_spec(zoo, run))
 
 
-def test_ddp_is_refused(make, tmp_path):
-    zoo = make("seed: 1, ddp: true")
-    with pytest.raises(ZooError, match=r"s1-ddp asks for ddp: distributed training of a single run is not available"):
-        train_run(zoo, zoo.runs[0], tmp_path)
+def test_accumulated_batches_step_as_one_batch_of_them_all(make, tmp_path):
+    images = load_images("digits", make().images["digits"])
+    args = {"img_size": 8, "patch_size": 4, "in_chans": 1, "embed_dim": 16, "depth": 1, "num_heads": 2}
+    positions, views = torch.arange(60), torch.Generator()
+    weights = []
+    for batches in ([positions], positions.split(20)):
+        model = create("vit_tiny_patch16_224", args | {"num_classes": 10}, seed=3).double()
+        part = trainer.Trainer(Recipe(optimizer="sgd", lr=0.1), images, model, 1, "cpu")
+        model.train()
+        part._views = lambda pixels, generator: pixels.double() / 255
+        part._outputs = lambda inputs, model=model: model(inputs)
+        part.step(batches, views)
+        weights.append(torch.cat([value.flatten() for value in model.state_dict().values()]))
+    torch.testing.assert_close(*weights, rtol=0, atol=1e-12)
+
+
+def test_ddp_declares_batches_that_are_accumulated(make):
+    with pytest.raises(ZooError, match="each step takes batches of several processes: set accumulate"):
+        make("seed: 1, ddp: true")
+    assert make("seed: 1, ddp: true, accumulate: 2").runs[0].factors["ddp"] is True
+
+
+def test_settings_that_came_later_leave_fingerprints_alone(make):
+    assert Blueprint.load("mini").fingerprint == "831f82d5a86e65e4"
+    assert "accumulate" not in train.run_spec(make(), make().runs[0])["recipe"]
+    assert make("seed: 1, accumulate: 2").fingerprint != make("seed: 1, accumulate: 3").fingerprint
 
 
 @pytest.mark.parametrize(

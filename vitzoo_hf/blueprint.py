@@ -22,6 +22,7 @@ CHOICES = {
     "schedule": ("constant", "cosine"),
     "head": ("linear", "mlp"),
     "init": ("timm", "kaiming"),
+    "precision": ("float32", "bfloat16", "float16"),
     "augmentation": ("none", "crop", "crop-flip", "simclr", "simclr-no-flip"),
 }
 ID_PARTS: dict[str, Callable[[Any], str]] = {
@@ -39,7 +40,10 @@ class Recipe:
     """How one run is trained. Every field can be a setting or a generating factor.
 
     `lr` is per step and unscaled; `mixup` and `cutmix` are the alphas, `random_erase` a probability, as in timm;
-    `temperature` and `projection_dim` matter to contrastive runs, `head_hidden` to MLP heads.
+    `temperature` and `projection_dim` matter to contrastive runs, `head_hidden` to MLP heads. `accumulate` batches,
+    each mixed and, if contrastive, contrasted for itself, give one step with their mean gradient: what as many
+    data-parallel processes compute, which `ddp` declares. `precision` is that of the forward pass under autocast.
+    In `warmup_epochs` the learning rate rises linearly; the schedule follows.
     """
 
     regime: str = "supervised"
@@ -62,6 +66,15 @@ class Recipe:
     projection_dim: int = 32
     freeze_trunk: bool = False
     ddp: bool = False
+    accumulate: int = 1
+    precision: str = "float32"
+    warmup_epochs: float = 0.0
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """As JSON values; settings that came later are left out at their default, so that old fingerprints hold."""
+        default = {"accumulate": 1, "precision": "float32", "warmup_epochs": 0.0}
+        return {name: value for name, value in asdict(self).items() if default.get(name) != value}
 
 
 @dataclass(frozen=True)
@@ -150,6 +163,8 @@ class Blueprint:
         """Changes with anything that changes a weight, an id or a split."""
         decides = asdict(self)
         del decides["text"]
+        for run, entry in zip(self.runs, decides["runs"], strict=True):
+            entry["recipe"] = run.recipe.record
         for spec in decides["images"].values():
             del spec["path"], spec["classes"]
         return fingerprint(decides)
@@ -297,7 +312,7 @@ def _setting(name: str, node: Located) -> Any:
         raise node.error(f"unknown {name} {value!r}: {did_you_mean(str(value), CHOICES[name])}")
     if isinstance(value, float | int) and value < 0:
         raise node.error(f"{name} is {value}; it must not be negative")
-    if name in ("lr", "batch_size", "temperature", "head_hidden", "projection_dim") and value == 0:
+    if name in ("lr", "batch_size", "temperature", "head_hidden", "projection_dim", "accumulate") and value == 0:
         raise node.error(f"{name} is 0; it must be positive")
     if name in ("label_smoothing", "random_erase", "momentum") and value > 1:
         raise node.error(f"{name} is {value}; it must lie between 0 and 1")
@@ -318,6 +333,8 @@ def _recipe(stage: str, values: Mapping[str, Any], node: Located) -> Recipe:
         "a contrastive run's head is its projection: it is linear": contrastive and recipe.head == "mlp",
         "adamw has no momentum setting": recipe.optimizer == "adamw" and recipe.momentum > 0,
         "a trunk can be frozen only in fine-tuning": recipe.freeze_trunk and stage == "pretrain",
+        "ddp says that each step takes batches of several processes: set accumulate to their number": recipe.ddp
+        and recipe.accumulate < 2,
     }
     for message, broken in contradictions.items():
         if broken:

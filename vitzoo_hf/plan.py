@@ -116,7 +116,7 @@ def _seconds_per_epoch(blueprint: Blueprint, run: Run, device: str) -> float:
         times = []
         for step in range(WARMUP_STEPS + TIMED_STEPS):
             start = time.perf_counter()
-            float(trainer.step(batches[step % len(batches)], views))
+            float(trainer.step([batches[step % len(batches)]], views))
             times.append(time.perf_counter() - start)
     finally:
         torch.set_num_threads(threads)

@@ -98,7 +98,7 @@ def run_spec(blueprint: Blueprint, run: Run) -> dict[str, Any]:
         "architecture": blueprint.architecture,
         "architecture_args": blueprint.architecture_args,
         "images": {"name": run.images, **spec},
-        "recipe": asdict(run.recipe),
+        "recipe": run.recipe.record,
         "stage": run.stage,
         "epochs": run.epochs,
         "keep_epochs": list(run.keep_epochs),
@@ -143,8 +143,6 @@ def initial_model(blueprint: Blueprint, run: Run, images: ImageSet, folder: Path
     """The model at epoch 0: seeded, with its parent's trunk if it has a parent."""
     args = fitting_args(blueprint, run, images)
     recipe = run.recipe
-    if recipe.ddp:
-        raise ZooError(f"{run.run_id} asks for ddp: distributed training of a single run is not available yet")
     model = create(
         blueprint.architecture,
         args,

@@ -1,10 +1,10 @@
 """A model in training: the step, the epoch, the results, and what must be kept to continue."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Int64
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -39,6 +39,7 @@ class Trainer:
             for name, parameter in self.model.named_parameters():
                 parameter.requires_grad_(is_head(name))
         self.optimizer = make_optimizer(self.recipe, self.model)
+        self.scaler = torch.amp.GradScaler(self.device, enabled=self.recipe.precision == "float16")
         pixels, labels = self.images.part("train")
         self.pixels, self.labels = pixels.to(self.device), labels.to(self.device)
         self.mix = make_mix(self.recipe, len(self.images.class_names))
@@ -65,26 +66,42 @@ class Trainer:
         batches = full_batches(order, size) if self.contrastive else order.split(size)
         self.model.train()
         total = torch.zeros((), device=self.device)
+        together = self.recipe.accumulate
+        steps = [batches[start : start + together] for start in range(0, len(batches), together)]
         with seeded_globals(derive_seed(seed, "mix", epoch)):
-            for number, batch in enumerate(batches):
-                self._set_lr(epoch - 1 + number / len(batches))
-                total += self.step(batch, views)
+            for number, step in enumerate(steps):
+                self._set_lr(epoch - 1 + number / len(steps))
+                total += self.step(step, views)
         finite = all(bool(parameter.isfinite().all()) for parameter in self.model.parameters())
         if not (math.isfinite(float(total)) and finite):
             raise DivergedError("the loss or a weight is no longer finite; lower the learning rate")
 
-    def step(self, batch: Int64[Tensor, " B"], views: torch.Generator) -> Tensor:
-        """One update on the training images at these positions; returns the loss, detached."""
+    def step(self, batches: Sequence[Tensor], views: torch.Generator) -> Tensor:
+        """One update with the mean gradient of batches of training images, given by position.
+
+        Returns their mean loss, detached.
+        """
         self.optimizer.zero_grad(set_to_none=True)
-        loss = self._loss(batch, views)
-        loss.backward()
-        self.optimizer.step()
-        return loss.detach()
+        total = torch.zeros((), device=self.device)
+        for batch in batches:
+            loss = self._loss(batch, views) / len(batches)
+            self.scaler.scale(loss).backward()
+            total += loss.detach()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        return total
 
     def _set_lr(self, position: float) -> None:
-        if self.recipe.schedule == "cosine":
-            for group in self.optimizer.param_groups:
-                group["lr"] = self.recipe.lr * 0.5 * (1 + math.cos(math.pi * position / self.epochs))
+        share = learning_rate_share(self.recipe, position, self.epochs)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.recipe.lr * share
+
+    def _outputs(self, inputs: Tensor) -> Tensor:
+        dtype = getattr(torch, self.recipe.precision)
+        kind = torch.device(self.device).type
+        with torch.autocast(kind, dtype, enabled=dtype != torch.float32):
+            outputs: Tensor = self.model(self.erase(inputs))
+        return outputs.float()
 
     def _views(self, pixels: Tensor, generator: torch.Generator) -> Tensor:
         spec = self.images.spec
@@ -95,9 +112,9 @@ class Trainer:
         pixels = self.pixels[batch]
         if self.contrastive:
             both = torch.cat([self._views(pixels, views), self._views(pixels, views)])
-            return info_nce(self.model(self.erase(both)), self.recipe.temperature)
+            return info_nce(self._outputs(both), self.recipe.temperature)
         inputs, targets = self.mix(self._views(pixels, views), self.labels[batch])
-        return cross_entropy(self.model(self.erase(inputs)), targets)
+        return cross_entropy(self._outputs(inputs), targets)
 
     @torch.inference_mode()
     def results(self) -> dict[str, float | None]:
@@ -131,7 +148,8 @@ class Trainer:
     def resume_tensors(self) -> dict[str, Tensor]:
         """Weights and optimizer state."""
         weights = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
-        return weights | optimizer_tensors(self.optimizer)
+        scale = {f"scaler.{name}": torch.tensor(value) for name, value in self.scaler.state_dict().items()}
+        return weights | optimizer_tensors(self.optimizer) | scale
 
     def resume(self, place: RunFolder, keep_epochs: tuple[int, ...]) -> int | None:
         """Load the resume file of `place`, if there is one and no kept epoch before it is lost; returns its epoch."""
@@ -146,7 +164,24 @@ class Trainer:
         }
         self.model.load_state_dict(weights)
         load_optimizer_tensors(self.optimizer, tensors)
+        scale = {name: tensors[f"scaler.{name}"].item() for name in self.scaler.state_dict()}
+        if scale:
+            self.scaler.load_state_dict(scale)
         return epoch
+
+
+def learning_rate_share(recipe: Recipe, position: float, epochs: int) -> float:
+    """What warm-up and schedule leave of the learning rate after `position` of so many epochs.
+
+    >>> [learning_rate_share(Recipe(schedule="cosine", warmup_epochs=1), at, 3) for at in (0.5, 1, 2, 3)]
+    [0.5, 1.0, 0.5, 0.0]
+    """
+    warmup = recipe.warmup_epochs
+    if position < warmup:
+        return position / warmup
+    if recipe.schedule == "constant":
+        return 1.0
+    return 0.5 * (1 + math.cos(math.pi * (position - warmup) / (epochs - warmup)))
 
 
 def full_batches(items: Tensor, size: int) -> tuple[Tensor, ...]:
