@@ -7,6 +7,7 @@ keys may differ by more under AdamW: their gradient is zero but for rounding, wh
 rate, and no output depends on them.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from vitzoo_hf.blueprint import Blueprint, Run
 from vitzoo_hf.checkpoint import RunFolder
+from vitzoo_hf.flatten import Layout
 from vitzoo_hf.images import load_images
 from vitzoo_hf.schema import ZooError
 from vitzoo_hf.stacked_trainer import StackedTrainer
@@ -26,7 +28,14 @@ from vitzoo_hf.train import holds_all, initial_model, opened, train_run
 from vitzoo_hf.trainer import NOT_FINITE, DivergedError, usable_resume
 from vitzoo_hf.vit import skeleton
 
-OWN = {"seed": 0, "lr": 1.0, "weight_decay": 0.0, "momentum": 0.0, "label_smoothing": 0.0, "init": "timm"}
+OWN: dict[str, Any] = {
+    "seed": 0,
+    "lr": 1.0,
+    "weight_decay": 0.0,
+    "momentum": 0.0,
+    "label_smoothing": 0.0,
+    "init": "timm",
+}
 """What runs of one shape may each have their own value of; here set alike."""
 
 
@@ -59,6 +68,23 @@ def groups(runs: Sequence[Run], most: int) -> list[tuple[Run, ...]]:
 def stackable(blueprint: Blueprint) -> bool:
     """Whether models of this blueprint train together: plain ViTs that draw nothing themselves while they train."""
     return trainable_vit(skeleton(blueprint.architecture, blueprint.architecture_args, "linear", None)) is not None
+
+
+def memory_of(blueprint: Blueprint, run: Run) -> int:
+    """Bytes that one more run in a group takes while it trains, estimated from above.
+
+    A weight takes seven numbers: itself, its gradient twice, two that AdamW remembers, two in between. An image takes
+    what autograd keeps of every block, about 12 times the width and 3 times the hidden width a token, twice.
+    """
+    model = skeleton(blueprint.architecture, blueprint.architecture_args, "linear", None)
+    vit = trainable_vit(model)
+    assert vit is not None
+    layout = Layout.of(model.state_dict())
+    width = layout.shapes[layout.names.index("norm.bias")][0]
+    kept = vit.tokens * vit.depth * (12 * width + 3 * vit.hidden + 2 * vit.heads * vit.tokens)
+    images = run.recipe.batch_size * (2 if run.recipe.regime == "contrastive" else 1)
+    pixels = 8 * math.prod(vit.image)
+    return 4 * (7 * layout.num_parameters + images * (2 * kept + pixels))
 
 
 def train_stacked(
