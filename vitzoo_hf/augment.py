@@ -3,7 +3,7 @@
 Images are float `[B, C, H, W]` in [0, 1]; every draw comes from the generator given, so a view is reproducible.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from jaxtyping import Float
@@ -13,10 +13,9 @@ from torch.nn.functional import affine_grid, conv2d, grid_sample, pad
 from vitzoo_hf.schema import ZooError, did_you_mean
 
 Batch = Float[Tensor, "B C H W"]
-Generators = torch.Generator | Sequence[torch.Generator]
 
 
-def augment(images: Batch, policy: str, generators: Generators) -> Batch:
+def augment(images: Batch, policy: str, *generators: torch.Generator) -> Batch:
     """One random view of every image.
 
     Args:
@@ -37,60 +36,60 @@ def augment(images: Batch, policy: str, generators: Generators) -> Batch:
     """
     if policy not in POLICIES:
         raise ZooError(f"unknown augmentation {policy!r}: {did_you_mean(policy, POLICIES)}")
-    if not isinstance(generators, torch.Generator) and len(images) % len(generators):
+    if len(images) % len(generators):
         raise ZooError(f"{len(images)} images cannot be shared equally among {len(generators)} generators")
-    return POLICIES[policy](images, generators)
+    return POLICIES[policy](images, *generators)
 
 
-def _uniform(count: int, low: float, high: float, generators: Generators) -> Tensor:
+def _uniform(count: int, low: float, high: float, *generators: torch.Generator) -> Tensor:
     """`count` draws from [low, high), equally many from each generator."""
-    several = [generators] if isinstance(generators, torch.Generator) else generators
-    draws = [torch.rand(count // len(several), generator=each, device=each.device) for each in several]
+    share = count // len(generators)
+    draws = [torch.rand(share, generator=generator, device=generator.device) for generator in generators]
     return low + (high - low) * torch.cat(draws)
 
 
-def _resized_crop(images: Batch, smallest: float, generators: Generators) -> Batch:
+def _resized_crop(images: Batch, smallest: float, *generators: torch.Generator) -> Batch:
     """A crop of `smallest` to 1 of the area with aspect ratio 3/4 to 4/3, stretched back to the full size."""
     count = len(images)
-    side = _uniform(count, smallest, 1.0, generators).sqrt()
-    aspect = _uniform(count, -0.2877, 0.2877, generators).exp().sqrt()
+    side = _uniform(count, smallest, 1.0, *generators).sqrt()
+    aspect = _uniform(count, -0.2877, 0.2877, *generators).exp().sqrt()
     width, height = (side * aspect).clamp(max=1), (side / aspect).clamp(max=1)
     theta = torch.zeros(count, 2, 3, device=images.device)
     theta[:, 0, 0], theta[:, 1, 1] = width, height
-    theta[:, 0, 2] = _uniform(count, -1.0, 1.0, generators) * (1 - width)
-    theta[:, 1, 2] = _uniform(count, -1.0, 1.0, generators) * (1 - height)
+    theta[:, 0, 2] = _uniform(count, -1.0, 1.0, *generators) * (1 - width)
+    theta[:, 1, 2] = _uniform(count, -1.0, 1.0, *generators) * (1 - height)
     grid = affine_grid(theta, list(images.shape), align_corners=False)
     return grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)
 
 
-def _flip(images: Batch, generators: Generators) -> Batch:
-    chosen = _uniform(len(images), 0.0, 1.0, generators) < 0.5
+def _flip(images: Batch, *generators: torch.Generator) -> Batch:
+    chosen = _uniform(len(images), 0.0, 1.0, *generators) < 0.5
     return torch.where(chosen.view(-1, 1, 1, 1), images.flip(-1), images)
 
 
-def _jitter(images: Batch, generators: Generators) -> Batch:
+def _jitter(images: Batch, *generators: torch.Generator) -> Batch:
     """Brightness, contrast and saturation by up to 50 % for 80 % of the images."""
     count = len(images)
-    bright, contrast, colour = (_uniform(count, 0.5, 1.5, generators).view(-1, 1, 1, 1) for _ in range(3))
+    bright, contrast, colour = (_uniform(count, 0.5, 1.5, *generators).view(-1, 1, 1, 1) for _ in range(3))
     view = (images * bright).clamp(0, 1)
     mean = view.mean((1, 2, 3), keepdim=True)
     view = ((view - mean) * contrast + mean).clamp(0, 1)
     grey = view.mean(1, keepdim=True)
     view = ((view - grey) * colour + grey).clamp(0, 1)
-    chosen = _uniform(count, 0.0, 1.0, generators) < 0.8
+    chosen = _uniform(count, 0.0, 1.0, *generators) < 0.8
     return torch.where(chosen.view(-1, 1, 1, 1), view, images)
 
 
-def _greyscale(images: Batch, generators: Generators) -> Batch:
-    chosen = _uniform(len(images), 0.0, 1.0, generators) < 0.2
+def _greyscale(images: Batch, *generators: torch.Generator) -> Batch:
+    chosen = _uniform(len(images), 0.0, 1.0, *generators) < 0.2
     return torch.where(chosen.view(-1, 1, 1, 1), images.mean(1, keepdim=True).expand_as(images), images)
 
 
-def _blur(images: Batch, generators: Generators) -> Batch:
+def _blur(images: Batch, *generators: torch.Generator) -> Batch:
     """A 3×3 Gaussian of standard deviation 0.1 to 1 pixel for half of the images."""
     count, channels = images.shape[:2]
-    sigma = _uniform(count, 0.1, 1.0, generators)
-    sigma = torch.where(_uniform(count, 0.0, 1.0, generators) < 0.5, sigma, torch.full_like(sigma, 0.05))
+    sigma = _uniform(count, 0.1, 1.0, *generators)
+    sigma = torch.where(_uniform(count, 0.0, 1.0, *generators) < 0.5, sigma, torch.full_like(sigma, 0.05))
     taps = torch.arange(-1, 2, device=images.device)
     line = torch.exp(-(taps**2) / (2 * sigma[:, None] ** 2))
     line = (line / line.sum(1, keepdim=True)).repeat_interleave(channels, 0)
@@ -99,17 +98,17 @@ def _blur(images: Batch, generators: Generators) -> Batch:
     return conv2d(flat, kernel, groups=count * channels).view_as(images)
 
 
-def _simclr_no_flip(images: Batch, generators: Generators) -> Batch:
-    view = _jitter(_resized_crop(images, 0.2, generators), generators)
+def _simclr_no_flip(images: Batch, *generators: torch.Generator) -> Batch:
+    view = _jitter(_resized_crop(images, 0.2, *generators), *generators)
     if images.shape[1] > 1:
-        view = _greyscale(view, generators)
-    return _blur(view, generators)
+        view = _greyscale(view, *generators)
+    return _blur(view, *generators)
 
 
-POLICIES: dict[str, Callable[[Tensor, Generators], Tensor]] = {
-    "none": lambda images, generators: images,
-    "crop": lambda images, generators: _resized_crop(images, 0.6, generators),
-    "crop-flip": lambda images, generators: _flip(_resized_crop(images, 0.08, generators), generators),
-    "simclr": lambda images, generators: _simclr_no_flip(_flip(images, generators), generators),
+POLICIES: dict[str, Callable[..., Tensor]] = {
+    "none": lambda images, *generators: images,
+    "crop": lambda images, *generators: _resized_crop(images, 0.6, *generators),
+    "crop-flip": lambda images, *generators: _flip(_resized_crop(images, 0.08, *generators), *generators),
+    "simclr": lambda images, *generators: _simclr_no_flip(_flip(images, *generators), *generators),
     "simclr-no-flip": _simclr_no_flip,
 }

@@ -12,7 +12,7 @@ from jaxtyping import Float, Int64, UInt8
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
-from vitzoo_hf.augment import Generators, augment
+from vitzoo_hf.augment import augment
 from vitzoo_hf.blueprint import Recipe
 from vitzoo_hf.flatten import Layout, flatten, is_head, unflatten
 from vitzoo_hf.images import ImageSet
@@ -127,7 +127,7 @@ class StackedTrainer:
     def inputs(self, batch: Int64[Tensor, "G B"], draws: Draws) -> tuple[Float[Tensor, "G B2 C H W"], Tensor | None]:
         """What the models are fed, and their targets unless they learn from views: two views of B images, or B."""
         pixels = self.pixels[batch.flatten()]
-        views = [self._views(pixels, draws.views).unflatten(0, batch.shape) for _ in range(1 + self.contrastive)]
+        views = [self._views(pixels, *draws.views).unflatten(0, batch.shape) for _ in range(1 + self.contrastive)]
         inputs, labels = torch.cat(views, 1), self.labels[batch]
         if self.contrastive:
             return self._erased(inputs, draws), None
@@ -155,9 +155,9 @@ class StackedTrainer:
                 erased.append(self.erase(each))
         return torch.stack(erased)
 
-    def _views(self, pixels: UInt8[Tensor, "n C H W"], generators: Generators) -> Float[Tensor, "n C H W"]:
+    def _views(self, pixels: UInt8[Tensor, "n C H W"], *generators: torch.Generator) -> Float[Tensor, "n C H W"]:
         spec = self.images.spec
-        view = augment(pixels.float() / 255, self.recipe.augmentation, generators)
+        view = augment(pixels.float() / 255, self.recipe.augmentation, *generators)
         return (view - spec.mean) / spec.std
 
     def _losses(self, inputs: Tensor, targets: Tensor | None, tensors: dict[str, Tensor]) -> Float[Tensor, " G"]:
@@ -222,7 +222,8 @@ class StackedTrainer:
     def resume(self, resumes: Sequence[dict[str, Tensor]], epoch: int) -> None:
         """Put every model where its resume file, written after `epoch`, has it."""
         for model, tensors in enumerate(resumes):
-            self.weights[model] = flatten(resumed_weights(tensors)).to(self.device)
+            weights = resumed_weights(tensors)
+            self.weights[model] = flatten({name: weights[name] for name in self.layout.names}).to(self.device)
             for name in self.optimizer.of_model(model):
                 values = [tensors[f"optimizer.{index}.{name}"] for index in range(len(self.trained.names))]
                 self.optimizer.state[name][model] = torch.cat([value.flatten() for value in values]).to(self.device)
