@@ -34,9 +34,9 @@ stages:
 splits: {by: run, seed: 3, train: 0.6, validation: 0.2, test: 0.2}
 """
 PRETRAIN = {
-    "adamw": "seed: [1, 2], lr: [1e-3, 3e-3], weight_decay: [0, 0.1], batch_size: 50",
+    "adamw": "seed: [1, 2, 3], lr: [1e-3, 3e-3], batch_size: 50",
     "sgd": "seed: [1, 2], lr: [1e-2, 3e-3], optimizer: sgd, momentum: [0, 0.9], batch_size: 50",
-    "cosine": "seed: [1, 2], lr: 3e-3, schedule: cosine, augmentation: crop, batch_size: 50",
+    "cosine": "seed: [1, 2], lr: 3e-3, weight_decay: [0, 0.1], schedule: cosine, augmentation: crop, batch_size: 50",
     "contrastive": "seed: [1, 2], lr: 1e-3, regime: contrastive, augmentation: simclr-no-flip, batch_size: 50",
     "contrastive, erased": "seed: [1, 2], lr: 1e-3, regime: contrastive, augmentation: simclr, random_erase: 0.5,"
     " temperature: 0.5, batch_size: 50",
@@ -234,7 +234,7 @@ def test_members_at_different_epochs_train_in_groups_of_one_epoch(make, tmp_path
         stacked, "StackedTrainer", lambda recipes, *rest: sizes.append(len(recipes)) or spy(recipes, *rest)
     )
     train_stacked(zoo, runs, tmp_path / "mixed")
-    assert sizes == [2, 4]
+    assert sizes == [2, 2]
     train_stacked(zoo, runs, tmp_path / "whole")
     for run in runs:
         assert_alike(tmp_path / "whole", tmp_path / "mixed", run)
