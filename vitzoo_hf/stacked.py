@@ -53,7 +53,7 @@ def groups(runs: Sequence[Run], most: int) -> list[tuple[Run, ...]]:
     Example:
         >>> runs = Blueprint.load("mini").runs
         >>> [len(group) for group in groups([run for run in runs if run.stage == "finetune"], 8)]
-        [8, 8, 8, 8, 8, 8]
+        [8, 4, 8, 4, 8, 4, 8, 4]
     """
     if most < 1:
         raise ZooError(f"stack is {most}; it must be at least 1")

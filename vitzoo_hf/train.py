@@ -1,7 +1,8 @@
 """Train one run: supervised or contrastive pre-training, or fine-tuning from a parent's trunk.
 
 Initial weights, data order, views and mixing each have a seed derived from the run's seed and the epoch alone, so
-a run gives the same weights bit for bit on the same machine, whether it was interrupted or not.
+a run gives the same weights bit for bit on the same machine, whether it was interrupted or not. `stacked`
+trains many of them together, up to rounding.
 """
 
 from collections.abc import Callable

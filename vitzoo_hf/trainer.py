@@ -156,7 +156,7 @@ def resumed_weights(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def cosine(position: float, epochs: int) -> float:
     """What the cosine schedule leaves of the learning rate after `position` of so many epochs.
 
-    >>> cosine(0, 2), cosine(1.0, 2), cosine(2, 2)
+    >>> cosine(0.0, 2), cosine(1.0, 2), cosine(2.0, 2)
     (1.0, 0.5, 0.0)
     """
     return 0.5 * (1 + math.cos(math.pi * position / epochs))
