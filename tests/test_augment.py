@@ -116,6 +116,20 @@ def test_simclr_jitters_most_images():
     assert view.amax() > 0.7
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_several_generators_each_draw_what_they_draw_alone(policy, channels):
+    images = batch(15, channels)
+    together = augment(images, policy, *(seeded(seed) for seed in (1, 2, 3)))
+    alone = [augment(share, policy, seeded(seed)) for share, seed in zip(images.split(5), (1, 2, 3), strict=True)]
+    assert torch.equal(together, torch.cat(alone))
+
+
+def test_unequal_shares_are_refused():
+    with pytest.raises(ZooError, match="16 images cannot be shared equally among 3 generators"):
+        augment(batch(16), "crop", *[seeded()] * 3)
+
+
 def test_unknown_policies_are_refused():
     with pytest.raises(ZooError, match="unknown augmentation 'simclrr': did you mean 'simclr'"):
         augment(batch(), "simclrr", seeded())

@@ -10,7 +10,8 @@ import pytest
 
 from vitzoo_hf.blueprint import Blueprint
 from vitzoo_hf.checkpoint import RunFolder
-from vitzoo_hf.launch import exclusive, launch
+from vitzoo_hf.flatten import flatten
+from vitzoo_hf.launch import default_stack, exclusive, launch
 from vitzoo_hf.schema import ZooError
 
 TINY = Path(__file__).parent / "tiny.yaml"
@@ -54,6 +55,29 @@ def test_everything_is_trained_once(tiny_blueprint, tiny_runs):
 def test_one_worker_or_two_give_the_same_weights(tiny_blueprint, tiny_runs, tmp_path):
     launch(tiny_blueprint, tmp_path, workers=1, progress=False)
     assert hashes(tmp_path) == hashes(tiny_runs)
+
+
+def test_stacked_runs_give_the_same_zoo_up_to_rounding(tiny_blueprint, tiny_runs, tmp_path):
+    """Eight fine-tunes of four shapes, each shape from two parents."""
+    summary = launch(tiny_blueprint, tmp_path, workers=1, stack=4, progress=False)
+    assert sorted(summary.finished) == sorted(run.run_id for run in tiny_blueprint.runs)
+    assert hashes(tmp_path).keys() == hashes(tiny_runs).keys()
+    for run in tiny_blueprint.runs:
+        for epoch in run.keep_epochs:
+            here, there = (RunFolder(folder / run.run_id).load_epoch(epoch) for folder in (tmp_path, tiny_runs))
+            assert here[1] == pytest.approx(there[1], abs=0.01)
+            weights = [flatten(tensors) for tensors in (here[0], there[0])]
+            assert (weights[0] - weights[1]).norm() <= 2e-3 * weights[1].norm(), (run.run_id, epoch)
+
+
+def test_a_diverged_run_of_a_stack_leaves_the_others(tmp_path):
+    text = TINY.read_text().replace("supervised, seed: 1}", "supervised, seed: 1, lr: [1e30, 0.003]}")
+    text = text.replace("lr: 0.003, batch", "batch")
+    (tmp_path / "wild.yaml").write_text(text)
+    blueprint = Blueprint.load(tmp_path / "wild.yaml")
+    summary = launch(blueprint, tmp_path / "runs", workers=1, stack=8, progress=False)
+    assert list(summary.diverged) == ["sl-s1-lr1e+30"]
+    assert (len(summary.finished), len(summary.orphaned)) == (10, 4)
 
 
 def test_killed_at_any_moment_it_continues_to_the_same_zoo(tiny_runs, tmp_path):
@@ -132,6 +156,24 @@ def test_a_folder_that_cannot_be_written_is_one_line(tiny_blueprint, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ZooError, match=r"cannot write into .*file/runs"):
         launch(tiny_blueprint, tmp_path / "file" / "runs", progress=False)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_stacks_fit_the_device(tiny_blueprint, device, monkeypatch):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (64_000_000, 64_000_000))
+    stacks = [default_stack(tiny_blueprint, device, workers) for workers in (1, 2, 1000)]
+    if device == "cpu":
+        assert stacks == [1, 1, 1]
+    else:
+        assert stacks[0] // 2 == stacks[1]
+        assert 32 >= stacks[0] > stacks[2] == 1
+
+
+def test_no_stack_is_refused(tiny_blueprint, tmp_path):
+    with pytest.raises(ZooError, match="stack is 0; it must be at least 1"):
+        launch(tiny_blueprint, tmp_path, stack=0, progress=False)
 
 
 def test_no_workers_are_refused(tiny_blueprint, tmp_path):

@@ -108,8 +108,8 @@ class BatchedViT:
             if kept is not None:
                 tokens = stream.view(M, B, T, d)
                 kept[:, number] = tokens[:, :, 0] if readout == "token" else tokens[:, :, 1:].mean(2)
-        features = _norm(stream.view(M, B, T, d)[:, :, 0], tensors, "norm", self.eps)
-        return Outputs(_head(features, tensors), features, kept)
+        features = batched_norm(stream.view(M, B, T, d)[:, :, 0], tensors, "norm", self.eps)
+        return Outputs(batched_head(features, tensors), features, kept)
 
     def _embedded(self, tensors: Mapping[str, Tensor], patches: Float[Tensor, "B t c"]) -> Float[Tensor, "M n d"]:
         """Embedded patches behind the class token, with their positions."""
@@ -127,14 +127,14 @@ class BatchedViT:
         """Attention and MLP, added to the stream in place."""
         M, n, d = stream.shape
         T, heads = self.tokens, self.heads
-        inner = _norm(stream, tensors, f"{prefix}norm1", self.eps)
-        projected = _linear(inner, tensors, f"{prefix}attn.qkv")
+        inner = batched_norm(stream, tensors, f"{prefix}norm1", self.eps)
+        projected = batched_linear(inner, tensors, f"{prefix}attn.qkv")
         query, key, value = projected.view(M * n // T, T, 3, heads, -1).permute(2, 0, 3, 1, 4)
         attended = functional.scaled_dot_product_attention(query, key, value).transpose(1, 2).reshape(M, n, d)
-        stream += _linear(attended, tensors, f"{prefix}attn.proj")
-        inner = _norm(stream, tensors, f"{prefix}norm2", self.eps)
-        hidden = functional.gelu(_linear(inner, tensors, f"{prefix}mlp.fc1"))
-        stream += _linear(hidden, tensors, f"{prefix}mlp.fc2")
+        stream += batched_linear(attended, tensors, f"{prefix}attn.proj")
+        inner = batched_norm(stream, tensors, f"{prefix}norm2", self.eps)
+        hidden = functional.gelu(batched_linear(inner, tensors, f"{prefix}mlp.fc1"))
+        stream += batched_linear(hidden, tensors, f"{prefix}mlp.fc2")
 
 
 def outputs_of_module(
@@ -169,22 +169,27 @@ class _FeaturesAndLogits(nn.Module):
         return features, self.model.head(features)
 
 
-def _head(features: Float[Tensor, "M B d"], tensors: Mapping[str, Tensor]) -> Float[Tensor, "M B K"]:
+def batched_head(features: Float[Tensor, "M B d"], tensors: Mapping[str, Tensor]) -> Float[Tensor, "M B K"]:
+    """The linear or MLP head of each model on its own features."""
     if "head.weight" in tensors:
-        return _linear(features, tensors, "head")
-    return _linear(functional.relu(_linear(features, tensors, "head.0")), tensors, "head.2")
+        return batched_linear(features, tensors, "head")
+    return batched_linear(functional.relu(batched_linear(features, tensors, "head.0")), tensors, "head.2")
 
 
-def _linear(inputs: Float[Tensor, "M n i"], tensors: Mapping[str, Tensor], name: str) -> Float[Tensor, "M n o"]:
+def batched_linear(
+    inputs: Float[Tensor, "M n i"], tensors: Mapping[str, Tensor], name: str
+) -> Float[Tensor, "M n o"]:
+    """The linear layer `name` of each model on its own inputs."""
     weight, bias = tensors[f"{name}.weight"], tensors[f"{name}.bias"]
     if len(inputs) == 1:
         return functional.linear(inputs[0], weight[0], bias[0])[None]
     return torch.baddbmm(bias[:, None], inputs, weight.transpose(1, 2))
 
 
-def _norm(
+def batched_norm(
     inputs: Float[Tensor, "M n d"], tensors: Mapping[str, Tensor], name: str, eps: float
 ) -> Float[Tensor, "M n d"]:
+    """The LayerNorm `name` of each model on its own inputs."""
     weight, bias = tensors[f"{name}.weight"], tensors[f"{name}.bias"]
     if len(inputs) == 1:
         return functional.layer_norm(inputs, inputs.shape[-1:], weight[0], bias[0], eps)

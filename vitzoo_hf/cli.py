@@ -124,6 +124,7 @@ def train(
     *,
     out: Path,
     workers: Workers = None,
+    stack: int | None = None,
     device: str = "cpu",
     json: Json = False,
     quiet: Quiet = False,
@@ -133,12 +134,15 @@ def train(
     Args:
         blueprint: A name such as `mini`, or a YAML file.
         out: Folder for the checkpoints, one subfolder a run.
+        stack: Runs of one shape that a worker trains together; by default 1 on a CPU, and on a GPU as many as fit, up
+            to 32.
         device: cpu or cuda.
     """
     from vitzoo_hf.blueprint import Blueprint
     from vitzoo_hf.launch import launch
 
-    summary = launch(Blueprint.load(blueprint), out, workers=workers, device=device, progress=not (json or quiet))
+    shown = not (json or quiet)
+    summary = launch(Blueprint.load(blueprint), out, workers=workers, stack=stack, device=device, progress=shown)
     if json:
         print_json(vars(summary))
         return

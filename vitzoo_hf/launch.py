@@ -1,9 +1,11 @@
 """Every run of a blueprint on this machine: one single-threaded worker process a core, parents before children.
 
 Finished runs are skipped and unfinished ones continue, so the answer to any interruption is to launch again.
-A worker that dies is replaced and its run tried again; if this process dies, its workers end by themselves.
+A worker that dies is replaced and its runs tried again; if this process dies, its workers end by themselves.
+On a CUDA device a worker trains many small runs of one shape together, because there launching kernels is the cost.
 """
 
+import math
 import multiprocessing
 import os
 import signal
@@ -22,6 +24,9 @@ from vitzoo_hf.progress import progress_bar
 from vitzoo_hf.schema import ZooError
 
 ATTEMPTS = 3
+MOST_STACKED = 32
+MEMORY_SHARE = 0.5
+"""Of a device's free memory, what a group of runs is planned to take."""
 
 
 @dataclass
@@ -37,8 +42,8 @@ class Summary:
 class _Worker:
     process: BaseProcess
     connection: Connection
-    run: Run | None = None
-    epochs: int = 0
+    runs: tuple[Run, ...] = ()
+    epochs: dict[str, int] = field(default_factory=dict)
 
 
 def launch(
@@ -46,6 +51,7 @@ def launch(
     folder: Path,
     *,
     workers: int | None = None,
+    stack: int | None = None,
     device: str = "cpu",
     progress: bool = True,
 ) -> Summary:
@@ -55,7 +61,9 @@ def launch(
         blueprint: what to train.
         folder: gets one folder a run.
         workers: processes; by default one a core, or one for a CUDA device.
-        device: passed to `train_run`.
+        stack: runs of one shape that a worker may train together; by default one on a CPU, and on a CUDA device as
+            many as its free memory holds, up to 32. Models other than plain ViTs train one by one.
+        device: where to train.
         progress: show a bar of epochs with the time left.
 
     Returns:
@@ -67,6 +75,8 @@ def launch(
     """
     if workers is not None and workers < 1:
         raise ZooError(f"workers is {workers}; it must be at least 1")
+    if stack is not None and stack < 1:
+        raise ZooError(f"stack is {stack}; it must be at least 1")
     if device != "cpu":
         from vitzoo_hf.rebuild import usable_device
 
@@ -78,7 +88,8 @@ def launch(
         todo = _unfinished(blueprint, folder, summary)
         if todo:
             count = min(workers or default_workers(device), len(todo))
-            _Pool(blueprint, folder, device, summary, progress).train(todo, count)
+            most = default_stack(blueprint, device, count) if stack is None else stack
+            _Pool(blueprint, folder, device, most, summary, progress).train(todo, count)
     return summary
 
 
@@ -87,6 +98,21 @@ def default_workers(device: str) -> int:
     if device.startswith("cuda"):
         return 1
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def default_stack(blueprint: Blueprint, device: str, workers: int) -> int:
+    """Runs that one of `workers` processes trains together: one on a CPU, where more gain nothing."""
+    if not device.startswith("cuda"):
+        return 1
+    import torch
+
+    from vitzoo_hf.stacked import memory_of, stackable
+
+    if not stackable(blueprint):
+        return 1
+    free, _ = torch.cuda.mem_get_info(device)
+    largest = max(memory_of(blueprint, run) for run in blueprint.runs)
+    return max(1, min(MOST_STACKED, int(MEMORY_SHARE * free / workers / largest)))
 
 
 @contextmanager
@@ -126,8 +152,10 @@ def _unfinished(blueprint: Blueprint, folder: Path, summary: Summary) -> list[Ru
 class _Pool:
     """Worker processes and the runs they are given."""
 
-    def __init__(self, blueprint: Blueprint, folder: Path, device: str, summary: Summary, progress: bool) -> None:
-        self.blueprint, self.folder, self.device = blueprint, folder, device
+    def __init__(
+        self, blueprint: Blueprint, folder: Path, device: str, stack: int, summary: Summary, progress: bool
+    ) -> None:
+        self.blueprint, self.folder, self.device, self.stack = blueprint, folder, device, stack
         self.summary = summary
         self.attempts: dict[str, int] = {}
         self.progress = progress
@@ -140,10 +168,10 @@ class _Pool:
         self.bar = progress_bar("training", "epoch", shown=self.progress, total=self.total)
         try:
             self.workers = [self._spawn() for _ in range(count)]
-            while waiting or any(worker.run for worker in self.workers):
+            while waiting or any(worker.runs for worker in self.workers):
                 waiting = self._drop_orphans(waiting)
                 self._assign(waiting)
-                busy = [worker for worker in self.workers if worker.run]
+                busy = [worker for worker in self.workers if worker.runs]
                 if not busy:
                     break
                 ready = set(wait([end for worker in busy for end in (worker.connection, worker.process.sentinel)]))
@@ -164,60 +192,66 @@ class _Pool:
         return [run for run in waiting if run not in orphans]
 
     def _assign(self, waiting: list[Run]) -> None:
-        finished = set(self.summary.finished)
         for worker in self.workers:
-            run = next((run for run in waiting if run.parent_run is None or run.parent_run in finished), None)
-            if worker.run is None and run is not None:
+            if worker.runs:
+                continue
+            group = self._next_group(waiting)
+            if not group:
+                return
+            for run in group:
                 waiting.remove(run)
-                worker.run, worker.epochs = run, 0
-                try:
-                    worker.connection.send(run.run_id)
-                except (BrokenPipeError, ConnectionResetError):
-                    self._replace(worker, waiting)
+            worker.runs, worker.epochs = group, dict.fromkeys((run.run_id for run in group), 0)
+            try:
+                worker.connection.send([run.run_id for run in group])
+            except (BrokenPipeError, ConnectionResetError):
+                self._replace(worker, waiting)
+
+    def _next_group(self, waiting: list[Run]) -> tuple[Run, ...]:
+        """Runs whose parents are finished, to train together: no more than leave every worker its share."""
+        from vitzoo_hf.stacked import groups
+
+        finished = set(self.summary.finished)
+        ready = [run for run in waiting if run.parent_run is None or run.parent_run in finished]
+        share = math.ceil(len(ready) / len(self.workers))
+        return groups(ready, min(self.stack, share))[0] if ready else ()
 
     def _receive(self, worker: _Worker, waiting: list[Run]) -> None:
-        assert worker.run is not None
         try:
             kind, value = worker.connection.recv()
         except (EOFError, ConnectionResetError):
             self._replace(worker, waiting)
             return
         if kind == "epoch":
-            self.bar.update(value - worker.epochs)
-            worker.epochs = value
+            run_id, epoch = value
+            self.bar.update(epoch - worker.epochs[run_id])
+            worker.epochs[run_id] = epoch
             return
-        run, worker.run = worker.run, None
-        if kind == "finished":
-            self.summary.finished.append(run.run_id)
-        elif kind == "diverged":
-            self.summary.diverged[run.run_id] = value
-            self.bar.update(run.epochs - worker.epochs)
-        elif kind == "mistake":
+        runs, worker.runs = worker.runs, ()
+        if kind == "mistake":
             raise ZooError(value)
-        else:
-            raise RuntimeError(f"training {run.run_id} failed:\n{value}")
+        if kind == "failure":
+            raise RuntimeError(f"training {_named(runs)} failed:\n{value}")
+        self.summary.diverged |= value
+        self.summary.finished += [run.run_id for run in runs if run.run_id not in value]
+        self.bar.update(sum(run.epochs - worker.epochs[run.run_id] for run in runs))
 
     def _replace(self, worker: _Worker, waiting: list[Run]) -> None:
-        """Put a fresh process in the place of a dead one and its run back in front of the queue."""
+        """Put a fresh process in the place of a dead one and its runs back in front of the queue."""
         worker.process.join()
-        code, run = worker.process.exitcode, worker.run
-        if run is not None:
+        code, runs = worker.process.exitcode, worker.runs
+        for run in runs:
             self.attempts[run.run_id] = self.attempts.get(run.run_id, 0) + 1
-            if self.attempts[run.run_id] >= ATTEMPTS:
-                raise ZooError(
-                    f"the worker training {run.run_id} died {ATTEMPTS} times (exit code {code});"
-                    " if memory ran out, train with fewer workers"
-                )
-            waiting.insert(0, run)
-            self.bar.update(-worker.epochs)
+        if any(self.attempts[run.run_id] >= ATTEMPTS for run in runs):
+            fewer = "fewer workers" if len(runs) == 1 else "fewer workers or a smaller stack"
+            raise ZooError(
+                f"the worker training {_named(runs)} died {ATTEMPTS} times (exit code {code});"
+                f" if memory ran out, train with {fewer}"
+            )
+        waiting[:0] = runs
+        self.bar.update(-sum(worker.epochs.values()))
         worker.connection.close()
         fresh = self._spawn()
-        worker.process, worker.connection, worker.run, worker.epochs = (
-            fresh.process,
-            fresh.connection,
-            None,
-            0,
-        )
+        worker.process, worker.connection, worker.runs, worker.epochs = fresh.process, fresh.connection, (), {}
 
     def _spawn(self) -> _Worker:
         context = multiprocessing.get_context("spawn")
@@ -239,6 +273,11 @@ class _Pool:
         self.bar.close()
 
 
+def _named(runs: Sequence[Run]) -> str:
+    """The first run, and how many there are besides."""
+    return runs[0].run_id + (f" and {len(runs) - 1} with it" if len(runs) > 1 else "")
+
+
 @contextmanager
 def _single_threaded_children() -> Iterator[None]:
     before = os.environ.get("OMP_NUM_THREADS")
@@ -257,25 +296,22 @@ def _work(connection: Connection, blueprint: Blueprint, folder: Path, device: st
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     import torch
 
-    from vitzoo_hf.train import train_run
-    from vitzoo_hf.trainer import DivergedError
+    from vitzoo_hf.stacked import train_stacked
 
     torch.set_num_threads(1)
     runs = {run.run_id: run for run in blueprint.runs}
     try:
         while True:
-            run = runs[connection.recv()]
+            group = [runs[run_id] for run_id in connection.recv()]
             try:
-                train_run(
+                diverged = train_stacked(
                     blueprint,
-                    run,
+                    group,
                     folder,
                     device=device,
-                    on_epoch=lambda epoch: connection.send(("epoch", epoch)),
+                    on_epoch=lambda run_id, epoch: connection.send(("epoch", (run_id, epoch))),
                 )
-                connection.send(("finished", None))
-            except DivergedError as error:
-                connection.send(("diverged", str(error)))
+                connection.send(("done", diverged))
             except ZooError as error:
                 connection.send(("mistake", str(error)))
             except (BrokenPipeError, ConnectionResetError):

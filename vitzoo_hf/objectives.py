@@ -5,6 +5,8 @@ import math
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -74,6 +76,67 @@ def info_nce(outputs: Float[Tensor, "B2 K"], temperature: float) -> Tensor:
     half = len(outputs) // 2
     positives = torch.arange(2 * half, device=outputs.device).roll(half)
     return cross_entropy(similarity, positives)
+
+
+def stacked_info_nce(outputs: Float[Tensor, "M B2 K"], temperature: float) -> Float[Tensor, " M"]:
+    """`info_nce` of each of M models on its own batch.
+
+    >>> stacked_info_nce(torch.eye(2).repeat(3, 2, 1), temperature=0.01).shape
+    torch.Size([3])
+    """
+    embedded = normalize(outputs, dim=2)
+    count = outputs.shape[1]
+    itself = torch.eye(count, dtype=torch.bool, device=outputs.device)
+    similarity = (embedded @ embedded.mT / temperature).masked_fill(itself, -math.inf)
+    positives = torch.arange(count, device=outputs.device).roll(count // 2).expand(len(outputs), -1)
+    return stacked_cross_entropy(similarity, positives)
+
+
+def stacked_cross_entropy(logits: Float[Tensor, "M B K"], targets: Tensor) -> Float[Tensor, " M"]:
+    """The mean cross-entropy of each of M models; targets are labels `[M, B]` or distributions `[M, B, K]`.
+
+    >>> stacked_cross_entropy(torch.zeros(2, 5, 4), torch.zeros(2, 5, dtype=torch.int64))
+    tensor([1.3863, 1.3863])
+    """
+    losses = cross_entropy(logits.flatten(0, 1), targets.flatten(0, 1), reduction="none")
+    return losses.unflatten(0, logits.shape[:2]).mean(1)
+
+
+@dataclass
+class GlobalDraws:
+    """The global generators as one training of several has them, whose turns alternate in one process.
+
+    Over all turns, `taken()` draws what `seeded_globals` would draw at one stretch.
+    """
+
+    seed: int
+    device: str
+
+    def __post_init__(self) -> None:
+        with seeded_globals(self.seed):
+            self._state = self._global_state()
+
+    @contextmanager
+    def taken(self) -> Iterator[None]:
+        """Draw from these; those found are put back afterwards."""
+        before = self._global_state()
+        self._set_global_state(self._state)
+        try:
+            yield
+        finally:
+            self._state = self._global_state()
+            self._set_global_state(before)
+
+    def _global_state(self) -> tuple[Any, Any, Tensor, Tensor | None]:
+        on_cuda = torch.cuda.get_rng_state(self.device) if self.device.startswith("cuda") else None
+        return random.getstate(), np.random.get_state(), torch.get_rng_state(), on_cuda
+
+    def _set_global_state(self, state: tuple[Any, Any, Tensor, Tensor | None]) -> None:
+        random.setstate(state[0])
+        np.random.set_state(state[1])
+        torch.set_rng_state(state[2])
+        if state[3] is not None:
+            torch.cuda.set_rng_state(state[3], self.device)
 
 
 @contextmanager

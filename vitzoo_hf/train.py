@@ -1,7 +1,8 @@
 """Train one run: supervised or contrastive pre-training, or fine-tuning from a parent's trunk.
 
 Initial weights, data order, views and mixing each have a seed derived from the run's seed and the epoch alone, so
-a run gives the same weights bit for bit on the same machine, whether it was interrupted or not.
+a run gives the same weights bit for bit on the same machine, whether it was interrupted or not. `stacked`
+trains many of them together, up to rounding.
 """
 
 from collections.abc import Callable
@@ -43,11 +44,8 @@ def train_run(
         DivergedError: if the loss stops being finite; this is recorded, and the run is not tried again.
         ZooError: if the parent is missing, the images cannot be had, or the folder holds another training.
     """
-    place = RunFolder(folder / run.run_id)
-    place.open(run_spec(blueprint, run))
-    if place.divergence:
-        raise DivergedError(f"{run.run_id} diverged in epoch {place.divergence['epoch']}")
-    if set(run.keep_epochs) <= set(place.epochs()) and place.intact():
+    place = opened(blueprint, run, folder)
+    if holds_all(place, run):
         place.drop_resume()
         on_epoch(run.epochs)
         return
@@ -73,6 +71,25 @@ def train_run(
     place.drop_resume()
 
 
+def opened(blueprint: Blueprint, run: Run, folder: Path) -> RunFolder:
+    """The folder of a run that may be trained.
+
+    Raises:
+        DivergedError: if it diverged before.
+        ZooError: if the folder holds another training.
+    """
+    place = RunFolder(folder / run.run_id)
+    place.open(run_spec(blueprint, run))
+    if place.divergence:
+        raise DivergedError(f"{run.run_id} diverged in epoch {place.divergence['epoch']}")
+    return place
+
+
+def holds_all(place: RunFolder, run: Run) -> bool:
+    """Whether every kept epoch is there in full length."""
+    return set(run.keep_epochs) <= set(place.epochs()) and place.intact()
+
+
 def is_finished(blueprint: Blueprint, run: Run, folder: Path) -> bool:
     """Whether `folder` holds all of this run.
 
@@ -83,7 +100,7 @@ def is_finished(blueprint: Blueprint, run: Run, folder: Path) -> bool:
     if not (place.path / "run.json").is_file():
         return False
     place.open(run_spec(blueprint, run))
-    return set(run.keep_epochs) <= set(place.epochs()) and place.intact()
+    return holds_all(place, run)
 
 
 def run_spec(blueprint: Blueprint, run: Run) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from vitzoo_hf.objectives import derive_seed, info_nce, make_erase, make_mix, se
 from vitzoo_hf.schema import ZooError
 
 EVALUATION_BATCH = 256
+NOT_FINITE = "the loss or a weight is no longer finite; lower the learning rate"
 
 
 class DivergedError(ZooError):
@@ -57,13 +58,8 @@ class Trainer:
             DivergedError: if the mean loss or a weight is not finite afterwards.
         """
         seed = self.recipe.seed
-        order = torch.randperm(
-            len(self.labels), generator=torch.Generator().manual_seed(derive_seed(seed, "order", epoch))
-        )
         views = torch.Generator(self.device).manual_seed(derive_seed(seed, "views", epoch))
-        order = order.to(self.device)
-        size = self.recipe.batch_size
-        batches = full_batches(order, size) if self.contrastive else order.split(size)
+        batches = batches_of(self.recipe, len(self.labels), epoch, self.device)
         self.model.train()
         total = torch.zeros((), device=self.device)
         together = self.recipe.accumulate
@@ -74,7 +70,7 @@ class Trainer:
                 total += self.step(step, views)
         finite = all(bool(parameter.isfinite().all()) for parameter in self.model.parameters())
         if not (math.isfinite(float(total)) and finite):
-            raise DivergedError("the loss or a weight is no longer finite; lower the learning rate")
+            raise DivergedError(NOT_FINITE)
 
     def step(self, batches: Sequence[Tensor], views: torch.Generator) -> Tensor:
         """One update with the mean gradient of batches of training images, given by position.
@@ -153,16 +149,11 @@ class Trainer:
 
     def resume(self, place: RunFolder, keep_epochs: tuple[int, ...]) -> int | None:
         """Load the resume file of `place`, if there is one and no kept epoch before it is lost; returns its epoch."""
-        found = place.load_resume()
+        found = usable_resume(place, keep_epochs)
         if found is None:
             return None
         epoch, tensors = found
-        if not {kept for kept in keep_epochs if kept <= epoch} <= set(place.epochs()) or not place.intact():
-            return None
-        weights = {
-            name.removeprefix("model."): tensor for name, tensor in tensors.items() if name.startswith("model.")
-        }
-        self.model.load_state_dict(weights)
+        self.model.load_state_dict(resumed_weights(tensors))
         load_optimizer_tensors(self.optimizer, tensors)
         scale = {name: tensors[f"scaler.{name}"].item() for name in self.scaler.state_dict()}
         if scale:
@@ -182,6 +173,28 @@ def learning_rate_share(recipe: Recipe, position: float, epochs: int) -> float:
     if recipe.schedule == "constant":
         return 1.0
     return 0.5 * (1 + math.cos(math.pi * (position - warmup) / (epochs - warmup)))
+
+
+def usable_resume(place: RunFolder, keep_epochs: tuple[int, ...]) -> tuple[int, dict[str, Tensor]] | None:
+    """Epoch and tensors of the resume file of `place`, if there is one and no kept epoch before it is lost."""
+    found = place.load_resume()
+    if found is None or not {kept for kept in keep_epochs if kept <= found[0]} <= set(place.epochs()):
+        return None
+    return found if place.intact() else None
+
+
+def resumed_weights(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The state dict in a resume file."""
+    return {name.removeprefix("model."): tensor for name, tensor in tensors.items() if name.startswith("model.")}
+
+
+def batches_of(recipe: Recipe, count: int, epoch: int, device: str) -> tuple[Int64[Tensor, " B"], ...]:
+    """Positions of the training images, batch by batch, in the order of this epoch."""
+    generator = torch.Generator().manual_seed(derive_seed(recipe.seed, "order", epoch))
+    order = torch.randperm(count, generator=generator).to(device)
+    if recipe.regime == "contrastive":
+        return full_batches(order, recipe.batch_size)
+    return order.split(recipe.batch_size)
 
 
 def full_batches(items: Tensor, size: int) -> tuple[Tensor, ...]:
