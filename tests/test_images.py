@@ -11,7 +11,8 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from vitzoo_hf.blueprint import ImagesSpec
-from vitzoo_hf.images import load_images, normalize, prepare, read_idx
+from vitzoo_hf.images import load_images, read_idx
+from vitzoo_hf.preparation import normalize, prepare
 from vitzoo_hf.schema import ZooError, canonical_json
 
 RNG = np.random.default_rng(0)

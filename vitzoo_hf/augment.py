@@ -13,17 +13,24 @@ from torch.nn.functional import affine_grid, conv2d, grid_sample, pad
 from vitzoo_hf.schema import ZooError, did_you_mean
 
 Batch = Float[Tensor, "B C H W"]
+Crop = Callable[[Tensor, float, torch.Generator], Tensor]
+CROPPED_SHARE = {"crop": 0.6, "crop-flip": 0.08, "simclr": 0.2, "simclr-no-flip": 0.2}
+"""The least share of the area that the random resized crop of a policy keeps."""
+PLACED_CROP = ("random-crop-flip",)
+"""Policies that take the crop of preparation at a random place; cut before `augment`, from the original images."""
 
 
-def augment(images: Batch, policy: str, generator: torch.Generator) -> Batch:
+def augment(images: Batch, policy: str, generator: torch.Generator, *, cropped: bool = False) -> Batch:
     """One random view of every image.
 
     Args:
         images: float `[B, C, H, W]` in [0, 1].
         policy: `none`; `crop` (random resized crop of 60–100 % of the area); `crop-flip` (8–100 %, horizontal
-            flip, as in ImageNet training); `simclr` (Chen et al. 2020: 20–100 % crop, flip, colour jitter,
+            flip, as in ImageNet training); `random-crop-flip` (the crop of preparation at a random place, flip),
+            for images that are `cropped`; `simclr` (Chen et al. 2020: 20–100 % crop, flip, colour jitter,
             greyscale, blur); `simclr-no-flip` for images whose mirror image means something else, such as digits.
         generator: on the images' device.
+        cropped: whether the images are random crops already: then the rest of the policy is applied.
 
     Raises:
         ZooError: for an unknown policy.
@@ -35,7 +42,7 @@ def augment(images: Batch, policy: str, generator: torch.Generator) -> Batch:
     """
     if policy not in POLICIES:
         raise ZooError(f"unknown augmentation {policy!r}: {did_you_mean(policy, POLICIES)}")
-    return POLICIES[policy](images, generator)
+    return POLICIES[policy](images, generator, _whole if cropped else _resized_crop)
 
 
 def _uniform(count: int, low: float, high: float, generator: torch.Generator) -> Tensor:
@@ -54,6 +61,10 @@ def _resized_crop(images: Batch, smallest: float, generator: torch.Generator) ->
     theta[:, 1, 2] = _uniform(count, -1.0, 1.0, generator) * (1 - height)
     grid = affine_grid(theta, list(images.shape), align_corners=False)
     return grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)
+
+
+def _whole(images: Batch, smallest: float, generator: torch.Generator) -> Batch:
+    return images
 
 
 def _flip(images: Batch, generator: torch.Generator) -> Batch:
@@ -92,17 +103,20 @@ def _blur(images: Batch, generator: torch.Generator) -> Batch:
     return conv2d(flat, kernel, groups=count * channels).view_as(images)
 
 
-def _simclr_no_flip(images: Batch, generator: torch.Generator) -> Batch:
-    view = _jitter(_resized_crop(images, 0.2, generator), generator)
+def _simclr_no_flip(images: Batch, generator: torch.Generator, crop: Crop) -> Batch:
+    view = _jitter(crop(images, CROPPED_SHARE["simclr"], generator), generator)
     if images.shape[1] > 1:
         view = _greyscale(view, generator)
     return _blur(view, generator)
 
 
-POLICIES: dict[str, Callable[[Tensor, torch.Generator], Tensor]] = {
-    "none": lambda images, generator: images,
-    "crop": lambda images, generator: _resized_crop(images, 0.6, generator),
-    "crop-flip": lambda images, generator: _flip(_resized_crop(images, 0.08, generator), generator),
-    "simclr": lambda images, generator: _simclr_no_flip(_flip(images, generator), generator),
+POLICIES: dict[str, Callable[[Tensor, torch.Generator, Crop], Tensor]] = {
+    "none": lambda images, generator, crop: images,
+    "crop": lambda images, generator, crop: crop(images, CROPPED_SHARE["crop"], generator),
+    "crop-flip": lambda images, generator, crop: _flip(
+        crop(images, CROPPED_SHARE["crop-flip"], generator), generator
+    ),
+    "random-crop-flip": lambda images, generator, crop: _flip(images, generator),
+    "simclr": lambda images, generator, crop: _simclr_no_flip(_flip(images, generator), generator, crop),
     "simclr-no-flip": _simclr_no_flip,
 }
