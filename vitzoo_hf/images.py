@@ -81,7 +81,7 @@ class ImageSet:
         positions = self.positions(role)
         return self.pixels.evaluation(positions), self.labels[positions]
 
-    def batches(self, role: str, size: int) -> Iterator[tuple[UInt8[Tensor, "b C H W"], Int64[Tensor, " b"]]]:
+    def batches(self, role: str, size: int) -> Iterator[tuple[UInt8[Tensor, "_ C H W"], Int64[Tensor, " _"]]]:
         """Images and labels of one role, `size` at a time, the next batch prepared while one is used."""
         parts = self.positions(role).split(size)
         return zip(mapped_ahead(self.pixels.evaluation, parts), (self.labels[part] for part in parts), strict=True)

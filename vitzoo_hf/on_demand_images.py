@@ -4,6 +4,7 @@ import io
 import os
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ DETAIL = 2
 """A JPEG is decoded at a half, a quarter or an eighth where a crop still has this many pixels for each it becomes."""
 SIDEWAYS = 5
 """From this EXIF orientation on, width and height of the file are exchanged."""
+Encoded = bytes | memoryview
 FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 
 
@@ -102,7 +104,7 @@ class OnDemandImages:
         image = self._read(position, partial(self._cut, box=box))
         return torch.from_numpy(np.atleast_3d(np.asarray(image)).copy()).permute(2, 0, 1)
 
-    def _cut(self, encoded: dict[str, Any], box: list[float]) -> Image.Image:
+    def _cut(self, encoded: Encoded, box: list[float]) -> Image.Image:
         size = self.spec.size
         image, scale = _reduced(encoded, min(box[2] - box[0], box[3] - box[1]) / (DETAIL * size))
         left, top, right, bottom = (value * scale for value in box)
@@ -112,13 +114,12 @@ class OnDemandImages:
     def _in_mode(self, image: Image.Image) -> Image.Image:
         return image if image.mode == self._mode else image.convert(self._mode)
 
-    def _read(self, position: int, function: Callable[[dict[str, Any]], Any]) -> Any:
+    def _read(self, position: int, function: Callable[[Encoded], Any]) -> Any:
         """`function` of an encoded image, whose failures are told with its position."""
         entry = self._files[position]
-        data = entry["bytes"].as_buffer()
-        encoded = {"bytes": None if data is None else memoryview(data), "path": entry["path"].as_py()}
+        data, path = entry["bytes"].as_buffer(), entry["path"].as_py()
         try:
-            return function(encoded)
+            return function(Path(path).read_bytes() if data is None else memoryview(data))
         except ZooError:
             raise
         except Exception as error:  # decoders raise whatever they like
@@ -128,29 +129,29 @@ class OnDemandImages:
             ) from None
 
 
-def _opened(encoded: dict[str, Any]) -> Image.Image:
+def _opened(encoded: Encoded) -> Image.Image:
     """An image of which only the header is read."""
-    return Image.open(encoded["path"] if encoded["bytes"] is None else io.BytesIO(encoded["bytes"]))
+    return Image.open(io.BytesIO(encoded))
 
 
-def _decoded(encoded: dict[str, Any]) -> Image.Image:
+def _decoded(encoded: Encoded) -> Image.Image:
     """As `datasets` decodes it, turned upright."""
     import datasets
 
-    return datasets.Image().decode_example(encoded)
+    return datasets.Image().decode_example({"bytes": encoded, "path": None})
 
 
 def _orientation(image: Image.Image) -> int:
     return image.getexif().get(ExifTags.Base.Orientation, 1)
 
 
-def _upright_size(encoded: dict[str, Any]) -> tuple[int, int]:
+def _upright_size(encoded: Encoded) -> tuple[int, int]:
     with _opened(encoded) as image:
         width, height = image.size
         return (width, height) if _orientation(image) >= SIDEWAYS else (height, width)
 
 
-def _reduced(encoded: dict[str, Any], factor: float) -> tuple[Image.Image, float]:
+def _reduced(encoded: Encoded, factor: float) -> tuple[Image.Image, float]:
     """An image decoded at up to `1 / factor` of its size, where the format has that for free, and the scale."""
     if factor >= 2:
         image = _opened(encoded)

@@ -33,8 +33,8 @@ class PreparedFeed:
         self._augmentation = augmentation
 
     def batches(
-        self, batches: Iterable[Int64[Tensor, " B"]], crops: torch.Generator
-    ) -> Iterator[Int64[Tensor, " B"]]:
+        self, batches: Iterable[Int64[Tensor, " _"]], crops: torch.Generator
+    ) -> Iterator[Int64[Tensor, " _"]]:
         """The batches as they are."""
         yield from batches
 
@@ -71,8 +71,8 @@ class CroppingFeed:
         self._ready: deque[UInt8[Tensor, "B C S S"]] = deque()
 
     def batches(
-        self, batches: Iterable[Int64[Tensor, " B"]], crops: torch.Generator
-    ) -> Iterator[Int64[Tensor, " B"]]:
+        self, batches: Iterable[Int64[Tensor, " _"]], crops: torch.Generator
+    ) -> Iterator[Int64[Tensor, " _"]]:
         """The batches, each once its crops are made; `crops`, a generator on the CPU, draws where they lie."""
         announced = [batch.cpu() for batch in batches]
         make = partial(self._crops, generator=crops)
