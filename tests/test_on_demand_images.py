@@ -179,7 +179,7 @@ def test_threads_do_not_matter(folder):
 @settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_crops_of_many_images_are_those_of_pillow(data):
-    """Drawn sizes and boxes, also of less than a pixel; Pillow in float32, which does not round between its passes."""
+    """Drawn sizes and boxes, also of less than a pixel; Pillow in float32 does not round between its passes."""
     height, width, size = (data.draw(st.integers(1, 40)) for _ in range(3))
     interpolation = data.draw(st.sampled_from(["bilinear", "bicubic"]))
     rng = np.random.default_rng(data.draw(st.integers(0, 9)))

@@ -13,6 +13,7 @@ from torch import Tensor
 from vitzoo_hf.images_spec import ImagesSpec
 from vitzoo_hf.on_demand_images import OnDemandImages
 from vitzoo_hf.preparation import prepare, with_channels
+from vitzoo_hf.read_ahead import mapped_ahead
 from vitzoo_hf.resampling import resized_crops
 
 PREPARED_LIMIT = 4_000_000_000
@@ -125,8 +126,9 @@ def _small(images: OnDemandImages, spec: ImagesSpec) -> SmallImages | None:
     if too_large or height * width > spec.size**2 or len(images.sizes(sample).unique(dim=0)) > 1:
         return None
     kept = torch.empty(shape, dtype=torch.uint8)
-    for position in range(len(images)):
-        image = images.original(position)
+    threads = images.num_threads
+    originals = mapped_ahead(images.original, range(len(images)), threads=threads, ahead=2 * threads)
+    for position, image in enumerate(originals):
         if image.shape[:2] != (height, width):
             return None
         kept[position] = torch.from_numpy(image.copy()).permute(2, 0, 1)
