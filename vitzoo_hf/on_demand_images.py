@@ -97,7 +97,7 @@ class OnDemandImages:
         return gathered
 
     def _prepared(self, position: int) -> UInt8[Tensor, "C S S"]:
-        pixels = torch.from_numpy(self.original(position).copy()).permute(2, 0, 1)
+        pixels = torch.from_numpy(self.original(position).transpose(2, 0, 1).copy())
         return prepare(pixels.unsqueeze(0), self.spec)[0]
 
     def _cropped(self, position: int, box: list[float]) -> UInt8[Tensor, "C S S"]:
