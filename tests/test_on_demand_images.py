@@ -233,6 +233,14 @@ def test_random_resized_boxes_are_spread_as_those_of_timm():
     assert (ours[:, 2] * ours[:, 3]).mean() == pytest.approx((theirs[:, 2] * theirs[:, 3]).mean(), rel=0.02)
 
 
+def test_random_resized_boxes_lie_everywhere():
+    """Every place that a box of a width has, the outermost included."""
+    boxes = resized_crop_boxes(torch.tensor([[6, 6]] * 5000), 0.08, torch.Generator().manual_seed(0)).long()
+    for start, end in ((boxes[:, 0], boxes[:, 2]), (boxes[:, 1], boxes[:, 3])):
+        for side in range(2, 7):
+            assert sorted(set(start[end - start == side].tolist())) == list(range(6 - side + 1))
+
+
 def test_an_image_too_long_for_any_draw_gives_its_centre():
     (box,) = resized_crop_boxes(torch.tensor([[10, 1000]]), 0.9, torch.Generator().manual_seed(0)).tolist()
     assert box == [493.0, 0.0, 506.0, 10.0]
@@ -489,6 +497,22 @@ def test_results_are_those_of_images_decoded_once(blueprint, tmp_path):
     assert torch.equal(weights(tmp_path / "ahead", run, 3), weights(tmp_path / "once", run, 3))
     ahead, kept = (RunFolder(tmp_path / name / run.run_id).load_epoch(3)[1] for name in ("ahead", "once"))
     assert ahead == kept
+
+
+@pytest.mark.gpu
+def test_small_images_are_cropped_on_the_device(small):
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    spec = ImagesSpec(small, 28, resize=32, crop=28, label="fine_label", decode="on_demand", interpolation="bicubic")
+    views = []
+    for device in ("cpu", "cuda"):
+        feed = make_feed(load_images("s", spec), "random-crop-flip", device)
+        (batch,) = feed.batches([torch.arange(20)], torch.Generator().manual_seed(0))
+        (crops,) = feed._ready
+        assert crops.device.type == batch.device.type == device
+        assert feed.view(batch, torch.Generator(device).manual_seed(0)).device.type == device
+        views.append(crops.cpu().int())
+    assert (views[0] - views[1]).abs().max() <= 1
 
 
 def test_plan_pack_and_image_sets(blueprint, folder, tmp_path):
