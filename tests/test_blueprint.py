@@ -1,4 +1,5 @@
 import itertools
+import json
 import re
 from collections import Counter
 from pathlib import Path
@@ -6,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from vitzoo_hf import blueprint as module
-from vitzoo_hf.blueprint import Blueprint
+from vitzoo_hf.blueprint import Blueprint, ImagesSpec
 from vitzoo_hf.schema import MODEL_ID, ZooError, canonical_json
 
 TEXT = """\
@@ -221,6 +222,26 @@ def test_arguments_may_be_lists(load):
     assert zoo.fingerprint != load().fingerprint
 
 
+def test_fingerprints_of_blueprints_trained_before_stay(load):
+    """A field that is added later must not change them where it has its default."""
+    mini = Blueprint.load("mini")
+    assert mini.fingerprint == "831f82d5a86e65e4"
+    assert Blueprint.load(Path(__file__).parent / "tiny.yaml").fingerprint == "4ffa3d53f907e6c0"
+    images = ImagesSpec("digits", 8).decides()
+    assert not {"interpolation", "label", "decode", "path", "classes"} & set(images)
+
+
+@pytest.mark.parametrize(
+    "change", ["interpolation: bicubic", "label: fine", "decode: once", "mean: [0.1, 0.2, 0.3]", "std: 0.4"]
+)
+def test_the_fingerprint_follows_how_images_are_prepared(load, change):
+    changed = load(TEXT, ("{size: 8}", f"{{size: 8, {change}}}"))
+    assert changed.fingerprint != load().fingerprint
+    spec = changed.images["digits"]
+    assert canonical_json(spec.decides()) == canonical_json(json.loads(canonical_json(spec.decides())))
+    assert hash(spec) == hash(load(TEXT, ("{size: 8}", f"{{size: 8, {change}}}")).images["digits"])
+
+
 def test_the_fingerprint_ignores_how_it_is_written(load):
     zoo = load()
     rewritten = load(
@@ -299,6 +320,12 @@ LONE = "factors: {regime: supervised, seed: [1, 2]}"
         (("{size: 8}", "{size: 8, scale: 2}"), 6, "unknown key 'scale' in digits"),
         (("{size: 8}", "{size: 0}"), 6, "size is 0; it must be positive"),
         (("{size: 8}", "{size: 8, std: 0}"), 6, "std is 0.0; it must be positive"),
+        (("{size: 8}", "{size: 8, channels: 3, std: [1, 0, 1]}"), 6, "std is 0.0; it must be positive"),
+        (("{size: 8}", "{size: 8, mean: [0.5, 0.5]}"), 6, "mean has 2 numbers; give one, or one for each channel"),
+        (("{size: 8}", "{size: 8, mean: [a, b, c]}"), 6, "mean is 'a'; expected a number"),
+        (("{size: 8}", "{size: 8, mean: null}"), 6, "mean is None; expected a number"),
+        (("{size: 8}", "{size: 8, interpolation: cubic}"), 6, "unknown interpolation 'cubic': did you mean"),
+        (("{size: 8}", "{size: 8, decode: on-demand}"), 6, "unknown decode 'on-demand': did you mean"),
         (("{size: 8}", "{size: 8, channels: 0}"), 6, "channels is 0; it must be positive"),
         (("{size: 8}", "{size: 8, classes: -1}"), 6, "classes is -1; it must be positive"),
         (("{size: 8}", "{size: 8, test: 0.9}"), 6, "selection and test are shares above 0 that leave images"),

@@ -11,7 +11,8 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from vitzoo_hf.blueprint import ImagesSpec
-from vitzoo_hf.images import load_images, normalize, prepare, read_idx
+from vitzoo_hf.images import load_images, read_idx
+from vitzoo_hf.preparation import normalize, prepare
 from vitzoo_hf.schema import ZooError, canonical_json
 
 RNG = np.random.default_rng(0)
@@ -89,6 +90,15 @@ def test_normalising_against_float64():
     assert normalize(pixels, 0.3, 0.7).dtype == torch.float32
 
 
+def test_normalising_each_channel_against_float64():
+    pixels = torch.randint(0, 256, (2, 3, 4, 4), dtype=torch.uint8)
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    expected = (pixels.numpy() / 255 - np.reshape(mean, (3, 1, 1))) / np.reshape(std, (3, 1, 1))
+    for kind in (tuple, list):
+        assert np.abs(normalize(pixels, kind(mean), kind(std)).numpy() - expected).max() < 1e-6
+    assert torch.equal(normalize(pixels, (0.3,) * 3, 0.7), normalize(pixels, 0.3, 0.7))
+
+
 def test_unknown_sources_are_refused():
     with pytest.raises(ZooError, match=r"unknown image source 'digts': did you mean 'digits'\?; any Hugging Face"):
         load_images("x", ImagesSpec("digts", 8))
@@ -118,6 +128,14 @@ def test_resizing_is_that_of_pillow():
     ours = prepare(images, ImagesSpec("x", 16))[0, 0].numpy().astype(int)
     pillow = np.asarray(Image.fromarray(images[0, 0].numpy()).resize((16, 16), Image.Resampling.BILINEAR)).astype(int)
     assert np.abs(ours - pillow).max() <= 1
+
+
+def test_bicubic_resizing_is_that_of_pillow():
+    """Pillow in float32, which does not round between its passes."""
+    images = pixels(1, 1, 28, 28)
+    ours = prepare(images, ImagesSpec("x", 16, interpolation="bicubic"))[0, 0].numpy()
+    floats = Image.fromarray(images[0, 0].numpy().astype(np.float32))
+    assert np.abs(ours - np.asarray(floats.resize((16, 16), Image.Resampling.BICUBIC)).clip(0, 255)).max() <= 0.51
 
 
 def test_flat_images_stay_flat():

@@ -13,6 +13,7 @@ from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from vitzoo_hf.images_spec import ImagesSpec, check_images
 from vitzoo_hf.located_yaml import Located, load_located
 from vitzoo_hf.schema import SPLITS, STAGES, ZooError, did_you_mean, fingerprint, model_id, split_of
 
@@ -23,7 +24,16 @@ CHOICES = {
     "head": ("linear", "mlp"),
     "init": ("timm", "kaiming"),
     "precision": ("float32", "bfloat16", "float16"),
-    "augmentation": ("none", "crop", "crop-flip", "simclr", "simclr-no-flip"),
+    "augmentation": (
+        "none",
+        "crop",
+        "crop-flip",
+        "random-crop-flip",
+        "random-crop-flip-rotate",
+        "simclr",
+        "simclr-no-flip",
+        "simclr-imagenet",
+    ),
 }
 ID_PARTS: dict[str, Callable[[Any], str]] = {
     "regime": lambda value: {"supervised": "sl", "contrastive": "cl"}[value],
@@ -75,31 +85,6 @@ class Recipe:
         """As JSON values; settings that came later are left out at their default, so that old fingerprints hold."""
         default = {"accumulate": 1, "precision": "float32", "warmup_epochs": 0.0}
         return {name: value for name, value in asdict(self).items() if default.get(name) != value}
-
-
-@dataclass(frozen=True)
-class ImagesSpec:
-    """Which images, prepared how.
-
-    The shorter side is resized to `resize`, if given; a centred square of `crop` pixels, or as large as it goes, is
-    resized to `size`; models are fed (x/255 − mean)/std.
-
-    `selection` and `test` are shares of the images; a source with a test set of its own keeps it, and gives
-    `selection` from its training images. `classes` lets a blueprint be planned where its images are not.
-    """
-
-    source: str
-    size: int
-    crop: int | None = None
-    resize: int | None = None
-    channels: int | None = None
-    mean: float = 0.5
-    std: float = 0.5
-    selection: float = 0.2
-    test: float = 0.2
-    split_seed: int = 0
-    path: str | None = None
-    classes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -163,10 +148,9 @@ class Blueprint:
         """Changes with anything that changes a weight, an id or a split."""
         decides = asdict(self)
         del decides["text"]
+        decides["images"] = {name: spec.decides() for name, spec in self.images.items()}
         for run, entry in zip(self.runs, decides["runs"], strict=True):
             entry["recipe"] = run.recipe.record
-        for spec in decides["images"].values():
-            del spec["path"], spec["classes"]
         return fingerprint(decides)
 
     @property
@@ -186,7 +170,7 @@ def _parse(root: Located) -> Blueprint:
     architecture.only("name", "args")
     images = {key: _record(ImagesSpec, node, source=key) for key, node in root.get("images").items()}
     for key, spec in images.items():
-        _check_images(spec, root.get("images").get(key))
+        check_images(spec, root.get("images").get(key))
     splits = _parse_splits(root)
     stages = root.get("stages")
     stages.only(*STAGES)
@@ -376,17 +360,6 @@ def _record(kind: type, node: Located, **defaults: Any) -> Any:
         if entry.default is MISSING and entry.name not in values:
             raise node.error(f"{node.key} lacks {entry.name!r}")
     return kind(**values)
-
-
-def _check_images(spec: ImagesSpec, node: Located) -> None:
-    counts = {"size": spec.size, "crop": spec.crop, "resize": spec.resize, "channels": spec.channels}
-    for name, count in (counts | {"classes": spec.classes}).items():
-        if count is not None and count < 1:
-            raise node.error(f"{name} is {count}; it must be positive")
-    if spec.std <= 0:
-        raise node.error(f"std is {spec.std}; it must be positive")
-    if not (0 < spec.selection < 1 and 0 < spec.test < 1 and spec.selection + spec.test < 1):
-        raise node.error("selection and test are shares above 0 that leave images to train on")
 
 
 def _without_paths(text: str, images: Mapping[str, ImagesSpec]) -> str:

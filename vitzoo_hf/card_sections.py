@@ -158,6 +158,8 @@ def _preparation(record: Mapping[str, Any]) -> str:
         steps.append(f"centre crop {plain(record['crop'])}")
     if record.get("size"):
         steps.append(f"resized to {plain(record['size'])}×{plain(record['size'])}")
+    if record.get("interpolation"):
+        steps.append(f"{plain(record['interpolation'])} interpolation")
     if record.get("channels"):
         steps.append(f"{plain(record['channels'])} channels" if record["channels"] != 1 else "1 channel")
     if record.get("mean") is not None and record.get("std") is not None:

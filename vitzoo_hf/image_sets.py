@@ -76,6 +76,7 @@ def _of_source(
         resize=record.get("resize"),
         crop=record.get("crop"),
         channels=record["channels"],
+        interpolation=record.get("interpolation", "bilinear"),
     )
     found = load_images(data, spec)
     known = record.get("class_names", [])

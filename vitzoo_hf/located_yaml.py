@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import UnionType
+from types import NoneType, UnionType
 from typing import Any, get_args
 
 import yaml
@@ -61,14 +61,16 @@ class Located:
         return self.value
 
     def typed(self, kind: Any) -> Any:
-        """The value as `kind`: `str`, `int`, `float`, `bool`, or one of these `| None`.
+        """The value as `kind`: `str`, `int`, `float`, `bool`, or one of these `| None` or `| tuple[kind, ...]`.
 
         `3e-3` is a number here, although YAML 1.1 reads it as text.
         """
         if isinstance(kind, UnionType):
-            if self.value is None:
+            kind, *others = get_args(kind)
+            if self.value is None and NoneType in others:
                 return None
-            kind = get_args(kind)[0]
+            if self.is_sequence and tuple[kind, ...] in others:
+                return tuple(entry.typed(kind) for entry in self.value)
         value = self.value
         if kind is float:
             try:

@@ -24,6 +24,7 @@ from vitzoo_hf.vit import layout_of
 from vitzoo_hf.zoo_folder import Rows, write_zoo
 
 MAX_PROBES = 20_000
+PROBES_AT_ONCE = 256
 
 
 def pack(blueprint: Blueprint, runs: Path, folder: Path, *, dtype: str = "float32", progress: bool = True) -> Path:
@@ -180,16 +181,17 @@ def _probes(blueprint: Blueprint, role: str) -> list[dict[str, Any]]:
 def _probe_rows(images: ImageSet, role: str) -> Iterator[dict[str, Any]]:
     from PIL import Image
 
-    pixels, labels = images.part(role)
-    for position, image, label in zip(images.splits[role].tolist(), pixels.numpy(), labels.tolist(), strict=True):
-        buffer = io.BytesIO()
-        Image.fromarray(image[0] if len(image) == 1 else image.transpose(1, 2, 0)).save(buffer, "PNG")
-        yield {
-            "dataset": images.name,
-            "position": position,
-            "label": label,
-            "image": {"bytes": buffer.getvalue(), "path": None},
-        }
+    positions = iter(images.positions(role).tolist())
+    for batch, labels in images.batches(role, PROBES_AT_ONCE):
+        for image, label in zip(batch.numpy(), labels.tolist(), strict=True):
+            buffer = io.BytesIO()
+            Image.fromarray(image[0] if len(image) == 1 else image.transpose(1, 2, 0)).save(buffer, "PNG")
+            yield {
+                "dataset": images.name,
+                "position": next(positions),
+                "label": label,
+                "image": {"bytes": buffer.getvalue(), "path": None},
+            }
 
 
 def _manifest(blueprint: Blueprint, missing: Mapping[str, str]) -> dict[str, Any]:

@@ -109,15 +109,17 @@ def _seconds_per_epoch(blueprint: Blueprint, run: Run, device: str) -> float:
     model = create(blueprint.architecture, args, head=run.recipe.head, head_hidden=head_hidden(run.recipe), seed=0)
     trainer = Trainer(run.recipe, images, model, run.epochs, device)
     batches = full_batches(torch.arange(len(trainer.labels), device=device), run.recipe.batch_size)
-    views = torch.Generator(device).manual_seed(0)
+    chosen = [batches[step % len(batches)] for step in range(WARMUP_STEPS + TIMED_STEPS)]
+    views, crops = torch.Generator(device).manual_seed(0), torch.Generator().manual_seed(0)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         times = []
-        for step in range(WARMUP_STEPS + TIMED_STEPS):
-            start = time.perf_counter()
-            float(trainer.step([batches[step % len(batches)]], views))
+        start = time.perf_counter()
+        for batch in trainer.feed.batches(chosen, crops):
+            float(trainer.step([batch], views))
             times.append(time.perf_counter() - start)
+            start = time.perf_counter()
     finally:
         torch.set_num_threads(threads)
     return median(times[WARMUP_STEPS:]) * len(trainer.labels) / min(run.recipe.batch_size, len(trainer.labels))

@@ -21,6 +21,7 @@ from vitzoo_hf.blueprint import Blueprint, Recipe, Run
 from vitzoo_hf.checkpoint import RunFolder
 from vitzoo_hf.flatten import Layout
 from vitzoo_hf.images import load_images
+from vitzoo_hf.pixels import PreparedImages
 from vitzoo_hf.schema import ZooError
 from vitzoo_hf.stacked_trainer import StackedTrainer
 from vitzoo_hf.stacked_vit import trainable_vit
@@ -102,9 +103,9 @@ def train_stacked(
 ) -> dict[str, str]:
     """Train runs of one shape into `folder`, from where earlier calls left off.
 
-    Runs that continue after different epochs train in as many groups. A single run, and models that `stackable`
-    refuses or recipes that accumulate or autocast, train by `train_run`. A run that diverges is recorded and leaves the group, which goes on; where memory
-    runs out, the group goes on in halves.
+    Runs that continue after different epochs train in as many groups. By `train_run` train single runs, models that
+    `stackable` refuses, recipes that accumulate or autocast, and images that are made on demand. A run that diverges
+    is recorded and leaves the group, which goes on; where memory runs out, the group goes on in halves.
 
     Args:
         blueprint: the zoo the runs belong to.
@@ -142,16 +143,23 @@ def train_stacked(
             waiting.setdefault(done, []).append(_Member(run, place, tensors))
     for done, members in waiting.items():
         parts = [members]
-        if len(members) > 1:
+        if len(members) > 1 and _prepared(blueprint, members[0].run):
             try:
                 diverged |= _train_group(blueprint, members, folder, device, done, on_epoch)
                 continue
             except torch.OutOfMemoryError:
                 parts = [members[: len(members) // 2], members[len(members) // 2 :]]
+        elif len(members) > 1:
+            parts = [[member] for member in members]
         for part in parts:
             remaining = [member.run for member in part]
             diverged |= train_stacked(blueprint, remaining, folder, device=device, on_epoch=on_epoch)
     return diverged
+
+
+def _prepared(blueprint: Blueprint, run: Run) -> bool:
+    """Whether a run's images lie in memory as models take them, which groups need."""
+    return isinstance(load_images(run.images, blueprint.images[run.images]).pixels, PreparedImages)
 
 
 @dataclass

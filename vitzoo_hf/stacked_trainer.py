@@ -24,6 +24,7 @@ from vitzoo_hf.objectives import (
     stacked_cross_entropy,
     stacked_info_nce,
 )
+from vitzoo_hf.preparation import standardize
 from vitzoo_hf.schema import ZooError
 from vitzoo_hf.stacked_optimizers import StackedOptimizer
 from vitzoo_hf.stacked_vit import stacked_logits, stacked_patches, trainable_vit
@@ -158,7 +159,7 @@ class StackedTrainer:
     def _views(self, pixels: UInt8[Tensor, "n C H W"], *generators: torch.Generator) -> Float[Tensor, "n C H W"]:
         spec = self.images.spec
         view = augment(pixels.float() / 255, self.recipe.augmentation, *generators)
-        return (view - spec.mean) / spec.std
+        return standardize(view, spec.mean, spec.std)
 
     def _losses(self, inputs: Tensor, targets: Tensor | None, tensors: dict[str, Tensor]) -> Float[Tensor, " G"]:
         outputs = stacked_logits(self.vit, tensors, stacked_patches(self.vit, inputs))

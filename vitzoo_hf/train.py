@@ -6,7 +6,6 @@ trains many of them together, up to rounding.
 """
 
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -108,8 +107,7 @@ def run_spec(blueprint: Blueprint, run: Run) -> dict[str, Any]:
 
     Paths and anything else of this machine stay out.
     """
-    spec = asdict(blueprint.images[run.images])
-    del spec["path"], spec["classes"]
+    spec = blueprint.images[run.images].decides()
     parent = next((other for other in blueprint.runs if other.run_id == run.parent_run), None)
     decides = {
         "architecture": blueprint.architecture,
@@ -148,10 +146,10 @@ def fitting_args(blueprint: Blueprint, run: Run, images: ImageSet) -> dict[str, 
     args = architecture_args(blueprint, run, len(images.class_names))
     channels, size = args.get("in_chans", 3), args.get("img_size", images.spec.size)
     height, width = size if isinstance(size, list) else (size, size)
-    if (channels, height, width) != tuple(images.images.shape[1:]):
+    if (channels, height, width) != (images.pixels.channels, images.spec.size, images.spec.size):
         raise ZooError(
             f"{blueprint.architecture} takes {channels} channels of {height}×{width}, images {run.images!r} have"
-            f" {images.images.shape[1]} of {images.spec.size}×{images.spec.size}: set size and channels of the images"
+            f" {images.pixels.channels} of {images.spec.size}×{images.spec.size}: set size and channels of the images"
         )
     return args
 

@@ -1,20 +1,22 @@
 """A model in training: the step, the epoch, the results, and what must be kept to continue."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from vitzoo_hf.augment import augment
 from vitzoo_hf.blueprint import Recipe
 from vitzoo_hf.checkpoint import RunFolder, load_optimizer_tensors, optimizer_tensors
 from vitzoo_hf.flatten import is_head
 from vitzoo_hf.images import ImageSet
 from vitzoo_hf.objectives import derive_seed, info_nce, make_erase, make_mix, seeded_globals
+from vitzoo_hf.preparation import standardize
 from vitzoo_hf.schema import ZooError
+from vitzoo_hf.training_feed import CroppingFeed, PreparedFeed, make_feed
 
 EVALUATION_BATCH = 256
 NOT_FINITE = "the loss or a weight is no longer finite; lower the learning rate"
@@ -41,8 +43,8 @@ class Trainer:
                 parameter.requires_grad_(is_head(name))
         self.optimizer = make_optimizer(self.recipe, self.model)
         self.scaler = torch.amp.GradScaler(self.device, enabled=self.recipe.precision == "float16")
-        pixels, labels = self.images.part("train")
-        self.pixels, self.labels = pixels.to(self.device), labels.to(self.device)
+        self.feed = self._feed("train")
+        self.labels = self.images.labels[self.images.positions("train")].to(self.device)
         self.mix = make_mix(self.recipe, len(self.images.class_names))
         self.erase = make_erase(self.recipe, self.device)
 
@@ -59,28 +61,30 @@ class Trainer:
         """
         seed = self.recipe.seed
         views = torch.Generator(self.device).manual_seed(derive_seed(seed, "views", epoch))
+        crops = torch.Generator().manual_seed(derive_seed(seed, "crops", epoch))
         batches = batches_of(self.recipe, len(self.labels), epoch, self.device)
         self.model.train()
         total = torch.zeros((), device=self.device)
         together = self.recipe.accumulate
         steps = [batches[start : start + together] for start in range(0, len(batches), together)]
         with seeded_globals(derive_seed(seed, "mix", epoch)):
+            fed = self.feed.batches(batches, crops)
             for number, step in enumerate(steps):
                 self._set_lr(epoch - 1 + number / len(steps))
-                total += self.step(step, views)
+                total += self.step(islice(fed, len(step)), views, count=len(step))
         finite = all(bool(parameter.isfinite().all()) for parameter in self.model.parameters())
         if not (math.isfinite(float(total)) and finite):
             raise DivergedError(NOT_FINITE)
 
-    def step(self, batches: Sequence[Tensor], views: torch.Generator) -> Tensor:
-        """One update with the mean gradient of batches of training images, given by position.
+    def step(self, batches: Iterable[Tensor], views: torch.Generator, count: int = 1) -> Tensor:
+        """One update with the mean gradient of `count` batches, as the feed gives them.
 
         Returns their mean loss, detached.
         """
         self.optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=self.device)
         for batch in batches:
-            loss = self._loss(batch, views) / len(batches)
+            loss = self._loss(batch, views) / count
             self.scaler.scale(loss).backward()
             total += loss.detach()
         self.scaler.step(self.optimizer)
@@ -99,46 +103,57 @@ class Trainer:
             outputs: Tensor = self.model(self.erase(inputs))
         return outputs.float()
 
-    def _views(self, pixels: Tensor, generator: torch.Generator) -> Tensor:
-        spec = self.images.spec
-        view = augment(pixels.float() / 255, self.recipe.augmentation, generator)
-        return (view - spec.mean) / spec.std
+    def _feed(self, role: str) -> PreparedFeed | CroppingFeed:
+        return make_feed(
+            self.images, self.recipe.augmentation, self.device, role=role, views=2 if self.contrastive else 1
+        )
+
+    def _view(self, feed: PreparedFeed | CroppingFeed, batch: Tensor, generator: torch.Generator) -> Tensor:
+        return standardize(feed.view(batch, generator), self.images.spec.mean, self.images.spec.std)
 
     def _loss(self, batch: Tensor, views: torch.Generator) -> Tensor:
-        pixels = self.pixels[batch]
         if self.contrastive:
-            both = torch.cat([self._views(pixels, views), self._views(pixels, views)])
+            both = torch.cat([self._view(self.feed, batch, views) for _ in range(2)])
             return info_nce(self._outputs(both), self.recipe.temperature)
-        inputs, targets = self.mix(self._views(pixels, views), self.labels[batch])
+        inputs, targets = self.mix(self._view(self.feed, batch, views), self.labels[batch])
         return cross_entropy(self._outputs(inputs), targets)
 
     @torch.inference_mode()
     def results(self) -> dict[str, float | None]:
-        """Loss and accuracy on all training and all test images, unaugmented and in eval mode.
+        """Loss and accuracy on all training and all test images, unaugmented and in eval mode, batch by batch.
 
         A contrastive run has no accuracy; its losses are InfoNCE over fixed views, so that epochs compare.
         """
         self.model.eval()
         measured: dict[str, float | None] = {}
         for role in ("train", "test"):
-            pixels, labels = self.images.part(role)
-            pixels, labels = pixels.to(self.device), labels.to(self.device)
             if self.contrastive:
-                measured |= {f"{role}_loss": self._contrastive_loss(pixels), f"{role}_accuracy": None}
-                continue
-            logits = torch.cat([self.model(self.images.normalize(part)) for part in pixels.split(EVALUATION_BATCH)])
-            measured[f"{role}_loss"] = float(cross_entropy(logits.double(), labels))
-            measured[f"{role}_accuracy"] = float((logits.argmax(1) == labels).double().mean())
+                measured |= {f"{role}_loss": self._contrastive_loss(role), f"{role}_accuracy": None}
+            else:
+                measured[f"{role}_loss"], measured[f"{role}_accuracy"] = self._classification(role)
         train, test = measured["train_accuracy"], measured["test_accuracy"]
         measured["generalization_gap"] = train - test if train is not None and test is not None else None
         return measured
 
-    def _contrastive_loss(self, pixels: Tensor) -> float:
-        views = torch.Generator(self.device).manual_seed(derive_seed(0, "fixed views"))
-        losses = [
-            info_nce(self.model(torch.cat([self._views(part, views) for _ in range(2)])), self.recipe.temperature)
-            for part in full_batches(pixels, self.recipe.batch_size)
-        ]
+    def _classification(self, role: str) -> tuple[float, float]:
+        """Mean loss and accuracy."""
+        losses, correct = [], []
+        for pixels, labels in self.images.batches(role, EVALUATION_BATCH):
+            targets = labels.to(self.device)
+            logits = self.model(self.images.normalize(pixels.to(self.device)))
+            losses.append(cross_entropy(logits.double(), targets, reduction="none"))
+            correct.append(logits.argmax(1) == targets)
+        return float(torch.cat(losses).mean()), float(torch.cat(correct).double().mean())
+
+    def _contrastive_loss(self, role: str) -> float:
+        feed = self.feed if role == "train" else self._feed(role)
+        positions = torch.arange(len(self.images.positions(role)), device=self.device)
+        seed = derive_seed(0, "fixed views")
+        views, crops = torch.Generator(self.device).manual_seed(seed), torch.Generator().manual_seed(seed)
+        losses = []
+        for batch in feed.batches(full_batches(positions, self.recipe.batch_size), crops):
+            both = torch.cat([self._view(feed, batch, views) for _ in range(2)])
+            losses.append(info_nce(self.model(both), self.recipe.temperature))
         return float(torch.stack(losses).double().mean())
 
     def resume_tensors(self) -> dict[str, Tensor]:

@@ -21,6 +21,7 @@ from vitzoo_hf import schema
 from vitzoo_hf.hub_files import REPAIR
 from vitzoo_hf.light_tables import LightTables
 from vitzoo_hf.locate import check_sizes, open_files, read_layouts, read_manifest, read_shards
+from vitzoo_hf.preparation import normalize
 from vitzoo_hf.rebuild import VerifiedRow, reconstruct
 from vitzoo_hf.row_tables import check_classes, features_of, matches, with_class_names
 from vitzoo_hf.schema import ZooError, did_you_mean
@@ -308,8 +309,7 @@ class Zoo:
             raise ZooError(f"zoo.json of {self.name} does not say how images of {dataset!r} are prepared; {REPAIR}")
         images = datasets.Dataset(table).with_format("numpy")["image"][:]
         pixels = torch.from_numpy(np.stack([np.atleast_3d(image) for image in images])).permute(0, 3, 1, 2)
-        normalised = (pixels.float() / 255 - record["mean"]) / record["std"]
-        return normalised, torch.tensor(table["label"].to_pylist())
+        return normalize(pixels, record["mean"], record["std"]), torch.tensor(table["label"].to_pylist())
 
     def probe_rows(self, role: str) -> list[dict[str, Any]]:
         """Rows of the `probes` config as they are stored, images still encoded."""

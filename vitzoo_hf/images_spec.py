@@ -1,0 +1,86 @@
+"""Which images a blueprint trains on and how they are prepared."""
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from vitzoo_hf.located_yaml import Located
+from vitzoo_hf.schema import did_you_mean
+
+CHOICES = {"interpolation": ("bilinear", "bicubic"), "decode": ("auto", "once", "on_demand")}
+LATER = ("interpolation", "label", "decode")
+"""Fields that blueprints did not have at first: at their default they change no fingerprint and no record."""
+
+
+@dataclass(frozen=True)
+class ImagesSpec:
+    """Which images, prepared how.
+
+    The shorter side is resized to `resize`, if given; a centred square of `crop` pixels, or as large as it goes, is
+    resized to `size`, by `interpolation` (bilinear or bicubic, antialiased); models are fed (x/255 − mean)/std, where
+    mean and std are one number or one a channel.
+
+    `selection` and `test` are shares of the images; a source with a test set of its own keeps it, and gives
+    `selection` from its training images. `classes` lets a blueprint be planned where its images are not. `label` is
+    the column of a dataset that has several.
+
+    `decode` says when: `once`, into memory; `on_demand`, for each batch, random crops being cut from the original
+    image; `auto` is `once` unless the prepared images would take more than 4 GB.
+    """
+
+    source: str
+    size: int
+    crop: int | None = None
+    resize: int | None = None
+    channels: int | None = None
+    mean: float | tuple[float, ...] = 0.5
+    std: float | tuple[float, ...] = 0.5
+    selection: float = 0.2
+    test: float = 0.2
+    split_seed: int = 0
+    path: str | None = None
+    classes: int | None = None
+    interpolation: str = "bilinear"
+    label: str | None = None
+    decode: str = "auto"
+
+    def decides(self) -> dict[str, Any]:
+        """What decides a weight, as JSON values: nothing that only this machine knows.
+
+        >>> "interpolation" in ImagesSpec("digits", 8).decides()
+        False
+        >>> ImagesSpec("digits", 8, mean=(0.1, 0.2, 0.3), interpolation="bicubic").decides()["mean"]
+        [0.1, 0.2, 0.3]
+        """
+        values = asdict(self)
+        del values["path"], values["classes"]
+        defaults = {entry.name: entry.default for entry in fields(self)}
+        return {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in values.items()
+            if not (name in LATER and value == defaults[name])
+        }
+
+
+def check_images(spec: ImagesSpec, node: Located) -> None:
+    """Refuse what no images can be prepared by.
+
+    Raises:
+        ZooError: naming the place in the file.
+    """
+    counts = {"size": spec.size, "crop": spec.crop, "resize": spec.resize, "channels": spec.channels}
+    for name, count in (counts | {"classes": spec.classes}).items():
+        if count is not None and count < 1:
+            raise node.error(f"{name} is {count}; it must be positive")
+    for name in ("mean", "std"):
+        value = getattr(spec, name)
+        if isinstance(value, tuple) and len(value) != (spec.channels or 3):
+            raise node.error(f"{name} has {len(value)} numbers; give one, or one for each channel")
+    for std in spec.std if isinstance(spec.std, tuple) else (spec.std,):
+        if std <= 0:
+            raise node.error(f"std is {std}; it must be positive")
+    for name, known in CHOICES.items():
+        value = getattr(spec, name)
+        if value not in known:
+            raise node.error(f"unknown {name} {value!r}: {did_you_mean(value, known)}")
+    if not (0 < spec.selection < 1 and 0 < spec.test < 1 and spec.selection + spec.test < 1):
+        raise node.error("selection and test are shares above 0 that leave images to train on")
