@@ -1,123 +1,16 @@
-"""The figures of a zoo as files, and one self-contained HTML page that shows and explains them."""
+"""One self-contained HTML page that shows and explains the figures of a zoo."""
 
 import base64
 import html
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from io import BytesIO
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pandas as pd
-from matplotlib import rc_context
-from matplotlib.figure import Figure
 
-from vitzoo_hf import plot
-from vitzoo_hf.checkpoint import write_atomically
-from vitzoo_hf.schema import ZooError, did_you_mean
-
-DPI = 200
-
-
-class Entry(NamedTuple):
-    """A figure of the report: how it is drawn from (index, evaluations, pairs), and what the page says of it."""
-
-    draw: Callable[[pd.DataFrame, pd.DataFrame, pd.DataFrame], Figure]
-    heading: str
-    caption: str
-    of_pairs: bool = False
-
-
-FIGURES: dict[str, Entry] = {
-    "accuracy_by_factor": Entry(
-        lambda index, evaluations, pairs: plot.accuracy_by_factor(evaluations),
-        "Accuracy by factor",
-        "Each point is one final model, measured on the test images; every panel shows the same models, sorted by"
-        " another factor. A black line is the median of a level, its box the middle half. Panels are ordered by η²,"
-        " the bar on top: how much of the differences between models the factor explains by itself. Table:"
-        " evaluations.",
-    ),
-    "learning_curves": Entry(
-        lambda index, evaluations, pairs: plot.learning_curves(index),
-        "Learning curves",
-        "A thin line is one run, a thick line the median of the runs that share a level of the strongest factor;"
-        " points are checkpoints kept in the zoo. Test accuracy as recorded during training; contrastive"
-        " pre-training has none, so it is not shown. Table: index.",
-    ),
-    "agreement_matrix": Entry(
-        lambda index, evaluations, pairs: plot.pair_matrix(pairs, index, "agreement"),
-        "Agreement of predictions",
-        "Each cell is a pair of final models: the share of test images for which both predict the same class."
-        " Rows and columns have the same order: by lineage (brackets, white lines), then by the factors in the"
-        " strips on the left. Bright blocks on the diagonal mean that models of one parent decide alike. Hatched:"
-        " not defined, for example between different label sets. Tables: pairs, index.",
-        True,
-    ),
-    "cka_matrix": Entry(
-        lambda index, evaluations, pairs: plot.pair_matrix(pairs, index, "cka"),
-        "Similarity of representations",
-        "As above, with the centred kernel alignment (CKA, debiased) of the features that two models compute for"
-        " the test images: 1 means the same geometry up to rotation and scale, 0 unrelated. It needs no labels, so"
-        " pre-trained models are included where they were measured. Tables: pairs, index.",
-        True,
-    ),
-    "distance_against_agreement": Entry(
-        lambda index, evaluations, pairs: plot.distance_against_agreement(pairs),
-        "Distance in weights and agreement in behaviour",
-        "Each point is a pair of final models: how far apart their trunk weights are, and how often they agree on"
-        " test images. Spearman's rank correlation is computed within each colour; a correlation over both colours"
-        " would mostly show the difference between the groups. Pairs share models and are not independent, so read"
-        " it as a description and not as a test. Table: pairs.",
-        True,
-    ),
-}
-"""File name -> figure, in the order of the report."""
-
-
-def write_figures(
-    index: pd.DataFrame,
-    evaluations: pd.DataFrame,
-    pairs: pd.DataFrame | None,
-    folder: Path,
-    *,
-    formats: Sequence[str] = ("png",),
-) -> list[Path]:
-    """Write every figure that applies to this zoo, each file atomically; returns the files in report order.
-
-    A figure is skipped where its columns hold no value, such as learning curves without recorded accuracy.
-
-    Args:
-        index: see `plot.learning_curves`.
-        evaluations: see `plot.accuracy_by_factor`.
-        pairs: see `plot.pair_matrix` and `plot.distance_against_agreement`; None or empty: no figure of pairs.
-        folder: created where missing.
-        formats: file endings that matplotlib can write, such as `png`, `svg`, `pdf`.
-
-    Raises:
-        ZooError: for an unknown format, a missing column, or an empty `index` or `evaluations`.
-    """
-    known = Figure().canvas.get_supported_filetypes()
-    for ending in formats:
-        if ending not in known:
-            raise ZooError(f"cannot write figures as {ending!r}: {did_you_mean(ending, known)}")
-    if pairs is None:
-        pairs = pd.DataFrame()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ZooError(f"cannot write into {folder}: {error.strerror}") from None
-    written = []
-    for name, entry in FIGURES.items():
-        if entry.of_pairs and pairs.empty:
-            continue
-        try:
-            figure = entry.draw(index, evaluations, pairs)
-        except plot.NothingToDrawError:
-            continue
-        for ending in formats:
-            with BytesIO() as buffer, rc_context(plot.STYLE):
-                figure.savefig(buffer, format=ending, dpi=DPI)
-                written.append(_write(folder / f"{name}.{ending}", buffer.getvalue()))
-    return written
+from vitzoo_hf.factors import explained_variance, final_models, require, varying_factors
+from vitzoo_hf.figures import FIGURES, Entry, write_figures, write_file
+from vitzoo_hf.plot_modes import SPACES, separation_table
 
 
 def write_report(
@@ -128,8 +21,11 @@ def write_report(
     *,
     title: str,
     facts: Mapping[str, str],
+    layers: pd.DataFrame | None = None,
 ) -> Path:
-    """Write `folder/figures/*.png` and `folder/report.html`, one page that needs no other file and no network.
+    """Write `figures/*.png`, `data/*.csv` and `report.html`, a page that needs no other file and no network.
+
+    Each figure is drawn from the CSV of its name, which `figures.figure_from_csv` draws again.
 
     Args:
         index: see `plot.learning_curves`.
@@ -138,14 +34,15 @@ def write_report(
         folder: created where missing.
         title: the heading, plain text.
         facts: label -> value, plain text: what the zoo is, where it comes from.
+        layers: of `layer_similarity`, for a few models; None: no figure of layers.
 
     Raises:
         ZooError: for a missing column, or an empty `index` or `evaluations`.
     """
-    plot.require(index, "index", ("model_id", "is_final"))
-    models = plot.final_models(evaluations)
-    shares = plot.explained_variance(evaluations)
-    figures = write_figures(index, evaluations, pairs, folder / "figures")
+    require(index, "index", ("model_id", "is_final"))
+    models = final_models(evaluations)
+    shares = explained_variance(evaluations)
+    figures = write_figures(index, evaluations, pairs, folder, layers=layers)
     drawn = {path.stem for path in figures}
     missing = [entry.heading for name, entry in FIGURES.items() if name not in drawn]
     sections = [
@@ -155,17 +52,13 @@ def write_report(
         _share_table(models, shares),
         "</section><section><h2>Figures</h2>",
         *(_figure(path, FIGURES[path.stem]) for path in figures),
+        _separation(pairs, index) if "modes" in drawn else "",
         f"<p class=note>Not drawn, for lack of data: {_escape(', '.join(missing))}.</p>" if missing else "",
         "</section>",
         _model_section(models, index),
     ]
     page = _PAGE.format(title=_escape(title), style=_STYLE, script=_SCRIPT, body="\n".join(sections))
-    return _write(folder / "report.html", page.encode())
-
-
-def _write(path: Path, content: bytes) -> Path:
-    write_atomically(path, lambda temporary: temporary.write_bytes(content))
-    return path
+    return write_file(folder / "report.html", page.encode())
 
 
 def _escape(text: Any) -> str:
@@ -191,7 +84,7 @@ def _sentences(models: pd.DataFrame, shares: pd.Series, pairs: pd.DataFrame | No
     defined = shares.dropna()
     if defined.empty:
         yield "No factor can be named: nothing varies among these models, or all have the same accuracy."
-    levels = plot.varying_factors(models)
+    levels = varying_factors(models)
     chance = {name: (levels[str(name)].nunique() - 1) / (len(models) - 1) for name in defined.index}
     weak = [str(name) for name, share in defined.items() if share <= chance[name]]
     for rank, (name, share) in enumerate(defined.drop(weak).head(2).items()):
@@ -227,7 +120,7 @@ def _pair_sentence(pairs: pd.DataFrame | None, value: str, words: str) -> Iterab
 
 def _share_table(models: pd.DataFrame, shares: pd.Series) -> str:
     """Factor, levels, eta squared, and what chance alone would give."""
-    levels = plot.varying_factors(models)
+    levels = varying_factors(models)
     rows = [
         [name, count, round(share, 3), round((count - 1) / (len(models) - 1), 3)]
         for name, share in shares.items()
@@ -242,11 +135,32 @@ def _share_table(models: pd.DataFrame, shares: pd.Series) -> str:
     return (_table(["factor", "levels", "η²", "by chance"], rows) + note) if rows else ""
 
 
+def _separation(pairs: pd.DataFrame | None, index: pd.DataFrame) -> str:
+    """How well each factor separates the models, beside what chance gives."""
+    if pairs is None:
+        return ""
+    scores = separation_table(pairs, index)
+    rows = [
+        [SPACES[row["space"]], row["factor"], row["levels"], *(round(row[name], 3) for name in _SILHOUETTES)]
+        for row in scores.to_dict("records")
+    ]
+    note = (
+        "<p class=note>Silhouette: 1 where models with the same level of a factor are close together and far from"
+        " all others, 0 where levels overlap, below where they are nearer to others. “By chance” and “95 %” are its"
+        " mean and 95th percentile over 200 permutations of the levels.</p>"
+    )
+    return (_table(["distance", "factor", "levels", "silhouette", "by chance", "95 %"], rows) + note) if rows else ""
+
+
+_SILHOUETTES = ("silhouette", "chance", "chance_95")
+
+
 def _figure(path: Path, entry: Entry) -> str:
     image = base64.b64encode(path.read_bytes()).decode()
     return (
         f'<figure id="{path.stem}"><h3>{_escape(entry.heading)}</h3><img alt="{_escape(entry.heading)}"'
-        f' src="data:image/png;base64,{image}"><figcaption>{_escape(entry.caption)}</figcaption></figure>'
+        f' src="data:image/png;base64,{image}"><figcaption>{_escape(entry.caption)}'
+        f' <a href="data/{path.stem}.csv">data/{path.stem}.csv</a></figcaption></figure>'
     )
 
 
@@ -258,7 +172,7 @@ def _model_section(models: pd.DataFrame, index: pd.DataFrame) -> str:
         models = models.assign(generalization_gap=models["model_id"].map(recorded))
     models = models.sort_values("test_accuracy", ascending=False, ignore_index=True)
     table = {"model": models["model_id"]}
-    for name in plot.varying_factors(models):
+    for name in varying_factors(models):
         column = f"factor_{name}" if f"factor_{name}" in models else name
         table[name] = models["parent_id" if column == "parent" else column]
     for name in wanted:
