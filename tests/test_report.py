@@ -9,14 +9,14 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from vitzoo_hf import report
+from vitzoo_hf import figures, report
 from vitzoo_hf.schema import ZooError
 
 
 @pytest.fixture(scope="module", autouse=True)
 def coarse_figures():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report, "DPI", 30)
+        patch.setattr(figures, "DPI", 30)
         yield
 
 
@@ -46,6 +46,12 @@ def small_tables(models=12, parents=("sl-s42", "cl-s42")):
     return index, evaluations.reset_index(drop=True), pairs.assign(weight_l2=rng.uniform(1, 9, len(pairs)))
 
 
+def layer_table():
+    blocks = [(model, block) for model in ("sl-s42--0@5", "cl-s42--0@5") for block in (0, 1)]
+    rows = [(*a, *b, 1.0 if a == b else 0.5) for a in blocks for b in blocks]
+    return pd.DataFrame(rows, columns=["model_a", "block_a", "model_b", "block_b", "cka"])
+
+
 class Page(html.parser.HTMLParser):
     """Elements with their attributes, the text, and whether every element is closed."""
 
@@ -70,7 +76,8 @@ class Page(html.parser.HTMLParser):
 def page(tmp_path_factory):
     folder = tmp_path_factory.mktemp("report")
     facts = {"models": "12", "licence": "<b>CC & BY</b>"}
-    path = report.write_report(*small_tables(), folder, title="Zoo <script>alert(1)</script>", facts=facts)
+    title = "Zoo <script>alert(1)</script>"
+    path = report.write_report(*small_tables(), folder, title=title, facts=facts, layers=layer_table())
     assert path == folder / "report.html"
     return path
 
@@ -78,8 +85,11 @@ def page(tmp_path_factory):
 def test_report_is_self_contained_and_well_formed(page):
     found = Page(page.read_text("utf-8"))
     assert found.open == []
-    links = [value for _, attrs in found.elements for key, value in attrs.items() if key in ("src", "href")]
-    assert len(links) == len(report.FIGURES)
+    data = [attrs["href"] for _, attrs in found.elements if "href" in attrs]
+    assert data == [f"data/{name}.csv" for name in figures.FIGURES]
+    assert all((page.parent / link).is_file() for link in data)
+    links = [attrs["src"] for _, attrs in found.elements if "src" in attrs]
+    assert len(links) == len(figures.FIGURES)
     assert all(link.startswith("data:image/png;base64,") for link in links)
     assert not {"link", "iframe", "object"} & {tag for tag, _ in found.elements}
     assert not re.search(r"https?:|url\(|@import", page.read_text("utf-8"))
@@ -92,7 +102,7 @@ def test_report_shows_facts_sentences_figures_and_models(page):
     assert re.search(r"\blr : η² = (0\.9\d|1\.00)", text)
     assert "No more than chance would explain" in text
     assert re.search(r"same parent predict the same class for 75\.\d % .* for 50\.\d %", text)
-    assert all(entry.heading in text and entry.caption in text for entry in report.FIGURES.values())
+    assert all(entry.heading in text and entry.caption in text for entry in figures.FIGURES.values())
     assert "Not drawn" not in text
     assert "sl-s42--0@5" in text
     assert "generalization gap" in text
@@ -115,12 +125,17 @@ def test_everything_from_outside_is_escaped(tmp_path):
 
 def test_figures_that_do_not_apply_are_skipped_and_named(tmp_path):
     index, evaluations, pairs = small_tables()
-    written = report.write_figures(index, evaluations, None, tmp_path)
-    assert [path.name for path in written] == ["accuracy_by_factor.png", "learning_curves.png"]
-    assert report.write_figures(index, evaluations, pairs[:0], tmp_path) == written
+    written = figures.write_figures(index, evaluations, None, tmp_path)
+    assert [path.name for path in written] == [
+        "population_overview.png",
+        "accuracy_by_factor.png",
+        "learning_curves.png",
+    ]
+    assert figures.write_figures(index, evaluations, pairs[:0], tmp_path) == written
     unrecorded = index.assign(test_accuracy=np.nan)
     path = report.write_report(unrecorded, evaluations, pairs.assign(agreement=None), tmp_path, title="t", facts={})
-    missing = "Learning curves, Agreement of predictions, Distance in weights and agreement in behaviour"
+    missing = "Learning curves, Agreement of predictions, Similarity layer by layer, Agreement and accuracy, Distance"
+    missing += " in weights and agreement in behaviour"
     assert f"Not drawn, for lack of data: {missing}." in path.read_text("utf-8")
 
 
@@ -140,9 +155,14 @@ def test_a_zoo_where_nothing_varies(tmp_path):
 
 def test_formats_and_files(tmp_path):
     index, evaluations, pairs = small_tables()
-    written = report.write_figures(index, evaluations, pairs, tmp_path / "a" / "b", formats=("png", "svg"))
-    assert [path.suffix for path in written] == [".png", ".svg"] * len(report.FIGURES)
-    assert sorted(path.name for path in (tmp_path / "a" / "b").iterdir()) == sorted(path.name for path in written)
+    written = figures.write_figures(
+        index, evaluations, pairs, tmp_path / "a" / "b", formats=("png", "svg"), layers=layer_table()
+    )
+    assert [path.suffix for path in written] == [".png", ".svg"] * len(figures.FIGURES)
+    found = (tmp_path / "a" / "b" / "figures").iterdir()
+    assert sorted(path.name for path in found) == sorted(path.name for path in written)
+    found = (tmp_path / "a" / "b" / "data").iterdir()
+    assert {path.name for path in found} == {f"{name}.csv" for name in figures.FIGURES}
     assert all(path.read_bytes().startswith(PNG) for path in written[::2])
     assert all(b"<svg" in path.read_bytes() for path in written[1::2])
 
@@ -150,9 +170,9 @@ def test_formats_and_files(tmp_path):
 def test_errors_are_one_clear_line(tmp_path):
     index, evaluations, pairs = small_tables()
     with pytest.raises(ZooError, match=r"^cannot write figures as 'pngg': did you mean 'png'\?$"):
-        report.write_figures(index, evaluations, pairs, tmp_path, formats=["pngg"])
+        figures.write_figures(index, evaluations, pairs, tmp_path, formats=["pngg"])
     with pytest.raises(ZooError, match=r"^table 'pairs' has no column 'weight_l2'"):
-        report.write_figures(index, evaluations, pairs.drop(columns="weight_l2"), tmp_path)
+        figures.write_figures(index, evaluations, pairs.drop(columns="weight_l2"), tmp_path)
     for wrong, name in (((index[:0], evaluations), "index"), ((index, evaluations[:0]), "evaluations")):
         with pytest.raises(ZooError, match=f"^table '{name}' has no rows"):
             report.write_report(*wrong, pairs, tmp_path, title="t", facts={})
@@ -160,14 +180,14 @@ def test_errors_are_one_clear_line(tmp_path):
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
-    path = report._write(tmp_path / "x", b"old")
+    path = figures.write_file(tmp_path / "x", b"old")
 
     def fail(self, target):
         raise OSError("disk full")
 
     monkeypatch.setattr(type(path), "replace", fail)
     with pytest.raises(ZooError, match=r"cannot write .*x: disk full"):
-        report._write(path, b"new")
+        figures.write_file(path, b"new")
     assert list(tmp_path.iterdir()) == [path]
     assert path.read_bytes() == b"old"
 
@@ -177,6 +197,47 @@ def test_a_full_disk_is_one_line_and_leaves_no_scrap(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(pathlib.Path, "write_bytes", full)
-    with pytest.raises(ZooError, match=r"cannot write .*accuracy_by_factor.png: No space left on device"):
-        report.write_figures(*small_tables(), tmp_path)
-    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(ZooError, match=r"cannot write .*population_overview.csv: No space left on device"):
+        figures.write_figures(*small_tables(), tmp_path)
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+@pytest.mark.parametrize("name", figures.FIGURES)
+def test_a_figure_drawn_again_from_its_csv_is_the_same_to_the_byte(page, name):
+    figure = figures.figure_from_csv(name, page.parent / "data" / f"{name}.csv")
+    assert figures.image_of(figure) == (page.parent / "figures" / f"{name}.png").read_bytes()
+
+
+def test_the_csv_keeps_numbers_and_names(page):
+    _, _, pairs = small_tables()
+    found = pd.read_csv(page.parent / "data" / "distance_against_agreement.csv")
+    assert found["weight_l2"].tolist() == pairs["weight_l2"].tolist()
+    assert found["model_b"].tolist() == pairs["model_b"].tolist()
+    matrix = pd.read_csv(page.parent / "data" / "cka_matrix.csv", index_col="model_id")
+    for pair in pairs.itertuples():
+        assert matrix.loc[pair.model_a, pair.model_b] == matrix.loc[pair.model_b, pair.model_a] == pair.cka
+
+
+def test_levels_that_look_like_nothing_are_levels(tmp_path):
+    index, evaluations, pairs = small_tables()
+    for table in (index, evaluations):
+        table["factor_augmentation"] = np.where(table["factor_lr"] > 0.005, "NA", "none")
+    figures.write_figures(index, evaluations, pairs, tmp_path)
+    figure = figures.figure_from_csv("accuracy_by_factor", tmp_path / "data" / "accuracy_by_factor.csv")
+    panel = next(axes for axes in figure.axes if axes.get_title("left") == "augmentation")
+    assert [label.get_text() for label in panel.get_xticklabels()] == ["NA", "none"]
+
+
+def test_a_csv_that_is_none_is_refused_in_one_line(tmp_path):
+    with pytest.raises(ZooError, match=r"^unknown figure 'mode': did you mean 'modes'\?$"):
+        figures.figure_from_csv("mode", tmp_path / "x.csv")
+    with pytest.raises(ZooError, match=r"^cannot read .*x.csv as a CSV: .*No such file"):
+        figures.figure_from_csv("modes", tmp_path / "x.csv")
+    (tmp_path / "x.csv").write_text("model,b\n1,2\n")
+    with pytest.raises(ZooError, match="has no column 'model_id'"):
+        figures.figure_from_csv("modes", tmp_path / "x.csv")
+
+
+def test_the_separation_of_factors_is_on_the_page(page):
+    text = " ".join(Page(page.read_text("utf-8")).texts)
+    assert "silhouette by chance 95 % weights: L2 distance" in re.sub(r"\s+", " ", text)

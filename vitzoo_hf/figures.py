@@ -101,9 +101,9 @@ FIGURES: dict[str, Entry] = {
         "Two accurate models must agree often. Each point is a pair of final models; grey dashes are the most that"
         " its two accuracies a and b allow, 1 − |a − b|, black ones what errors independent of each other and evenly"
         " spread over the other classes would give, ab + (1 − a)(1 − b) / (classes − 1). Points above the black"
-        " dashes share errors. Cohen’s kappa and error consistency (kappa of being right) are 0 for what chance"
-        " alone would give; zoos evaluated before they were measured do not show them. Tables: pairs, evaluations,"
-        " index.",
+        " dashes are more alike than that. Cohen’s kappa and error consistency (kappa of being right) are 0 for what"
+        " chance alone would give; zoos evaluated before they were measured do not show them. Tables: pairs,"
+        " evaluations, index.",
         "pairs",
     ),
     "distance_against_agreement": Entry(
@@ -121,7 +121,7 @@ FIGURES: dict[str, Entry] = {
         plot_modes.modes,
         "Modes by generating factor",
         "Final models as points in a plane, placed by classical multidimensional scaling of the L2 distances of their"
-        " trunk weights and of 1 − agreement. The title’s share is that of the two axes in the positive eigenvalues:"
+        " trunk weights and of 1 − agreement. The share is that of the two axes in the positive eigenvalues:"
         " a small one means that much of the distances is not in the picture. Colours: the factor with the largest"
         " silhouette, computed in the whole matrix of distances. Axes have no unit of their own and their sign means"
         " nothing. Tables: pairs, index.",
@@ -200,7 +200,6 @@ def figure_from_csv(name: str, path: Path) -> Figure:
             dtype=dict.fromkeys(TEXT, str),
             keep_default_na=False,
             na_values=[""],
-            float_precision="round_trip",
             low_memory=False,
         )
     except (OSError, ValueError) as error:

@@ -8,9 +8,10 @@ import pandas as pd
 from jaxtyping import Float, Float64, Int64
 from matplotlib import rc_context
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from vitzoo_hf.factors import MAX_LEVELS, NothingToDrawError, require, varying_factors
-from vitzoo_hf.figure_style import STYLE, colours_of, heading, short
+from vitzoo_hf.figure_style import MUTED, STYLE, colours_of, heading, short
 from vitzoo_hf.plot_pairs import square
 
 SPACES = {"weight_l2": "weights: L2 distance", "disagreement": "behaviour: 1 − agreement"}
@@ -147,11 +148,12 @@ def modes(table: pd.DataFrame) -> Figure:
                 axes.scatter(part.iloc[:, 0], part.iloc[:, 1], color=colour, label=short(label, 24), **drawn)
             where: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1, 1), "alignment": "left"}
             axes.legend(title=short(name), handletextpad=0.2, **where)
+        axes.xaxis.set_major_locator(MaxNLocator(6))
         axes.set_aspect("equal", adjustable="datalim")
         held = "not defined" if pd.isna(share) else f"{100 * share:.0f} %"
         axes.set_title(f"{SPACES[space]}\n", pad=2)
         told = f"{points.iloc[:, 0].notna().sum()} models; share of the two axes: {held}"
-        axes.text(0, 1.015, told, transform=axes.transAxes, color="#6b7280")
+        axes.text(0, 1.015, told, transform=axes.transAxes, color=MUTED)
         axes.set(xlabel="first axis", ylabel="second axis")
     heading(figure, "Modes of the population", "a point is a final model; classical scaling of all their distances")
     return figure

@@ -26,7 +26,7 @@ from vitzoo_hf.factors import (
 from vitzoo_hf.figure_style import INK, NAMES, PALETTE, PERCENT, STYLE, colours_of, heading, short
 from vitzoo_hf.schema import DISTANCES, ZooError
 
-KAPPAS = ("cohen_kappa", "error_consistency")
+KAPPAS = {"cohen_kappa": "Cohen’s kappa", "error_consistency": "error consistency"}
 GROUPS = (("different parents", False, PALETTE[5]), ("same parent", True, PALETTE[0]))
 
 
@@ -217,7 +217,7 @@ def agreement_against_accuracy(table: pd.DataFrame) -> Figure:
             axes.scatter(x[part], table.loc[part, value], s=14, color=colour, alpha=alpha, lw=0, rasterized=True)
             if value == "agreement" and part.any():
                 axes.scatter([], [], s=26, color=colour, label=f"{label}: {part.sum():,} pairs")
-        axes.set(xlabel="mean test accuracy of the two models", title=value.replace("_", " "))
+        axes.set(xlabel="mean test accuracy of the two models", title=KAPPAS.get(value, value))
         axes.xaxis.set_major_locator(MaxNLocator(6))
         axes.xaxis.set_major_formatter(PERCENT)
         if value != "agreement":
@@ -227,12 +227,18 @@ def agreement_against_accuracy(table: pd.DataFrame) -> Figure:
         ("independent", "if errors were independent", INK, 1.2),
     ):
         if table[name].notna().any():
-            bound: dict[str, Any] = {"marker": "_", "color": colour, "linewidths": width, "zorder": 0.9}
+            bound: dict[str, Any] = {
+                "marker": "_",
+                "color": colour,
+                "linewidths": width,
+                "zorder": 0.9,
+                "alpha": min(1, 3 * alpha),
+            }
             panels[0].scatter(x, table[name], s=22, rasterized=True, **bound)
             panels[0].scatter([], [], s=60, marker="_", color=colour, label=label)
     panels[0].yaxis.set_major_formatter(PERCENT)
     figure.legend(loc="outside lower left", ncols=2, handletextpad=0.3)
-    told = "a point is a pair of models; each has a dash for each of its two bounds"
+    told = "a point is a pair of models; dashes: what its two accuracies allow and suggest, see the legend"
     heading(figure, "More alike than their accuracies explain?", told)
     return figure
 
@@ -260,7 +266,7 @@ def layer_matrix(layers: pd.DataFrame) -> Figure:
         axes.plot([0, len(order)], [start, start], [start, start], [0, len(order)], color="white", lw=2.2)
         axes.text((start + stop) / 2, -0.02 * len(order), f"model {number}", ha="center", va="bottom", weight="bold")
         axes.scatter([], [], s=0, label=f"{number}: {short(str(model), 60)}")
-    step = math.ceil(len(order) / 48)
+    step = math.ceil(len(order) / 24)
     ticks = [place for place in range(len(order)) if order[place][1] % step == 0]
     names = [str(order[place][1] + 1) for place in ticks]
     axes.set_xticks([place + 0.5 for place in ticks], names)
