@@ -134,6 +134,7 @@ def test_blocks_are_compared_between_the_best_models_of_up_to_four_parents():
 
 
 def test_a_zoo_without_images_is_reported_without_layers(tmp_path, monkeypatch):
+    monkeypatch.setattr("vitzoo_hf.figures.DPI", 30)
     zoo, said = Zoo.sample(), []
     page = write_zoo_report(zoo, tmp_path / "whole", say=said.append)
     assert said == []
