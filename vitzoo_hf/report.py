@@ -8,8 +8,9 @@ from typing import Any
 
 import pandas as pd
 
-from vitzoo_hf import plot
-from vitzoo_hf.figures import FIGURES, Entry, tables_of, write_figures, written
+from vitzoo_hf.factors import explained_variance, final_models, require, varying_factors
+from vitzoo_hf.figures import FIGURES, Entry, write_figures, write_file
+from vitzoo_hf.plot_modes import SPACES, separation_table
 
 
 def write_report(
@@ -22,9 +23,9 @@ def write_report(
     facts: Mapping[str, str],
     layers: pd.DataFrame | None = None,
 ) -> Path:
-    """Write `folder/figures/*.png` and `folder/report.html`, one page that needs no other file and no network.
+    """Write `figures/*.png`, `data/*.csv` and `report.html`, a page that needs no other file and no network.
 
-    The tables that the figures are drawn from go to `folder/data/*.csv`; `Tables.read` reads them again.
+    Each figure is drawn from the CSV of its name, which `figures.figure_from_csv` draws again.
 
     Args:
         index: see `plot.learning_curves`.
@@ -33,16 +34,15 @@ def write_report(
         folder: created where missing.
         title: the heading, plain text.
         facts: label -> value, plain text: what the zoo is, where it comes from.
-        layers: see `write_figures`.
+        layers: of `layer_similarity`, for a few models; None: no figure of layers.
 
     Raises:
         ZooError: for a missing column, or an empty `index` or `evaluations`.
     """
-    plot.require(index, "index", ("model_id", "is_final"))
-    models = plot.final_models(evaluations)
-    shares = plot.explained_variance(evaluations)
-    figures = write_figures(index, evaluations, pairs, folder / "figures", layers=layers)
-    tables_of(index, evaluations, pairs, layers).write(folder)
+    require(index, "index", ("model_id", "is_final"))
+    models = final_models(evaluations)
+    shares = explained_variance(evaluations)
+    figures = write_figures(index, evaluations, pairs, folder, layers=layers)
     drawn = {path.stem for path in figures}
     missing = [entry.heading for name, entry in FIGURES.items() if name not in drawn]
     sections = [
@@ -52,12 +52,13 @@ def write_report(
         _share_table(models, shares),
         "</section><section><h2>Figures</h2>",
         *(_figure(path, FIGURES[path.stem]) for path in figures),
+        _separation(pairs, index) if "modes" in drawn else "",
         f"<p class=note>Not drawn, for lack of data: {_escape(', '.join(missing))}.</p>" if missing else "",
         "</section>",
         _model_section(models, index),
     ]
     page = _PAGE.format(title=_escape(title), style=_STYLE, script=_SCRIPT, body="\n".join(sections))
-    return written(folder / "report.html", page.encode())
+    return write_file(folder / "report.html", page.encode())
 
 
 def _escape(text: Any) -> str:
@@ -83,7 +84,7 @@ def _sentences(models: pd.DataFrame, shares: pd.Series, pairs: pd.DataFrame | No
     defined = shares.dropna()
     if defined.empty:
         yield "No factor can be named: nothing varies among these models, or all have the same accuracy."
-    levels = plot.varying_factors(models)
+    levels = varying_factors(models)
     chance = {name: (levels[str(name)].nunique() - 1) / (len(models) - 1) for name in defined.index}
     weak = [str(name) for name, share in defined.items() if share <= chance[name]]
     for rank, (name, share) in enumerate(defined.drop(weak).head(2).items()):
@@ -119,7 +120,7 @@ def _pair_sentence(pairs: pd.DataFrame | None, value: str, words: str) -> Iterab
 
 def _share_table(models: pd.DataFrame, shares: pd.Series) -> str:
     """Factor, levels, eta squared, and what chance alone would give."""
-    levels = plot.varying_factors(models)
+    levels = varying_factors(models)
     rows = [
         [name, count, round(share, 3), round((count - 1) / (len(models) - 1), 3)]
         for name, share in shares.items()
@@ -134,11 +135,32 @@ def _share_table(models: pd.DataFrame, shares: pd.Series) -> str:
     return (_table(["factor", "levels", "η²", "by chance"], rows) + note) if rows else ""
 
 
+def _separation(pairs: pd.DataFrame | None, index: pd.DataFrame) -> str:
+    """How well each factor separates the models, beside what chance gives."""
+    if pairs is None:
+        return ""
+    scores = separation_table(pairs, index)
+    rows = [
+        [SPACES[row["space"]], row["factor"], row["levels"], *(round(row[name], 3) for name in _SILHOUETTES)]
+        for row in scores.to_dict("records")
+    ]
+    note = (
+        "<p class=note>Silhouette: 1 where models with the same level of a factor are close together and far from"
+        " all others, 0 where levels overlap, below where they are nearer to others. “By chance” and “95 %” are its"
+        " mean and 95th percentile over 200 permutations of the levels.</p>"
+    )
+    return (_table(["distance", "factor", "levels", "silhouette", "by chance", "95 %"], rows) + note) if rows else ""
+
+
+_SILHOUETTES = ("silhouette", "chance", "chance_95")
+
+
 def _figure(path: Path, entry: Entry) -> str:
     image = base64.b64encode(path.read_bytes()).decode()
     return (
         f'<figure id="{path.stem}"><h3>{_escape(entry.heading)}</h3><img alt="{_escape(entry.heading)}"'
-        f' src="data:image/png;base64,{image}"><figcaption>{_escape(entry.caption)}</figcaption></figure>'
+        f' src="data:image/png;base64,{image}"><figcaption>{_escape(entry.caption)}'
+        f' <a href="data/{path.stem}.csv">data/{path.stem}.csv</a></figcaption></figure>'
     )
 
 
@@ -150,7 +172,7 @@ def _model_section(models: pd.DataFrame, index: pd.DataFrame) -> str:
         models = models.assign(generalization_gap=models["model_id"].map(recorded))
     models = models.sort_values("test_accuracy", ascending=False, ignore_index=True)
     table = {"model": models["model_id"]}
-    for name in plot.varying_factors(models):
+    for name in varying_factors(models):
         column = f"factor_{name}" if f"factor_{name}" in models else name
         table[name] = models["parent_id" if column == "parent" else column]
     for name in wanted:
