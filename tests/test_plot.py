@@ -78,7 +78,7 @@ def zoo():
 
 
 def draw(index, evaluations, pairs):
-    figures = [plot.accuracy_by_factor(evaluations), plot.learning_curves(index)]
+    figures = [plot.by_factor(evaluations), plot.learning_curves(index)]
     figures += [plot_pairs.pair_matrix(pairs, index, value) for value in ("agreement", "cka", "weight_l2")]
     for figure in [*figures, plot_pairs.distance_against_agreement(pairs)]:
         figure.draw_without_rendering()
@@ -123,7 +123,7 @@ def test_explained_variance_at_its_ends():
     table = models_table(test_accuracy=[0.1, 0.1, 0.9, 0.9], factor_a=[1, 1, 2, 2], factor_b=["x", "y", "x", "y"])
     assert factors.explained_variance(table).to_dict() == pytest.approx({"a": 1, "b": 0})
     assert factors.explained_variance(table.assign(test_accuracy=0.5)).isna().all()
-    plot.accuracy_by_factor(table.assign(test_accuracy=0.5)).draw_without_rendering()
+    plot.by_factor(table.assign(test_accuracy=0.5)).draw_without_rendering()
 
 
 def test_only_final_fine_tuned_models_count(zoo):
@@ -154,7 +154,7 @@ def test_factors_of_all_types_become_levels():
     assert levels["sampled"].value_counts().tolist() == [8] * 5
     assert levels["seed"].nunique() == 20
     assert list(levels["parent"].cat.categories) == ["a", "b"]
-    plot.accuracy_by_factor(table).draw_without_rendering()
+    plot.by_factor(table).draw_without_rendering()
 
 
 @pytest.mark.parametrize(
@@ -229,7 +229,7 @@ def test_rank_correlation_within_each_group():
 def test_nothing_to_draw_is_told_apart_from_a_wrong_table(zoo):
     index, evaluations, pairs = zoo
     for draw_empty in (
-        lambda: plot.accuracy_by_factor(evaluations.assign(test_accuracy=np.nan)),
+        lambda: plot.by_factor(evaluations.assign(test_accuracy=np.nan)),
         lambda: plot.learning_curves(index.assign(test_accuracy=np.nan)),
         lambda: plot_pairs.pair_matrix(pairs.assign(agreement=np.nan), index),
         lambda: plot_pairs.distance_against_agreement(pairs.assign(agreement=np.nan)),
@@ -244,7 +244,7 @@ def test_errors_are_one_clear_line(zoo):
     with pytest.raises(
         ZooError, match=r"^table 'evaluations' has no column 'test_accuracy': did you mean 'accuracy'\?$"
     ):
-        plot.accuracy_by_factor(evaluations[["model_id", "stage", "is_final"]].assign(accuracy=1.0))
+        plot.by_factor(evaluations[["model_id", "stage", "is_final"]].assign(accuracy=1.0))
     with pytest.raises(ZooError, match=r"^table 'index' has no rows"):
         plot.learning_curves(index[:0])
     with pytest.raises(ZooError, match=r"table 'pairs' has no column 'ckaa': did you mean 'cka'\?"):
@@ -255,5 +255,5 @@ def test_errors_are_one_clear_line(zoo):
 
 def test_style_does_not_leak(zoo):
     before = {key: matplotlib.rcParams[key] for key in figure_style.STYLE}
-    plot.accuracy_by_factor(zoo[1])
+    plot.by_factor(zoo[1])
     assert {key: matplotlib.rcParams[key] for key in figure_style.STYLE} == before

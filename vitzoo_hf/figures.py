@@ -9,7 +9,7 @@ import pandas as pd
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from vitzoo_hf import plot, plot_modes, plot_pairs
+from vitzoo_hf import factor_tables, plot, plot_factors, plot_modes, plot_pairs
 from vitzoo_hf.checkpoint import write_atomically
 from vitzoo_hf.factors import NothingToDrawError, final_models, require
 from vitzoo_hf.figure_style import STYLE
@@ -45,26 +45,47 @@ FIGURES: dict[str, Entry] = {
         lambda tables: _columns(_with_gap(tables), *plot.OVERVIEW),
         plot.population_overview,
         "Population overview",
-        "How many final models have which test accuracy, loss, expected calibration error and generalisation gap"
-        " (training minus test accuracy, as recorded during training). What was not measured has no panel. Tables:"
-        " evaluations, index.",
+        "How many final models have which test accuracy, loss, generalisation gap (training minus test accuracy, as"
+        " recorded during training), expected calibration error (top label, 15 bins), Brier score (summed over"
+        " classes, 0 to 2) and entropy of predictions. What was not measured has no panel. Tables: evaluations,"
+        " index.",
     ),
     "accuracy_by_factor": Entry(
         lambda tables: _columns(final_models(tables.evaluations), "test_accuracy"),
-        plot.accuracy_by_factor,
+        plot.by_factor,
         "Accuracy by factor",
         "Each point is one final model, measured on the test images; every panel shows the same models, sorted by"
         " another factor. A black line is the median of a level, its box the middle half. Panels are ordered by η²,"
         " the bar on top: how much of the differences between models the factor explains by itself. Table:"
         " evaluations.",
     ),
+    "gap_by_factor": Entry(
+        lambda tables: _gaps(tables),
+        lambda table: plot.by_factor(table, "generalization_gap"),
+        "Generalisation gap by factor",
+        "As above, for training minus test accuracy, as recorded at the end of training: above 0, a model does"
+        " better on the images it was trained on. A model that learned little has a small gap. Tables: evaluations,"
+        " index.",
+    ),
     "learning_curves": Entry(
         lambda tables: _recorded(tables.index),
         plot.learning_curves,
         "Learning curves",
-        "A thin line is one run, a thick line the median of the runs that share a level of the strongest factor;"
-        " points are checkpoints kept in the zoo. Test accuracy as recorded during training; contrastive"
-        " pre-training has none, so it is not shown. Table: index.",
+        "A thin line is one run, a thick line the median and the shade the middle half of the runs that share a level"
+        " of the strongest factor; points are checkpoints kept in the zoo. Test accuracy and generalisation gap as"
+        " recorded during training; contrastive pre-training has none, so it is not shown. Table: index.",
+    ),
+    "factors": Entry(
+        lambda tables: factor_tables.variance_table(_with_gap(tables), tables.index, tables.pairs),
+        plot_factors.variance,
+        "Variance explained by each factor",
+        "The share of the variance between final models that a factor explains by itself, and that all explain"
+        " together by shifts that add up. Of accuracy and gap it is η²; of distances it is the R² of PERMANOVA,"
+        " where the squared distance of two models is that of their weights, or 2 (1 − similarity). p: how often 999"
+        " permutations reach it. A factor that varies within parents is permuted within each; what belongs to"
+        " parents is permuted among parents, which takes at least a handful of them; parents themselves, and all"
+        " factors, among all models. p is not corrected for the number of tests, and a factor whose levels only"
+        " spread differently can have a small one too. Tables: evaluations, index, pairs.",
     ),
     "agreement_matrix": Entry(
         lambda tables: plot_pairs.matrix_table(tables.pairs, tables.index, "agreement"),
@@ -83,6 +104,15 @@ FIGURES: dict[str, Entry] = {
         "As above, with the centred kernel alignment (CKA, debiased) of the features that two models compute for"
         " the test images: 1 means the same geometry up to rotation and scale, 0 unrelated. It needs no labels, so"
         " pre-trained models are included where they were measured. Tables: pairs, index.",
+        "pairs",
+    ),
+    "pairs_by_level": Entry(
+        lambda tables: factor_tables.level_pairs_table(tables.pairs, tables.index),
+        plot_factors.level_pairs,
+        "Pairs within and between the levels of factors",
+        "Distance and cosine of trunk weights, agreement and CKA of pairs of final models with the same parent,"
+        " regime or level of a factor, beside those of all other pairs. With a star: among models of one parent"
+        " alone, where differences between parents play no part. Tables: pairs, index.",
         "pairs",
     ),
     "layer_matrix": Entry(
@@ -120,11 +150,21 @@ FIGURES: dict[str, Entry] = {
         lambda tables: plot_modes.modes_table(tables.pairs, tables.index),
         plot_modes.modes,
         "Modes by generating factor",
-        "Final models as points in a plane, placed by classical multidimensional scaling of the L2 distances of their"
-        " trunk weights and of 1 − agreement. The share is that of the two axes in the positive eigenvalues:"
-        " a small one means that much of the distances is not in the picture. Colours: the factor with the largest"
-        " silhouette, computed in the whole matrix of distances. Axes have no unit of their own and their sign means"
-        " nothing. Tables: pairs, index.",
+        "Final models as points in a plane, placed by classical multidimensional scaling of the L2 distances of"
+        " their trunk weights, and of 1 minus cosine, agreement and CKA. The share is that of the two axes in the"
+        " positive eigenvalues: a small one means that much of the distances is not in the picture. Colours: the"
+        " factor with the largest silhouette, computed in the whole matrix of distances. Axes have no unit of their"
+        " own and their sign means nothing. Tables: pairs, index.",
+        "pairs",
+    ),
+    "separation": Entry(
+        lambda tables: factor_tables.separation_table(tables.pairs, tables.index),
+        plot_factors.separation,
+        "Factors that make modes",
+        "The mean silhouette of the levels of each factor in the whole matrix of distances: 1 where models with the"
+        " same level are close together and far from all others, 0 where levels overlap, below where they are nearer"
+        " to others. Grey: what 199 permutations of the levels give, exchanged as for the variance above. Tables:"
+        " pairs, index.",
         "pairs",
     ),
 }
@@ -227,7 +267,7 @@ def _columns(table: pd.DataFrame, *values: str) -> pd.DataFrame:
 
 def _recorded(index: pd.DataFrame) -> pd.DataFrame:
     require(index, "index", ("model_id", "test_accuracy"))
-    table = _columns(index[index["test_accuracy"].notna()], "test_accuracy")
+    table = _columns(index[index["test_accuracy"].notna()], "test_accuracy", "generalization_gap")
     if table.empty:
         raise NothingToDrawError("table 'index': no row has a recorded test accuracy")
     return table
@@ -239,6 +279,13 @@ def _with_gap(tables: Tables) -> pd.DataFrame:
         return models
     recorded = tables.index.drop_duplicates("model_id").set_index("model_id")[name]
     return models.assign(**{name: models["model_id"].map(recorded)})
+
+
+def _gaps(tables: Tables) -> pd.DataFrame:
+    models = _with_gap(tables)
+    if "generalization_gap" not in models or models["generalization_gap"].isna().all():
+        raise NothingToDrawError("table 'index': no final model has a recorded generalisation gap")
+    return _columns(models, "generalization_gap")
 
 
 def _known_pairs(pairs: pd.DataFrame) -> pd.DataFrame:

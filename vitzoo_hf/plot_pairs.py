@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Float64
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
@@ -24,6 +23,7 @@ from vitzoo_hf.factors import (
     same_groups,
 )
 from vitzoo_hf.figure_style import INK, NAMES, PALETTE, PERCENT, STYLE, colours_of, heading, short
+from vitzoo_hf.pair_tables import square
 from vitzoo_hf.schema import DISTANCES, ZooError
 
 KAPPAS = {"cohen_kappa": "Cohen’s kappa", "error_consistency": "error consistency"}
@@ -65,16 +65,6 @@ def matrix_table(pairs: pd.DataFrame, index: pd.DataFrame, value: str) -> pd.Dat
     everyone = pd.unique(pairs[["model_a", "model_b"]].to_numpy().ravel())
     left_out = [model for model in everyone if model not in set(models["model_id"])]
     return table.reindex(range(len(table) + len(left_out))).assign(model_id=[*models["model_id"], *left_out])
-
-
-def square(pairs: pd.DataFrame, models: list[str], value: str) -> Float64[np.ndarray, "M M"]:
-    """A pair metric of `models` as a symmetric matrix; NaN on the diagonal and where a pair is missing."""
-    matrix = np.full((len(models), len(models)), np.nan)
-    both = pairs[pairs["model_a"].isin(models) & pairs["model_b"].isin(models)]
-    place = pd.Series(range(len(models)), index=models)
-    a, b = place[both["model_a"]].to_numpy(), place[both["model_b"]].to_numpy()
-    matrix[a, b] = matrix[b, a] = both[value].to_numpy(float)
-    return matrix
 
 
 @rc_context(STYLE)

@@ -10,7 +10,8 @@ import pandas as pd
 
 from vitzoo_hf.factors import explained_variance, final_models, require, varying_factors
 from vitzoo_hf.figures import FIGURES, Entry, write_figures, write_file
-from vitzoo_hf.plot_modes import SPACES, separation_table
+from vitzoo_hf.pair_tables import SPACES
+from vitzoo_hf.plot_factors import LEVEL_OF_TEST, MEASURES
 
 
 def write_report(
@@ -49,10 +50,10 @@ def write_report(
         f"<header><h1>{_escape(title)}</h1><dl>{''.join(_fact(*fact) for fact in facts.items())}</dl></header>",
         "<section><h2>What drives the spread</h2>",
         *(f"<p>{sentence}</p>" for sentence in _sentences(models, shares, pairs)),
-        _share_table(models, shares),
+        _variance(folder) if "factors" in drawn else "",
         "</section><section><h2>Figures</h2>",
         *(_figure(path, FIGURES[path.stem]) for path in figures),
-        _separation(pairs, index) if "modes" in drawn else "",
+        _separation(folder) if "separation" in drawn else "",
         f"<p class=note>Not drawn, for lack of data: {_escape(', '.join(missing))}.</p>" if missing else "",
         "</section>",
         _model_section(models, index),
@@ -118,41 +119,40 @@ def _pair_sentence(pairs: pd.DataFrame | None, value: str, words: str) -> Iterab
         yield f"Their features have a median CKA of {same:.2f} with the same parent and {other:.2f} with another."
 
 
-def _share_table(models: pd.DataFrame, shares: pd.Series) -> str:
-    """Factor, levels, eta squared, and what chance alone would give."""
-    levels = varying_factors(models)
-    rows = [
-        [name, count, round(share, 3), round((count - 1) / (len(models) - 1), 3)]
-        for name, share in shares.items()
-        for count in [levels[str(name)].nunique()]
-    ]
+def _variance(folder: Path) -> str:
+    """What each factor explains of each measure, beside what chance gives."""
+    table = pd.read_csv(folder / "data" / "factors.csv", keep_default_na=False, na_values=[""])
+    shown = {"measure": "of", "factor": "factor", "levels": "levels", "share": "share", "unique": "only by it"}
+    shown |= {"chance": "by chance", "p": "p", "permuted": "permuted"}
+    table["measure"] = table["measure"].map(lambda name: str(MEASURES[name]).replace("-\n", "").replace("\n", " "))
+    table["p"] = table["p"].where(table["least_p"] <= LEVEL_OF_TEST)
+    table["levels"] = table["levels"].map(lambda count: int(count) if count == count else None).astype(object)
+    rows = zip(*(_rounded(table[name]) for name in shown), strict=True)
     note = (
-        "<p class=note>η² (eta squared, one factor at a time) is the variance between the levels of a factor over"
-        " all variance; “by chance” is what a factor without effect and with as many levels gives on average. In a"
-        " balanced grid the shares of the factors add up to at most 1, and the rest is interaction and noise."
-        " Factors that always change together cannot be told apart.</p>"
+        "<p class=note>Share: the variance between the levels of a factor over all variance, η² of accuracy and"
+        " gap, PERMANOVA’s R² of distances. “Only by it”: what the additive model of all factors loses without this"
+        " one, which is 0 for what other factors, such as the parent, tell too. “By chance”: the mean over 999"
+        " permutations of the levels; p: how often they reach the share, no number where they are too few to get"
+        " below 0.05. In a balanced grid the shares add up to at most 1; the rest is interaction and noise. Factors"
+        " that always"
+        ' change together cannot be told apart. <a href="data/factors.csv">data/factors.csv</a></p>'
     )
-    return (_table(["factor", "levels", "η²", "by chance"], rows) + note) if rows else ""
+    return _table(list(shown.values()), rows, sortable=True) + note
 
 
-def _separation(pairs: pd.DataFrame | None, index: pd.DataFrame) -> str:
+def _separation(folder: Path) -> str:
     """How well each factor separates the models, beside what chance gives."""
-    if pairs is None:
-        return ""
-    scores = separation_table(pairs, index)
-    rows = [
-        [SPACES[row["space"]], row["factor"], row["levels"], *(round(row[name], 3) for name in _SILHOUETTES)]
-        for row in scores.to_dict("records")
-    ]
-    note = (
-        "<p class=note>Silhouette: 1 where models with the same level of a factor are close together and far from"
-        " all others, 0 where levels overlap, below where they are nearer to others. “By chance” and “95 %” are its"
-        " mean and 95th percentile over 200 permutations of the levels.</p>"
-    )
-    return (_table(["distance", "factor", "levels", "silhouette", "by chance", "95 %"], rows) + note) if rows else ""
+    table = pd.read_csv(folder / "data" / "separation.csv", keep_default_na=False, na_values=[""])
+    table["space"] = table["space"].map(SPACES)
+    table["p"] = table["p"].where(table["least_p"] <= LEVEL_OF_TEST)
+    shown = {"space": "distance", "factor": "factor", "levels": "levels", "silhouette": "silhouette"}
+    shown |= {"chance": "by chance", "chance_95": "95 %", "p": "p", "permuted": "permuted"}
+    rows = zip(*(_rounded(table[name]) for name in shown), strict=True)
+    return _table(list(shown.values()), rows, sortable=True)
 
 
-_SILHOUETTES = ("silhouette", "chance", "chance_95")
+def _rounded(column: pd.Series) -> list[Any]:
+    return (column.round(3) + 0.0 if pd.api.types.is_float_dtype(column) else column).tolist()
 
 
 def _figure(path: Path, entry: Entry) -> str:

@@ -1,10 +1,10 @@
 """How much of the variance between models a factor explains: eta squared, for values and for distances (PERMANOVA).
 
-The sum of squared distances between all pairs, over twice their number of models, is the sum of squares around the
-mean, so one formula serves both: of a value per model take `(y_i - y_j)²`, and the share is one-way eta squared; of a
-matrix of distances it is the R² of PERMANOVA (Anderson 2001, https://doi.org/10.1111/j.1442-9993.2001.01070.pp.x).
-Several factors together are the additive model of McArdle and Anderson (2001). Tests permute levels, only among models
-that may be exchanged. Like every such test they also answer to levels that differ in spread and not in place.
+The sum of squared distances over all pairs of models, divided by the number of models, is the sum of squares around
+the mean. So one formula serves both: with `(y_i - y_j)²` of a value the share is one-way eta squared, with a matrix
+of distances the R² of PERMANOVA (Anderson 2001, https://doi.org/10.1111/j.1442-9993.2001.01070.pp.x). Several factors
+together are the additive model of McArdle and Anderson (2001). Tests permute levels, only among models that may be
+exchanged; like all of their kind they also answer to levels that differ in spread and not in place.
 """
 
 import math
@@ -111,8 +111,8 @@ def exchangeable_codes(
 
     A factor that varies within a stratum is permuted among the models of each stratum, so that differences between
     strata are not taken for its effect. One that is constant in each belongs to the stratum: strata exchange their
-    levels as wholes, since models of one are no independent repetitions. The strata themselves, or a single one, are
-    permuted freely.
+    levels as wholes, since models of one are no independent repetitions. In a single stratum all models are
+    exchanged.
 
     Args:
         codes: the level of each model, from 0.
@@ -125,8 +125,7 @@ def exchangeable_codes(
     """
     _, first, strata = np.unique(strata, return_index=True, return_inverse=True)
     constant = bool((codes[first][strata] == codes).all())
-    is_strata = constant and len(np.unique(codes)) == len(first)
-    if len(first) == 1 or (is_strata and len(first) < len(codes)):
+    if len(first) == 1:
         return np.stack([rng.permutation(codes) for _ in range(count)]), "models"
     if constant:
         return np.stack([codes[first][rng.permutation(len(first))][strata] for _ in range(count)]), "strata"
