@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from vitzoo_hf import figures, report
+from vitzoo_hf import factor_tables, figures, report
 from vitzoo_hf.schema import ZooError
 
 
@@ -17,6 +17,8 @@ from vitzoo_hf.schema import ZooError
 def coarse_figures():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(figures, "DPI", 30)
+        patch.setattr(factor_tables, "PERMUTATIONS", 39)
+        patch.setattr(factor_tables, "SILHOUETTES", 39)
         yield
 
 
@@ -86,7 +88,7 @@ def test_report_is_self_contained_and_well_formed(page):
     found = Page(page.read_text("utf-8"))
     assert found.open == []
     data = [attrs["href"] for _, attrs in found.elements if "href" in attrs]
-    assert data == [f"data/{name}.csv" for name in figures.FIGURES]
+    assert data == ["data/factors.csv", *(f"data/{name}.csv" for name in figures.FIGURES)]
     assert all((page.parent / link).is_file() for link in data)
     links = [attrs["src"] for _, attrs in found.elements if "src" in attrs]
     assert len(links) == len(figures.FIGURES)
@@ -126,11 +128,8 @@ def test_everything_from_outside_is_escaped(tmp_path):
 def test_figures_that_do_not_apply_are_skipped_and_named(tmp_path):
     index, evaluations, pairs = small_tables()
     written = figures.write_figures(index, evaluations, None, tmp_path)
-    assert [path.name for path in written] == [
-        "population_overview.png",
-        "accuracy_by_factor.png",
-        "learning_curves.png",
-    ]
+    names = ["population_overview", "accuracy_by_factor", "gap_by_factor", "learning_curves", "factors"]
+    assert [path.stem for path in written] == names
     assert figures.write_figures(index, evaluations, pairs[:0], tmp_path) == written
     unrecorded = index.assign(test_accuracy=np.nan)
     path = report.write_report(unrecorded, evaluations, pairs.assign(agreement=None), tmp_path, title="t", facts={})
@@ -139,7 +138,7 @@ def test_figures_that_do_not_apply_are_skipped_and_named(tmp_path):
     assert f"Not drawn, for lack of data: {missing}." in path.read_text("utf-8")
 
 
-@pytest.mark.parametrize("models", [2, 3])
+@pytest.mark.parametrize("models", [1, 2, 3])
 def test_reports_of_tiny_zoos(tmp_path, models):
     tables = small_tables(models, parents=("sl-s42",))
     text = report.write_report(*tables, tmp_path, title="t", facts={}).read_text("utf-8")
@@ -154,15 +153,15 @@ def test_a_zoo_where_nothing_varies(tmp_path):
 
 
 def test_formats_and_files(tmp_path):
-    index, evaluations, pairs = small_tables()
+    index, evaluations, _ = small_tables()
     written = figures.write_figures(
-        index, evaluations, pairs, tmp_path / "a" / "b", formats=("png", "svg"), layers=layer_table()
+        index, evaluations, None, tmp_path / "a" / "b", formats=("png", "svg"), layers=layer_table()
     )
-    assert [path.suffix for path in written] == [".png", ".svg"] * len(figures.FIGURES)
+    assert [path.suffix for path in written] == [".png", ".svg"] * 6
     found = (tmp_path / "a" / "b" / "figures").iterdir()
     assert sorted(path.name for path in found) == sorted(path.name for path in written)
     found = (tmp_path / "a" / "b" / "data").iterdir()
-    assert {path.name for path in found} == {f"{name}.csv" for name in figures.FIGURES}
+    assert {path.stem for path in found} == {path.stem for path in written}
     assert all(path.read_bytes().startswith(PNG) for path in written[::2])
     assert all(b"<svg" in path.read_bytes() for path in written[1::2])
 
@@ -219,10 +218,10 @@ def test_the_csv_keeps_numbers_and_names(page):
 
 
 def test_levels_that_look_like_nothing_are_levels(tmp_path):
-    index, evaluations, pairs = small_tables()
+    index, evaluations, _ = small_tables()
     for table in (index, evaluations):
         table["factor_augmentation"] = np.where(table["factor_lr"] > 0.005, "NA", "none")
-    figures.write_figures(index, evaluations, pairs, tmp_path)
+    figures.write_figures(index, evaluations, None, tmp_path)
     figure = figures.figure_from_csv("accuracy_by_factor", tmp_path / "data" / "accuracy_by_factor.csv")
     panel = next(axes for axes in figure.axes if axes.get_title("left") == "augmentation")
     assert [label.get_text() for label in panel.get_xticklabels()] == ["NA", "none"]
@@ -240,4 +239,24 @@ def test_a_csv_that_is_none_is_refused_in_one_line(tmp_path):
 
 def test_the_separation_of_factors_is_on_the_page(page):
     text = " ".join(Page(page.read_text("utf-8")).texts)
-    assert "silhouette by chance 95 % weights: L2 distance" in re.sub(r"\s+", " ", text)
+    text = re.sub(r"\s+", " ", text)
+    assert "silhouette by chance 95 % p permuted weights: L2 distance" in text
+    assert re.search(
+        r"only by it by chance p permuted test accuracy lr 2 (0\.99\d*|1) .* models within a parent", text
+    )
+    assert "all, additive" in text
+
+
+def test_models_without_an_accuracy_are_named(tmp_path):
+    index, evaluations, _ = small_tables()
+    evaluations.loc[:6, ["test_accuracy", "test_ece"]] = None
+    page = report.write_report(index, evaluations, None, tmp_path, title="t", facts={}).read_text("utf-8")
+    told = "Left out, without a test accuracy: 7 final fine-tuned models, "
+    assert told + ", ".join(evaluations["model_id"][:5]) + "…." in page
+
+
+def test_a_zoo_of_final_models_alone(tmp_path):
+    index, evaluations, _ = small_tables()
+    index = index[index["is_final"]].reset_index(drop=True)
+    text = report.write_report(index, evaluations, None, tmp_path, title="t", facts={}).read_text("utf-8")
+    assert "of the 12 final fine-tuned models" in text

@@ -177,16 +177,16 @@ def best_factor(space: Space, most_levels: int) -> str | None:
 def level_pairs_table(pairs: pd.DataFrame, index: pd.DataFrame) -> pd.DataFrame:
     """Distances and similarities of pairs with the same level of a factor, and of pairs with different ones.
 
-    A factor that varies among the models of a parent is compared within parents; parents, and what they have in
-    common, among all pairs.
+    A factor that varies among the models of a parent is compared within parents. What belongs to parents, such as
+    the regime, is compared between parents, where more than one parent has a level; parents among all pairs.
 
     Args:
         pairs: columns `model_a`, `model_b`, and any metric of `SPACES`.
         index: see `compared_models`.
 
     Returns:
-        A row a metric, factor and `same_level`, true or false: `within` (`parent` or `all`), the number of `pairs`,
-        and the quantiles `q05`, `q25`, `median`, `q75`, `q95`. Groups without pairs are left out.
+        A row a metric, factor and `same_level`, true or false: `among` (`one parent`, `two parents`, `all`), the
+        number of `pairs`, and the quantiles `q05`, `q25`, `median`, `q75`, `q95`. Groups without pairs are left out.
 
     Raises:
         NothingToDrawError: if no factor varies, or no pair has a value.
@@ -197,15 +197,19 @@ def level_pairs_table(pairs: pd.DataFrame, index: pd.DataFrame) -> pd.DataFrame:
     a, b = (place[both[name]].to_numpy() for name in ("model_a", "model_b"))
     found = []
     for name, level in levels_and_parent(rows).items():
-        codes, inside = level.cat.codes.to_numpy(), varies_within(level, strata)
-        allowed = strata[a] == strata[b] if inside else np.ones(len(both), bool)
+        codes, siblings = level.cat.codes.to_numpy(), strata[a] == strata[b]
+        among, allowed = "all", np.ones(len(both), bool)
+        if varies_within(level, strata):
+            among, allowed = "one parent", siblings
+        elif (~siblings & (codes[a] == codes[b])).any():
+            among, allowed = "two parents", ~siblings
         for metric in [metric for metric in SPACES if metric in both]:
             values = both[metric].to_numpy(float)
             for same in (True, False):
                 part = values[allowed & ((codes[a] == codes[b]) == same) & ~np.isnan(values)]
                 if not len(part):
                     continue
-                row = {"metric": metric, "factor": name, "within": "parent" if inside else "all", "same_level": same}
+                row = {"metric": metric, "factor": name, "among": among, "same_level": same}
                 levels = dict(zip(QUANTILES, np.quantile(part, list(QUANTILES.values())), strict=True))
                 found.append(row | {"pairs": len(part)} | levels)
     if not found:

@@ -110,9 +110,10 @@ FIGURES: dict[str, Entry] = {
         lambda tables: factor_tables.level_pairs_table(tables.pairs, tables.index),
         plot_factors.level_pairs,
         "Pairs within and between the levels of factors",
-        "Distance and cosine of trunk weights, agreement and CKA of pairs of final models with the same parent,"
-        " regime or level of a factor, beside those of all other pairs. With a star: among models of one parent"
-        " alone, where differences between parents play no part. Tables: pairs, index.",
+        "Distance and cosine of trunk weights, agreement and CKA of pairs of final models of the same parent, regime"
+        " or level of a factor, beside those of the other pairs. With a star: among models of one parent alone, where"
+        " differences between parents play no part; with a dagger: of different parents alone, so that siblings do"
+        " not count for a regime. Tables: pairs, index.",
         "pairs",
     ),
     "layer_matrix": Entry(

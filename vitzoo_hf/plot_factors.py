@@ -26,6 +26,7 @@ MEASURES = {
 }
 LEVEL_OF_TEST = 0.05
 MAX_FACTORS = 20
+AMONG = {"all": "", "two parents": " † pairs of different parents only", "one parent": " * pairs of one parent only"}
 SAME = ((True, "same level", PALETTE[0]), (False, "different levels", PALETTE[5]))
 
 
@@ -112,12 +113,12 @@ def level_pairs(table: pd.DataFrame) -> Figure:
         table: the result of `level_pairs_table`.
     """
     require(
-        table, "pairs_by_level", ("metric", "factor", "within", "same_level", "q05", "q25", "median", "q75", "q95")
+        table, "pairs_by_level", ("metric", "factor", "among", "same_level", "q05", "q25", "median", "q75", "q95")
     )
     metrics = [metric for metric in SPACES if (table["metric"] == metric).any()]
-    names = list(dict.fromkeys(table.sort_values("within", kind="stable")["factor"]))[:MAX_FACTORS]
-    inside = table.drop_duplicates("factor").set_index("factor")["within"] == "parent"
-    labels = [f"{short(name)}{' *' if inside[name] else ''}" for name in names]
+    among = table.drop_duplicates("factor").set_index("factor")["among"].map(list(AMONG).index)
+    names = list(among.sort_values(kind="stable").index[:MAX_FACTORS])
+    labels = [short(name) + list(AMONG.values())[among[name]][:2] for name in names]
     figure = Figure(figsize=(1.7 + 2.6 * len(metrics), 2.0 + 0.5 * len(names)), layout="constrained")
     for axes, metric in zip(_panels(figure, len(metrics), labels), metrics, strict=True):
         for same, _, colour in SAME:
@@ -131,7 +132,7 @@ def level_pairs(table: pd.DataFrame) -> Figure:
     handles = [Patch(color=colour, alpha=0.6, label=label) for _, label, colour in SAME]
     figure.legend(handles=handles, loc="outside lower left", ncols=2)
     told = "pairs of final models; box: quartiles, line: median, whiskers: 5th and 95th percentile"
-    told += "\n* pairs of one parent only" if inside.any() else ""
+    told += "\n" + ";  ".join(mark.strip() for i, mark in enumerate(AMONG.values()) if mark and (among == i).any())
     heading(figure, "Are models alike that share a factor?", told)
     return figure
 

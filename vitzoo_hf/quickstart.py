@@ -10,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 
 from vitzoo_hf.blueprint import Blueprint
-from vitzoo_hf.evaluate import evaluate, layer_similarity
+from vitzoo_hf.evaluate import common_dataset, evaluate, layer_similarity
 from vitzoo_hf.launch import exclusive, launch
 from vitzoo_hf.pack import is_packed, pack
 from vitzoo_hf.report import write_report
@@ -117,25 +117,29 @@ def models_to_compare(evaluations: pd.DataFrame) -> pd.DataFrame:
     """The best final model of each of up to 4 parents: by selection accuracy, else the first in the zoo.
 
     Fine-tuned models where there are any, on the dataset that most of them have; a model without a parent counts as
-    a lineage of its own.
+    a lineage of its own. Fine-tuned models that have no test accuracy, since their training diverged, are left out.
 
     Args:
-        evaluations: columns `model_id`, `parent_id`, `stage`, `is_final`, `dataset`, `selection_accuracy`.
+        evaluations: columns `model_id`, `parent_id`, `stage`, `is_final`, `dataset`, `selection_accuracy`,
+            `test_accuracy`.
 
     Returns:
         Rows of `evaluations`, in their order.
     """
     final = evaluations[evaluations["is_final"]]
-    tuned = final[final["stage"] == "finetune"]
-    final = final if tuned.empty else tuned
-    final = final[final["dataset"] == final["dataset"].mode().max()]
+    tuned = final[(final["stage"] == "finetune") & final["test_accuracy"].notna()]
+    final = final[final["stage"] != "finetune"] if tuned.empty else tuned
+    final = final[final["dataset"] == common_dataset(final)] if len(final) else final
     lineage = final["parent_id"].fillna(final["model_id"])
     order = final.sort_values("selection_accuracy", ascending=False, kind="stable", na_position="last").index
     return final.loc[order][~lineage[order].duplicated()].head(LAYER_MODELS).sort_index()
 
 
 def _layers(zoo: Zoo, evaluations: pd.DataFrame, say: Callable[[str], None]) -> pd.DataFrame | None:
-    chosen = models_to_compare(evaluations)
+    chosen = models_to_compare(evaluations[evaluations["model_id"].isin(zoo.model_ids)])
+    if chosen.empty:
+        say("blocks are not compared layer by layer: no final model has finite outputs")
+        return None
     try:
         images, _ = zoo.probes(str(chosen["dataset"].iloc[0]))
     except ZooError as error:

@@ -13,6 +13,8 @@ from vitzoo_hf.figures import FIGURES, Entry, write_figures, write_file
 from vitzoo_hf.pair_tables import SPACES
 from vitzoo_hf.plot_factors import LEVEL_OF_TEST, MEASURES
 
+NAMED = 5
+
 
 def write_report(
     index: pd.DataFrame,
@@ -49,7 +51,7 @@ def write_report(
     sections = [
         f"<header><h1>{_escape(title)}</h1><dl>{''.join(_fact(*fact) for fact in facts.items())}</dl></header>",
         "<section><h2>What drives the spread</h2>",
-        *(f"<p>{sentence}</p>" for sentence in _sentences(models, shares, pairs)),
+        *(f"<p>{sentence}</p>" for sentence in _sentences(models, evaluations, shares, pairs)),
         _variance(folder) if "factors" in drawn else "",
         "</section><section><h2>Figures</h2>",
         *(_figure(path, FIGURES[path.stem]) for path in figures),
@@ -74,7 +76,9 @@ def _fact(label: str, value: str) -> str:
     return f"<div><dt>{_escape(label)}</dt><dd>{_escape(value)}</dd></div>"
 
 
-def _sentences(models: pd.DataFrame, shares: pd.Series, pairs: pd.DataFrame | None) -> Iterable[str]:
+def _sentences(
+    models: pd.DataFrame, evaluations: pd.DataFrame, shares: pd.Series, pairs: pd.DataFrame | None
+) -> Iterable[str]:
     """What the tables say, in words, as HTML."""
     accuracy = models["test_accuracy"].astype(float)
     kind = "fine-tuned" if (models["stage"] == "finetune").all() else "pre-trained"
@@ -82,6 +86,11 @@ def _sentences(models: pd.DataFrame, shares: pd.Series, pairs: pd.DataFrame | No
         f"Test accuracy of the {len(models)} final {kind} models: from <b>{_percent(accuracy.min())}</b> to"
         f" <b>{_percent(accuracy.max())}</b>, median <b>{_percent(accuracy.median())}</b>."
     )
+    lost = evaluations[evaluations["is_final"].astype(bool) & (evaluations["stage"] == "finetune")]
+    lost = lost[lost["test_accuracy"].isna()]
+    if len(lost):
+        names = ", ".join(lost["model_id"].head(NAMED)) + ("…" if len(lost) > NAMED else "")
+        yield f"Left out, without a test accuracy: {len(lost)} final fine-tuned models, {_escape(names)}."
     defined = shares.dropna()
     if defined.empty:
         yield "No factor can be named: nothing varies among these models, or all have the same accuracy."
