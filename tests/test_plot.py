@@ -257,3 +257,20 @@ def test_style_does_not_leak(zoo):
     before = {key: matplotlib.rcParams[key] for key in figure_style.STYLE}
     plot.by_factor(zoo[1])
     assert {key: matplotlib.rcParams[key] for key in figure_style.STYLE} == before
+
+
+def test_gap_and_accuracy_are_drawn_over_epochs_and_over_one(zoo):
+    index = zoo[0].assign(generalization_gap=zoo[0]["test_accuracy"] / 10)
+    figure = plot.learning_curves(index)
+    assert [axes.get_ylabel() for axes in figure.axes] == ["test accuracy"] * 2 + ["training − test accuracy"] * 2
+    line = figure.axes[3].lines[0]
+    part = index[(index["stage"] == "finetune") & (index["epoch"] == 20) & (index["factor_lr"] == 0.0001)]
+    assert line.get_ydata()[-1] == pytest.approx(part["generalization_gap"].median())
+    plot.learning_curves(index[index["is_final"]].drop(columns="generalization_gap")).draw_without_rendering()
+    assert len(plot.by_factor(index, "generalization_gap").axes) == 5
+
+
+def test_the_overview_has_a_panel_for_whatever_was_measured(zoo):
+    models = zoo[1].assign(test_brier=0.5, test_entropy=np.nan)
+    shown = [axes.get_xlabel() for axes in plot.population_overview(models).axes if axes.get_visible()]
+    assert shown == [plot.OVERVIEW[name] for name in plot.OVERVIEW if name != "test_entropy"]

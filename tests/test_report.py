@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from vitzoo_hf import factor_tables, figures, report
+from vitzoo_hf import factor_tables, factors, figures, report
 from vitzoo_hf.schema import ZooError
 
 
@@ -130,7 +130,6 @@ def test_figures_that_do_not_apply_are_skipped_and_named(tmp_path):
     written = figures.write_figures(index, evaluations, None, tmp_path)
     names = ["population_overview", "accuracy_by_factor", "gap_by_factor", "learning_curves", "factors"]
     assert [path.stem for path in written] == names
-    assert figures.write_figures(index, evaluations, pairs[:0], tmp_path) == written
     unrecorded = index.assign(test_accuracy=np.nan)
     path = report.write_report(unrecorded, evaluations, pairs.assign(agreement=None), tmp_path, title="t", facts={})
     missing = "Learning curves, Agreement of predictions, Similarity layer by layer, Agreement and accuracy, Distance"
@@ -221,8 +220,10 @@ def test_levels_that_look_like_nothing_are_levels(tmp_path):
     index, evaluations, _ = small_tables()
     for table in (index, evaluations):
         table["factor_augmentation"] = np.where(table["factor_lr"] > 0.005, "NA", "none")
-    figures.write_figures(index, evaluations, None, tmp_path)
-    figure = figures.figure_from_csv("accuracy_by_factor", tmp_path / "data" / "accuracy_by_factor.csv")
+    empty = pd.DataFrame()
+    table = figures.FIGURES["accuracy_by_factor"].table(figures.Tables(index, evaluations, empty, empty))
+    table.to_csv(tmp_path / "table.csv", index=False)
+    figure = figures.figure_from_csv("accuracy_by_factor", tmp_path / "table.csv")
     panel = next(axes for axes in figure.axes if axes.get_title("left") == "augmentation")
     assert [label.get_text() for label in panel.get_xticklabels()] == ["NA", "none"]
 
@@ -247,16 +248,10 @@ def test_the_separation_of_factors_is_on_the_page(page):
     assert "all, additive" in text
 
 
-def test_models_without_an_accuracy_are_named(tmp_path):
-    index, evaluations, _ = small_tables()
+def test_models_without_an_accuracy_are_named():
+    _, evaluations, pairs = small_tables()
     evaluations.loc[:6, ["test_accuracy", "test_ece"]] = None
-    page = report.write_report(index, evaluations, None, tmp_path, title="t", facts={}).read_text("utf-8")
-    told = "Left out, without a test accuracy: 7 final fine-tuned models, "
-    assert told + ", ".join(evaluations["model_id"][:5]) + "…." in page
-
-
-def test_a_zoo_of_final_models_alone(tmp_path):
-    index, evaluations, _ = small_tables()
-    index = index[index["is_final"]].reset_index(drop=True)
-    text = report.write_report(index, evaluations, None, tmp_path, title="t", facts={}).read_text("utf-8")
-    assert "of the 12 final fine-tuned models" in text
+    models = factors.final_models(evaluations)
+    told = list(report._sentences(models, evaluations, factors.explained_variance(evaluations), pairs))[1]
+    names = ", ".join(evaluations["model_id"][:5])
+    assert told == f"Left out, without a test accuracy: 7 final fine-tuned models, {names}…."
