@@ -106,6 +106,8 @@ def test_the_ends():
     codes = np.array([[0, 0, 1, 1]])
     assert np.isnan(variance.one_way_shares(inner_of(np.ones(4)), codes)).all()
     assert math.isnan(variance.p_value(math.nan, np.zeros(3)))
+    assert variance.p_value(0.9, np.array([0.1, 0.9 - 1e-12, 0.2])) == 0.5  # a tie but for rounding
+    assert variance.p_value(0.9, np.zeros(9)) == 0.1
     everyone = np.array([[0, 1, 2, 3]])
     assert variance.one_way_shares(inner_of(np.arange(4.0)), everyone)[0] == pytest.approx(1)
     assert variance.one_way_shares(inner_of(np.arange(4.0)), np.zeros((1, 4), np.int64))[0] == pytest.approx(0)

@@ -85,6 +85,7 @@ def separation(table: pd.DataFrame) -> Figure:
     names = _by_largest(table, "factor", "silhouette")[:MAX_FACTORS]
     figure = Figure(figsize=(1.7 + 2.5 * len(spaces), 1.7 + 0.36 * len(names)), layout="constrained")
     for axes, space in zip(_panels(figure, len(spaces), names), spaces, strict=True):
+        axes.use_sticky_edges = False  # bars would take the margin where they start
         part = table[table["space"] == space].set_index("factor").reindex(names)
         y = np.arange(len(names))
         wide = (part["chance_95"] - part["chance_5"]).to_numpy(float)
@@ -95,7 +96,6 @@ def separation(table: pd.DataFrame) -> Figure:
             axes.scatter(part["silhouette"][shown], y[shown], s=34, color=colour, zorder=3)
         axes.scatter(part["silhouette"][~testable], y[~testable], s=34, facecolor="none", edgecolor=INK, zorder=3)
         axes.axvline(0, color=INK, lw=1)
-        axes.use_sticky_edges = False  # a bar without width would take the margin of its place
         axes.set_title(SPACES[space].replace(": ", "\n"), fontsize=9)
         axes.set_xlabel("mean silhouette")
         axes.xaxis.set_major_locator(MaxNLocator(4))
