@@ -102,7 +102,8 @@ def test_report_shows_facts_sentences_figures_and_models(page):
     assert "<b>CC & BY</b>" in text
     assert re.search(r"of the 12 final fine-tuned models: from \s*1\d\.\d %", text)
     assert re.search(r"\blr : η² = (0\.9\d|1\.00)", text)
-    assert "No more than chance would explain" in text
+    assert re.search(r"Not told from chance: seed \(p = (0\.[1-9]\d|1\.00)\)", text)
+    assert re.search(r"η² = [01]\.\d\d \(p = 0\.025\)", text)
     assert re.search(r"same parent predict the same class for 75\.\d % .* for 50\.\d %", text)
     assert all(entry.heading in text and entry.caption in text for entry in figures.FIGURES.values())
     assert "Not drawn" not in text
@@ -252,6 +253,7 @@ def test_models_without_an_accuracy_are_named():
     _, evaluations, pairs = small_tables()
     evaluations.loc[:6, ["test_accuracy", "test_ece"]] = None
     models = factors.final_models(evaluations)
-    told = list(report._sentences(models, evaluations, factors.explained_variance(evaluations), pairs))[1]
+    untested = pd.DataFrame(columns=factor_tables.VARIANCE)
+    told = list(report._sentences(models, evaluations, untested, pairs))[1]
     names = ", ".join(evaluations["model_id"][:5])
     assert told == f"Left out, without a test accuracy: 7 final fine-tuned models, {names}…."

@@ -68,9 +68,9 @@ def variance_table(models: pd.DataFrame, index: pd.DataFrame, pairs: pd.DataFram
         pairs: see `spaces_of`; empty: no distances.
 
     Returns:
-        A row a measure and factor, `all, additive` last: `levels`, `degrees` of freedom, `models`, `share`, `unique`
-        (what `all` loses without the factor and those that group the models as it does), `chance` (mean share of
-        permutations), `p`, `least_p` (see `least_p_value`) and what was `permuted`.
+        A row a measure and factor, largest share first and `all, additive` last: `levels`, `degrees` of freedom,
+        `models`, `share`, `unique` (what `all` loses without the factor and those that group the models as it does),
+        `chance` (mean share of permutations), `p`, `least_p` (see `least_p_value`) and what was `permuted`.
 
     Raises:
         NothingToDrawError: if nothing varies among the models.
@@ -85,7 +85,9 @@ def variance_table(models: pd.DataFrame, index: pd.DataFrame, pairs: pd.DataFram
         found += _explained(space.metric, space.rows, gower_centred(space.squared))
     if not found:
         raise NothingToDrawError("no factor varies among the final models")
-    return pd.DataFrame(found, columns=VARIANCE).astype({"levels": "Int64"})
+    table = pd.DataFrame(found, columns=VARIANCE).astype({"levels": "Int64"})
+    measure, last = pd.factorize(table["measure"])[0], table["factor"] == ALL_FACTORS
+    return table.iloc[np.lexsort((-table["share"], last, measure))].reset_index(drop=True)
 
 
 def _spaces(pairs: pd.DataFrame, index: pd.DataFrame) -> list[Space]:

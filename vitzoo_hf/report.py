@@ -8,7 +8,8 @@ from typing import Any
 
 import pandas as pd
 
-from vitzoo_hf.factors import explained_variance, final_models, require, varying_factors
+from vitzoo_hf.factor_tables import VARIANCE
+from vitzoo_hf.factors import final_models, require, varying_factors
 from vitzoo_hf.figures import FIGURES, Entry, write_figures, write_file
 from vitzoo_hf.pair_tables import SPACES
 from vitzoo_hf.plot_factors import LEVEL_OF_TEST, MEASURES
@@ -44,15 +45,15 @@ def write_report(
     """
     require(index, "index", ("model_id", "is_final"))
     models = final_models(evaluations)
-    shares = explained_variance(evaluations)
     figures = write_figures(index, evaluations, pairs, folder, layers=layers)
     drawn = {path.stem for path in figures}
+    tested = _read(folder, "factors") if "factors" in drawn else pd.DataFrame(columns=VARIANCE)
     missing = [entry.heading for name, entry in FIGURES.items() if name not in drawn]
     sections = [
         f"<header><h1>{_escape(title)}</h1><dl>{''.join(_fact(*fact) for fact in facts.items())}</dl></header>",
         "<section><h2>What drives the spread</h2>",
-        *(f"<p>{sentence}</p>" for sentence in _sentences(models, evaluations, shares, pairs)),
-        _variance(folder) if "factors" in drawn else "",
+        *(f"<p>{sentence}</p>" for sentence in _sentences(models, evaluations, tested, pairs)),
+        _variance(tested) if len(tested) else "",
         "</section><section><h2>Figures</h2>",
         *(_figure(path, FIGURES[path.stem]) for path in figures),
         _separation(folder) if "separation" in drawn else "",
@@ -77,9 +78,9 @@ def _fact(label: str, value: str) -> str:
 
 
 def _sentences(
-    models: pd.DataFrame, evaluations: pd.DataFrame, shares: pd.Series, pairs: pd.DataFrame | None
+    models: pd.DataFrame, evaluations: pd.DataFrame, tested: pd.DataFrame, pairs: pd.DataFrame | None
 ) -> Iterable[str]:
-    """What the tables say, in words, as HTML."""
+    """What the tables say, in words, as HTML; `tested` is the result of `variance_table`."""
     accuracy = models["test_accuracy"].astype(float)
     kind = "fine-tuned" if (models["stage"] == "finetune").all() else "pre-trained"
     yield (
@@ -91,24 +92,33 @@ def _sentences(
     if len(lost):
         names = ", ".join(lost["model_id"].head(NAMED)) + ("…" if len(lost) > NAMED else "")
         yield f"Left out, without a test accuracy: {len(lost)} final fine-tuned models, {_escape(names)}."
-    defined = shares.dropna()
-    if defined.empty:
-        yield "No factor can be named: nothing varies among these models, or all have the same accuracy."
-    levels = varying_factors(models)
-    chance = {name: (levels[str(name)].nunique() - 1) / (len(models) - 1) for name in defined.index}
-    weak = [str(name) for name, share in defined.items() if share <= chance[name]]
-    for rank, (name, share) in enumerate(defined.drop(weak).head(2).items()):
-        medians = accuracy.groupby(levels[str(name)], observed=True).median().sort_values()
-        lead = "The strongest factor is" if rank == 0 else "Next comes"
-        yield (
-            f"{lead} <b>{_escape(name)}</b>: η² = {share:.2f}, so by itself it accounts for {_percent(share)} of the"
-            f" variance between models; the median goes from {_percent(medians.iloc[0])}"
-            f" ({_escape(medians.index[0])}) to {_percent(medians.iloc[-1])} ({_escape(medians.index[-1])})."
-        )
-    if weak:
-        yield f"No more than chance would explain: {_escape(', '.join(weak))}."
+    yield from _factor_sentences(models, tested)
     for value, words in (("agreement", "predict the same class for"), ("cka", "")):
         yield from _pair_sentence(pairs, value, words)
+
+
+def _factor_sentences(models: pd.DataFrame, tested: pd.DataFrame) -> Iterable[str]:
+    """The factors that explain most of the test accuracy, and those that no test tells from chance."""
+    accuracy, levels = models["test_accuracy"].astype(float), varying_factors(models)
+    found = tested[(tested["measure"] == "test_accuracy") & tested["factor"].isin(levels)].set_index("factor")
+    found = found.dropna(subset=["share"])
+    if found.empty:
+        yield "No factor can be named: nothing varies among these models, or all have the same accuracy."
+    testable = found["least_p"] <= LEVEL_OF_TEST
+    weak = testable & (found["p"] > LEVEL_OF_TEST)
+    for rank, (name, row) in enumerate(found[~weak].head(2).iterrows()):
+        medians = accuracy.groupby(levels[str(name)], observed=True).median().sort_values()
+        lead = "The strongest factor is" if rank == 0 else "Next comes"
+        test = f"p = {row['p']:.3f}" if testable[name] else "too few models or parents for a test"
+        yield (
+            f"{lead} <b>{_escape(name)}</b>: η² = {row['share']:.2f} ({test}), so by itself it accounts for"
+            f" {_percent(row['share'])} of the variance between models; the median goes from"
+            f" {_percent(medians.iloc[0])} ({_escape(medians.index[0])}) to {_percent(medians.iloc[-1])}"
+            f" ({_escape(medians.index[-1])})."
+        )
+    if weak.any():
+        told = ", ".join(f"{name} (p = {p:.2f})" for name, p in found.loc[weak, "p"].items())
+        yield f"Not told from chance: {_escape(told)}."
 
 
 def _pair_sentence(pairs: pd.DataFrame | None, value: str, words: str) -> Iterable[str]:
@@ -128,14 +138,19 @@ def _pair_sentence(pairs: pd.DataFrame | None, value: str, words: str) -> Iterab
         yield f"Their features have a median CKA of {same:.2f} with the same parent and {other:.2f} with another."
 
 
-def _variance(folder: Path) -> str:
+def _read(folder: Path, name: str) -> pd.DataFrame:
+    return pd.read_csv(folder / "data" / f"{name}.csv", dtype={"factor": str}, keep_default_na=False, na_values=[""])
+
+
+def _variance(table: pd.DataFrame) -> str:
     """What each factor explains of each measure, beside what chance gives."""
-    table = pd.read_csv(folder / "data" / "factors.csv", keep_default_na=False, na_values=[""])
     shown = {"measure": "of", "factor": "factor", "levels": "levels", "share": "share", "unique": "only by it"}
     shown |= {"chance": "by chance", "p": "p", "permuted": "permuted"}
-    table["measure"] = table["measure"].map(lambda name: str(MEASURES[name]).replace("-\n", "").replace("\n", " "))
-    table["p"] = table["p"].where(table["least_p"] <= LEVEL_OF_TEST)
-    table["levels"] = table["levels"].map(lambda count: int(count) if count == count else None).astype(object)
+    table = table.assign(
+        measure=table["measure"].map(lambda name: MEASURES[name].replace("-\n", "").replace("\n", " ")),
+        p=table["p"].where(table["least_p"] <= LEVEL_OF_TEST),
+        levels=table["levels"].astype("Int64"),
+    )
     rows = zip(*(_rounded(table[name]) for name in shown), strict=True)
     note = (
         "<p class=note>Share: the variance between the levels of a factor over all variance, η² of accuracy and"
@@ -151,7 +166,7 @@ def _variance(folder: Path) -> str:
 
 def _separation(folder: Path) -> str:
     """How well each factor separates the models, beside what chance gives."""
-    table = pd.read_csv(folder / "data" / "separation.csv", keep_default_na=False, na_values=[""])
+    table = _read(folder, "separation")
     table["space"] = table["space"].map(SPACES)
     table["p"] = table["p"].where(table["least_p"] <= LEVEL_OF_TEST)
     shown = {"space": "distance", "factor": "factor", "levels": "levels", "silhouette": "silhouette"}
