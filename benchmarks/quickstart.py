@@ -18,7 +18,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 
 from vitzoo_hf.environment import describe
-from vitzoo_hf.plot import explained_variance
+from vitzoo_hf.factors import explained_variance
 from vitzoo_hf.zoo import Zoo
 
 REPOSITORY = Path(__file__).parent.parent

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 
-from vitzoo_hf import plot
+from vitzoo_hf import factors, figure_style, plot, plot_pairs
 from vitzoo_hf.schema import ZooError
 
 GRID = {"optimizer": ["adamw", "sgd"], "lr": [0.003, 0.001, 0.0001], "head": ["linear", "mlp"], "seed": [42, 6312]}
@@ -78,9 +78,9 @@ def zoo():
 
 
 def draw(index, evaluations, pairs):
-    figures = [plot.accuracy_by_factor(evaluations), plot.learning_curves(index)]
-    figures += [plot.pair_matrix(pairs, index, value) for value in ("agreement", "cka", "weight_l2")]
-    for figure in [*figures, plot.distance_against_agreement(pairs)]:
+    figures = [plot.by_factor(evaluations), plot.learning_curves(index)]
+    figures += [plot_pairs.pair_matrix(pairs, index, value) for value in ("agreement", "cka", "weight_l2")]
+    for figure in [*figures, plot_pairs.distance_against_agreement(pairs)]:
         figure.draw_without_rendering()
         assert isinstance(figure, Figure)
     return figures
@@ -95,14 +95,14 @@ def texts(figure):
 def test_figures_of_a_full_zoo_name_the_factors_strongest_first(zoo):
     figures = draw(*zoo)
     titles = [axes.get_title("left") for axes in figures[0].axes]
-    assert titles == list(plot.explained_variance(zoo[1]).index)
+    assert titles == list(factors.explained_variance(zoo[1]).index)
     assert titles[:2] == ["lr", "optimizer"]
     assert "lr" in texts(figures[1])
     assert {"lr:", "cl-s43", "sl-s42"} <= set(texts(figures[2]))
 
 
 def test_explained_variance_is_one_way_eta_squared(zoo):
-    shares = plot.explained_variance(zoo[1])
+    shares = factors.explained_variance(zoo[1])
     models = zoo[1].query("is_final and stage == 'finetune'")
     y = models["test_accuracy"].to_numpy()
     for name in ("lr", "optimizer", "head", "seed", "regime"):
@@ -121,17 +121,17 @@ def models_table(**columns):
 
 def test_explained_variance_at_its_ends():
     table = models_table(test_accuracy=[0.1, 0.1, 0.9, 0.9], factor_a=[1, 1, 2, 2], factor_b=["x", "y", "x", "y"])
-    assert plot.explained_variance(table).to_dict() == pytest.approx({"a": 1, "b": 0})
-    assert plot.explained_variance(table.assign(test_accuracy=0.5)).isna().all()
-    plot.accuracy_by_factor(table.assign(test_accuracy=0.5)).draw_without_rendering()
+    assert factors.explained_variance(table).to_dict() == pytest.approx({"a": 1, "b": 0})
+    assert factors.explained_variance(table.assign(test_accuracy=0.5)).isna().all()
+    plot.by_factor(table.assign(test_accuracy=0.5)).draw_without_rendering()
 
 
 def test_only_final_fine_tuned_models_count(zoo):
     index = zoo[0]
-    models = plot.final_models(index)
+    models = factors.final_models(index)
     assert len(models) == 48
     assert set(models["stage"]) == {"finetune"}
-    pretrained = plot.final_models(index[index["stage"] == "pretrain"])
+    pretrained = factors.final_models(index[index["stage"] == "pretrain"])
     assert list(pretrained["run_id"]) == ["sl-s42"]
 
 
@@ -147,14 +147,14 @@ def test_factors_of_all_types_become_levels():
         head=["linear", "mlp"] * 20,
         parent_id=["a@1"] * 20 + ["b@1"] * 20,
     )
-    levels = plot.varying_factors(table)
+    levels = factors.varying_factors(table)
     assert list(levels) == ["flag", "lr", "sampled", "seed", "parent"]  # head repeats flag
     assert list(levels["flag"].cat.categories) == ["false", "true"]
     assert list(levels["lr"].cat.categories) == ["1e-05", "0.001", "3", "none"]
     assert levels["sampled"].value_counts().tolist() == [8] * 5
     assert levels["seed"].nunique() == 20
     assert list(levels["parent"].cat.categories) == ["a", "b"]
-    plot.accuracy_by_factor(table).draw_without_rendering()
+    plot.by_factor(table).draw_without_rendering()
 
 
 @pytest.mark.parametrize(
@@ -187,21 +187,21 @@ def test_figures_of_odd_zoos(regimes, grid):
 def test_random_factors_and_missing_pairs(zoo):
     index, evaluations, pairs = zoo
     some = pairs.assign(cka=pairs["cka"].where(pairs.index % 7 > 0))
-    assert "no value" in texts(plot.pair_matrix(some, index, "cka"))
-    assert "no value" not in texts(plot.pair_matrix(pairs, index, "cka"))
-    plot.pair_matrix(pairs[pairs.index % 5 > 0], index).draw_without_rendering()
+    assert "no value" in texts(plot_pairs.pair_matrix(some, index, "cka"))
+    assert "no value" not in texts(plot_pairs.pair_matrix(pairs, index, "cka"))
+    plot_pairs.pair_matrix(pairs[pairs.index % 5 > 0], index).draw_without_rendering()
     for column in [c for c in evaluations if c.startswith("factor_")]:
         evaluations = evaluations.drop(columns=column)
-    assert set(plot.explained_variance(evaluations).index) == {"head", "parent"}
+    assert set(factors.explained_variance(evaluations).index) == {"head", "parent"}
 
 
 def test_models_are_ordered_by_lineage_and_placed_at_their_pairs(zoo):
     index, _, pairs = zoo
     shuffled = pairs.sample(frac=1, random_state=1)
-    rows, _ = plot._by_lineage(pd.unique(shuffled[["model_a", "model_b"]].to_numpy().ravel()), index)
+    rows, _ = plot_pairs._by_lineage(pd.unique(shuffled[["model_a", "model_b"]].to_numpy().ravel()), index)
     assert rows["lineage"].is_monotonic_increasing
     assert [list(part["tuned"]) for _, part in rows.groupby("lineage")] == [[False] + [True] * 24] * 2
-    matrix = plot.pair_matrix(shuffled, index, "weight_l2").axes[0].images[0].get_array()
+    matrix = plot_pairs.pair_matrix(shuffled, index, "weight_l2").axes[0].images[0].get_array()
     place = {model: i for i, model in enumerate(rows["model_id"])}
     for pair in pairs.iloc[::97].itertuples():
         assert matrix[place[pair.model_a], place[pair.model_b]] == pair.weight_l2
@@ -211,15 +211,15 @@ def test_models_are_ordered_by_lineage_and_placed_at_their_pairs(zoo):
 def test_lineage_goes_to_the_root_and_survives_a_circle():
     index = models_table(test_accuracy=[0.1, 0.2, 0.3], parent_id=[None, "r0@1", "r1@1"])
     index = index.assign(run_id=["r0", "r1", "r2"])
-    assert set(plot._by_lineage(index["model_id"], index)[0]["lineage"]) == {"r0"}
+    assert set(plot_pairs._by_lineage(index["model_id"], index)[0]["lineage"]) == {"r0"}
     circle = index.assign(parent_id=["r2@1", "r0@1", "r1@1"])
-    assert len(plot._by_lineage(index["model_id"], circle)[0]) == 3
+    assert len(plot_pairs._by_lineage(index["model_id"], circle)[0]) == 3
 
 
 def test_rank_correlation_within_each_group():
     x = np.arange(10.0)
     pairs = pd.DataFrame({"weight_l2": [*x, *x], "agreement": [*(x / 10), *(1 - x**2 / 100)]})
-    figure = plot.distance_against_agreement(pairs.assign(same_parent=[True] * 10 + [False] * 10))
+    figure = plot_pairs.distance_against_agreement(pairs.assign(same_parent=[True] * 10 + [False] * 10))
     assert texts(figure)[-2:] == [
         "different parents: 10 pairs, Spearman -1.00",
         "same parent: 10 pairs, Spearman +1.00",
@@ -229,14 +229,14 @@ def test_rank_correlation_within_each_group():
 def test_nothing_to_draw_is_told_apart_from_a_wrong_table(zoo):
     index, evaluations, pairs = zoo
     for draw_empty in (
-        lambda: plot.accuracy_by_factor(evaluations.assign(test_accuracy=np.nan)),
+        lambda: plot.by_factor(evaluations.assign(test_accuracy=np.nan)),
         lambda: plot.learning_curves(index.assign(test_accuracy=np.nan)),
-        lambda: plot.pair_matrix(pairs.assign(agreement=np.nan), index),
-        lambda: plot.distance_against_agreement(pairs.assign(agreement=np.nan)),
+        lambda: plot_pairs.pair_matrix(pairs.assign(agreement=np.nan), index),
+        lambda: plot_pairs.distance_against_agreement(pairs.assign(agreement=np.nan)),
     ):
-        with pytest.raises(plot.NothingToDrawError):
+        with pytest.raises(factors.NothingToDrawError):
             draw_empty()
-    plot.pair_matrix(pairs, index.assign(test_accuracy=np.nan), "cka").draw_without_rendering()
+    plot_pairs.pair_matrix(pairs, index.assign(test_accuracy=np.nan), "cka").draw_without_rendering()
 
 
 def test_errors_are_one_clear_line(zoo):
@@ -244,16 +244,33 @@ def test_errors_are_one_clear_line(zoo):
     with pytest.raises(
         ZooError, match=r"^table 'evaluations' has no column 'test_accuracy': did you mean 'accuracy'\?$"
     ):
-        plot.accuracy_by_factor(evaluations[["model_id", "stage", "is_final"]].assign(accuracy=1.0))
+        plot.by_factor(evaluations[["model_id", "stage", "is_final"]].assign(accuracy=1.0))
     with pytest.raises(ZooError, match=r"^table 'index' has no rows"):
         plot.learning_curves(index[:0])
     with pytest.raises(ZooError, match=r"table 'pairs' has no column 'ckaa': did you mean 'cka'\?"):
-        plot.pair_matrix(pairs, index, "ckaa")
+        plot_pairs.pair_matrix(pairs, index, "ckaa")
     with pytest.raises(ZooError, match=r"table 'index' lacks 'cl-s43--.*same zoo"):
-        plot.pair_matrix(pairs, index[index["factor_regime"] == "supervised"])
+        plot_pairs.pair_matrix(pairs, index[index["factor_regime"] == "supervised"])
 
 
 def test_style_does_not_leak(zoo):
-    before = {key: matplotlib.rcParams[key] for key in plot.STYLE}
-    plot.accuracy_by_factor(zoo[1])
-    assert {key: matplotlib.rcParams[key] for key in plot.STYLE} == before
+    before = {key: matplotlib.rcParams[key] for key in figure_style.STYLE}
+    plot.by_factor(zoo[1])
+    assert {key: matplotlib.rcParams[key] for key in figure_style.STYLE} == before
+
+
+def test_gap_and_accuracy_are_drawn_over_epochs_and_over_one(zoo):
+    index = zoo[0].assign(generalization_gap=zoo[0]["test_accuracy"] / 10)
+    figure = plot.learning_curves(index)
+    assert [axes.get_ylabel() for axes in figure.axes] == ["test accuracy"] * 2 + ["training − test accuracy"] * 2
+    line = figure.axes[3].lines[0]
+    part = index[(index["stage"] == "finetune") & (index["epoch"] == 20) & (index["factor_lr"] == 0.0001)]
+    assert line.get_ydata()[-1] == pytest.approx(part["generalization_gap"].median())
+    plot.learning_curves(index[index["is_final"]].drop(columns="generalization_gap")).draw_without_rendering()
+    assert len(plot.by_factor(index, "generalization_gap").axes) == 5
+
+
+def test_the_overview_has_a_panel_for_whatever_was_measured(zoo):
+    models = zoo[1].assign(test_brier=0.5, test_entropy=np.nan)
+    shown = [axes.get_xlabel() for axes in plot.population_overview(models).axes if axes.get_visible()]
+    assert shown == [plot.OVERVIEW[name] for name in plot.OVERVIEW if name != "test_entropy"]

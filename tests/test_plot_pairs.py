@@ -1,94 +1,111 @@
-import itertools
+"""Agreement between its bounds, and blocks against blocks."""
+
+import json
 
 import numpy as np
 import pandas as pd
 import pytest
-from matplotlib.figure import Figure
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from vitzoo_hf import plot_pairs
-from vitzoo_hf.plot import NothingToDrawError
+from vitzoo_hf.factors import NothingToDrawError
+from vitzoo_hf.schema import ZooError
 
 
-def pairs_of(places, **columns):
-    ids = [f"m{number}@1" for number in range(len(places))]
-    rows = [
-        {"model_a": ids[i], "model_b": ids[j], "weight_l2": float(np.linalg.norm(places[i] - places[j]))}
-        | {name: value(i, j) for name, value in columns.items()}
-        for i, j in itertools.combinations(range(len(ids)), 2)
-    ]
-    return pd.DataFrame(rows)
+@settings(max_examples=40, deadline=None)
+@given(st.integers(2, 12), st.integers(0, 10**6))
+def test_no_pair_of_predictions_agrees_more_than_the_most(classes, seed):
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, classes, 60)
+    right = [rng.random(60) < rng.random() for _ in range(2)]
+    a, b = (np.where(known, labels, rng.integers(0, classes, 60)) for known in right)
+    accuracies = [pd.Series([float((x == labels).mean())]) for x in (a, b)]
+    _, most = plot_pairs.agreement_bounds(*accuracies, pd.Series([classes]))
+    assert (a == b).mean() <= most[0] + 1e-12
 
 
-def evaluations_of(count, **columns):
-    table = pd.DataFrame({"model_id": [f"m{number}@1" for number in range(count)], "stage": "finetune"})
-    table = table.assign(is_final=True, test_accuracy=np.linspace(0.5, 0.9, count))
-    return table.assign(**columns)
+def test_independent_errors_agree_as_often_as_simulated_ones():
+    rng = np.random.default_rng(0)
+    size, classes = 400_000, 5
+    predictions = []
+    for accuracy in (0.7, 0.4):
+        wrong = rng.integers(1, classes, size)  # the label is 0, errors are even over the others
+        predictions.append(np.where(rng.random(size) < accuracy, 0, wrong))
+    independent, most = plot_pairs.agreement_bounds(pd.Series([0.7]), pd.Series([0.4]), pd.Series([classes]))
+    assert (predictions[0] == predictions[1]).mean() == pytest.approx(independent[0], abs=0.004)
+    assert most[0] == pytest.approx(0.7)
 
 
-def test_a_map_of_points_in_the_plane_keeps_their_distances():
-    places = np.random.default_rng(0).normal(size=(9, 2))
-    found = plot_pairs.embedded(pairs_of(places), "weight_l2")
-    again = found[["x", "y"]].to_numpy()
-    distances = np.linalg.norm(places[:, None] - places, axis=-1)
-    assert np.allclose(np.linalg.norm(again[:, None] - again, axis=-1), distances)
-
-
-def test_models_without_all_distances_are_left_off_the_map():
-    pairs = pairs_of(np.random.default_rng(0).normal(size=(6, 2)))
-    lost = (pairs["model_a"] == "m2@1") | (pairs["model_b"] == "m2@1")
-    found = plot_pairs.embedded(pairs.assign(weight_l2=pairs["weight_l2"].mask(lost)), "weight_l2")
-    assert list(found["model_id"]) == ["m0@1", "m1@1", "m3@1", "m4@1", "m5@1"]
-    with pytest.raises(NothingToDrawError, match="too few for a map"):
-        plot_pairs.embedded(pairs[:3], "weight_l2")
-
-
-def test_separation_tells_groups_from_noise():
-    generator = np.random.default_rng(0)
-    places = np.concatenate([generator.normal(size=(10, 2)), generator.normal(size=(10, 2)) + 20])
-    silhouette, share = plot_pairs.separation(places, pd.Series(["a"] * 10 + ["b"] * 10))
-    assert silhouette > 0.8
-    assert share <= 2 / (plot_pairs.PERMUTATIONS + 1)
-    silhouette, share = plot_pairs.separation(places, pd.Series(["a", "b"] * 10))
-    assert abs(silhouette) < 0.2
-    assert share > 0.05
-    assert np.isnan(plot_pairs.separation(places, pd.Series(["a"] * 20))).all()
-
-
-@pytest.mark.parametrize("factor", [["a", "b"] * 5, [1, 2] * 5, ["same"] * 10])
-def test_figures_draw(factor):
-    places = np.random.default_rng(0).normal(size=(10, 3))
-    agreement = {"agreement": lambda i, j: 0.5 + 0.01 * (i + j), "cohen_kappa": lambda i, j: 0.4}
-    pairs = pairs_of(places, same_parent=lambda i, j: i % 2 == j % 2, **agreement)
-    evaluations = evaluations_of(10, factor_kind=factor, test_loss=1.0, test_ece=0.1)
-    for figure in (
-        plot_pairs.overview(evaluations),
-        plot_pairs.modes(evaluations, pairs),
-        plot_pairs.agreement_against_accuracy(evaluations, pairs),
-    ):
-        assert isinstance(figure, Figure)
-        figure.draw_without_rendering()
-
-
-def test_the_line_of_independent_errors_is_where_independent_models_lie():
-    generator = np.random.default_rng(0)
-    labels = np.zeros(200_000, int)
-    wrong = [np.where(generator.random(labels.size) < 0.3, 1 + model, 0) for model in range(2)]
-    assert (wrong[0] == wrong[1]).mean() == pytest.approx(0.7**2, abs=0.005)
-
-
-def test_tables_of_earlier_versions_have_no_kappa_and_no_figure():
-    pairs = pairs_of(np.eye(5), same_parent=lambda i, j: True, agreement=lambda i, j: 0.5)
-    with pytest.raises(NothingToDrawError, match="has no kappa: evaluate the zoo again"):
-        plot_pairs.agreement_against_accuracy(evaluations_of(5), pairs)
-
-
-def test_layers_are_in_the_order_of_models_and_blocks():
-    blocks = [(model, block) for model in ("z", "a") for block in range(11)]
-    rows = [(*one, *other, i / 22 + j / 1000) for i, one in enumerate(blocks) for j, other in enumerate(blocks)]
-    table = pd.DataFrame(rows, columns=["model_a", "block_a", "model_b", "block_b", "cka"])
-    shown = plot_pairs.layer_matrix(
-        table.sample(frac=1, random_state=0).sort_values(["model_a"], ascending=False, kind="stable")
+def tables():
+    names = [f"r{i}@1" for i in range(5)]
+    accuracy = [0.9, 0.8, 0.7, None, 0.5]
+    evaluations = pd.DataFrame({"model_id": names, "test_accuracy": accuracy})
+    arguments = [json.dumps({"num_classes": count} if count else {}) for count in (10, 10, 10, 10, 7)]
+    index = pd.DataFrame({"model_id": names, "architecture_args": arguments})
+    pairs = pd.DataFrame(
+        [(a, b) for i, a in enumerate(names) for b in names[i + 1 :]], columns=["model_a", "model_b"]
     )
-    matrix = plot_pairs.layer_matrix(table).axes[0].images[0].get_array()
-    assert np.allclose(matrix, [[i / 22 + j / 1000 for j in range(22)] for i in range(22)])
-    assert isinstance(shown, Figure)
+    return pairs.assign(same_parent=[True, False] * 5, agreement=0.75), evaluations, index
+
+
+def test_pairs_get_their_accuracies_and_bounds():
+    pairs, evaluations, index = tables()
+    table = plot_pairs.accuracy_table(pairs, evaluations, index)
+    assert len(table) == 6  # pairs of the model without an accuracy are left out
+    row = table.set_index(["model_a", "model_b"]).loc[("r0@1", "r1@1")]
+    assert row[["accuracy_a", "accuracy_b", "classes", "most"]].tolist() == pytest.approx([0.9, 0.8, 10, 0.9])
+    assert row["independent"] == pytest.approx(0.72 + 0.02 / 9)
+    other = table[table["model_b"] == "r4@1"]
+    assert other[["classes", "independent"]].isna().all(axis=None)
+    assert other["most"].notna().all()
+    swapped = pairs.rename(columns={"model_a": "model_b", "model_b": "model_a"})
+    turned = plot_pairs.accuracy_table(swapped, evaluations, index)
+    pd.testing.assert_frame_equal(turned[["independent", "most"]], table[["independent", "most"]])
+
+
+def test_panels_are_those_that_were_measured():
+    pairs, evaluations, index = tables()
+    measured = pairs.assign(cohen_kappa=np.nan, error_consistency=0.25)
+    figure = plot_pairs.agreement_against_accuracy(plot_pairs.accuracy_table(measured, evaluations, index))
+    assert [axes.get_title("left") for axes in figure.axes] == ["agreement", "error consistency"]
+    told = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert told == [
+        "different parents: 2 pairs",
+        "same parent: 4 pairs",
+        "the most that the two accuracies allow",
+        "if errors were independent",
+    ]
+    unknown = plot_pairs.accuracy_table(pairs, evaluations, index[["model_id"]])
+    figure = plot_pairs.agreement_against_accuracy(unknown)
+    assert "if errors were independent" not in [text.get_text() for text in figure.legends[0].get_texts()]
+    with pytest.raises(NothingToDrawError):
+        plot_pairs.accuracy_table(pairs.assign(agreement=np.nan), evaluations, index)
+    with pytest.raises(NothingToDrawError):
+        plot_pairs.accuracy_table(pairs, evaluations.assign(test_accuracy=np.nan), index)
+
+
+def layer_table(depths, seed=0):
+    blocks = [(f"r{i}@1", block) for i, depth in enumerate(depths) for block in range(depth)]
+    rng = np.random.default_rng(seed)
+    rows = [(*a, *b, 1.0 if a == b else rng.uniform(-0.1, 1)) for a in blocks for b in blocks]
+    return pd.DataFrame(rows, columns=["model_a", "block_a", "model_b", "block_b", "cka"])
+
+
+@pytest.mark.parametrize("depths", [(1,), (2, 3), (12, 12, 12, 12), (32, 24)])
+def test_blocks_are_placed_where_they_belong(depths):
+    layers = layer_table(depths)
+    figure = plot_pairs.layer_matrix(layers)
+    figure.draw_without_rendering()
+    axes = figure.axes[0]
+    matrix = np.asarray(axes.images[0].get_array())
+    assert matrix.ravel().tolist() == layers["cka"].tolist()
+    assert [text.get_text() for text in axes.texts] == [f"model {i}" for i in range(1, len(depths) + 1)]
+    assert len(axes.get_xticks()) <= 28
+
+
+def test_layers_of_a_wrong_table_are_refused():
+    with pytest.raises(ZooError, match=r"^table 'layers' has no column 'block_b'"):
+        plot_pairs.layer_matrix(layer_table((2,)).drop(columns="block_b"))
+    with pytest.raises(NothingToDrawError):
+        plot_pairs.layer_matrix(layer_table((2,)).assign(cka=np.nan))

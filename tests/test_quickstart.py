@@ -5,9 +5,11 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
 
-from vitzoo_hf.quickstart import quickstart, summary_table
+from vitzoo_hf.quickstart import models_to_compare, quickstart, summary_table, write_zoo_report
 from vitzoo_hf.schema import ZooError
 from vitzoo_hf.zoo import Zoo
 
@@ -115,3 +117,43 @@ def test_killed_at_ten_random_moments_it_ends_in_the_same_zoo(finished, tmp_path
     assert zoo.model_ids == expected.model_ids
     assert list(zoo.index["weights_sha256"]) == list(expected.index["weights_sha256"])
     assert not [file for file in tmp_path.rglob("*") if ".tmp" in file.name]
+
+
+def test_blocks_are_compared_between_the_best_models_of_up_to_four_parents():
+    parents = ["a@1", "a@1", "b@1", "c@1", "d@1", "e@1", None]
+    accuracy = [0.5, 0.9, 0.6, 0.7, np.nan, 0.8, 0.99]
+    table = pd.DataFrame({"model_id": [f"r{i}@1" for i in range(7)], "parent_id": parents, "stage": "finetune"})
+    table = table.assign(is_final=True, dataset="digits", selection_accuracy=accuracy, test_accuracy=0.5)
+    assert list(models_to_compare(table)["model_id"]) == ["r1@1", "r3@1", "r5@1", "r6@1"]
+    unknown = table.assign(selection_accuracy=np.nan)
+    assert list(models_to_compare(unknown)["model_id"]) == ["r0@1", "r2@1", "r3@1", "r4@1"]
+    pretrained = table.assign(stage=["pretrain"] * 6 + ["finetune"])
+    assert list(models_to_compare(pretrained)["model_id"]) == ["r6@1"]
+    diverged = table.assign(test_accuracy=[0.5, np.nan, np.nan, 0.5, 0.5, 0.5, 0.5])
+    assert list(models_to_compare(diverged)["model_id"]) == ["r0@1", "r3@1", "r5@1", "r6@1"]
+    assert models_to_compare(table.assign(test_accuracy=np.nan)).empty
+    other = table.assign(dataset=["mnist5k"] * 4 + ["digits"] * 3)
+    assert list(models_to_compare(other)["model_id"]) == ["r1@1", "r2@1", "r3@1"]
+
+
+def test_a_zoo_without_images_is_reported_without_layers(tmp_path, monkeypatch):
+    written, said, zoo = [], [], Zoo.sample()
+
+    def write(*tables, layers, **others):
+        written.append(layers)
+        return tmp_path
+
+    monkeypatch.setattr("vitzoo_hf.quickstart.write_report", write)
+    write_zoo_report(zoo, tmp_path, say=said.append)
+    assert said == []
+    assert written[0]["model_a"].nunique() == 2
+    write_zoo_report(zoo.filter(model_id=zoo.model_ids[-1]), tmp_path, say=said.append)
+    assert list(written[1]["model_a"].unique()) == [zoo.model_ids[-1]]
+
+    def carries_none(*arguments):
+        raise ZooError("sample carries no test images of 'digits'")
+
+    monkeypatch.setattr(Zoo, "probes", carries_none)
+    write_zoo_report(zoo, tmp_path, say=said.append)
+    assert said == ["blocks are not compared layer by layer: sample carries no test images of 'digits'"]
+    assert written[2] is None

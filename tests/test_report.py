@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from vitzoo_hf import figures, report
+from vitzoo_hf import factor_tables, factors, figures, report
 from vitzoo_hf.schema import ZooError
 
 
@@ -17,6 +17,8 @@ from vitzoo_hf.schema import ZooError
 def coarse_figures():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(figures, "DPI", 30)
+        patch.setattr(factor_tables, "PERMUTATIONS", 39)
+        patch.setattr(factor_tables, "SILHOUETTES", 39)
         yield
 
 
@@ -43,13 +45,12 @@ def small_tables(models=12, parents=("sl-s42", "cl-s42")):
     )
     pairs["same_parent"] = pairs["model_a"].str[:2] == pairs["model_b"].str[:2]
     pairs["agreement"] = pairs["cka"] = np.where(pairs["same_parent"], 0.75, 0.5) + rng.uniform(0, 0.01, len(pairs))
-    pairs["cohen_kappa"] = pairs["agreement"] - 0.1
     return index, evaluations.reset_index(drop=True), pairs.assign(weight_l2=rng.uniform(1, 9, len(pairs)))
 
 
 def layer_table():
-    blocks = [(model, block) for model in ("a", "b") for block in range(3)]
-    rows = [(*one, *other, 1.0 if one == other else 0.5) for one in blocks for other in blocks]
+    blocks = [(model, block) for model in ("sl-s42--0@5", "cl-s42--0@5") for block in (0, 1)]
+    rows = [(*a, *b, 1.0 if a == b else 0.5) for a in blocks for b in blocks]
     return pd.DataFrame(rows, columns=["model_a", "block_a", "model_b", "block_b", "cka"])
 
 
@@ -86,7 +87,10 @@ def page(tmp_path_factory):
 def test_report_is_self_contained_and_well_formed(page):
     found = Page(page.read_text("utf-8"))
     assert found.open == []
-    links = [value for _, attrs in found.elements for key, value in attrs.items() if key in ("src", "href")]
+    data = [attrs["href"] for _, attrs in found.elements if "href" in attrs]
+    assert data == ["data/factors.csv", *(f"data/{name}.csv" for name in figures.FIGURES)]
+    assert all((page.parent / link).is_file() for link in data)
+    links = [attrs["src"] for _, attrs in found.elements if "src" in attrs]
     assert len(links) == len(figures.FIGURES)
     assert all(link.startswith("data:image/png;base64,") for link in links)
     assert not {"link", "iframe", "object"} & {tag for tag, _ in found.elements}
@@ -98,7 +102,8 @@ def test_report_shows_facts_sentences_figures_and_models(page):
     assert "<b>CC & BY</b>" in text
     assert re.search(r"of the 12 final fine-tuned models: from \s*1\d\.\d %", text)
     assert re.search(r"\blr : η² = (0\.9\d|1\.00)", text)
-    assert "No more than chance would explain" in text
+    assert re.search(r"Not told from chance: seed \(p = (0\.[1-9]\d|1\.00)\)", text)
+    assert re.search(r"η² = [01]\.\d\d \(p = 0\.025\)", text)
     assert re.search(r"same parent predict the same class for 75\.\d % .* for 50\.\d %", text)
     assert all(entry.heading in text and entry.caption in text for entry in figures.FIGURES.values())
     assert "Not drawn" not in text
@@ -124,16 +129,16 @@ def test_everything_from_outside_is_escaped(tmp_path):
 def test_figures_that_do_not_apply_are_skipped_and_named(tmp_path):
     index, evaluations, pairs = small_tables()
     written = figures.write_figures(index, evaluations, None, tmp_path)
-    assert [path.name for path in written] == ["overview.png", "accuracy_by_factor.png", "learning_curves.png"]
-    assert figures.write_figures(index, evaluations, pairs[:0], tmp_path) == written
+    names = ["population_overview", "accuracy_by_factor", "gap_by_factor", "learning_curves", "factors"]
+    assert [path.stem for path in written] == names
     unrecorded = index.assign(test_accuracy=np.nan)
     path = report.write_report(unrecorded, evaluations, pairs.assign(agreement=None), tmp_path, title="t", facts={})
-    missing = "Learning curves, Agreement of predictions, Distance in weights and agreement in behaviour"
-    missing += ", Agreement and accuracy, Layers against layers"
+    missing = "Learning curves, Agreement of predictions, Similarity layer by layer, Agreement and accuracy, Distance"
+    missing += " in weights and agreement in behaviour"
     assert f"Not drawn, for lack of data: {missing}." in path.read_text("utf-8")
 
 
-@pytest.mark.parametrize("models", [2, 3])
+@pytest.mark.parametrize("models", [1, 2, 3])
 def test_reports_of_tiny_zoos(tmp_path, models):
     tables = small_tables(models, parents=("sl-s42",))
     text = report.write_report(*tables, tmp_path, title="t", facts={}).read_text("utf-8")
@@ -148,12 +153,15 @@ def test_a_zoo_where_nothing_varies(tmp_path):
 
 
 def test_formats_and_files(tmp_path):
-    index, evaluations, pairs = small_tables()
+    index, evaluations, _ = small_tables()
     written = figures.write_figures(
-        index, evaluations, pairs, tmp_path / "a" / "b", layers=layer_table(), formats=("png", "svg")
+        index, evaluations, None, tmp_path / "a" / "b", formats=("png", "svg"), layers=layer_table()
     )
-    assert [path.suffix for path in written] == [".png", ".svg"] * len(figures.FIGURES)
-    assert sorted(path.name for path in (tmp_path / "a" / "b").iterdir()) == sorted(path.name for path in written)
+    assert [path.suffix for path in written] == [".png", ".svg"] * 6
+    found = (tmp_path / "a" / "b" / "figures").iterdir()
+    assert sorted(path.name for path in found) == sorted(path.name for path in written)
+    found = (tmp_path / "a" / "b" / "data").iterdir()
+    assert {path.stem for path in found} == {path.stem for path in written}
     assert all(path.read_bytes().startswith(PNG) for path in written[::2])
     assert all(b"<svg" in path.read_bytes() for path in written[1::2])
 
@@ -171,14 +179,14 @@ def test_errors_are_one_clear_line(tmp_path):
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
-    path = figures.written(tmp_path / "x", b"old")
+    path = figures.write_file(tmp_path / "x", b"old")
 
     def fail(self, target):
         raise OSError("disk full")
 
     monkeypatch.setattr(type(path), "replace", fail)
     with pytest.raises(ZooError, match=r"cannot write .*x: disk full"):
-        figures.written(path, b"new")
+        figures.write_file(path, b"new")
     assert list(tmp_path.iterdir()) == [path]
     assert path.read_bytes() == b"old"
 
@@ -188,22 +196,64 @@ def test_a_full_disk_is_one_line_and_leaves_no_scrap(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(pathlib.Path, "write_bytes", full)
-    with pytest.raises(ZooError, match=r"cannot write .*overview.png: No space left on device"):
+    with pytest.raises(ZooError, match=r"cannot write .*population_overview.csv: No space left on device"):
         figures.write_figures(*small_tables(), tmp_path)
-    assert list(tmp_path.iterdir()) == []
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
-def test_every_figure_is_drawn_again_from_the_tables_beside_it(tmp_path):
-    report.write_report(*small_tables(), tmp_path, title="t", facts={}, layers=layer_table())
-    tables = figures.Tables.read(tmp_path)
-    again = figures.write_figures(
-        tables.index, tables.evaluations, tables.pairs, tmp_path / "again", layers=tables.layers
+@pytest.mark.parametrize("name", figures.FIGURES)
+def test_a_figure_drawn_again_from_its_csv_is_the_same_to_the_byte(page, name):
+    figure = figures.figure_from_csv(name, page.parent / "data" / f"{name}.csv")
+    assert figures.image_of(figure) == (page.parent / "figures" / f"{name}.png").read_bytes()
+
+
+def test_the_csv_keeps_numbers_and_names(page):
+    _, _, pairs = small_tables()
+    found = pd.read_csv(page.parent / "data" / "distance_against_agreement.csv")
+    assert found["weight_l2"].tolist() == pairs["weight_l2"].tolist()
+    assert found["model_b"].tolist() == pairs["model_b"].tolist()
+    matrix = pd.read_csv(page.parent / "data" / "cka_matrix.csv", index_col="model_id")
+    for pair in pairs.itertuples():
+        assert matrix.loc[pair.model_a, pair.model_b] == matrix.loc[pair.model_b, pair.model_a] == pair.cka
+
+
+def test_levels_that_look_like_nothing_are_levels(tmp_path):
+    index, evaluations, _ = small_tables()
+    for table in (index, evaluations):
+        table["factor_augmentation"] = np.where(table["factor_lr"] > 0.005, "NA", "none")
+    empty = pd.DataFrame()
+    table = figures.FIGURES["accuracy_by_factor"].table(figures.Tables(index, evaluations, empty, empty))
+    table.to_csv(tmp_path / "table.csv", index=False)
+    figure = figures.figure_from_csv("accuracy_by_factor", tmp_path / "table.csv")
+    panel = next(axes for axes in figure.axes if axes.get_title("left") == "augmentation")
+    assert [label.get_text() for label in panel.get_xticklabels()] == ["NA", "none"]
+
+
+def test_a_csv_that_is_none_is_refused_in_one_line(tmp_path):
+    with pytest.raises(ZooError, match=r"^unknown figure 'mode': did you mean 'modes'\?$"):
+        figures.figure_from_csv("mode", tmp_path / "x.csv")
+    with pytest.raises(ZooError, match=r"^cannot read .*x.csv as a CSV: .*No such file"):
+        figures.figure_from_csv("modes", tmp_path / "x.csv")
+    (tmp_path / "x.csv").write_text("model,b\n1,2\n")
+    with pytest.raises(ZooError, match="has no column 'model_id'"):
+        figures.figure_from_csv("modes", tmp_path / "x.csv")
+
+
+def test_the_separation_of_factors_is_on_the_page(page):
+    text = " ".join(Page(page.read_text("utf-8")).texts)
+    text = re.sub(r"\s+", " ", text)
+    assert "silhouette by chance 95 % p permuted weights: L2 distance" in text
+    assert re.search(
+        r"only by it by chance p permuted test accuracy lr 2 (0\.99\d*|1) .* models within a parent", text
     )
-    assert len(again) == len(figures.FIGURES)
-    for file in again:
-        assert file.read_bytes() == (tmp_path / "figures" / file.name).read_bytes(), file.name
+    assert "all, additive" in text
 
 
-def test_a_folder_without_tables_is_one_line(tmp_path):
-    with pytest.raises(ZooError, match="holds no tables of a report"):
-        figures.Tables.read(tmp_path)
+def test_models_without_an_accuracy_are_named():
+    _, evaluations, pairs = small_tables()
+    evaluations.loc[:6, ["test_accuracy", "test_ece"]] = None
+    models = factors.final_models(evaluations)
+    untested = pd.DataFrame(columns=factor_tables.VARIANCE)
+    told = list(report._sentences(models, evaluations, untested, pairs))[1]
+    names = ", ".join(evaluations["model_id"][:5])
+    assert told == f"Left out, without a test accuracy: 7 final fine-tuned models, {names}…."

@@ -184,7 +184,7 @@ def pack(
 
 @app.command
 def plot(zoo: str, *, out: Path, json: Json = False, quiet: Quiet = False) -> None:
-    """Draw the figures of an evaluated zoo and a self-contained report.html.
+    """Draw the figures of an evaluated zoo, a CSV for each, and a self-contained report.html.
 
     Args:
         zoo: Folder, dataset id, or `sample`.
@@ -192,7 +192,8 @@ def plot(zoo: str, *, out: Path, json: Json = False, quiet: Quiet = False) -> No
     """
     from vitzoo_hf.quickstart import write_zoo_report
 
-    report = write_zoo_report(open_zoo(zoo, None), out)
+    say = (lambda line: None) if json or quiet else print
+    report = write_zoo_report(open_zoo(zoo, None), out, say=say)
     if json:
         print_json({"report": str(report)})
         return

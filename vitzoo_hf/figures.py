@@ -1,4 +1,4 @@
-"""The figures of a zoo as files, and the tables that they are drawn from."""
+"""The figures of a zoo as files, each drawn from a CSV of its own that is written beside it."""
 
 from collections.abc import Callable, Sequence
 from io import BytesIO
@@ -9,128 +9,164 @@ import pandas as pd
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from vitzoo_hf import plot, plot_pairs
+from vitzoo_hf import factor_tables, plot, plot_factors, plot_modes, plot_pairs
 from vitzoo_hf.checkpoint import write_atomically
+from vitzoo_hf.factors import NothingToDrawError, final_models, require
+from vitzoo_hf.figure_style import STYLE
 from vitzoo_hf.schema import ZooError, did_you_mean
 
 DPI = 200
-TEXTS = ("model_id", "run_id", "parent_id", "stage", "head", "dataset", "model_a", "model_b", "split")
+TEXT = ("model_id", "run_id", "parent_id", "stage", "dataset", "head", "lineage", "model_a", "model_b")
+MODEL = ("model_id", "run_id", "parent_id", "stage", "epoch", "is_final", "head", "dataset")
 
 
 class Tables(NamedTuple):
-    """What the figures are drawn from; `layers` as `layer_similarity` gives it, empty for no such figure."""
+    """Tables of a zoo: the configs, and the CKA of blocks that `layer_similarity` gives; empty: not known."""
 
     index: pd.DataFrame
     evaluations: pd.DataFrame
     pairs: pd.DataFrame
     layers: pd.DataFrame
 
-    @classmethod
-    def read(cls, folder: Path) -> "Tables":
-        """The tables that `write_report` left in `folder/data`, from which every figure can be drawn again.
-
-        Raises:
-            ZooError: if there are none.
-        """
-        try:
-            return cls(*(_read_csv(folder / "data" / f"{name}.csv") for name in cls._fields))
-        except OSError as error:
-            raise ZooError(f"{folder} holds no tables of a report: {error}") from None
-
-    def write(self, folder: Path) -> None:
-        """Write `data/NAME.csv`, the columns of the zoo's configs."""
-        (folder / "data").mkdir(parents=True, exist_ok=True)
-        for name, table in self._asdict().items():
-            written(folder / "data" / f"{name}.csv", table.to_csv(index=False).encode())
-
-
-def _read_csv(file: Path) -> pd.DataFrame:
-    try:
-        return pd.read_csv(file, dtype=dict.fromkeys(TEXTS, "str"))
-    except pd.errors.EmptyDataError:
-        return pd.DataFrame()
-
 
 class Entry(NamedTuple):
-    """A figure of the report: how it is drawn from the tables, and what the page says of it."""
+    """A figure of the report: what its CSV holds, how it is drawn from it, and what the page says of it."""
 
-    draw: Callable[["Tables"], Figure]
+    table: Callable[[Tables], pd.DataFrame]
+    draw: Callable[[pd.DataFrame], Figure]
     heading: str
     caption: str
-    of_pairs: bool = False
+    source: str = "evaluations"
+    """The table without which there is no such figure."""
 
 
 FIGURES: dict[str, Entry] = {
-    "overview": Entry(
-        lambda tables: plot_pairs.overview(tables.evaluations),
-        "Overview",
-        "How the final models spread over what was measured on the test images. Calibration error: top label, 15"
-        " bins. Brier score: summed over classes, 0 to 2. Table: evaluations.",
+    "population_overview": Entry(
+        lambda tables: _columns(_with_gap(tables), *plot.OVERVIEW),
+        plot.population_overview,
+        "Population overview",
+        "How many final models have which test accuracy, loss, generalisation gap (training minus test accuracy, as"
+        " recorded during training), expected calibration error (top label, 15 bins), Brier score (summed over"
+        " classes, 0 to 2) and entropy of predictions. What was not measured has no panel. Tables: evaluations,"
+        " index.",
     ),
     "accuracy_by_factor": Entry(
-        lambda tables: plot.accuracy_by_factor(tables.evaluations),
+        lambda tables: _columns(final_models(tables.evaluations), "test_accuracy"),
+        plot.by_factor,
         "Accuracy by factor",
         "Each point is one final model, measured on the test images; every panel shows the same models, sorted by"
         " another factor. A black line is the median of a level, its box the middle half. Panels are ordered by η²,"
         " the bar on top: how much of the differences between models the factor explains by itself. Table:"
         " evaluations.",
     ),
+    "gap_by_factor": Entry(
+        lambda tables: _gaps(tables),
+        lambda table: plot.by_factor(table, "generalization_gap"),
+        "Generalisation gap by factor",
+        "As above, for training minus test accuracy, as recorded at the end of training: above 0, a model does"
+        " better on the images it was trained on. A model that learned little has a small gap. Tables: evaluations,"
+        " index.",
+    ),
     "learning_curves": Entry(
-        lambda tables: plot.learning_curves(tables.index),
+        lambda tables: _recorded(tables.index),
+        plot.learning_curves,
         "Learning curves",
-        "A thin line is one run, a thick line the median of the runs that share a level of the strongest factor;"
-        " points are checkpoints kept in the zoo. Test accuracy as recorded during training; contrastive"
-        " pre-training has none, so it is not shown. Table: index.",
+        "A thin line is one run, a thick line the median and the shade the middle half of the runs that share a level"
+        " of the strongest factor; points are checkpoints kept in the zoo. Test accuracy and generalisation gap as"
+        " recorded during training; contrastive pre-training has none, so it is not shown. Table: index.",
+    ),
+    "factors": Entry(
+        lambda tables: factor_tables.variance_table(_with_gap(tables), tables.index, tables.pairs),
+        plot_factors.variance,
+        "Variance explained by each factor",
+        "The share of the variance between final models that a factor explains by itself, and that all explain"
+        " together by shifts that add up. Of accuracy and gap it is η²; of distances it is the R² of PERMANOVA,"
+        " where the squared distance of two models is that of their weights, or 2 (1 − similarity). p: how often 999"
+        " permutations reach it. A factor that varies within parents is permuted within each; what belongs to"
+        " parents is permuted among parents, which takes at least a handful of them; parents themselves, and all"
+        " factors, among all models. p is not corrected for the number of tests, and a factor whose levels only"
+        " spread differently can have a small one too. Tables: evaluations, index, pairs.",
     ),
     "agreement_matrix": Entry(
-        lambda tables: plot.pair_matrix(tables.pairs, tables.index, "agreement"),
+        lambda tables: plot_pairs.matrix_table(tables.pairs, tables.index, "agreement"),
+        lambda table: plot_pairs.draw_matrix(table, "agreement"),
         "Agreement of predictions",
         "Each cell is a pair of final models: the share of test images for which both predict the same class."
         " Rows and columns have the same order: by lineage (brackets, white lines), then by the factors in the"
         " strips on the left. Bright blocks on the diagonal mean that models of one parent decide alike. Hatched:"
         " not defined, for example between different label sets. Tables: pairs, index.",
-        True,
+        "pairs",
     ),
     "cka_matrix": Entry(
-        lambda tables: plot.pair_matrix(tables.pairs, tables.index, "cka"),
+        lambda tables: plot_pairs.matrix_table(tables.pairs, tables.index, "cka"),
+        lambda table: plot_pairs.draw_matrix(table, "cka"),
         "Similarity of representations",
         "As above, with the centred kernel alignment (CKA, debiased) of the features that two models compute for"
         " the test images: 1 means the same geometry up to rotation and scale, 0 unrelated. It needs no labels, so"
         " pre-trained models are included where they were measured. Tables: pairs, index.",
-        True,
+        "pairs",
+    ),
+    "pairs_by_level": Entry(
+        lambda tables: factor_tables.level_pairs_table(tables.pairs, tables.index),
+        plot_factors.level_pairs,
+        "Pairs within and between the levels of factors",
+        "Distance and cosine of trunk weights, agreement and CKA of pairs of final models of the same parent, regime"
+        " or level of a factor, beside those of the other pairs. With a star: among models of one parent alone, where"
+        " differences between parents play no part; with a dagger: of different parents alone, so that siblings do"
+        " not count for a regime. Tables: pairs, index.",
+        "pairs",
+    ),
+    "layer_matrix": Entry(
+        lambda tables: tables.layers,
+        plot_pairs.layer_matrix,
+        "Similarity layer by layer",
+        "Each cell compares the class token after a block of one model with that after a block of another: debiased"
+        " CKA on test images the zoo carries. The models are chosen: the best, on selection images, of each of a few"
+        " parents. Bright diagonals mean that equally deep blocks compute alike. Computed from the weights.",
+        "layers",
+    ),
+    "agreement_against_accuracy": Entry(
+        lambda tables: plot_pairs.accuracy_table(tables.pairs, tables.evaluations, tables.index),
+        plot_pairs.agreement_against_accuracy,
+        "Agreement and accuracy",
+        "Two accurate models must agree often. Each point is a pair of final models; grey dashes are the most that"
+        " its two accuracies a and b allow, 1 − |a − b|, black ones what errors independent of each other and evenly"
+        " spread over the other classes would give, ab + (1 − a)(1 − b) / (classes − 1). Points above the black"
+        " dashes are more alike than that. Cohen’s kappa and error consistency (kappa of being right) are 0 for what"
+        " chance alone would give; zoos evaluated before they were measured do not show them. Tables: pairs,"
+        " evaluations, index.",
+        "pairs",
     ),
     "distance_against_agreement": Entry(
-        lambda tables: plot.distance_against_agreement(tables.pairs),
+        lambda tables: _known_pairs(tables.pairs),
+        plot_pairs.distance_against_agreement,
         "Distance in weights and agreement in behaviour",
         "Each point is a pair of final models: how far apart their trunk weights are, and how often they agree on"
         " test images. Spearman's rank correlation is computed within each colour; a correlation over both colours"
         " would mostly show the difference between the groups. Pairs share models and are not independent, so read"
         " it as a description and not as a test. Table: pairs.",
-        True,
-    ),
-    "agreement_against_accuracy": Entry(
-        lambda tables: plot_pairs.agreement_against_accuracy(tables.evaluations, tables.pairs),
-        "Agreement and accuracy",
-        "Accurate models must agree on what both get right. The dashed line is the agreement of two models of equal"
-        " accuracy that err independently and never name the same wrong class; points above it share errors or"
-        " successes. Kappa is corrected for the agreement that the two models' class frequencies give by chance."
-        " Tables: pairs, evaluations.",
-        True,
+        "pairs",
     ),
     "modes": Entry(
-        lambda tables: plot_pairs.modes(tables.evaluations, tables.pairs),
+        lambda tables: plot_modes.modes_table(tables.pairs, tables.index),
+        plot_modes.modes,
         "Modes by generating factor",
-        "Maps on which the distance between models is kept as well as two dimensions can. A factor whose levels lie"
-        " apart shapes the population; a silhouette of 1 means separate groups, 0 or less none. The factor was chosen"
-        " for its silhouette, so its share of random relabelings is too small where many factors were tried."
-        " Tables: pairs, evaluations.",
-        True,
+        "Final models as points in a plane, placed by classical multidimensional scaling of the L2 distances of"
+        " their trunk weights, and of 1 minus cosine, agreement and CKA. The share is that of the two axes in the"
+        " positive eigenvalues: a small one means that much of the distances is not in the picture. Colours: the"
+        " factor with the largest silhouette, computed in the whole matrix of distances. Axes have no unit of their"
+        " own and their sign means nothing. Tables: pairs, index.",
+        "pairs",
     ),
-    "layer_matrix": Entry(
-        lambda tables: plot_pairs.layer_matrix(tables.layers),
-        "Layers against layers",
-        "CKA of the class token after every block of some final models, the best of each of up to four parents on the"
-        " selection images. Table: layers.",
+    "separation": Entry(
+        lambda tables: factor_tables.separation_table(tables.pairs, tables.index),
+        plot_factors.separation,
+        "Factors that make modes",
+        "The mean silhouette of the levels of each factor in the whole matrix of distances: 1 where models with the"
+        " same level are close together and far from all others, 0 where levels overlap, below where they are nearer"
+        " to others. Grey: what 199 permutations of the levels give, exchanged as for the variance above. Tables:"
+        " pairs, index.",
+        "pairs",
     ),
 }
 """File name -> figure, in the order of the report."""
@@ -145,16 +181,17 @@ def write_figures(
     layers: pd.DataFrame | None = None,
     formats: Sequence[str] = ("png",),
 ) -> list[Path]:
-    """Write every figure that applies to this zoo, each file atomically; returns the files in report order.
+    """Write `figures/NAME.png` of every figure that applies to this zoo, and the `data/NAME.csv` it is drawn from.
 
-    A figure is skipped where its columns hold no value, such as learning curves without recorded accuracy.
+    A figure is skipped where its columns hold no value, such as learning curves without recorded accuracy. Each
+    file is written atomically; returned are the figures, in report order.
 
     Args:
         index: see `plot.learning_curves`.
         evaluations: see `plot.accuracy_by_factor`.
-        pairs: see `plot.pair_matrix` and `plot.distance_against_agreement`; None or empty: no figure of pairs.
+        pairs: see `plot_pairs`; None or empty: no figure of pairs.
         folder: created where missing.
-        layers: see `plot_pairs.layer_matrix`; None: no such figure.
+        layers: of `layer_similarity`; None: no such figure.
         formats: file endings that matplotlib can write, such as `png`, `svg`, `pdf`.
 
     Raises:
@@ -164,35 +201,98 @@ def write_figures(
     for ending in formats:
         if ending not in known:
             raise ZooError(f"cannot write figures as {ending!r}: {did_you_mean(ending, known)}")
-    tables = tables_of(index, evaluations, pairs, layers)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ZooError(f"cannot write into {folder}: {error.strerror}") from None
-    paths: list[Path] = []
+    empty = pd.DataFrame()
+    tables = Tables(index, evaluations, empty if pairs is None else pairs, empty if layers is None else layers)
+    for place in (folder / "figures", folder / "data"):
+        try:
+            place.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ZooError(f"cannot write into {folder}: {error.strerror}") from None
+    written = []
     for name, entry in FIGURES.items():
-        if (entry.of_pairs and tables.pairs.empty) or (name == "layer_matrix" and tables.layers.empty):
+        if entry.source in ("pairs", "layers") and getattr(tables, entry.source).empty:
             continue
         try:
-            figure = entry.draw(tables)
-        except plot.NothingToDrawError:
+            table = entry.table(tables)
+        except NothingToDrawError:
             continue
+        content = table.to_csv(index=False, lineterminator="\n").encode()
+        figure = figure_from_csv(name, write_file(folder / "data" / f"{name}.csv", content))
         for ending in formats:
-            with BytesIO() as buffer, rc_context(plot.STYLE):
-                figure.savefig(buffer, format=ending, dpi=DPI)
-                paths.append(written(folder / f"{name}.{ending}", buffer.getvalue()))
-    return paths
+            written.append(write_file(folder / "figures" / f"{name}.{ending}", image_of(figure, ending)))
+    return written
 
 
-def tables_of(
-    index: pd.DataFrame, evaluations: pd.DataFrame, pairs: pd.DataFrame | None, layers: pd.DataFrame | None
-) -> Tables:
-    """The tables, empty where they are not there."""
-    empty = pd.DataFrame()
-    return Tables(index, evaluations, empty if pairs is None else pairs, empty if layers is None else layers)
+def figure_from_csv(name: str, path: Path) -> Figure:
+    """Draw a figure of the report again from its CSV: the very picture of the report.
+
+    Args:
+        name: a key of `FIGURES`, such as `agreement_matrix`.
+        path: the CSV that `write_figures` wrote for it.
+
+    Raises:
+        ZooError: for an unknown figure, or a file that cannot be read or lacks a column.
+    """
+    if name not in FIGURES:
+        raise ZooError(f"unknown figure {name!r}: {did_you_mean(name, FIGURES)}")
+    try:
+        table = pd.read_csv(
+            path,
+            dtype=dict.fromkeys(TEXT, str),
+            keep_default_na=False,
+            na_values=[""],
+            low_memory=False,
+        )
+    except (OSError, ValueError) as error:
+        raise ZooError(f"cannot read {path} as a CSV: {error}") from None
+    return FIGURES[name].draw(table)
 
 
-def written(path: Path, content: bytes) -> Path:
-    """Write a file atomically; returns its path."""
+def image_of(figure: Figure, ending: str = "png") -> bytes:
+    """The file of a figure, as the report has it."""
+    with BytesIO() as buffer, rc_context(STYLE):
+        figure.savefig(buffer, format=ending, dpi=DPI)
+        return buffer.getvalue()
+
+
+def write_file(path: Path, content: bytes) -> Path:
+    """Write all of a file or nothing; returns its path."""
     write_atomically(path, lambda temporary: temporary.write_bytes(content))
     return path
+
+
+def _columns(table: pd.DataFrame, *values: str) -> pd.DataFrame:
+    """What says which model a row is, the factors, and `values`, as far as the table has them."""
+    return table[[name for name in table if name in (*MODEL, *values) or str(name).startswith("factor_")]]
+
+
+def _recorded(index: pd.DataFrame) -> pd.DataFrame:
+    require(index, "index", ("model_id", "test_accuracy"))
+    table = _columns(index[index["test_accuracy"].notna()], "test_accuracy", "generalization_gap")
+    if table.empty:
+        raise NothingToDrawError("table 'index': no row has a recorded test accuracy")
+    return table
+
+
+def _with_gap(tables: Tables) -> pd.DataFrame:
+    models, name = final_models(tables.evaluations), "generalization_gap"
+    if name in models or name not in tables.index:
+        return models
+    recorded = tables.index.drop_duplicates("model_id").set_index("model_id")[name]
+    return models.assign(**{name: models["model_id"].map(recorded)})
+
+
+def _gaps(tables: Tables) -> pd.DataFrame:
+    models = _with_gap(tables)
+    if "generalization_gap" not in models or models["generalization_gap"].isna().all():
+        raise NothingToDrawError("table 'index': no final model has a recorded generalisation gap")
+    return _columns(models, "generalization_gap")
+
+
+def _known_pairs(pairs: pd.DataFrame) -> pd.DataFrame:
+    columns = ["model_a", "model_b", "same_parent", "weight_l2", "agreement"]
+    require(pairs, "pairs", columns)
+    known = pairs[columns].dropna(subset=["weight_l2", "agreement"])
+    if known.empty:
+        raise NothingToDrawError("table 'pairs': no pair has both a weight distance and an agreement")
+    return known

@@ -17,7 +17,8 @@ from vitzoo_hf.report import write_report
 from vitzoo_hf.schema import ZooError
 from vitzoo_hf.zoo import Zoo
 
-LAYER_MODELS, LAYER_IMAGES = 4, 500
+LAYER_MODELS = 4
+LAYER_IMAGES = 500
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ def quickstart(
             zoo = Zoo(place)
             evaluate(zoo, progress=progress).write(place)
         say(f"4/4 draw    {report}")
-        write_zoo_report(Zoo(place), report.parent)
+        write_zoo_report(Zoo(place), report.parent, say=say)
     return Outcome(place, report, already_done=False)
 
 
@@ -79,13 +80,20 @@ def _is_evaluated(place: Path) -> bool:
         return False
 
 
-def write_zoo_report(zoo: Zoo, folder: Path) -> Path:
-    """Figures and a self-contained `report.html` of an evaluated zoo.
+def write_zoo_report(zoo: Zoo, folder: Path, *, say: Callable[[str], None] = print) -> Path:
+    """Figures, their data and a self-contained `report.html` of an evaluated zoo.
+
+    Blocks are compared for up to 4 models on up to 500 test images that the zoo carries.
+
+    Args:
+        zoo: an evaluated zoo.
+        folder: created where missing.
+        say: told why blocks are not compared.
 
     Raises:
         ZooError: if the zoo is not evaluated, or the folder cannot be written.
     """
-    index = zoo.to_pandas()
+    index, evaluations = zoo.to_pandas(), zoo.to_pandas("evaluations")
     final = index[index["is_final"]]
     facts = {
         "models": f"{len(final)} ({(final['stage'] == 'pretrain').sum()} pre-trained)",
@@ -96,27 +104,48 @@ def write_zoo_report(zoo: Zoo, folder: Path) -> Path:
     }
     return write_report(
         index,
-        zoo.to_pandas("evaluations"),
+        evaluations,
         zoo.to_pandas("pairs"),
         folder,
         title=zoo.manifest["name"],
         facts=facts,
-        layers=_layers(zoo),
+        layers=_layers(zoo, evaluations, say),
     )
 
 
-def _layers(zoo: Zoo) -> pd.DataFrame | None:
-    """CKA between blocks of the best final model of each of some parents; None where the zoo carries no images."""
-    table = zoo.to_pandas("evaluations")
-    held = {row["dataset"] for row in zoo.probe_rows("test")}
-    table = table[table["is_final"] & table["model_id"].isin(zoo.model_ids) & table["dataset"].isin(held)]
-    if table.empty:
+def models_to_compare(evaluations: pd.DataFrame) -> pd.DataFrame:
+    """The best final model of each of up to 4 parents: by selection accuracy, else the first in the zoo.
+
+    Fine-tuned models where there are any, on the dataset that most of them have; a model without a parent counts as
+    a lineage of its own. Fine-tuned models that have no test accuracy, since their training diverged, are left out.
+
+    Args:
+        evaluations: columns `model_id`, `parent_id`, `stage`, `is_final`, `dataset`, `selection_accuracy`,
+            `test_accuracy`.
+
+    Returns:
+        Rows of `evaluations`, in their order.
+    """
+    final = evaluations[evaluations["is_final"]]
+    tuned = final[(final["stage"] == "finetune") & final["test_accuracy"].notna()]
+    final = final[final["stage"] != "finetune"] if tuned.empty else tuned
+    final = final[final["dataset"] == common_dataset(final)] if len(final) else final
+    lineage = final["parent_id"].fillna(final["model_id"])
+    order = final.sort_values("selection_accuracy", ascending=False, kind="stable", na_position="last").index
+    return final.loc[order][~lineage[order].duplicated()].head(LAYER_MODELS).sort_index()
+
+
+def _layers(zoo: Zoo, evaluations: pd.DataFrame, say: Callable[[str], None]) -> pd.DataFrame | None:
+    chosen = models_to_compare(evaluations[evaluations["model_id"].isin(zoo.model_ids)])
+    if chosen.empty:
+        say("blocks are not compared layer by layer: no final model has finite outputs")
         return None
-    table = table[table["dataset"] == common_dataset(table)]
-    order = table["selection_accuracy"].astype(float).fillna(-1).sort_values(ascending=False, kind="stable")
-    best = table.loc[order.index].drop_duplicates("parent_id")["model_id"].head(LAYER_MODELS)
-    images = zoo.probes(str(table["dataset"].iloc[0]), "test")[0][:LAYER_IMAGES]
-    return layer_similarity(zoo.filter(model_id=list(best)), images)
+    try:
+        images, _ = zoo.probes(str(chosen["dataset"].iloc[0]))
+    except ZooError as error:
+        say(f"blocks are not compared layer by layer: {error}")
+        return None
+    return layer_similarity(zoo.filter(model_id=list(chosen["model_id"])), images[:LAYER_IMAGES])
 
 
 def summary_table(zoo: Zoo) -> pd.DataFrame:

@@ -8,8 +8,13 @@ from typing import Any
 
 import pandas as pd
 
-from vitzoo_hf import plot
-from vitzoo_hf.figures import FIGURES, Entry, tables_of, write_figures, written
+from vitzoo_hf.factor_tables import VARIANCE
+from vitzoo_hf.factors import final_models, require, varying_factors
+from vitzoo_hf.figures import FIGURES, Entry, write_figures, write_file
+from vitzoo_hf.pair_tables import SPACES
+from vitzoo_hf.plot_factors import LEVEL_OF_TEST, MEASURES
+
+NAMED = 5
 
 
 def write_report(
@@ -22,9 +27,9 @@ def write_report(
     facts: Mapping[str, str],
     layers: pd.DataFrame | None = None,
 ) -> Path:
-    """Write `folder/figures/*.png` and `folder/report.html`, one page that needs no other file and no network.
+    """Write `figures/*.png`, `data/*.csv` and `report.html`, a page that needs no other file and no network.
 
-    The tables that the figures are drawn from go to `folder/data/*.csv`; `Tables.read` reads them again.
+    Each figure is drawn from the CSV of its name, which `figures.figure_from_csv` draws again.
 
     Args:
         index: see `plot.learning_curves`.
@@ -33,31 +38,31 @@ def write_report(
         folder: created where missing.
         title: the heading, plain text.
         facts: label -> value, plain text: what the zoo is, where it comes from.
-        layers: see `write_figures`.
+        layers: of `layer_similarity`, for a few models; None: no figure of layers.
 
     Raises:
         ZooError: for a missing column, or an empty `index` or `evaluations`.
     """
-    plot.require(index, "index", ("model_id", "is_final"))
-    models = plot.final_models(evaluations)
-    shares = plot.explained_variance(evaluations)
-    figures = write_figures(index, evaluations, pairs, folder / "figures", layers=layers)
-    tables_of(index, evaluations, pairs, layers).write(folder)
+    require(index, "index", ("model_id", "is_final"))
+    models = final_models(evaluations)
+    figures = write_figures(index, evaluations, pairs, folder, layers=layers)
     drawn = {path.stem for path in figures}
+    tested = _read(folder, "factors") if "factors" in drawn else pd.DataFrame(columns=VARIANCE)
     missing = [entry.heading for name, entry in FIGURES.items() if name not in drawn]
     sections = [
         f"<header><h1>{_escape(title)}</h1><dl>{''.join(_fact(*fact) for fact in facts.items())}</dl></header>",
         "<section><h2>What drives the spread</h2>",
-        *(f"<p>{sentence}</p>" for sentence in _sentences(models, shares, pairs)),
-        _share_table(models, shares),
+        *(f"<p>{sentence}</p>" for sentence in _sentences(models, evaluations, tested, pairs)),
+        _variance(tested) if len(tested) else "",
         "</section><section><h2>Figures</h2>",
         *(_figure(path, FIGURES[path.stem]) for path in figures),
+        _separation(folder) if "separation" in drawn else "",
         f"<p class=note>Not drawn, for lack of data: {_escape(', '.join(missing))}.</p>" if missing else "",
         "</section>",
         _model_section(models, index),
     ]
     page = _PAGE.format(title=_escape(title), style=_STYLE, script=_SCRIPT, body="\n".join(sections))
-    return written(folder / "report.html", page.encode())
+    return write_file(folder / "report.html", page.encode())
 
 
 def _escape(text: Any) -> str:
@@ -72,32 +77,48 @@ def _fact(label: str, value: str) -> str:
     return f"<div><dt>{_escape(label)}</dt><dd>{_escape(value)}</dd></div>"
 
 
-def _sentences(models: pd.DataFrame, shares: pd.Series, pairs: pd.DataFrame | None) -> Iterable[str]:
-    """What the tables say, in words, as HTML."""
+def _sentences(
+    models: pd.DataFrame, evaluations: pd.DataFrame, tested: pd.DataFrame, pairs: pd.DataFrame | None
+) -> Iterable[str]:
+    """What the tables say, in words, as HTML; `tested` is the result of `variance_table`."""
     accuracy = models["test_accuracy"].astype(float)
     kind = "fine-tuned" if (models["stage"] == "finetune").all() else "pre-trained"
     yield (
         f"Test accuracy of the {len(models)} final {kind} models: from <b>{_percent(accuracy.min())}</b> to"
         f" <b>{_percent(accuracy.max())}</b>, median <b>{_percent(accuracy.median())}</b>."
     )
-    defined = shares.dropna()
-    if defined.empty:
-        yield "No factor can be named: nothing varies among these models, or all have the same accuracy."
-    levels = plot.varying_factors(models)
-    chance = {name: (levels[str(name)].nunique() - 1) / (len(models) - 1) for name in defined.index}
-    weak = [str(name) for name, share in defined.items() if share <= chance[name]]
-    for rank, (name, share) in enumerate(defined.drop(weak).head(2).items()):
-        medians = accuracy.groupby(levels[str(name)], observed=True).median().sort_values()
-        lead = "The strongest factor is" if rank == 0 else "Next comes"
-        yield (
-            f"{lead} <b>{_escape(name)}</b>: η² = {share:.2f}, so by itself it accounts for {_percent(share)} of the"
-            f" variance between models; the median goes from {_percent(medians.iloc[0])}"
-            f" ({_escape(medians.index[0])}) to {_percent(medians.iloc[-1])} ({_escape(medians.index[-1])})."
-        )
-    if weak:
-        yield f"No more than chance would explain: {_escape(', '.join(weak))}."
+    lost = evaluations[evaluations["is_final"].astype(bool) & (evaluations["stage"] == "finetune")]
+    lost = lost[lost["test_accuracy"].isna()]
+    if len(lost):
+        names = ", ".join(lost["model_id"].head(NAMED)) + ("…" if len(lost) > NAMED else "")
+        yield f"Left out, without a test accuracy: {len(lost)} final fine-tuned models, {_escape(names)}."
+    yield from _factor_sentences(models, tested)
     for value, words in (("agreement", "predict the same class for"), ("cka", "")):
         yield from _pair_sentence(pairs, value, words)
+
+
+def _factor_sentences(models: pd.DataFrame, tested: pd.DataFrame) -> Iterable[str]:
+    """The factors that explain most of the test accuracy, and those that no test tells from chance."""
+    accuracy, levels = models["test_accuracy"].astype(float), varying_factors(models)
+    found = tested[(tested["measure"] == "test_accuracy") & tested["factor"].isin(levels)].set_index("factor")
+    found = found.dropna(subset=["share"])
+    if found.empty:
+        yield "No factor can be named: nothing varies among these models, or all have the same accuracy."
+    testable = found["least_p"] <= LEVEL_OF_TEST
+    weak = testable & (found["p"] > LEVEL_OF_TEST)
+    for rank, (name, row) in enumerate(found[~weak].head(2).iterrows()):
+        medians = accuracy.groupby(levels[str(name)], observed=True).median().sort_values()
+        lead = "The strongest factor is" if rank == 0 else "Next comes"
+        test = f"p = {row['p']:.3f}" if testable[name] else "too few models or parents for a test"
+        yield (
+            f"{lead} <b>{_escape(name)}</b>: η² = {row['share']:.2f} ({test}), so by itself it accounts for"
+            f" {_percent(row['share'])} of the variance between models; the median goes from"
+            f" {_percent(medians.iloc[0])} ({_escape(medians.index[0])}) to {_percent(medians.iloc[-1])}"
+            f" ({_escape(medians.index[-1])})."
+        )
+    if weak.any():
+        told = ", ".join(f"{name} (p = {p:.2f})" for name, p in found.loc[weak, "p"].items())
+        yield f"Not told from chance: {_escape(told)}."
 
 
 def _pair_sentence(pairs: pd.DataFrame | None, value: str, words: str) -> Iterable[str]:
@@ -117,28 +138,53 @@ def _pair_sentence(pairs: pd.DataFrame | None, value: str, words: str) -> Iterab
         yield f"Their features have a median CKA of {same:.2f} with the same parent and {other:.2f} with another."
 
 
-def _share_table(models: pd.DataFrame, shares: pd.Series) -> str:
-    """Factor, levels, eta squared, and what chance alone would give."""
-    levels = plot.varying_factors(models)
-    rows = [
-        [name, count, round(share, 3), round((count - 1) / (len(models) - 1), 3)]
-        for name, share in shares.items()
-        for count in [levels[str(name)].nunique()]
-    ]
-    note = (
-        "<p class=note>η² (eta squared, one factor at a time) is the variance between the levels of a factor over"
-        " all variance; “by chance” is what a factor without effect and with as many levels gives on average. In a"
-        " balanced grid the shares of the factors add up to at most 1, and the rest is interaction and noise."
-        " Factors that always change together cannot be told apart.</p>"
+def _read(folder: Path, name: str) -> pd.DataFrame:
+    return pd.read_csv(folder / "data" / f"{name}.csv", dtype={"factor": str}, keep_default_na=False, na_values=[""])
+
+
+def _variance(table: pd.DataFrame) -> str:
+    """What each factor explains of each measure, beside what chance gives."""
+    shown = {"measure": "of", "factor": "factor", "levels": "levels", "share": "share", "unique": "only by it"}
+    shown |= {"chance": "by chance", "p": "p", "permuted": "permuted"}
+    table = table.assign(
+        measure=table["measure"].map(lambda name: MEASURES[name].replace("-\n", "").replace("\n", " ")),
+        p=table["p"].where(table["least_p"] <= LEVEL_OF_TEST),
+        levels=table["levels"].astype("Int64"),
     )
-    return (_table(["factor", "levels", "η²", "by chance"], rows) + note) if rows else ""
+    rows = zip(*(_rounded(table[name]) for name in shown), strict=True)
+    note = (
+        "<p class=note>Share: the variance between the levels of a factor over all variance, η² of accuracy and"
+        " gap, PERMANOVA’s R² of distances. “Only by it”: what the additive model of all factors loses without this"
+        " one, which is 0 for what other factors, such as the parent, tell too. “By chance”: the mean over 999"
+        " permutations of the levels; p: how often they reach the share, no number where they are too few to get"
+        " below 0.05. In a balanced grid the shares add up to at most 1; the rest is interaction and noise. Factors"
+        " that always"
+        ' change together cannot be told apart. <a href="data/factors.csv">data/factors.csv</a></p>'
+    )
+    return _table(list(shown.values()), rows, sortable=True) + note
+
+
+def _separation(folder: Path) -> str:
+    """How well each factor separates the models, beside what chance gives."""
+    table = _read(folder, "separation")
+    table["space"] = table["space"].map(SPACES)
+    table["p"] = table["p"].where(table["least_p"] <= LEVEL_OF_TEST)
+    shown = {"space": "distance", "factor": "factor", "levels": "levels", "silhouette": "silhouette"}
+    shown |= {"chance": "by chance", "chance_95": "95 %", "p": "p", "permuted": "permuted"}
+    rows = zip(*(_rounded(table[name]) for name in shown), strict=True)
+    return _table(list(shown.values()), rows, sortable=True)
+
+
+def _rounded(column: pd.Series) -> list[Any]:
+    return (column.round(3) + 0.0 if pd.api.types.is_float_dtype(column) else column).tolist()
 
 
 def _figure(path: Path, entry: Entry) -> str:
     image = base64.b64encode(path.read_bytes()).decode()
     return (
         f'<figure id="{path.stem}"><h3>{_escape(entry.heading)}</h3><img alt="{_escape(entry.heading)}"'
-        f' src="data:image/png;base64,{image}"><figcaption>{_escape(entry.caption)}</figcaption></figure>'
+        f' src="data:image/png;base64,{image}"><figcaption>{_escape(entry.caption)}'
+        f' <a href="data/{path.stem}.csv">data/{path.stem}.csv</a></figcaption></figure>'
     )
 
 
@@ -150,7 +196,7 @@ def _model_section(models: pd.DataFrame, index: pd.DataFrame) -> str:
         models = models.assign(generalization_gap=models["model_id"].map(recorded))
     models = models.sort_values("test_accuracy", ascending=False, ignore_index=True)
     table = {"model": models["model_id"]}
-    for name in plot.varying_factors(models):
+    for name in varying_factors(models):
         column = f"factor_{name}" if f"factor_{name}" in models else name
         table[name] = models["parent_id" if column == "parent" else column]
     for name in wanted:
