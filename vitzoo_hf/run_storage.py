@@ -58,7 +58,7 @@ class RunStorage:
         except Exception as error:
             raise ZooError(f"storage {url!r} cannot be used: {_reason(error)}") from None
         self.url, self.root = url.rstrip("/"), str(root).rstrip("/")
-        self._stored: dict[str, tuple[int, int]] = {}
+        self._stored: dict[Path, tuple[int, int]] = {}
 
     @property
     def folder(self) -> Path | None:
@@ -152,11 +152,10 @@ class RunStorage:
         records = sorted(place.glob("epoch-*.json"))
         epochs = [file for record in records for file in (record.with_suffix(".safetensors"), record)]
         for file in (place / "run.json", *epochs, place / "diverged.json", place / RESUME):
-            name = f"{run_id}/{file.name}"
-            if file.is_file() and self._stored.get(name) != _state(file):
+            if file.is_file() and self._stored.get(file) != _state(file):
                 state = _state(file)
-                self._put(file, name)
-                self._stored[name] = state
+                self._put(file, f"{run_id}/{file.name}")
+                self._stored[file] = state
         resume = f"{self.root}/{run_id}/{RESUME}"
         if not (place / RESUME).is_file():
             with self._explained("write", resume):
@@ -184,7 +183,7 @@ class RunStorage:
             write_atomically(place / name, lambda file: file.write_bytes(text))
         else:
             write_atomically(place / name, lambda file: self._get(path, file))
-        self._stored[f"{run_id}/{name}"] = _state(place / name)
+        self._stored[place / name] = _state(place / name)
 
     def _fetch_epoch(self, run_id: str, name: str, size: int | None, place: Path) -> None:
         """Copy weights and record of an epoch, unless they are there or storage does not hold all of them."""
@@ -205,7 +204,7 @@ class RunStorage:
                 record.unlink()
                 weights.unlink()
                 return
-        self._stored |= {f"{run_id}/{file.name}": _state(file) for file in (weights, record)}
+        self._stored |= {file: _state(file) for file in (weights, record)}
 
     def _get(self, path: str, file: Path) -> None:
         with self._explained("fetch", path):
