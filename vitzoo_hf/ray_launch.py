@@ -28,7 +28,7 @@ def launch_on_ray(
     address: str = LOCAL,
     device: str = "cpu",
     num_cpus: int = 1,
-    num_gpus: float | None = None,
+    num_gpus: int | float | None = None,
     storage: str | None = None,
     progress: bool = True,
 ) -> Summary:
@@ -78,12 +78,12 @@ def launch_on_ray(
     return summary
 
 
-def _resources(device: str, num_cpus: int, num_gpus: float | None) -> float:
+def _resources(device: str, num_cpus: int, num_gpus: int | float | None) -> float:
     if device not in ("cpu", "cuda"):
         raise ZooError(f"device is {device!r}; on Ray it is cpu or cuda, and Ray chooses which GPU")
     if num_cpus < 1:
         raise ZooError(f"CPUs of a run are {num_cpus}; they must be at least 1")
-    gpus = (1.0 if device == "cuda" else 0.0) if num_gpus is None else num_gpus
+    gpus = float(device == "cuda") if num_gpus is None else float(num_gpus)
     if gpus < 0 or (gpus > 1 and gpus != int(gpus)):
         raise ZooError(f"GPUs of a run are {gpus:g}; give a share of one, such as 0.25, or a whole number")
     if device == "cuda" and gpus == 0:
