@@ -1,17 +1,16 @@
-import contextlib
 import itertools
 import os
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import datasets
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from ray_processes import workers_at_a_task
 from scipy.spatial.distance import jensenshannon
 from scipy.stats import entropy
 from sklearn.metrics import accuracy_score, cohen_kappa_score, log_loss, top_k_accuracy_score
@@ -319,7 +318,7 @@ if __name__ == "__main__":
     )
     killed = False
     while process.poll() is None:
-        busy = [] if killed else _workers_at_a_task(process.pid)
+        busy = [] if killed else workers_at_a_task(process.pid, "_task")
         if busy:
             os.kill(busy[0], signal.SIGKILL)
             killed = True
@@ -329,19 +328,6 @@ if __name__ == "__main__":
     assert killed
     pd.testing.assert_frame_equal(pd.read_pickle(tmp_path / "pairs"), report.pairs, rtol=1e-4, atol=1e-5)
     pd.testing.assert_frame_equal(pd.read_pickle(tmp_path / "evaluations"), report.evaluations, rtol=1e-4, atol=1e-5)
-
-
-def _workers_at_a_task(session):
-    """Worker processes of a Ray cluster of this session that run a task now."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            with contextlib.suppress(OSError):
-                if (entry / "cmdline").read_bytes().startswith(b"ray::_task") and os.getsid(
-                    int(entry.name)
-                ) == session:
-                    found.append(int(entry.name))
-    return found
 
 
 def test_an_address_without_a_cluster_is_one_line(zoo):

@@ -12,7 +12,7 @@ from cyclopts.exceptions import CycloptsError
 
 from vitzoo_hf.console import format_bytes, format_duration, hint, join, print_json, print_table
 from vitzoo_hf.evaluate_verb import evaluate
-from vitzoo_hf.options import Json, Quiet, Workers, open_zoo, table_records
+from vitzoo_hf.options import Json, Quiet, Ray, Workers, open_zoo, table_records
 from vitzoo_hf.schema import VERSION, ZooError
 from vitzoo_hf.zoo_verbs import convert, export, get, info, list_rows, push, verify
 
@@ -126,6 +126,10 @@ def train(
     workers: Workers = None,
     stack: int | None = None,
     device: str = "cpu",
+    ray: Ray = False,
+    storage: str | None = None,
+    cpus_per_run: int | None = None,
+    gpus_per_run: float | None = None,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -133,16 +137,48 @@ def train(
 
     Args:
         blueprint: A name such as `mini`, or a YAML file.
+<<<<<<< HEAD
         out: Folder for the checkpoints, one subfolder a run.
         stack: Runs of one shape that a worker trains together; by default 1 on a CPU, and on a GPU as many as fit, up
             to 32.
+=======
+        out: Folder for the checkpoints, one subfolder a run. With --ray and no --storage, all machines must share it.
+>>>>>>> h5-ray
         device: cpu or cuda.
+        storage: With --ray: where checkpoints land, s3://… or any fsspec URL that every machine reaches; finished
+            runs are copied into --out.
+        cpus_per_run: With --ray: cores of a run; 1 by default.
+        gpus_per_run: With --ray: GPUs of a run, also a share of one; 1 by default with --device cuda.
     """
     from vitzoo_hf.blueprint import Blueprint
-    from vitzoo_hf.launch import launch
 
+<<<<<<< HEAD
     shown = not (json or quiet)
     summary = launch(Blueprint.load(blueprint), out, workers=workers, stack=stack, device=device, progress=shown)
+=======
+    zoo, progress = Blueprint.load(blueprint), not (json or quiet)
+    if ray is False:
+        from vitzoo_hf.launch import launch
+
+        if (storage, cpus_per_run, gpus_per_run) != (None, None, None):
+            raise ZooError("--storage, --cpus-per-run and --gpus-per-run belong to --ray: give it too, or drop them")
+        summary = launch(zoo, out, workers=workers, device=device, progress=progress)
+    else:
+        from vitzoo_hf.ray_launch import launch_on_ray
+
+        if workers is not None:
+            raise ZooError("--workers is for training without --ray: with it, --cpus-per-run decides")
+        summary = launch_on_ray(
+            zoo,
+            out,
+            address="local" if ray is True else ray,
+            device=device,
+            num_cpus=1 if cpus_per_run is None else cpus_per_run,
+            num_gpus=gpus_per_run,
+            storage=storage,
+            progress=progress,
+        )
+>>>>>>> h5-ray
     if json:
         print_json(vars(summary))
         return

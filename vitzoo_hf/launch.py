@@ -85,7 +85,7 @@ def launch(
         for leftover in folder.glob("*/.tmp-*"):
             leftover.unlink(missing_ok=True)
         summary = Summary()
-        todo = _unfinished(blueprint, folder, summary)
+        todo = unfinished(blueprint, folder, summary)
         if todo:
             count = min(workers or default_workers(device), len(todo))
             most = default_stack(blueprint, device, count) if stack is None else stack
@@ -136,8 +136,8 @@ def exclusive(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def _unfinished(blueprint: Blueprint, folder: Path, summary: Summary) -> list[Run]:
-    """Runs still to train, found without importing torch."""
+def unfinished(blueprint: Blueprint, folder: Path, summary: Summary) -> list[Run]:
+    """Runs still to train; those that are finished go into `summary`."""
     from vitzoo_hf.train import is_finished
 
     todo = []
@@ -147,6 +147,15 @@ def _unfinished(blueprint: Blueprint, folder: Path, summary: Summary) -> list[Ru
         else:
             todo.append(run)
     return todo
+
+
+def take_orphans(waiting: list[Run], summary: Summary) -> list[Run]:
+    """Move runs whose parent will never be finished from `waiting` into `summary`; returns them."""
+    lost = set(summary.diverged) | set(summary.orphaned)
+    orphans = [run for run in waiting if run.parent_run in lost]
+    summary.orphaned += [run.run_id for run in orphans]
+    waiting[:] = [run for run in waiting if run not in orphans]
+    return orphans
 
 
 class _Pool:
@@ -168,8 +177,14 @@ class _Pool:
         self.bar = progress_bar("training", "epoch", shown=self.progress, total=self.total)
         try:
             self.workers = [self._spawn() for _ in range(count)]
+<<<<<<< HEAD
             while waiting or any(worker.runs for worker in self.workers):
                 waiting = self._drop_orphans(waiting)
+=======
+            while waiting or any(worker.run for worker in self.workers):
+                self.total -= sum(run.epochs for run in take_orphans(waiting, self.summary))
+                self.bar.total = self.total
+>>>>>>> h5-ray
                 self._assign(waiting)
                 busy = [worker for worker in self.workers if worker.runs]
                 if not busy:
@@ -182,14 +197,6 @@ class _Pool:
                         self._replace(worker, waiting)
         finally:
             self._stop()
-
-    def _drop_orphans(self, waiting: list[Run]) -> list[Run]:
-        lost = set(self.summary.diverged) | set(self.summary.orphaned)
-        orphans = [run for run in waiting if run.parent_run in lost]
-        self.summary.orphaned += [run.run_id for run in orphans]
-        self.total -= sum(run.epochs for run in orphans)
-        self.bar.total = self.total
-        return [run for run in waiting if run not in orphans]
 
     def _assign(self, waiting: list[Run]) -> None:
         for worker in self.workers:

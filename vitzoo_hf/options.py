@@ -20,6 +20,10 @@ Where = Annotated[
     ),
 ]
 Revision = Annotated[str | None, Parameter(help="Branch, tag or commit of a dataset on the Hub.")]
+Ray = Annotated[
+    bool | str,
+    Parameter(name="--ray", negative=(), help="Train on a Ray cluster at this address, auto or local (the default)."),
+]
 Workers = Annotated[int | None, Parameter(help="Training processes; one a core by default.")]
 
 

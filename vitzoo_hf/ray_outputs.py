@@ -4,20 +4,18 @@ Each task opens the zoo for itself, so that no weights pass through this process
 here. A task whose worker dies is run again.
 """
 
-import socket
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from vitzoo_hf.ray_cluster import cluster
 from vitzoo_hf.schema import ZooError
 
 if TYPE_CHECKING:
     from vitzoo_hf.model_outputs import ImageBatch
 
 RETRIES = 3
-PATIENCE = 10.0
-LOCAL = "local"
 
 Computed = list[tuple[str, str, dict[str, np.ndarray]]]
 
@@ -44,11 +42,7 @@ def outputs_on_ray(
     Raises:
         ZooError: if Ray is not installed, the cluster does not answer, or a task fails again and again.
     """
-    ray = _import_ray()
-    started = not ray.is_initialized()
-    if started:
-        _start(ray, address)
-    try:
+    with cluster(address) as ray:
         images = {batch.digest: batch.images.cpu().numpy() for batches in missing.values() for batch in batches}
         there = {digest: ray.put(values) for digest, values in images.items()}
         resources = {"num_cpus": 1, "num_gpus": 1 if device.startswith("cuda") else 0}
@@ -66,9 +60,6 @@ def outputs_on_ray(
         while waiting:
             done, waiting = ray.wait(waiting, num_returns=1)
             yield _result(ray, done[0])
-    finally:
-        if started:
-            ray.shutdown()
 
 
 def _task(
@@ -107,29 +98,3 @@ def _result(ray: Any, reference: Any) -> Computed:
     except ray.exceptions.RayError as error:
         reason = str(error).strip().splitlines()[0]
         raise ZooError(f"a task of Ray failed {RETRIES + 1} times ({reason}); the same command continues") from None
-
-
-def _import_ray() -> Any:
-    try:
-        import ray
-    except ImportError:
-        raise ZooError("Ray is not installed: run `pip install 'vitzoo-hf[ray]'`") from None
-    return ray
-
-
-def _start(ray: Any, address: str) -> None:
-    host, colon, port = address.rpartition(":")
-    if colon and port.isdecimal():
-        try:
-            socket.create_connection((host, int(port)), timeout=PATIENCE).close()
-        except OSError as error:
-            raise ZooError(f"no Ray cluster at {address!r} ({error}); `local` starts one here") from None
-    options: dict[str, Any] = {"log_to_driver": False, "configure_logging": False}
-    try:
-        if address == LOCAL:
-            ray.init(include_dashboard=False, **options)
-        else:
-            ray.init(address=address, **options)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ZooError(f"no Ray cluster at {address!r} ({reason}); `local` starts one here") from None

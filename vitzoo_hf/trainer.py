@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from itertools import islice
 
 import torch
+from jaxtyping import Int64
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -203,7 +204,7 @@ def resumed_weights(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix("model."): tensor for name, tensor in tensors.items() if name.startswith("model.")}
 
 
-def batches_of(recipe: Recipe, count: int, epoch: int, device: str) -> tuple[Int64[Tensor, " B"], ...]:
+def batches_of(recipe: Recipe, count: int, epoch: int, device: str) -> tuple[Int64[Tensor, " _"], ...]:
     """Positions of the training images, batch by batch, in the order of this epoch."""
     generator = torch.Generator().manual_seed(derive_seed(recipe.seed, "order", epoch))
     order = torch.randperm(count, generator=generator).to(device)
