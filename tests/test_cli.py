@@ -114,7 +114,11 @@ def test_get_and_export_are_exact(capsys, tiny_zoo, tmp_path):
         (["plan", "nowhere.yaml"], 1, "cannot read nowhere.yaml: No such file or directory"),
         (["train", TINY, "--out", "/dev/null/runs"], 1, "cannot write into /dev/null/runs"),
         (["train", TINY, "--out", "runs", "--storage", "s3://b/r"], 1, "belong to --ray: give it too, or drop them"),
-        (["train", TINY, "--out", "runs", "--ray", "--workers", "2"], 1, "--workers is for training without --ray"),
+        (
+            ["train", TINY, "--out", "runs", "--ray", "--workers", "2"],
+            1,
+            "--workers and --stack are for training without --ray",
+        ),
         (["train", TINY, "--out", "runs", "--ray", "auto", "--cpus-per-run", "0"], 1, "CPUs of a run are 0"),
         (["train", TINY, "--out", "runs", "--ray", "--gpus-per-run", "1.5"], 1, "GPUs of a run are 1.5"),
         (["pack", TINY, "nowhere", "--out", "zoo"], 1, "are unfinished"),

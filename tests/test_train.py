@@ -213,12 +213,12 @@ def test_every_epoch_has_its_own_order_and_views(make, tmp_path, monkeypatch):
     orders, views = [], []
     step = train.Trainer.step
 
-    def spy(self, batches, generator):
+    def spy(self, batches, generator, count):
         (batch,) = batches
         if len(batch) == 50 and generator.initial_seed() not in views:
             views.append(generator.initial_seed())
             orders.append(tuple(batch.tolist()))
-        return step(self, batches, generator)
+        return step(self, [batch], generator, count)
 
     monkeypatch.setattr(train.Trainer, "step", spy)
     zoo = make("seed: 1, augmentation: crop")
@@ -368,9 +368,9 @@ def test_accumulated_batches_step_as_one_batch_of_them_all(make, tmp_path):
         model = create("vit_tiny_patch16_224", args | {"num_classes": 10}, seed=3).double()
         part = trainer.Trainer(Recipe(optimizer="sgd", lr=0.1), images, model, 1, "cpu")
         model.train()
-        part._views = lambda pixels, generator: pixels.double() / 255
+        part._view = lambda feed, batch, generator, images=images: images.part("train")[0][batch].double() / 255
         part._outputs = lambda inputs, model=model: model(inputs)
-        part.step(batches, views)
+        part.step(batches, views, len(batches))
         weights.append(torch.cat([value.flatten() for value in model.state_dict().values()]))
     torch.testing.assert_close(*weights, rtol=0, atol=1e-12)
 
@@ -464,9 +464,9 @@ def test_cosine_goes_from_lr_to_zero(make, monkeypatch, tmp_path):
     rates = []
     step = train.Trainer.step
 
-    def spy(self, batch, views):
+    def spy(self, batches, views, count):
         rates.append(self.optimizer.param_groups[0]["lr"])
-        return step(self, batch, views)
+        return step(self, batches, views, count)
 
     monkeypatch.setattr(train.Trainer, "step", spy)
     zoo = make("seed: 1, lr: 0.01, schedule: cosine")

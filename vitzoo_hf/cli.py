@@ -137,13 +137,9 @@ def train(
 
     Args:
         blueprint: A name such as `mini`, or a YAML file.
-<<<<<<< HEAD
-        out: Folder for the checkpoints, one subfolder a run.
+        out: Folder for the checkpoints, one subfolder a run. With --ray and no --storage, all machines must share it.
         stack: Runs of one shape that a worker trains together; by default 1 on a CPU, and on a GPU as many as fit, up
             to 32.
-=======
-        out: Folder for the checkpoints, one subfolder a run. With --ray and no --storage, all machines must share it.
->>>>>>> h5-ray
         device: cpu or cuda.
         storage: With --ray: where checkpoints land, s3://… or any fsspec URL that every machine reaches; finished
             runs are copied into --out.
@@ -152,22 +148,18 @@ def train(
     """
     from vitzoo_hf.blueprint import Blueprint
 
-<<<<<<< HEAD
-    shown = not (json or quiet)
-    summary = launch(Blueprint.load(blueprint), out, workers=workers, stack=stack, device=device, progress=shown)
-=======
     zoo, progress = Blueprint.load(blueprint), not (json or quiet)
     if ray is False:
         from vitzoo_hf.launch import launch
 
         if (storage, cpus_per_run, gpus_per_run) != (None, None, None):
             raise ZooError("--storage, --cpus-per-run and --gpus-per-run belong to --ray: give it too, or drop them")
-        summary = launch(zoo, out, workers=workers, device=device, progress=progress)
+        summary = launch(zoo, out, workers=workers, stack=stack, device=device, progress=progress)
     else:
         from vitzoo_hf.ray_launch import launch_on_ray
 
-        if workers is not None:
-            raise ZooError("--workers is for training without --ray: with it, --cpus-per-run decides")
+        if (workers, stack) != (None, None):
+            raise ZooError("--workers and --stack are for training without --ray: with it, --cpus-per-run decides")
         summary = launch_on_ray(
             zoo,
             out,
@@ -178,7 +170,6 @@ def train(
             storage=storage,
             progress=progress,
         )
->>>>>>> h5-ray
     if json:
         print_json(vars(summary))
         return

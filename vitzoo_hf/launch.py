@@ -177,14 +177,9 @@ class _Pool:
         self.bar = progress_bar("training", "epoch", shown=self.progress, total=self.total)
         try:
             self.workers = [self._spawn() for _ in range(count)]
-<<<<<<< HEAD
             while waiting or any(worker.runs for worker in self.workers):
-                waiting = self._drop_orphans(waiting)
-=======
-            while waiting or any(worker.run for worker in self.workers):
                 self.total -= sum(run.epochs for run in take_orphans(waiting, self.summary))
                 self.bar.total = self.total
->>>>>>> h5-ray
                 self._assign(waiting)
                 busy = [worker for worker in self.workers if worker.runs]
                 if not busy:
