@@ -112,7 +112,7 @@ def train_stacked(
         runs: of one `shape_of`; fine-tuning runs find their parents' final weights in `folder`.
         folder: holds one folder a run.
         device: where to train.
-        on_epoch: called with a run's id and the number of its completed epochs, also for those found done.
+        on_epoch: called with a run's id and its completed epochs, also for those found done.
 
     Returns:
         Run id -> what is to be said of it, for every run that diverged, now or earlier.
