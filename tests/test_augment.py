@@ -1,11 +1,15 @@
+import importlib
+
 import pytest
 import torch
 
-from vitzoo_hf.augment import POLICIES, augment
+from vitzoo_hf import augment as steps
+from vitzoo_hf.augment import POLICIES, augment, turned_hue
 from vitzoo_hf.blueprint import CHOICES
 from vitzoo_hf.schema import ZooError
+from vitzoo_hf.vit import import_timm
 
-RANDOM = ["crop", "crop-flip", "simclr", "simclr-no-flip"]
+RANDOM = ["crop", "crop-flip", "random-crop-flip-rotate", "simclr", "simclr-no-flip", "simclr-imagenet"]
 
 
 def seeded(seed=0):
@@ -144,3 +148,39 @@ def test_cuda_views_are_reproducible(policy):
     views = [augment(images, policy, torch.Generator("cuda").manual_seed(1)) for _ in range(2)]
     assert views[0].is_cuda
     assert torch.equal(*views)
+
+
+def torchvision_transforms():
+    import_timm()  # lets torchvision load beside a CPU build of torch
+    return importlib.import_module("torchvision.transforms.functional")
+
+
+def test_hue_turns_as_in_torchvision():
+    oracle = torchvision_transforms().adjust_hue
+    images = batch(5, 3, 6)
+    images[0] = 0.5  # grey stays grey
+    for turn in (-0.1, 0.0, 0.03, 0.5):
+        turned = turned_hue(images, torch.full((5, 1, 1), turn))
+        torch.testing.assert_close(turned, oracle(images, turn), rtol=0, atol=1e-5)
+
+
+def test_images_are_rotated_as_by_torchvision(monkeypatch):
+    oracle = torchvision_transforms()
+    images = batch(3, 3, 12)
+    angles = torch.tensor([-1.0, 0.0, 0.7])
+    monkeypatch.setattr(steps, "_uniform", lambda *arguments: angles)
+    rotated = steps._rotate(images, [seeded()])
+    bilinear = oracle.InterpolationMode.BILINEAR
+    for image, turned, angle in zip(images, rotated, angles.tolist(), strict=True):
+        expected = oracle.rotate(image[None], angle * steps.MOST_DEGREES, interpolation=bilinear)[0]
+        torch.testing.assert_close(turned, expected, rtol=0, atol=1e-4)
+
+
+def test_the_wide_blur_is_torchvision_s(monkeypatch):
+    images = batch(2, 3, 16)
+    monkeypatch.setattr(steps, "_uniform", lambda *arguments: torch.tensor([0.4, 1.9]))
+    blurred = steps._wide_blur(images, [seeded()])
+    for image, found, sigma in zip(images, blurred, (0.4, 1.9), strict=True):
+        expected = torchvision_transforms().gaussian_blur(image[None], [9, 9], [sigma, sigma])[0]
+        inside = (slice(None), slice(4, -4), slice(4, -4))  # edges are padded otherwise
+        torch.testing.assert_close(found[inside], expected[inside], rtol=0, atol=1e-5)

@@ -52,7 +52,13 @@ stages:
     variants:
       - factors: {regime: supervised, ddp: false, seed: [42, 6312]}
         settings: &supervised
-          {batch_size: 256, augmentation: crop-flip, mixup: .8, cutmix: 1.0, random_erase: .25, label_smoothing: .1}
+          accumulate: 2
+          batch_size: 256
+          augmentation: crop-flip
+          mixup: .8
+          cutmix: 1.0
+          random_erase: .25
+          label_smoothing: .1
       - factors: {regime: supervised, ddp: true, seed: [1957, 2517, 3753, 6312, 7853]}
         settings: *supervised
       - factors: {regime: contrastive, seed: [42, 2517, 6312]}
@@ -265,7 +271,7 @@ def test_the_fingerprint_ignores_how_it_is_written(load):
         ("[0, 2]", "[0, 1]"),
         ("lr: 0.003", "lr: 0.0030001"),
         ("batch_size: 64", "batch_size: 65"),
-        ("batch_size: 64", "batch_size: 64, ddp: true"),
+        ("batch_size: 64", "batch_size: 64, ddp: true, accumulate: 2"),
         ("head_hidden: 8", "head_hidden: 9"),
         ("head_hidden: 8", "freeze_trunk: true"),
         ("seed: [1, 2]", "seed: [2, 1]"),
@@ -423,3 +429,31 @@ def test_folders_of_this_machine_stay_out_of_the_text(load):
     assert "someone" not in zoo.text
     assert "path: pictures" in zoo.text
     assert zoo.images["digits"].path == "/home/someone/pictures"
+
+
+def test_the_paper_s_zoo_is_in_the_package():
+    zoo = Blueprint.load("vit_small_imagenet_cifar100")
+    small = Blueprint.load("desk")
+    assert [run.run_id for run in zoo.runs] == [run.run_id for run in small.runs]
+    assert len(zoo.runs) == 250
+    assert sum(run.stage == "pretrain" for run in zoo.runs) == 10
+    assert {run.epochs for run in zoo.runs if run.stage == "pretrain"} == {90}
+    assert {run.epochs for run in zoo.runs if run.stage == "finetune"} == {50}
+    assert {(run.recipe.lr, run.recipe.optimizer, run.recipe.head) for run in zoo.runs[10:]} == {
+        (lr, optimizer, head)
+        for lr in (3e-3, 1e-3, 1e-4)
+        for optimizer in ("adamw", "sgd")
+        for head in ("linear", "mlp")
+    }
+
+
+def test_the_executed_reading_shifts_the_arguments_by_one(load):
+    declared = "mixup: 0.8, cutmix: 1.0, random_erase: 0.25, label_smoothing: 0.1"
+    recipe = (
+        load(TEXT, ("batch_size: 64", f"batch_size: 64, {declared}, augmentation_reading: executed")).runs[0].recipe
+    )
+    assert (recipe.mixup, recipe.cutmix, recipe.label_smoothing) == (0.8, 1.0, 0.1)
+    executed = recipe.executed
+    assert (executed.label_smoothing, executed.mixup, executed.cutmix, executed.random_erase) == (0.8, 1.0, 0.0, 0.25)
+    assert recipe.record["augmentation_reading"] == "executed"
+    assert load(TEXT, ("batch_size: 64", f"batch_size: 64, {declared}")).runs[0].recipe.executed.cutmix == 1.0

@@ -15,26 +15,9 @@ from typing import Any
 
 from vitzoo_hf.images_spec import ImagesSpec, check_images
 from vitzoo_hf.located_yaml import Located, load_located
+from vitzoo_hf.recipe import CHOICES, Recipe
 from vitzoo_hf.schema import SPLITS, STAGES, ZooError, did_you_mean, fingerprint, model_id, split_of
 
-CHOICES = {
-    "regime": ("supervised", "contrastive"),
-    "optimizer": ("adamw", "sgd"),
-    "schedule": ("constant", "cosine"),
-    "head": ("linear", "mlp"),
-    "init": ("timm", "kaiming"),
-    "precision": ("float32", "bfloat16", "float16"),
-    "augmentation": (
-        "none",
-        "crop",
-        "crop-flip",
-        "random-crop-flip",
-        "random-crop-flip-rotate",
-        "simclr",
-        "simclr-no-flip",
-        "simclr-imagenet",
-    ),
-}
 ID_PARTS: dict[str, Callable[[Any], str]] = {
     "regime": lambda value: {"supervised": "sl", "contrastive": "cl"}[value],
     "seed": lambda value: f"s{value}",
@@ -43,48 +26,6 @@ ID_PARTS: dict[str, Callable[[Any], str]] = {
     "optimizer": str,
     "head": str,
 }
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How one run is trained. Every field can be a setting or a generating factor.
-
-    `lr` is per step and unscaled; `mixup` and `cutmix` are the alphas, `random_erase` a probability, as in timm;
-    `temperature` and `projection_dim` matter to contrastive runs, `head_hidden` to MLP heads. `accumulate` batches,
-    each mixed and, if contrastive, contrasted for itself, give one step with their mean gradient: what as many
-    data-parallel processes compute, which `ddp` declares. `precision` is that of the forward pass under autocast.
-    In `warmup_epochs` the learning rate rises linearly; the schedule follows.
-    """
-
-    regime: str = "supervised"
-    optimizer: str = "adamw"
-    lr: float = 1e-3
-    weight_decay: float = 0.0
-    momentum: float = 0.0
-    schedule: str = "constant"
-    batch_size: int = 128
-    seed: int = 0
-    head: str = "linear"
-    head_hidden: int = 256
-    init: str = "timm"
-    augmentation: str = "none"
-    label_smoothing: float = 0.0
-    mixup: float = 0.0
-    cutmix: float = 0.0
-    random_erase: float = 0.0
-    temperature: float = 0.07
-    projection_dim: int = 32
-    freeze_trunk: bool = False
-    ddp: bool = False
-    accumulate: int = 1
-    precision: str = "float32"
-    warmup_epochs: float = 0.0
-
-    @property
-    def record(self) -> dict[str, Any]:
-        """As JSON values; settings that came later are left out at their default, so that old fingerprints hold."""
-        default = {"accumulate": 1, "precision": "float32", "warmup_epochs": 0.0}
-        return {name: value for name, value in asdict(self).items() if default.get(name) != value}
 
 
 @dataclass(frozen=True)
@@ -209,6 +150,8 @@ def _stage_runs(
     seen: set[str] = set()
     for parent in parents if stage == "finetune" else (None,):
         for factors, recipe, place in combinations:
+            if recipe.warmup_epochs >= epochs:
+                raise place.error(f"warmup_epochs is {recipe.warmup_epochs:g}; it must be below epochs = {epochs}")
             own = "-".join(_id_part(name, value) for name, value in factors.items())
             run_id = f"{parent.run_id}--{own}" if parent else own
             _check_id(run_id, seen, place)
@@ -306,21 +249,7 @@ def _setting(name: str, node: Located) -> Any:
 def _recipe(stage: str, values: Mapping[str, Any], node: Located) -> Recipe:
     """The recipe, refused if its parts contradict each other."""
     recipe = Recipe(**values)
-    contrastive = recipe.regime == "contrastive"
-    contradictions = {
-        "a contrastive run is a pre-training run": contrastive and stage == "finetune",
-        "a contrastive run has no labels to smooth or mix: drop label_smoothing, mixup, cutmix": contrastive
-        and bool(recipe.label_smoothing or recipe.mixup or recipe.cutmix),
-        "a contrastive run needs two different views: set an augmentation": contrastive
-        and recipe.augmentation == "none",
-        "a contrastive run needs a batch of at least 2": contrastive and recipe.batch_size < 2,
-        "a contrastive run's head is its projection: it is linear": contrastive and recipe.head == "mlp",
-        "adamw has no momentum setting": recipe.optimizer == "adamw" and recipe.momentum > 0,
-        "a trunk can be frozen only in fine-tuning": recipe.freeze_trunk and stage == "pretrain",
-        "ddp says that each step takes batches of several processes: set accumulate to their number": recipe.ddp
-        and recipe.accumulate < 2,
-    }
-    for message, broken in contradictions.items():
+    for message, broken in recipe.contradictions(stage).items():
         if broken:
             raise node.error(f"{message} (in the combination {dict(values)})")
     return recipe

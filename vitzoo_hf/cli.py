@@ -89,16 +89,31 @@ or stay here: vitzoo ls {outcome.zoo} --where factor_optimizer=adamw"""
 
 
 @app.command
-def plan(blueprint: str, *, workers: Workers = None, json: Json = False, quiet: Quiet = False) -> None:
+def plan(
+    blueprint: str,
+    *,
+    workers: Workers = None,
+    device: str = "cpu",
+    write: Path | None = None,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
     """Say what a blueprint will cost: runs, rows, parameters, disk, time. Nothing is trained.
 
     Args:
         blueprint: A name such as `mini`, or a YAML file.
+        device: Where a few steps are timed.
+        write: Write the blueprint itself into this new file instead, to be changed.
     """
     from vitzoo_hf.blueprint import Blueprint
+
+    if write is not None:
+        _write_new(write, Blueprint.load(blueprint).text)
+        hint(f"Next: change {write}, then vitzoo plan {write}")
+        return
     from vitzoo_hf.plan import make_plan
 
-    cost = make_plan(Blueprint.load(blueprint), workers=workers)
+    cost = make_plan(Blueprint.load(blueprint), workers=workers, device=device)
     if json:
         print_json(cost.to_json())
         return
@@ -113,7 +128,11 @@ def plan(blueprint: str, *, workers: Workers = None, json: Json = False, quiet: 
     if cost.seconds is None:
         print(f"time        unknown: {cost.note}")
     else:
+        hours = cost.seconds * min(cost.workers, cost.models) / 3600
         print(f"time        about {format_duration(cost.seconds)} of training on {cost.workers} worker(s)")
+        print(f"            {hours:,.{0 if hours >= 10 else 2}f} hours of one {cost.device} worker")
+        if cost.note:
+            print(f"            {cost.note}")
     if not quiet:
         hint(f"Next: vitzoo train {blueprint} --out RUNS")
 
@@ -265,6 +284,14 @@ def run(arguments: Sequence[str]) -> int:
         print("\nvitzoo: interrupted; the same command continues where it was", file=sys.stderr)
         return 130
     return 0
+
+
+def _write_new(path: Path, text: str) -> None:
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.write(text)
+    except OSError as error:
+        raise ZooError(f"cannot write {path}: {error.strerror}") from None
 
 
 def _best_model(zoo: "Zoo") -> str:

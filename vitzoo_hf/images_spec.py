@@ -20,8 +20,8 @@ class ImagesSpec:
     mean and std are one number or one a channel.
 
     `selection` and `test` are shares of the images; a source with a test set of its own keeps it, and gives
-    `selection` from its training images. `classes` lets a blueprint be planned where its images are not. `label` is
-    the column of a dataset that has several.
+    `selection` from its training images. `classes` and `count`, of images to train on, let a blueprint be planned
+    where its images are not. `label` is the column of a dataset that has several.
 
     `decode` says when: `once`, into memory; `on_demand`, for each batch, random crops being cut from the original
     image; `auto` is `once` unless the prepared images would take more than 4 GB.
@@ -39,6 +39,7 @@ class ImagesSpec:
     split_seed: int = 0
     path: str | None = None
     classes: int | None = None
+    count: int | None = None
     interpolation: str = "bilinear"
     label: str | None = None
     decode: str = "auto"
@@ -52,7 +53,7 @@ class ImagesSpec:
         [0.1, 0.2, 0.3]
         """
         values = asdict(self)
-        del values["path"], values["classes"]
+        del values["path"], values["classes"], values["count"]
         defaults = {entry.name: entry.default for entry in fields(self)}
         return {
             name: list(value) if isinstance(value, tuple) else value
@@ -68,7 +69,7 @@ def check_images(spec: ImagesSpec, node: Located) -> None:
         ZooError: naming the place in the file.
     """
     counts = {"size": spec.size, "crop": spec.crop, "resize": spec.resize, "channels": spec.channels}
-    for name, count in (counts | {"classes": spec.classes}).items():
+    for name, count in (counts | {"classes": spec.classes, "count": spec.count}).items():
         if count is not None and count < 1:
             raise node.error(f"{name} is {count}; it must be positive")
     for name in ("mean", "std"):

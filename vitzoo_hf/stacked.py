@@ -142,18 +142,29 @@ def train_stacked(
             done, tensors = usable_resume(place, run.keep_epochs) or (0, {})
             waiting.setdefault(done, []).append(_Member(run, place, tensors))
     for done, members in waiting.items():
-        parts = [members]
-        if len(members) > 1 and _prepared(blueprint, members[0].run):
-            try:
-                diverged |= _train_group(blueprint, members, folder, device, done, on_epoch)
-                continue
-            except torch.OutOfMemoryError:
-                parts = [members[: len(members) // 2], members[len(members) // 2 :]]
-        elif len(members) > 1:
-            parts = [[member] for member in members]
-        for part in parts:
-            remaining = [member.run for member in part]
-            diverged |= train_stacked(blueprint, remaining, folder, device=device, on_epoch=on_epoch)
+        diverged |= _train_members(blueprint, members, folder, device, done, on_epoch)
+    return diverged
+
+
+def _train_members(
+    blueprint: Blueprint,
+    members: Sequence["_Member"],
+    folder: Path,
+    device: str,
+    done: int,
+    on_epoch: Callable[[str, int], None],
+) -> dict[str, str]:
+    """Train runs that all continue after epoch `done`: as a group, in halves where memory runs out, or one by one."""
+    diverged: dict[str, str] = {}
+    parts = [[member] for member in members]
+    if len(members) > 1 and _prepared(blueprint, members[0].run):
+        try:
+            return _train_group(blueprint, members, folder, device, done, on_epoch)
+        except torch.OutOfMemoryError:
+            parts = [list(members[: len(members) // 2]), list(members[len(members) // 2 :])]
+    for part in parts:
+        remaining = [member.run for member in part]
+        diverged |= train_stacked(blueprint, remaining, folder, device=device, on_epoch=on_epoch)
     return diverged
 
 

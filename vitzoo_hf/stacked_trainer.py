@@ -60,7 +60,7 @@ class StackedTrainer:
         if vit is None:
             raise ZooError("only plain ViTs without dropout train together: train these models one by one")
         self.vit, self.images, self.epochs, self.device = vit, images, epochs, device
-        self.recipes = list(recipes)
+        self.recipes = recipes = [recipe.executed for recipe in recipes]
         self.layout = Layout.of(models[0].state_dict())
         self.weights = torch.stack([flatten(model.state_dict()) for model in models]).to(device)
         frozen = [self.recipe.freeze_trunk and not is_head(name) for name in self.layout.names]

@@ -38,6 +38,7 @@ class Trainer:
     device: str
 
     def __post_init__(self) -> None:
+        self.recipe = self.recipe.executed
         self.model.to(self.device)
         if self.recipe.freeze_trunk:
             for name, parameter in self.model.named_parameters():
