@@ -195,3 +195,8 @@ def test_cuda_agrees_with_the_processor(options):
     result = counted(features.cuda(), 100, **options).cka()
     assert result.is_cuda
     torch.testing.assert_close(result.cpu(), counted(features, 100, **options).cka(), atol=1e-4, rtol=0)
+
+
+def test_an_incomplete_state_is_told():
+    with pytest.raises(ValueError, match="state lacks bandwidth, hsic, kernel"):
+        MinibatchCKA().load_state_dict({})

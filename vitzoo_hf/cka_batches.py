@@ -11,6 +11,8 @@ from vitzoo_hf.centred_features import CentredFeatures
 from vitzoo_hf.gram_products import Products, linear_products, rbf_products
 from vitzoo_hf.hsic_estimators import alignment, estimates, rounding
 
+STATE = {"kernel", "bandwidth", "num_images", "num_batches", "hsic", "rounding"}
+
 
 class MinibatchCKA:
     """Debiased CKA of all pairs of models, image batch by image batch (Nguyen et al. 2021).
@@ -118,6 +120,9 @@ class MinibatchCKA:
         self.__dict__.update(fresh.__dict__)
 
     def _add(self, state: Mapping[str, Any]) -> None:
+        missing = sorted(STATE - state.keys())
+        if missing:
+            raise ValueError(f"state lacks {', '.join(missing)}: give what state_dict() returned")
         given, expected = (state["kernel"], list(state["bandwidth"])), (self.kernel, list(self.bandwidth))
         if given != expected:
             raise ValueError(f"state of kernel and bandwidth {given}; expected {expected}: make both alike")

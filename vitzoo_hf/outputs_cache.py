@@ -94,8 +94,8 @@ class OutputsCache:
                 shutil.rmtree(fresh, ignore_errors=True)
         except OSError as error:
             raise ZooError(
-                f"cannot keep outputs in {self.folder} ({error.strerror}); what is measured stays there, and the same"
-                " command continues"
+                f"cannot keep outputs in {self.folder} ({error.strerror}): make room there, or name another place;"
+                " what is measured stays, and the same command continues"
             ) from None
 
 

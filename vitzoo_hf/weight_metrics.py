@@ -82,7 +82,8 @@ class WeightMetrics:
         metrics = ("l2", "normalized_l2", "cosine")
         for name, known in ((metric, metrics), (part, self.parts)):
             if name not in known:
-                raise ZooError(f"nothing was measured of {name!r}: {did_you_mean(name, known)}")
+                more = "; per='block' or 'tensor' measures parts" if name is part and len(self.parts) == 1 else ""
+                raise ZooError(f"nothing was measured of {name!r}: {did_you_mean(name, known)}{more}")
         values = getattr(self, metric)[self.parts.index(part)]
         return pd.DataFrame(values.cpu().numpy(), index=self.model_ids, columns=self.model_ids)
 
