@@ -73,11 +73,11 @@ def train(args: dict[str, Any], batch: int, steps: int, threads: int, seed: int,
     views = torch.Generator().manual_seed(seed)
     positions = torch.arange(len(trainer.labels)).split(batch)[:-1]
     for step in range(3):
-        trainer.step([positions[step]], views)
+        trainer.step(iter([positions[step]]), views)
     ready.wait()
     go.wait()
     for step in range(steps):
-        trainer.step([positions[step % len(positions)]], views)
+        trainer.step(iter([positions[step % len(positions)]]), views)
     os._exit(0)
 
 

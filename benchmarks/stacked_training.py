@@ -61,7 +61,7 @@ def measure(size: str, augmentation: str, batch: int, device: str) -> dict[str, 
     def loop() -> None:
         for trainer, batches, generator in zip(alone, orders, views, strict=True):
             for positions in batches:
-                trainer.step([positions], generator)
+                trainer.step(iter([positions]), generator)
         wait(device)
 
     def group() -> None:

@@ -455,5 +455,5 @@ def test_the_executed_reading_shifts_the_arguments_by_one(load):
     assert (recipe.mixup, recipe.cutmix, recipe.label_smoothing) == (0.8, 1.0, 0.1)
     executed = recipe.executed
     assert (executed.label_smoothing, executed.mixup, executed.cutmix, executed.random_erase) == (0.8, 1.0, 0.0, 0.25)
-    assert recipe.record["augmentation_reading"] == "executed"
+    assert recipe.decides["augmentation_reading"] == "executed"
     assert load(TEXT, ("batch_size: 64", f"batch_size: 64, {declared}")).runs[0].recipe.executed.cutmix == 1.0

@@ -288,7 +288,7 @@ def test_a_diverging_run_leaves_and_the_others_go_on_unharmed(make, tmp_path, op
         with pytest.raises(DivergedError, match="diverged in epoch 1"):
             train_run(zoo, run, tmp_path / "all")
     again = train_stacked(zoo, runs, tmp_path / "all")
-    assert again == {run.run_id: f"{run.run_id} diverged in epoch 1" for run in wild}
+    assert again == {run.run_id: f"{run.run_id} diverged in epoch 1: {reason}" for run in wild}
 
 
 def test_a_group_may_diverge_whole(make, tmp_path):

@@ -4,7 +4,7 @@ Images are float `[B, C, H, W]` in [0, 1]; every draw comes from the generators 
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from jaxtyping import Float
@@ -14,8 +14,7 @@ from torch.nn.functional import affine_grid, conv2d, grid_sample, pad
 from vitzoo_hf.schema import ZooError, did_you_mean
 
 Batch = Float[Tensor, "B C H W"]
-Generators = Sequence[torch.Generator]
-Crop = Callable[[Tensor, float, Generators], Tensor]
+Crop = Callable[..., Tensor]
 CROPPED_SHARE = {"crop": 0.6, "crop-flip": 0.08, "simclr": 0.2, "simclr-no-flip": 0.2, "simclr-imagenet": 0.08}
 """The least share of the area that the random resized crop of a policy keeps."""
 PLACED_CROP = ("random-crop-flip", "random-crop-flip-rotate")
@@ -40,7 +39,8 @@ def augment(images: Batch, policy: str, *generators: torch.Generator, cropped: b
         cropped: whether the images are random crops already: then the rest of the policy is applied.
 
     Raises:
-        ZooError: for an unknown policy, or a batch that has no equal shares.
+        ZooError: for an unknown policy, a batch that has no equal shares, or prepared images where the policy cuts
+            from those before preparation.
 
     Example:
         >>> batch = torch.rand(4, 1, 16, 16)
@@ -51,10 +51,12 @@ def augment(images: Batch, policy: str, *generators: torch.Generator, cropped: b
         raise ZooError(f"unknown augmentation {policy!r}: {did_you_mean(policy, POLICIES)}")
     if len(images) % len(generators):
         raise ZooError(f"{len(images)} images cannot be shared equally among {len(generators)} generators")
-    return POLICIES[policy](images, generators, _whole if cropped else _resized_crop)
+    if policy in PLACED_CROP and not cropped:
+        raise ZooError(f"augmentation {policy!r} cuts from images before preparation: set decode: on_demand")
+    return POLICIES[policy](images, _whole if cropped else _resized_crop, *generators)
 
 
-def _uniform(count: int, low: float, high: float, generators: Generators) -> Tensor:
+def _uniform(count: int, low: float, high: float, *generators: torch.Generator) -> Tensor:
     """`count` draws from [low, high), equally many from each generator."""
     share = count // len(generators)
     draws = [torch.rand(share, generator=generator, device=generator.device) for generator in generators]
@@ -65,33 +67,33 @@ def _per_image(values: Tensor) -> Tensor:
     return values.view(-1, 1, 1, 1)
 
 
-def _resized_crop(images: Batch, smallest: float, generators: Generators) -> Batch:
+def _resized_crop(images: Batch, smallest: float, *generators: torch.Generator) -> Batch:
     """A crop of `smallest` to 1 of the area with aspect ratio 3/4 to 4/3, stretched back to the full size."""
     count = len(images)
-    side = _uniform(count, smallest, 1.0, generators).sqrt()
-    aspect = _uniform(count, -0.2877, 0.2877, generators).exp().sqrt()
+    side = _uniform(count, smallest, 1.0, *generators).sqrt()
+    aspect = _uniform(count, -0.2877, 0.2877, *generators).exp().sqrt()
     width, height = (side * aspect).clamp(max=1), (side / aspect).clamp(max=1)
     theta = torch.zeros(count, 2, 3, device=images.device)
     theta[:, 0, 0], theta[:, 1, 1] = width, height
-    theta[:, 0, 2] = _uniform(count, -1.0, 1.0, generators) * (1 - width)
-    theta[:, 1, 2] = _uniform(count, -1.0, 1.0, generators) * (1 - height)
+    theta[:, 0, 2] = _uniform(count, -1.0, 1.0, *generators) * (1 - width)
+    theta[:, 1, 2] = _uniform(count, -1.0, 1.0, *generators) * (1 - height)
     grid = affine_grid(theta, list(images.shape), align_corners=False)
     return grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)
 
 
-def _whole(images: Batch, smallest: float, generators: Generators) -> Batch:
+def _whole(images: Batch, smallest: float, *generators: torch.Generator) -> Batch:
     return images
 
 
-def _flip(images: Batch, generators: Generators) -> Batch:
-    chosen = _uniform(len(images), 0.0, 1.0, generators) < 0.5
+def _flip(images: Batch, *generators: torch.Generator) -> Batch:
+    chosen = _uniform(len(images), 0.0, 1.0, *generators) < 0.5
     return torch.where(_per_image(chosen), images.flip(-1), images)
 
 
-def _rotate(images: Batch, generators: Generators) -> Batch:
+def _rotate(images: Batch, *generators: torch.Generator) -> Batch:
     """By up to `MOST_DEGREES` either way about the centre; what comes into view is black."""
     height, width = images.shape[-2:]
-    angle = _uniform(len(images), -1.0, 1.0, generators) * math.radians(MOST_DEGREES)
+    angle = _uniform(len(images), -1.0, 1.0, *generators) * math.radians(MOST_DEGREES)
     cosine, sine = angle.cos(), angle.sin()
     theta = torch.zeros(len(images), 2, 3, device=images.device)
     theta[:, 0, 0] = theta[:, 1, 1] = cosine
@@ -100,30 +102,30 @@ def _rotate(images: Batch, generators: Generators) -> Batch:
     return grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
 
 
-def _jitter(images: Batch, generators: Generators) -> Batch:
+def _jitter(images: Batch, *generators: torch.Generator) -> Batch:
     """Brightness, contrast and saturation by up to 50 % for 80 % of the images."""
     count = len(images)
-    bright, contrast, colour = (_per_image(_uniform(count, 0.5, 1.5, generators)) for _ in range(3))
+    bright, contrast, colour = (_per_image(_uniform(count, 0.5, 1.5, *generators)) for _ in range(3))
     view = (images * bright).clamp(0, 1)
     mean = view.mean((1, 2, 3), keepdim=True)
     view = ((view - mean) * contrast + mean).clamp(0, 1)
     grey = view.mean(1, keepdim=True)
     view = ((view - grey) * colour + grey).clamp(0, 1)
-    chosen = _uniform(count, 0.0, 1.0, generators) < 0.8
+    chosen = _uniform(count, 0.0, 1.0, *generators) < 0.8
     return torch.where(_per_image(chosen), view, images)
 
 
-def _jitter_with_hue(images: Batch, generators: Generators) -> Batch:
+def _jitter_with_hue(images: Batch, *generators: torch.Generator) -> Batch:
     """Torchvision's ColorJitter(0.5, 0.5, 0.5, 0.1) in this order, for 80 % of the images."""
     count = len(images)
-    bright, contrast, colour = (_per_image(_uniform(count, 0.5, 1.5, generators)) for _ in range(3))
-    turn = _uniform(count, -0.1, 0.1, generators).view(-1, 1, 1)
+    bright, contrast, colour = (_per_image(_uniform(count, 0.5, 1.5, *generators)) for _ in range(3))
+    turn = _uniform(count, -0.1, 0.1, *generators).view(-1, 1, 1)
     view = (images * bright).clamp(0, 1)
     mean = _luma(view).mean((1, 2, 3), keepdim=True)
     view = ((view - mean) * contrast + mean).clamp(0, 1)
     grey = _luma(view)
     view = ((view - grey) * colour + grey).clamp(0, 1)
-    chosen = _uniform(count, 0.0, 1.0, generators) < 0.8
+    chosen = _uniform(count, 0.0, 1.0, *generators) < 0.8
     if images.shape[1] == 3:
         view = turned_hue(view, turn)
     return torch.where(_per_image(chosen), view, images)
@@ -158,21 +160,21 @@ def turned_hue(images: Float[Tensor, "B 3 H W"], turn: Float[Tensor, "B 1 1"]) -
     return torch.stack([lowest + chroma * channel for channel in channels], 1)
 
 
-def _greyscale(images: Batch, generators: Generators) -> Batch:
-    chosen = _uniform(len(images), 0.0, 1.0, generators) < 0.2
+def _greyscale(images: Batch, *generators: torch.Generator) -> Batch:
+    chosen = _uniform(len(images), 0.0, 1.0, *generators) < 0.2
     return torch.where(_per_image(chosen), images.mean(1, keepdim=True).expand_as(images), images)
 
 
-def _blur(images: Batch, generators: Generators) -> Batch:
+def _blur(images: Batch, *generators: torch.Generator) -> Batch:
     """A 3×3 Gaussian of standard deviation 0.1 to 1 pixel for half of the images."""
-    sigma = _uniform(len(images), 0.1, 1.0, generators)
-    chosen = _uniform(len(images), 0.0, 1.0, generators) < 0.5
+    sigma = _uniform(len(images), 0.1, 1.0, *generators)
+    chosen = _uniform(len(images), 0.0, 1.0, *generators) < 0.5
     return _gaussian(images, torch.where(chosen, sigma, torch.full_like(sigma, 0.05)), 1)
 
 
-def _wide_blur(images: Batch, generators: Generators) -> Batch:
+def _wide_blur(images: Batch, *generators: torch.Generator) -> Batch:
     """Torchvision's GaussianBlur(9): every image, standard deviation 0.1 to 2 pixels."""
-    return _gaussian(images, _uniform(len(images), 0.1, 2.0, generators), 4)
+    return _gaussian(images, _uniform(len(images), 0.1, 2.0, *generators), 4)
 
 
 def _gaussian(images: Batch, sigma: Float[Tensor, " B"], radius: int) -> Batch:
@@ -185,33 +187,33 @@ def _gaussian(images: Batch, sigma: Float[Tensor, " B"], radius: int) -> Batch:
     return conv2d(flat, kernel, groups=count * channels).view_as(images)
 
 
-def _crop(images: Batch, generators: Generators, crop: Crop) -> Batch:
-    return crop(images, CROPPED_SHARE["crop"], generators)
+def _crop(images: Batch, crop: Crop, *generators: torch.Generator) -> Batch:
+    return crop(images, CROPPED_SHARE["crop"], *generators)
 
 
-def _crop_flip(images: Batch, generators: Generators, crop: Crop) -> Batch:
-    return _flip(crop(images, CROPPED_SHARE["crop-flip"], generators), generators)
+def _crop_flip(images: Batch, crop: Crop, *generators: torch.Generator) -> Batch:
+    return _flip(crop(images, CROPPED_SHARE["crop-flip"], *generators), *generators)
 
 
-def _simclr_no_flip(images: Batch, generators: Generators, crop: Crop) -> Batch:
-    view = _jitter(crop(images, CROPPED_SHARE["simclr"], generators), generators)
+def _simclr_no_flip(images: Batch, crop: Crop, *generators: torch.Generator) -> Batch:
+    view = _jitter(crop(images, CROPPED_SHARE["simclr"], *generators), *generators)
     if images.shape[1] > 1:
-        view = _greyscale(view, generators)
-    return _blur(view, generators)
+        view = _greyscale(view, *generators)
+    return _blur(view, *generators)
 
 
-def _simclr_imagenet(images: Batch, generators: Generators, crop: Crop) -> Batch:
-    view = crop(_flip(images, generators), CROPPED_SHARE["simclr-imagenet"], generators)
-    return _wide_blur(_greyscale(_jitter_with_hue(view, generators), generators), generators)
+def _simclr_imagenet(images: Batch, crop: Crop, *generators: torch.Generator) -> Batch:
+    view = crop(_flip(images, *generators), CROPPED_SHARE["simclr-imagenet"], *generators)
+    return _wide_blur(_greyscale(_jitter_with_hue(view, *generators), *generators), *generators)
 
 
-POLICIES: dict[str, Callable[[Tensor, Generators, Crop], Tensor]] = {
-    "none": lambda images, generators, crop: images,
+POLICIES: dict[str, Callable[..., Tensor]] = {
+    "none": lambda images, crop, *generators: images,
     "crop": _crop,
     "crop-flip": _crop_flip,
-    "random-crop-flip": lambda images, generators, crop: _flip(images, generators),
-    "random-crop-flip-rotate": lambda images, generators, crop: _rotate(_flip(images, generators), generators),
-    "simclr": lambda images, generators, crop: _simclr_no_flip(_flip(images, generators), generators, crop),
+    "random-crop-flip": lambda images, crop, *generators: _flip(images, *generators),
+    "random-crop-flip-rotate": lambda images, crop, *generators: _rotate(_flip(images, *generators), *generators),
+    "simclr": lambda images, crop, *generators: _simclr_no_flip(_flip(images, *generators), crop, *generators),
     "simclr-no-flip": _simclr_no_flip,
     "simclr-imagenet": _simclr_imagenet,
 }

@@ -91,7 +91,7 @@ class Blueprint:
         del decides["text"]
         decides["images"] = {name: spec.decides() for name, spec in self.images.items()}
         for run, entry in zip(self.runs, decides["runs"], strict=True):
-            entry["recipe"] = run.recipe.record
+            entry["recipe"] = run.recipe.decides
         return fingerprint(decides)
 
     @property
@@ -109,6 +109,8 @@ def _parse(root: Located) -> Blueprint:
     root.only("name", "description", "architecture", "images", "stages", "splits")
     architecture = root.get("architecture")
     architecture.only("name", "args")
+    if "num_classes" in architecture.get("args"):
+        raise architecture.get("args").error("num_classes follows from the images: leave it out")
     images = {key: _record(ImagesSpec, node, source=key) for key, node in root.get("images").items()}
     for key, spec in images.items():
         check_images(spec, root.get("images").get(key))

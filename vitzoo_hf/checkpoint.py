@@ -43,7 +43,7 @@ class RunFolder:
             raise ZooError(f"cannot make {self.path}: {error.strerror}") from None
         file = self.path / "run.json"
         if file.is_file():
-            found = read_json(file)["fingerprint"]
+            found = self._recorded(file, "fingerprint")
             if found != spec["fingerprint"]:
                 raise ZooError(
                     f"{self.path} holds a run trained by another blueprint ({found}, not {spec['fingerprint']}):"
@@ -51,6 +51,27 @@ class RunFolder:
                 )
             return
         write_json(file, spec)
+
+    def _recorded(self, file: Path, name: str) -> Any:
+        try:
+            return read_json(file)[name]
+        except (KeyError, TypeError):
+            raise ZooError(f"{file} is damaged (no {name}): delete {self.path} and train again") from None
+
+    def check_images(self, digest: str) -> None:
+        """Record which images the run trains on, or check that they are the same.
+
+        Raises:
+            ZooError: if it began with others.
+        """
+        file = self.path / "images.json"
+        if not file.is_file():
+            write_json(file, {"digest": digest})
+        elif self._recorded(file, "digest") != digest:
+            raise ZooError(
+                f"{self.path} began with other images than these (another path, or images that were changed since):"
+                " choose another output folder, or delete this one"
+            )
 
     @property
     def spec(self) -> dict[str, Any]:
@@ -69,7 +90,7 @@ class RunFolder:
                 and self._weights(epoch).stat().st_size == read_json(self._record(epoch))["file_size"]
                 for epoch in self.epochs()
             )
-        except ZooError:
+        except (ZooError, KeyError, TypeError):
             return False
 
     def save_epoch(self, epoch: int, state_dict: Mapping[str, Tensor], results: Mapping[str, float | None]) -> None:

@@ -17,6 +17,7 @@ from vitzoo_hf.schema import VERSION, ZooError
 from vitzoo_hf.zoo_verbs import convert, export, get, info, list_rows, push, verify
 
 if TYPE_CHECKING:
+    from vitzoo_hf.launch import Summary
     from vitzoo_hf.zoo import Zoo
 
 app = App(
@@ -189,15 +190,8 @@ def train(
             storage=storage,
             progress=progress,
         )
-    if json:
-        print_json(vars(summary))
-        return
-    print(f"{len(summary.finished)} runs finished in {out}")
-    for run_id, reason in summary.diverged.items():
-        print(f"diverged: {run_id}: {reason}")
-    if summary.orphaned:
-        print(f"not trained, for want of their parent: {', '.join(summary.orphaned)}")
-    if not quiet:
+    _tell(summary, zoo.name, out, json=json)
+    if not (quiet or json):
         hint(f"Next: vitzoo pack {blueprint} {out} --out ZOO")
 
 
@@ -284,6 +278,19 @@ def run(arguments: Sequence[str]) -> int:
         print("\nvitzoo: interrupted; the same command continues where it was", file=sys.stderr)
         return 130
     return 0
+
+
+def _tell(summary: "Summary", name: str, out: Path, *, json: bool) -> None:
+    if json:
+        print_json(vars(summary))
+        return
+    if not summary.finished:
+        raise ZooError(f"no run of {name!r} was finished: {next(iter(summary.diverged.values()))}")
+    print(f"{len(summary.finished)} runs finished in {out}")
+    for run_id, reason in summary.diverged.items():
+        print(f"diverged: {run_id}: {reason}")
+    if summary.orphaned:
+        print(f"not trained, for want of their parent: {', '.join(summary.orphaned)}")
 
 
 def _write_new(path: Path, text: str) -> None:

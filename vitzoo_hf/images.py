@@ -6,11 +6,13 @@ round.
 """
 
 import gzip
+import hashlib
+import json
 import struct
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +67,13 @@ class ImageSet:
         """Everything needed to feed a model as training did, as JSON values; no path of this machine."""
         spec = self.spec.decides() | {"channels": self.pixels.channels}
         return spec | {"licence": self.licence, "class_names": list(self.class_names)}
+
+    @cached_property
+    def digest(self) -> str:
+        """Changes with the images, their order, labels or class names; of images on demand, with their file sizes."""
+        sha = hashlib.sha256(json.dumps(self.class_names).encode() + self.labels.numpy().tobytes())
+        sha.update(self.pixels.signature())
+        return sha.hexdigest()
 
     def positions(self, role: str) -> Int64[Tensor, " n"]:
         """Positions of one role.

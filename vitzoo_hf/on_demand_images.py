@@ -1,5 +1,6 @@
 """Images that are decoded when a batch asks for them, in threads: sets too large for memory."""
 
+import hashlib
 import io
 import os
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from jaxtyping import Float64, Int64, UInt8
 from PIL import ExifTags, Image
@@ -52,6 +54,11 @@ class OnDemandImages:
 
     def __len__(self) -> int:
         return len(self._files)
+
+    def signature(self) -> bytes:
+        """Changes with the number and the sizes of the encoded images."""
+        sizes = pc.fill_null(pc.binary_length(pc.struct_field(self._files, "bytes")), -1)
+        return hashlib.sha256(np.asarray(sizes.combine_chunks()).astype("<i8").tobytes()).digest()
 
     def sizes(self, positions: Int64[Tensor, " n"]) -> Int64[Tensor, "n 2"]:
         """Height and width of the original images, from their headers."""
@@ -123,9 +130,11 @@ class OnDemandImages:
         except ZooError:
             raise
         except Exception as error:  # decoders raise whatever they like
-            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            reason = " ".join(str(error).split("<")[0].split())[:200] or type(error).__name__
+            named = f" ({Path(path).name})" if path else ""
             raise ZooError(
-                f"image {position} of {self.spec.source!r} cannot be decoded ({reason}): repair it or leave it out"
+                f"image {position}{named} of {self.spec.source!r} cannot be decoded ({reason}):"
+                " repair it or leave it out"
             ) from None
 
 

@@ -4,6 +4,7 @@ All three have `sizes`, `evaluation` (images as models are evaluated on them) an
 images), uint8.
 """
 
+import hashlib
 from dataclasses import dataclass
 
 import torch
@@ -35,6 +36,10 @@ class PreparedImages:
         """Channels of the images a model is fed."""
         return self.images.shape[1]
 
+    def signature(self) -> bytes:
+        """Changes with any pixel."""
+        return hashlib.sha256(f"{tuple(self.images.shape)}".encode() + self.images.numpy().tobytes()).digest()
+
     def sizes(self, positions: Int64[Tensor, " n"]) -> Int64[Tensor, "n 2"]:
         """Height and width of the images that crops are cut from."""
         return torch.tensor(self.images.shape[2:]).expand(len(positions), 2)
@@ -62,6 +67,10 @@ class SmallImages:
     def channels(self) -> int:
         """Channels of the images a model is fed."""
         return self.spec.channels or self.images.shape[1]
+
+    def signature(self) -> bytes:
+        """Changes with any pixel."""
+        return hashlib.sha256(f"{tuple(self.images.shape)}".encode() + self.images.numpy().tobytes()).digest()
 
     def sizes(self, positions: Int64[Tensor, " n"]) -> Int64[Tensor, "n 2"]:
         """Height and width of the images that crops are cut from."""

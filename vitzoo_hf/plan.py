@@ -63,6 +63,8 @@ def make_plan(blueprint: Blueprint, *, workers: int | None = None, device: str =
     Raises:
         ZooError: if the architecture cannot be built, or the number of classes is unknown without the images.
     """
+    if workers is not None and workers < 1:
+        raise ZooError(f"workers is {workers}; it must be at least 1")
     count = workers or default_workers(device)
     sizes = {run.run_id: _num_parameters(blueprint, run) for run in blueprint.runs}
     seconds: float | None = None
@@ -157,7 +159,7 @@ def _times(trainer: Trainer, size: int, count: int) -> list[float]:
     views, crops = torch.Generator(trainer.device).manual_seed(0), torch.Generator().manual_seed(0)
     times, start = [], time.perf_counter()
     for batch in trainer.feed.batches(chosen, crops):
-        float(trainer.step([batch], views))
+        float(trainer.step(iter([batch]), views))
         times.append(time.perf_counter() - start)
         start = time.perf_counter()
     return times

@@ -1,5 +1,7 @@
 """Images as they come -> images of one size and number of channels -> what a model is fed."""
 
+from typing import Any
+
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
@@ -7,7 +9,8 @@ from torch import Tensor
 from vitzoo_hf.images_spec import ImagesSpec
 from vitzoo_hf.schema import ZooError
 
-Statistic = float | tuple[float, ...] | list[float]
+Statistic = Any
+"""One number, or one a channel; no sequence, for to check one, beartype draws from the generator that mixing uses."""
 
 
 def prepare(images: UInt8[Tensor, "N C h w"], spec: ImagesSpec) -> UInt8[Tensor, "N C2 H W"]:
@@ -93,4 +96,4 @@ def standardize(images: Float[Tensor, "n C H W"], mean: Statistic, std: Statisti
 def _per_channel(value: Statistic, images: Tensor) -> float | Tensor:
     if isinstance(value, list | tuple):
         return torch.tensor(value, dtype=images.dtype, device=images.device).view(-1, 1, 1)
-    return value
+    return float(value)

@@ -68,14 +68,14 @@ class Recipe:
         """What training does. The published trainer passed mixup, cutmix and random erasing one place too far left.
 
         So it smoothed labels by the declared mixup, mixed with the declared cutmix, cut nothing, and erased with
-        probability 0.25 (ViTModelZoo, `get_data_augmentations`).
+        probability 0.25 (ViTModelZoo, `get_data_augmentations`). Contrastive runs had none of these.
         """
-        if self.augmentation_reading == "declared":
+        if self.augmentation_reading == "declared" or self.regime == "contrastive":
             return self
         return replace(self, label_smoothing=self.mixup, mixup=self.cutmix, cutmix=0.0, random_erase=0.25)
 
     @property
-    def record(self) -> dict[str, Any]:
+    def decides(self) -> dict[str, Any]:
         """As JSON values; settings that came later are left out at their default, so that old fingerprints hold."""
         default = {name: getattr(Recipe, name) for name in LATER}
         return {name: value for name, value in asdict(self).items() if default.get(name) != value}

@@ -8,6 +8,7 @@ rate, and no output depends on them.
 """
 
 import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -25,7 +26,7 @@ from vitzoo_hf.pixels import PreparedImages
 from vitzoo_hf.schema import ZooError
 from vitzoo_hf.stacked_trainer import StackedTrainer
 from vitzoo_hf.stacked_vit import trainable_vit
-from vitzoo_hf.train import holds_all, initial_model, opened, train_run
+from vitzoo_hf.train import RESUME_SECONDS, holds_all, initial_model, opened, train_run
 from vitzoo_hf.trainer import NOT_FINITE, DivergedError, usable_resume
 from vitzoo_hf.vit import skeleton
 
@@ -194,8 +195,9 @@ def _train_group(
     left = list(members)
     diverged: dict[str, str] = {}
     trainer = _begun(blueprint, left, folder, device, done)
+    saved = time.monotonic()
     if done == 0:
-        _save(trainer, left, 0)
+        _save(trainer, left, 0, saved)
     _tell(left, done, on_epoch)
     for epoch in range(done + 1, left[0].run.epochs + 1):
         lost = trainer.train_epoch(epoch)
@@ -209,7 +211,7 @@ def _train_group(
             trainer.keep(kept)
         if not left:
             break
-        _save(trainer, left, epoch)
+        saved = _save(trainer, left, epoch, saved)
         _tell(left, epoch, on_epoch)
     for member in left:
         member.place.drop_resume()
@@ -220,6 +222,8 @@ def _begun(blueprint: Blueprint, members: Sequence[_Member], folder: Path, devic
     """The trainer of a group, as it was after epoch `done`."""
     first = members[0].run
     images = load_images(first.images, blueprint.images[first.images])
+    for member in members:
+        member.place.check_images(images.digest)
     models = [initial_model(blueprint, member.run, images, folder) for member in members]
     trainer = StackedTrainer([member.run.recipe for member in members], images, models, first.epochs, device)
     if done:
@@ -227,14 +231,17 @@ def _begun(blueprint: Blueprint, members: Sequence[_Member], folder: Path, devic
     return trainer
 
 
-def _save(trainer: StackedTrainer, members: Sequence[_Member], epoch: int) -> None:
-    """Weights and results where this epoch is kept, and what is needed to continue."""
-    if epoch not in members[0].run.keep_epochs:
-        return
-    for model, (member, results) in enumerate(zip(members, trainer.results(), strict=True)):
-        member.place.save_epoch(epoch, trainer.state_dict(model), results)
-        if 0 < epoch < member.run.epochs:
-            member.place.save_resume(epoch, trainer.resume_tensors(model))
+def _save(trainer: StackedTrainer, members: Sequence[_Member], epoch: int, saved: float) -> float:
+    """Weights and results where this epoch is kept, and what is needed to continue; returns when that was."""
+    kept = epoch in members[0].run.keep_epochs
+    if kept:
+        for model, (member, results) in enumerate(zip(members, trainer.results(), strict=True)):
+            member.place.save_epoch(epoch, trainer.state_dict(model), results)
+    if not 0 < epoch < members[0].run.epochs or not (kept or time.monotonic() - saved >= RESUME_SECONDS):
+        return saved
+    for model, member in enumerate(members):
+        member.place.save_resume(epoch, trainer.resume_tensors(model))
+    return time.monotonic()
 
 
 def _tell(members: Sequence[_Member], epoch: int, on_epoch: Callable[[str, int], None]) -> None:

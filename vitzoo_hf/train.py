@@ -5,7 +5,9 @@ a run gives the same weights bit for bit on the same machine, whether it was int
 trains many of them together, up to rounding.
 """
 
+import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,9 @@ from vitzoo_hf.objectives import derive_seed
 from vitzoo_hf.schema import VERSION, ZooError, fingerprint
 from vitzoo_hf.trainer import DivergedError, Trainer
 from vitzoo_hf.vit import create, import_timm
+
+RESUME_SECONDS = 60.0
+"""At most so much training is lost with a process, or an epoch where that takes longer."""
 
 
 def train_run(
@@ -49,6 +54,7 @@ def train_run(
         on_epoch(run.epochs)
         return
     images = load_images(run.images, blueprint.images[run.images])
+    place.check_images(images.digest)
     trainer = Trainer(run.recipe, images, initial_model(blueprint, run, images, folder), run.epochs, device)
     done = trainer.resume(place, run.keep_epochs)
     if done is None:
@@ -56,6 +62,7 @@ def train_run(
         if 0 in run.keep_epochs:
             place.save_epoch(0, trainer.model.state_dict(), trainer.results())
     on_epoch(done)
+    saved = time.monotonic()
     for epoch in range(done + 1, run.epochs + 1):
         try:
             trainer.train_epoch(epoch)
@@ -64,8 +71,9 @@ def train_run(
             raise DivergedError(f"{run.run_id} diverged in epoch {epoch}: {error}") from None
         if epoch in run.keep_epochs:
             place.save_epoch(epoch, trainer.model.state_dict(), trainer.results())
-            if epoch < run.epochs:
-                place.save_resume(epoch, trainer.resume_tensors())
+        if epoch < run.epochs and (epoch in run.keep_epochs or time.monotonic() - saved >= RESUME_SECONDS):
+            place.save_resume(epoch, trainer.resume_tensors())
+            saved = time.monotonic()
         on_epoch(epoch)
     place.drop_resume()
 
@@ -80,7 +88,7 @@ def opened(blueprint: Blueprint, run: Run, folder: Path) -> RunFolder:
     place = RunFolder(folder / run.run_id)
     place.open(run_spec(blueprint, run))
     if place.divergence:
-        raise DivergedError(f"{run.run_id} diverged in epoch {place.divergence['epoch']}")
+        raise DivergedError("{} diverged in epoch {epoch}: {reason}".format(run.run_id, **place.divergence))
     return place
 
 
@@ -113,7 +121,7 @@ def run_spec(blueprint: Blueprint, run: Run) -> dict[str, Any]:
         "architecture": blueprint.architecture,
         "architecture_args": blueprint.architecture_args,
         "images": {"name": run.images, **spec},
-        "recipe": run.recipe.record,
+        "recipe": run.recipe.decides,
         "stage": run.stage,
         "epochs": run.epochs,
         "keep_epochs": list(run.keep_epochs),
@@ -123,7 +131,7 @@ def run_spec(blueprint: Blueprint, run: Run) -> dict[str, Any]:
     }
     timm = import_timm()
     versions = {"vitzoo_hf": VERSION, "torch": torch.__version__, "timm": timm.__version__}
-    return {"fingerprint": fingerprint(decides), **decides, "versions": versions}
+    return {"fingerprint": fingerprint(decides), **decides, "recipe": asdict(run.recipe), "versions": versions}
 
 
 def architecture_args(blueprint: Blueprint, run: Run, num_classes: int) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """A model in training: the step, the epoch, the results, and what must be kept to continue."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 
@@ -69,8 +69,8 @@ class Trainer:
         total = torch.zeros((), device=self.device)
         together = self.recipe.accumulate
         steps = [batches[start : start + together] for start in range(0, len(batches), together)]
+        fed = self.feed.batches(batches, crops)
         with seeded_globals(derive_seed(seed, "mix", epoch)):
-            fed = self.feed.batches(batches, crops)
             for number, step in enumerate(steps):
                 self._set_lr(epoch - 1 + number / len(steps))
                 total += self.step(islice(fed, len(step)), views, count=len(step))
@@ -78,7 +78,7 @@ class Trainer:
         if not (math.isfinite(float(total)) and finite):
             raise DivergedError(NOT_FINITE)
 
-    def step(self, batches: Iterable[Tensor], views: torch.Generator, count: int = 1) -> Tensor:
+    def step(self, batches: Iterator[Tensor], views: torch.Generator, count: int = 1) -> Tensor:
         """One update with the mean gradient of `count` batches, as the feed gives them.
 
         Returns their mean loss, detached.
