@@ -22,7 +22,7 @@ from vitzoo_hf.zoo import Zoo
 
 HERE = Path(__file__).parent
 LARGEST = 1_000_000
-DIGITS = 6
+DIGITS = 5
 PAPER = {
     "supervised": {5: ".71 (.19–.78)", 10: ".77 (.53–.80)", 20: ".80 (.69–.81)", 50: ".804 (.763–.833)"},
     "contrastive": {5: ".65 (.48–.68)", 10: ".70 (.56–.72)", 20: ".73 (.63–.75)", 50: ".771 (.699–.781)"},

@@ -503,3 +503,41 @@ def test_cuda_training_is_reproducible_when_interrupted(make, tmp_path, kind):
         train_run(zoo, run, tmp_path / "part", device="cuda", on_epoch=stop_at(1))
     train_run(zoo, run, tmp_path / "part", device="cuda")
     assert hashes(tmp_path / "part", run) == hashes(tmp_path / "whole", run)
+
+
+def test_a_run_goes_on_with_the_images_it_began_with(make, tmp_path):
+    zoo = make()
+    run = zoo.runs[0]
+
+    def interrupt(epoch: int) -> None:
+        if epoch == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_run(zoo, run, tmp_path, on_epoch=interrupt)
+    record = tmp_path / run.run_id / "images.json"
+    kept = record.read_text()
+    record.write_text('{"digest": "of others"}')
+    with pytest.raises(ZooError, match="began with other images than these"):
+        train_run(zoo, run, tmp_path)
+    record.write_text(kept)
+    train_run(zoo, run, tmp_path)
+
+
+def test_a_long_epoch_is_not_lost_where_none_is_kept(make, tmp_path, monkeypatch):
+    zoo = make(KINDS["adamw"], "seed: 7", ("epochs: 3\n    keep_epochs: all", "epochs: 3"))
+    run = zoo.runs[0]
+    assert run.keep_epochs == (3,)
+    train_run(zoo, run, tmp_path / "whole")
+    monkeypatch.setattr(train, "RESUME_SECONDS", 0.0)
+
+    def interrupt(epoch: int) -> None:
+        if epoch == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_run(zoo, run, tmp_path / "parts", on_epoch=interrupt)
+    seen = []
+    train_run(zoo, run, tmp_path / "parts", on_epoch=seen.append)
+    assert seen == [2, 3]
+    assert hashes(tmp_path / "parts", run) == hashes(tmp_path / "whole", run)

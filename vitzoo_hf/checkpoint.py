@@ -58,15 +58,16 @@ class RunFolder:
         except (KeyError, TypeError):
             raise ZooError(f"{file} is damaged (no {name}): delete {self.path} and train again") from None
 
-    def check_images(self, digest: str) -> None:
-        """Record which images the run trains on, or check that they are the same.
+    def check_images(self, digest: str, *, record: bool = True) -> None:
+        """Check that the run began with these images; record them where nothing is recorded yet.
 
         Raises:
             ZooError: if it began with others.
         """
         file = self.path / "images.json"
         if not file.is_file():
-            write_json(file, {"digest": digest})
+            if record:
+                write_json(file, {"digest": digest})
         elif self._recorded(file, "digest") != digest:
             raise ZooError(
                 f"{self.path} began with other images than these (another path, or images that were changed since):"

@@ -41,10 +41,14 @@ def pack(blueprint: Blueprint, runs: Path, folder: Path, *, dtype: str = "float3
         `folder`.
 
     Raises:
-        ZooError: if a run is unfinished, a checkpoint is damaged or not finite, or the folder cannot be written.
+        ZooError: if a run is unfinished or saw other images, a checkpoint is damaged or not finite, or the folder
+            cannot be written.
     """
     check_dtype(dtype)
     kept, missing = _runs_to_pack(blueprint, runs)
+    for run in kept:
+        images = load_images(run.images, blueprint.images[run.images])
+        RunFolder(runs / run.run_id).check_images(images.digest, record=False)
     members = {split: [run for run in kept if run.split == split] for split in schema.SPLITS}
     write_zoo(
         folder,

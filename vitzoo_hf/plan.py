@@ -2,6 +2,7 @@
 
 import time
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from statistics import median
 from typing import Any
@@ -61,7 +62,8 @@ def make_plan(blueprint: Blueprint, *, workers: int | None = None, device: str =
     """Count everything and time a few real training steps of every kind of run.
 
     Raises:
-        ZooError: if the architecture cannot be built, or the number of classes is unknown without the images.
+        ZooError: if the architecture cannot be built, a run cannot train on its images, or the number of classes is
+            unknown without them.
     """
     if workers is not None and workers < 1:
         raise ZooError(f"workers is {workers}; it must be at least 1")
@@ -70,10 +72,12 @@ def make_plan(blueprint: Blueprint, *, workers: int | None = None, device: str =
     seconds: float | None = None
     notes: list[str] = []
     try:
-        timed, notes = _estimate(blueprint, device)
-        seconds = timed / min(count, len(blueprint.runs))
+        images = {name: _images(name, spec) for name, spec in blueprint.images.items()}
     except ZooError as error:
         notes = [str(error)]
+    else:
+        timed, notes = _estimate(blueprint, images, device)
+        seconds = timed / min(count, len(blueprint.runs))
     return Plan(
         name=blueprint.name,
         models=len(blueprint.runs),
@@ -96,11 +100,12 @@ def _num_parameters(blueprint: Blueprint, run: Run) -> int:
     return layout_of(blueprint.architecture, args, run.recipe.head, head_hidden(run.recipe)).num_parameters
 
 
-def _estimate(blueprint: Blueprint, device: str) -> tuple[float, list[str]]:
+def _estimate(
+    blueprint: Blueprint, images: Mapping[str, tuple[ImageSet, int]], device: str
+) -> tuple[float, list[str]]:
     """Single-worker seconds of training all runs, and what they leave out besides evaluation at kept epochs."""
     timed: dict[tuple[Any, ...], float] = {}
     total = 0.0
-    images = {name: _images(name, spec) for name, spec in blueprint.images.items()}
     for run in blueprint.runs:
         kind = (run.images, replace(run.recipe, seed=0, lr=1.0, weight_decay=0.0, momentum=0.0))
         if kind not in timed:
