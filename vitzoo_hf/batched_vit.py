@@ -34,6 +34,23 @@ class Outputs(NamedTuple):
         one = slice(model, model + 1)
         return Outputs(self.logits[one], self.features[one], None if self.blocks is None else self.blocks[one])
 
+    def room_for(self, num_images: int) -> "Outputs":
+        """Empty float32 outputs of these models on so many images."""
+
+        def room(values: Tensor | None) -> Tensor | None:
+            if values is None:
+                return None
+            shape = [*values.shape[:-2], num_images, values.shape[-1]]
+            return torch.empty(shape, dtype=torch.float32, device=values.device)
+
+        return Outputs(*map(room, self))  # type: ignore[arg-type]
+
+    def fill(self, part: "Outputs", start: int) -> None:
+        """Put in outputs on some of the images, from `start` on."""
+        for to, values in zip(self, part, strict=True):
+            if to is not None and values is not None:
+                to[..., start : start + values.shape[-2], :] = values
+
 
 @dataclass(frozen=True)
 class BatchedViT:

@@ -45,6 +45,7 @@ class Group:
         batched: the batched forward; None for an architecture that it does not know.
         forward: the same, compiled if it is to be.
         num_outputs: of the head.
+        views: of `vectors` by tensor, made once: making them takes as long as a small forward.
     """
 
     positions: list[int]
@@ -54,6 +55,16 @@ class Group:
     batched: BatchedViT | None
     forward: Callable[..., Outputs] | None
     num_outputs: int
+    views: dict[tuple[int, int], dict[str, Tensor]] = field(default_factory=dict, repr=False)
+
+    def named(self, first: int, vectors: Float[Tensor, "M D"]) -> dict[str, Tensor]:
+        """The tensors of models from `first` on; `vectors` are theirs, as stored or copied to compute in."""
+        key, own = (first, len(vectors)), self.vectors
+        if not isinstance(own, Tensor) or own.dtype != vectors.dtype or own[first].data_ptr() != vectors.data_ptr():
+            return unflatten(vectors, self.layout)
+        if key not in self.views:
+            self.views[key] = unflatten(vectors, self.layout)
+        return self.views[key]
 
     def tile(self, device: torch.device, num_images: int, precision: str, scale: float = 1.0) -> tuple[int, int]:
         """Models and images that run together; `scale` below 1 for a smaller tile."""
@@ -284,8 +295,8 @@ class Population:
                 if step >= len(inputs) and self.precision == "float32":
                     whole = part
                     break
-                whole = _room_for(part, len(inputs)) if whole is None else whole
-                _fill(whole, part, start)
+                whole = part.room_for(len(inputs)) if whole is None else whole
+                whole.fill(part, start)
                 start += step
             assert whole is not None
             yield first, whole
@@ -349,7 +360,7 @@ def _weights(
         if done is not None:
             torch.cuda.current_stream(device).wait_event(done)
             vectors.record_stream(torch.cuda.current_stream(device))
-        yield first, unflatten(vectors, group.layout)
+        yield first, group.named(first, vectors)
 
 
 def _copied(
@@ -371,24 +382,6 @@ def _forward(group: Group, tensors: dict[str, Tensor], inputs: Tensor, readout: 
     if group.forward is not None:
         return group.forward(tensors, inputs, readout)
     return outputs_of_module(group.model, {name: value[0] for name, value in tensors.items()}, inputs, readout)
-
-
-def _room_for(part: Outputs, num_images: int) -> Outputs:
-    """Empty float32 outputs for all images."""
-
-    def room(values: Tensor | None) -> Tensor | None:
-        if values is None:
-            return None
-        shape = [*values.shape[:-2], num_images, values.shape[-1]]
-        return torch.empty(shape, dtype=torch.float32, device=values.device)
-
-    return Outputs(*map(room, part))  # type: ignore[arg-type]
-
-
-def _fill(whole: Outputs, part: Outputs, start: int) -> None:
-    for to, values in zip(whole, part, strict=True):
-        if to is not None and values is not None:
-            to[..., start : start + values.shape[-2], :] = values
 
 
 def _free_memory(device: torch.device) -> int:
