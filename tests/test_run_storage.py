@@ -83,10 +83,10 @@ def test_weights_are_written_before_the_record_that_names_them_and_the_resume_fi
     monkeypatch.setattr(storage, "_put", lambda file, name: (order.append(file.name), put(file, name)))
     storage.store(CHILD, tmp_path)
     epochs = [f"epoch-0000{epoch}.{kind}" for epoch in (0, 2) for kind in ("safetensors", "json")]
-    assert order == ["run.json", *epochs, RESUME]
+    assert order == ["run.json", "images.json", *epochs, RESUME]
     (tmp_path / CHILD / RESUME).unlink()
     storage.store(CHILD, tmp_path)
-    assert names(storage, CHILD) == {"run.json", *epochs}
+    assert names(storage, CHILD) == {"run.json", "images.json", *epochs}
 
 
 @settings(
@@ -140,7 +140,7 @@ def store_until(count, cut):
 
 
 @pytest.mark.parametrize("cut", [False, True], ids=["nothing", "half an object"])
-@pytest.mark.parametrize("count", range(6))
+@pytest.mark.parametrize("count", range(7))
 def test_killed_at_any_write_a_run_continues_to_the_same_weights(
     count, cut, tiny_blueprint, tiny_runs, tmp_path, monkeypatch
 ):
@@ -153,9 +153,9 @@ def test_killed_at_any_write_a_run_continues_to_the_same_weights(
         try:
             train_stored(job(tiny_blueprint, url), run, epochs.append)
         except KeyboardInterrupt:
-            assert count < 5
+            assert count < 6
         else:
-            assert count == 5
+            assert count == 6
     train_stored(job(tiny_blueprint, url), run, epochs.append)
     assert epochs[-1] == 2
     storage.fetch(CHILD, tmp_path)

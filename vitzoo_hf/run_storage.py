@@ -133,7 +133,7 @@ class RunStorage:
         except OSError as error:
             raise ZooError(f"cannot make {place}: {error.strerror}") from None
         sizes = {name.rpartition("/")[2]: size for name, size in self._sizes(run_id).items()}
-        for name in ("run.json", "diverged.json", RESUME) if epochs is None else ():
+        for name in ("run.json", "images.json", "diverged.json", RESUME) if epochs is None else ():
             if name in sizes:
                 self._fetch_file(run_id, name, place)
         for name in sorted(filter(_is_record, sizes)):
@@ -151,7 +151,7 @@ class RunStorage:
         place = folder / run_id
         records = sorted(place.glob("epoch-*.json"))
         epochs = [file for record in records for file in (record.with_suffix(".safetensors"), record)]
-        for file in (place / "run.json", *epochs, place / "diverged.json", place / RESUME):
+        for file in (place / "run.json", place / "images.json", *epochs, place / "diverged.json", place / RESUME):
             if file.is_file() and self._stored.get(file) != _state(file):
                 state = _state(file)
                 self._put(file, f"{run_id}/{file.name}")

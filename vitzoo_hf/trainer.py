@@ -181,7 +181,8 @@ class Trainer:
 def learning_rate_share(recipe: Recipe, position: float, epochs: int) -> float:
     """What warm-up and schedule leave of the learning rate after `position` of so many epochs.
 
-    >>> [learning_rate_share(Recipe(schedule="cosine", warmup_epochs=1), at, 3) for at in (0.5, 1, 2, 3)]
+    >>> recipe = Recipe(schedule="cosine", warmup_epochs=1.0)
+    >>> [round(learning_rate_share(recipe, at, 3), 6) for at in (0.5, 1.0, 2.0, 3.0)]
     [0.5, 1.0, 0.5, 0.0]
     """
     warmup = recipe.warmup_epochs
