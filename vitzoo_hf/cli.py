@@ -159,7 +159,7 @@ def train(
         blueprint: A name such as `mini`, or a YAML file.
         out: Folder for the checkpoints, one subfolder a run. With --ray and no --storage, all machines must share it.
         stack: Runs of one shape that a worker trains together; by default 1 on a CPU, and on a GPU as many as fit, up
-            to 32.
+            to 32. Runs that accumulate, autocast or decode on demand train alone all the same.
         device: cpu or cuda.
         storage: With --ray: where checkpoints land, s3://… or any fsspec URL that every machine reaches; finished
             runs are copied into --out.
@@ -281,11 +281,11 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _tell(summary: "Summary", name: str, out: Path, *, json: bool) -> None:
+    if not summary.finished:
+        raise ZooError(f"no run of {name!r} was finished: {next(iter(summary.diverged.values()))}")
     if json:
         print_json(vars(summary))
         return
-    if not summary.finished:
-        raise ZooError(f"no run of {name!r} was finished: {next(iter(summary.diverged.values()))}")
     print(f"{len(summary.finished)} runs finished in {out}")
     for run_id, reason in summary.diverged.items():
         print(f"diverged: {run_id}: {reason}")

@@ -38,7 +38,7 @@ class PreparedImages:
 
     def signature(self) -> bytes:
         """Changes with any pixel."""
-        return hashlib.sha256(f"{tuple(self.images.shape)}".encode() + self.images.numpy().tobytes()).digest()
+        return _digest(self.images)
 
     def sizes(self, positions: Int64[Tensor, " n"]) -> Int64[Tensor, "n 2"]:
         """Height and width of the images that crops are cut from."""
@@ -70,7 +70,7 @@ class SmallImages:
 
     def signature(self) -> bytes:
         """Changes with any pixel."""
-        return hashlib.sha256(f"{tuple(self.images.shape)}".encode() + self.images.numpy().tobytes()).digest()
+        return _digest(self.images)
 
     def sizes(self, positions: Int64[Tensor, " n"]) -> Int64[Tensor, "n 2"]:
         """Height and width of the images that crops are cut from."""
@@ -84,6 +84,14 @@ class SmallImages:
         """The box (left, top, right, bottom) of each image, resized to the size of the set."""
         images = with_channels(self.images[positions], self.spec)
         return resized_crops(images, boxes, self.spec.size, self.spec.interpolation)
+
+
+def _digest(images: Tensor) -> bytes:
+    """Of shape and pixels, without another copy of them."""
+    sha = hashlib.sha256(f"{tuple(images.shape)}".encode())
+    for part in images.contiguous().flatten(1).split(1024):
+        sha.update(part.numpy().data)
+    return sha.digest()
 
 
 Pixels = PreparedImages | SmallImages | OnDemandImages

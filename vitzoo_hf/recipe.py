@@ -23,7 +23,7 @@ CHOICES = {
     ),
 }
 LATER = ("accumulate", "precision", "warmup_epochs", "augmentation_reading")
-"""Settings that blueprints did not have at first: at their default they change no fingerprint and no record."""
+"""Settings that blueprints did not have at first: at their default they change no fingerprint."""
 
 
 @dataclass(frozen=True)
