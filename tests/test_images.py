@@ -295,6 +295,24 @@ def test_a_folder_with_a_test_set(pictures, tmp_path):
     assert sorted(images.labels[20:].tolist()) == [0, 1]
 
 
+def test_classes_that_would_be_lost_are_refused(pictures):
+    (pictures / "fish").mkdir()
+    with pytest.raises(ZooError, match=r"class 'fish' in .*pictures has no images: add some, or remove its folder"):
+        load_images("pets", ImagesSpec("folder", 16, path=str(pictures)))
+    (pictures / "fish").rmdir()
+    shutil.rmtree(pictures / "dog")
+    with pytest.raises(ZooError, match=r"pictures has one class, 'cat'; expected a subfolder for each of several"):
+        load_images("pets", ImagesSpec("folder", 16, path=str(pictures)))
+
+
+def test_pictures_of_sixteen_bits_keep_their_brightness(pictures):
+    for name in ("cat", "dog"):
+        for number in range(10):
+            Image.fromarray(np.full((20, 20), 100 * 256 + 17, np.uint16)).save(pictures / name / f"{number}.png")
+    images = load_images("deep", ImagesSpec("folder", 16, path=str(pictures)))
+    assert images.images.unique().tolist() == [100]
+
+
 @pytest.mark.parametrize("path", [None, "/no/such/folder"])
 def test_a_folder_must_be_there(path):
     with pytest.raises(ZooError, match=rf"images 'folder' need `path`, .*; given {path!r}"):

@@ -281,3 +281,9 @@ def test_tensors_that_do_not_fit_are_refused():
     ]:
         with pytest.raises(ZooError, match=f"weights do not fit the model: .*{told}"):
             vit.filled(NAME, ARGS, "linear", None, tensors)
+
+
+@pytest.mark.parametrize("width", [0, -1, 99_999_999_999])
+def test_an_absurd_hidden_width_is_refused_before_memory_is_taken(width):
+    with pytest.raises(ZooError, match=rf"head_hidden is {width}; expected 1 to 1,000,000"):
+        vit.create("vit_tiny_patch16_224", {"num_classes": 2}, head="mlp", head_hidden=width)

@@ -191,7 +191,10 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         temporary.chmod(0o644)
         temporary.replace(path)
     except (OSError, SafetensorError) as error:
-        raise ZooError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from None
+        reason = getattr(error, "strerror", None) or error
+        raise ZooError(
+            f"cannot write {path}: {reason}; what was finished is kept, the same command continues"
+        ) from None
     finally:
         temporary.unlink(missing_ok=True)
 

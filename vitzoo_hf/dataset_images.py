@@ -11,16 +11,38 @@ from vitzoo_hf.on_demand_images import OnDemandImages
 from vitzoo_hf.pixels import Source
 from vitzoo_hf.schema import ZooError, did_you_mean
 
+PARTS = ("train", "test", "validation", "valid")
+
 
 def read_folder(spec: ImagesSpec) -> Source:
     """A folder with one subfolder a class.
 
     Raises:
-        ZooError: if it is not there.
+        ZooError: if it is not there, has one class only, or a class without images.
     """
     if spec.path is None or not Path(spec.path).is_dir():
         raise ZooError(f"images 'folder' need `path`, a folder with one subfolder a class; given {spec.path!r}")
+    _check_classes(Path(spec.path))
     return read_dataset(spec)
+
+
+def _check_classes(folder: Path) -> None:
+    """Refuse folders of which `datasets` would quietly make fewer classes than there are."""
+    parts = [folder / name for name in PARTS if (folder / name).is_dir()] or [folder]
+    members: dict[str, list[Path]] = {}
+    for part in parts:
+        for place in part.iterdir():
+            if place.is_dir() and not place.name.startswith("."):
+                members.setdefault(place.name, []).append(place)
+    if len(members) == 1:
+        raise ZooError(f"{folder} has one class, {next(iter(members))!r}; expected a subfolder for each of several")
+    empty = sorted(name for name, places in members.items() if not any(_has_files(place) for place in places))
+    if empty:
+        raise ZooError(f"class {empty[0]!r} in {folder} has no images: add some, or remove its folder")
+
+
+def _has_files(folder: Path) -> bool:
+    return any(not place.is_dir() for place in folder.rglob("*"))
 
 
 def read_dataset(spec: ImagesSpec) -> Source:
@@ -43,7 +65,7 @@ def read_dataset(spec: ImagesSpec) -> Source:
     train = parts["train"] if "train" in parts else parts[next(iter(parts))]
     image_column = _columns(train, datasets.Image, identifier)[0]
     label_column = _label_column(_columns(train, datasets.ClassLabel, identifier), spec.label, identifier)
-    held_out = [parts[name] for name in ("test", "validation", "valid") if name in parts]
+    held_out = [parts[name] for name in PARTS[1:] if name in parts]
     # a label of -1 is hidden, as are all those of ImageNet's test set
     test = next((part for part in held_out if min(part[label_column][:], default=-1) >= 0), None)
     used = [train] if test is None else [train, test]

@@ -119,7 +119,7 @@ class OnDemandImages:
         return self._in_mode(image).resize((size, size), FILTERS[self.spec.interpolation], inside)
 
     def _in_mode(self, image: Image.Image) -> Image.Image:
-        return image if image.mode == self._mode else image.convert(self._mode)
+        return image if image.mode == self._mode else _eight_bits(image).convert(self._mode)
 
     def _read(self, position: int, function: Callable[[Encoded], Any]) -> Any:
         """`function` of an encoded image, whose failures are told with its position."""
@@ -136,6 +136,15 @@ class OnDemandImages:
                 f"image {position}{named} of {self.spec.source!r} cannot be decoded ({reason}):"
                 " repair it or leave it out"
             ) from None
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Grey of 16 bits as its upper 8; Pillow's own conversion makes everything above 255 white."""
+    if image.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError(f"pixels of mode {image.mode!r}, 32 bits without a range; save it with 8 or 16 bits")
+    return image
 
 
 def _opened(encoded: Encoded) -> Image.Image:

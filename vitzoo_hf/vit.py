@@ -20,6 +20,7 @@ from vitzoo_hf.flatten import Layout
 from vitzoo_hf.schema import HEADS, ZooError, canonical_json, did_you_mean
 
 INITS = ("timm", "kaiming")
+WIDEST_HEAD = 1_000_000
 
 NOT_OF_THE_MODEL = frozenset(
     {
@@ -181,6 +182,8 @@ def _check_head(head: str, head_hidden: int | None) -> None:
         raise ZooError(
             f"head {head!r} with head_hidden {head_hidden}: only an mlp head has, and needs, a hidden width"
         )
+    if head_hidden is not None and not 1 <= head_hidden <= WIDEST_HEAD:
+        raise ZooError(f"head_hidden is {head_hidden}; expected 1 to {WIDEST_HEAD:,}")
 
 
 def skeleton(architecture: str, args: Mapping[str, Any], head: str, head_hidden: int | None) -> nn.Module:
