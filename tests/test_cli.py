@@ -117,7 +117,7 @@ def test_get_and_export_are_exact(capsys, tiny_zoo, tmp_path):
         (
             ["train", TINY, "--out", "runs", "--ray", "--workers", "2"],
             1,
-            "--workers and --stack are for training without --ray",
+            "--workers is for training without --ray",
         ),
         (["train", TINY, "--out", "runs", "--ray", "auto", "--cpus-per-run", "0"], 1, "CPUs of a run are 0"),
         (["train", TINY, "--out", "runs", "--ray", "--gpus-per-run", "1.5"], 1, "GPUs of a run are 1.5"),

@@ -24,6 +24,7 @@ from vitzoo_hf.ray_launch import launch_on_ray
 from vitzoo_hf.ray_worker import Job, train_on_worker, versions
 from vitzoo_hf.run_storage import RunStorage
 from vitzoo_hf.schema import ZooError
+from vitzoo_hf.stacked import shape_of, train_stacked
 
 TESTS = Path(__file__).parent
 TASK = "train_on_worker"
@@ -177,7 +178,7 @@ class FakeRay:
     """Ray in this process: a task runs when it is waited for, and ends as `ends` says."""
 
     def __init__(self, ends, cpus: float = 1) -> None:
-        self.ends, self.cpus, self.trained = ends, cpus, []
+        self.ends, self.cpus, self.trained, self.groups = ends, cpus, [], []
         self.exceptions = SimpleNamespace(RayError=DeadWorkerError, RayTaskError=FailedTaskError)
 
     def nodes(self):
@@ -195,7 +196,7 @@ class FakeRay:
                 actor = target()
                 return SimpleNamespace(remote=lambda: SimpleNamespace(all=SimpleNamespace(remote=actor.all)))
             assert options["max_retries"] == 0
-            return SimpleNamespace(remote=lambda job, run_id, reports: ("task", run_id))
+            return SimpleNamespace(remote=lambda job, run_ids, reports: ("task", tuple(run_ids)))
 
         return decorate
 
@@ -205,8 +206,10 @@ class FakeRay:
     def get(self, reference, timeout=None):
         if isinstance(reference, dict):
             return reference
-        self.trained.append(reference[1])
-        end = self.ends(reference[1])
+        run_ids = reference[1]
+        self.trained += run_ids
+        self.groups.append(run_ids)
+        end = self.ends(*run_ids)
         if isinstance(end, Exception):
             raise end
         return end
@@ -231,7 +234,7 @@ def fake(monkeypatch):
 
 
 def test_parents_come_first_and_children_of_the_diverged_are_left_out(fake, tiny_blueprint, tmp_path):
-    ray = fake(lambda run_id: ("diverged", "too fast") if run_id == "cl-s1" else ("finished", ""))
+    ray = fake(lambda run_id: ("done", {"cl-s1": "too fast"} if run_id == "cl-s1" else {}))
     summary = launch_on_ray(tiny_blueprint, tmp_path, progress=False)
     assert summary.diverged == {"cl-s1": "too fast"}
     assert sorted(summary.orphaned) == sorted(run.run_id for run in tiny_blueprint.runs if run.parent_run == "cl-s1")
@@ -248,12 +251,46 @@ def test_a_worker_that_always_dies_is_given_up_with_a_hint(fake, tiny_blueprint,
     assert ray.trained.count("sl-s1") == 3
 
 
+def test_runs_of_one_shape_are_tasks_together_and_no_place_is_left_idle(fake, tmp_path):
+    blueprint = Blueprint.load("mini")
+    runs = {run.run_id: run for run in blueprint.runs}
+    sizes = {}
+    for cpus in (1, 2, 64):
+        ray = fake(lambda *run_ids: ("done", {}), cpus=cpus)
+        assert len(launch_on_ray(blueprint, tmp_path / str(cpus), stack=8, progress=False).finished) == len(runs)
+        assert sorted(ray.trained) == sorted(runs)
+        for group in ray.groups:
+            assert len({shape_of(runs[run_id]) for run_id in group}) == 1
+        sizes[cpus] = max(map(len, ray.groups))
+    assert sizes == {1: 6, 2: 6, 64: 1}
+    with pytest.raises(ZooError, match="stack is 0; it must be at least 1"):
+        launch_on_ray(blueprint, tmp_path / "none", stack=0, progress=False)
+
+
+def test_runs_that_diverge_in_a_group_leave_the_others(fake, tmp_path):
+    fake(lambda *run_ids: ("done", {run_ids[0]: "too fast"} if len(run_ids) > 1 else {}))
+    summary = launch_on_ray(Blueprint.load("mini"), tmp_path, stack=8, progress=False)
+    assert (len(summary.diverged), len(summary.finished), summary.orphaned) == (8, 42, [])
+
+
+def test_a_group_on_a_worker_trains_what_a_group_here_trains(tmp_path):
+    blueprint = Blueprint.load(TESTS / "small.yaml")
+    first = replace(blueprint.runs[0], epochs=2, keep_epochs=(0, 2))
+    runs = tuple(replace(first, run_id=f"s{s}", recipe=replace(first.recipe, seed=s)) for s in (1, 2))
+    blueprint = replace(blueprint, runs=runs)
+    job = Job(blueprint, tmp_path / "nothing", str(tmp_path / "storage"), None, "cpu", 1, versions())
+    assert train_on_worker(job, ["s1", "s2"], reports()) == ("done", {})
+    assert train_stacked(blueprint, runs, tmp_path / "here") == {}
+    assert hashes(tmp_path / "storage") == hashes(tmp_path / "here")
+    assert len(hashes(tmp_path / "here")) == 4
+
+
 def test_a_worker_may_die_twice(fake, tiny_blueprint, tmp_path):
     left = {run.run_id: 2 for run in tiny_blueprint.runs}
 
     def ends(run_id):
         left[run_id] -= 1
-        return DeadWorkerError("killed") if left[run_id] >= 0 else ("finished", "")
+        return DeadWorkerError("killed") if left[run_id] >= 0 else ("done", {})
 
     fake(ends)
     assert len(launch_on_ray(tiny_blueprint, tmp_path, progress=False).finished) == 10
@@ -322,7 +359,7 @@ def test_what_storage_holds_is_fetched_and_not_trained(fake, tiny_blueprint, tin
 
 def test_parents_that_only_the_folder_holds_go_into_storage(fake, tiny_blueprint, tiny_runs, tmp_path):
     RunStorage(str(tmp_path / "runs")).store("sl-s1", tiny_runs)
-    ray = fake(lambda run_id: ("diverged", "for the test"))
+    ray = fake(lambda run_id: ("done", {run_id: "for the test"}))
     launch_on_ray(tiny_blueprint, tmp_path / "runs", storage=str(tmp_path / "storage"), progress=False)
     assert set(hashes(tmp_path / "storage")) == {"sl-s1/epoch-00002.json"}
     assert "sl-s1" not in ray.trained
@@ -351,7 +388,7 @@ def test_a_worker_names_what_is_wrong_with_its_machine(tiny_blueprint, tmp_path)
         (right, f"does not see {tmp_path}: share it between the machines"),
         (replace(right, shared=None, device="cuda:99"), "device 'cuda:99' is not here"),
     ):
-        end, text = train_on_worker(job, "sl-s1", reports())
+        end, text = train_on_worker(job, ["sl-s1"], reports())
         assert end == "mistake"
         assert message in text
 
@@ -359,7 +396,7 @@ def test_a_worker_names_what_is_wrong_with_its_machine(tiny_blueprint, tmp_path)
 def test_a_worker_reports_epochs_and_divergence(tiny_blueprint, tmp_path):
     job = Job(tiny_blueprint, tmp_path / "nothing", str(tmp_path / "storage"), None, "cpu", 1, versions())
     told = reports()
-    assert train_on_worker(job, "sl-s1", told) == ("finished", "")
+    assert train_on_worker(job, ["sl-s1"], told) == ("done", {})
     assert told.told == [("sl-s1", 0), ("sl-s1", 1), ("sl-s1", 2)]
     first = tiny_blueprint.runs[0]
     wild = replace(first, recipe=replace(first.recipe, lr=1e30))
@@ -369,8 +406,8 @@ def test_a_worker_reports_epochs_and_divergence(tiny_blueprint, tmp_path):
         storage=str(tmp_path / "wild"),
     )
     for _ in range(2):
-        end, text = train_on_worker(job, "sl-s1", reports())
-        assert (end, "diverged in epoch 1" in text) == ("diverged", True)
+        end, diverged = train_on_worker(job, ["sl-s1"], reports())
+        assert (end, "diverged in epoch 1" in diverged["sl-s1"]) == ("done", True)
     assert RunFolder(tmp_path / "wild" / "sl-s1").divergence["epoch"] == 1
     assert not (tmp_path / "nothing").exists()
 

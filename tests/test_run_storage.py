@@ -147,17 +147,17 @@ def test_killed_at_any_write_a_run_continues_to_the_same_weights(
     url = f"memory://{uuid.uuid4().hex}"
     storage = RunStorage(url)
     storage.store(PARENT, tiny_runs)
-    run, epochs = run_of(tiny_blueprint, CHILD), []
+    run, epochs = run_of(tiny_blueprint, CHILD), {}
     with monkeypatch.context() as patch:
         patch.setattr(RunStorage, "_put", store_until(count, cut))
         try:
-            train_stored(job(tiny_blueprint, url), run, epochs.append)
+            train_stored(job(tiny_blueprint, url), [run], epochs.__setitem__)
         except KeyboardInterrupt:
             assert count < 6
         else:
             assert count == 6
-    train_stored(job(tiny_blueprint, url), run, epochs.append)
-    assert epochs[-1] == 2
+    train_stored(job(tiny_blueprint, url), [run], epochs.__setitem__)
+    assert epochs == {CHILD: 2}
     storage.fetch(CHILD, tmp_path)
     expected = {name: sha for name, sha in hashes(tiny_runs).items() if name.startswith(f"{CHILD}/")}
     assert hashes(tmp_path) == expected
@@ -171,7 +171,7 @@ def test_a_damaged_parent_is_named(tiny_blueprint, tiny_runs):
     storage.store(PARENT, tiny_runs)
     storage.fs.pipe_file(f"{storage.root}/{PARENT}/epoch-00002.safetensors", b"short")
     with pytest.raises(ZooError, match=rf"{url}/sl-s1 is damaged: delete it there, and train again"):
-        train_stored(job(tiny_blueprint, url), run_of(tiny_blueprint, CHILD), print)
+        train_stored(job(tiny_blueprint, url), [run_of(tiny_blueprint, CHILD)], print)
 
 
 def test_a_full_disk_leaves_the_object_as_it_was(tiny_runs, tmp_path, monkeypatch):

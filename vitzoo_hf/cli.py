@@ -163,8 +163,8 @@ def train(
         device: cpu or cuda.
         storage: With --ray: where checkpoints land, s3://… or any fsspec URL that every machine reaches; finished
             runs are copied into --out.
-        cpus_per_run: With --ray: cores of a run; 1 by default.
-        gpus_per_run: With --ray: GPUs of a run, also a share of one; 1 by default with --device cuda.
+        cpus_per_run: With --ray: cores of a run or a stack; 1 by default.
+        gpus_per_run: With --ray: GPUs of a run or a stack, also a share of one; 1 by default with --device cuda.
     """
     from vitzoo_hf.blueprint import Blueprint
 
@@ -178,8 +178,8 @@ def train(
     else:
         from vitzoo_hf.ray_launch import launch_on_ray
 
-        if (workers, stack) != (None, None):
-            raise ZooError("--workers and --stack are for training without --ray: with it, --cpus-per-run decides")
+        if workers is not None:
+            raise ZooError("--workers is for training without --ray: with it, --cpus-per-run decides")
         summary = launch_on_ray(
             zoo,
             out,
@@ -187,6 +187,7 @@ def train(
             device=device,
             num_cpus=1 if cpus_per_run is None else cpus_per_run,
             num_gpus=gpus_per_run,
+            stack=stack,
             storage=storage,
             progress=progress,
         )

@@ -232,7 +232,7 @@ class _Pool:
         if kind == "mistake":
             raise ZooError(value)
         if kind == "failure":
-            raise RuntimeError(f"training {_named(runs)} failed:\n{value}")
+            raise RuntimeError(f"training {named(runs)} failed:\n{value}")
         self.summary.diverged |= value
         self.summary.finished += [run.run_id for run in runs if run.run_id not in value]
         self.bar.update(sum(run.epochs - worker.epochs[run.run_id] for run in runs))
@@ -246,7 +246,7 @@ class _Pool:
         if any(self.attempts[run.run_id] >= ATTEMPTS for run in runs):
             fewer = "fewer workers" if len(runs) == 1 else "fewer workers or a smaller stack"
             raise ZooError(
-                f"the worker training {_named(runs)} died {ATTEMPTS} times (exit code {code});"
+                f"the worker training {named(runs)} died {ATTEMPTS} times (exit code {code});"
                 f" if memory ran out, train with {fewer}"
             )
         waiting[:0] = runs
@@ -275,7 +275,7 @@ class _Pool:
         self.bar.close()
 
 
-def _named(runs: Sequence[Run]) -> str:
+def named(runs: Sequence[Run]) -> str:
     """The first run, and how many there are besides."""
     return runs[0].run_id + (f" and {len(runs) - 1} with it" if len(runs) > 1 else "")
 

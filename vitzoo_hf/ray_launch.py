@@ -1,17 +1,19 @@
-"""Every run of a blueprint over a Ray cluster: a task a run, parents before children.
+"""Every run of a blueprint over a Ray cluster: a task a run or a group of runs, parents before children.
 
 Checkpoints go to a storage that every machine reaches, or straight into the output folder where machines share it. A
-run whose worker dies is submitted again and continues from its last checkpoint, on whatever machine has room. This
+task whose worker dies is submitted again and continues from its last checkpoint, on whatever machine has room. This
 process may die too: started again, it finds what was trained and ends in the same zoo, bit for bit.
 """
 
 import contextlib
+import math
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from vitzoo_hf.blueprint import Blueprint, Run
-from vitzoo_hf.launch import ATTEMPTS, Summary, exclusive, take_orphans, unfinished
+from vitzoo_hf.launch import ATTEMPTS, MOST_STACKED, Summary, exclusive, named, take_orphans, unfinished
 from vitzoo_hf.progress import progress_bar
 from vitzoo_hf.ray_cluster import LOCAL, cluster
 from vitzoo_hf.ray_worker import Job, Reports, train_on_worker, versions
@@ -29,6 +31,7 @@ def launch_on_ray(
     device: str = "cpu",
     num_cpus: int = 1,
     num_gpus: int | float | None = None,
+    stack: int | None = None,
     storage: str | None = None,
     progress: bool = True,
 ) -> Summary:
@@ -42,8 +45,10 @@ def launch_on_ray(
         folder: gets one folder a run. Without `storage` every machine must see it under this path.
         address: of a cluster, `auto` for the one this machine belongs to, or `local` to start one here.
         device: `cpu` or `cuda`.
-        num_cpus: cores and torch threads of a run.
-        num_gpus: GPUs of a run, also a share of one; by default 1 with `cuda`, else 0.
+        num_cpus: cores and torch threads of a task.
+        num_gpus: GPUs of a task, also a share of one; by default 1 with `cuda`, else 0.
+        stack: runs of one shape that a task may train together; by default 1 on a CPU, and up to 32 on GPUs, where
+            a group that memory does not hold goes on in halves. Never so many that a machine has nothing to do.
         storage: fsspec URL that every machine reaches, for checkpoints; finished runs are copied into `folder`.
         progress: show a bar of epochs with the time left.
 
@@ -55,11 +60,12 @@ def launch_on_ray(
             be used, or if another process is training into `folder` or `storage`.
     """
     gpus = _resources(device, num_cpus, num_gpus)
+    most = _most_stacked(blueprint, device, stack)
     place = _storage(storage, folder)
     shared = place.folder if place else folder.resolve()
-    with ExitStack() as stack:
+    with ExitStack() as entered:
         for held in filter(None, dict.fromkeys((folder, shared))):
-            stack.enter_context(exclusive(held))
+            entered.enter_context(exclusive(held))
             for leftover in held.glob("*/.tmp-*"):
                 leftover.unlink(missing_ok=True)
         if place:
@@ -69,10 +75,10 @@ def launch_on_ray(
         if place and todo:
             todo = _unfinished_in_storage(blueprint, folder, place, todo, summary)
         if todo:
-            ray = stack.enter_context(cluster(address))
-            _check_room(ray, num_cpus, gpus)
+            ray = entered.enter_context(cluster(address))
+            room = _room(ray, num_cpus, gpus)
             job = Job(blueprint, folder.resolve(), place.url if place else None, shared, device, num_cpus, versions())
-            _Tasks(ray, job, gpus, summary, progress).train(todo)
+            _Tasks(ray, job, gpus, Groups(most, room), summary, progress).train(todo)
         if place:
             _copy_back(blueprint, folder, place, summary, progress)
     return summary
@@ -127,13 +133,26 @@ def _unfinished_in_storage(
     return rest
 
 
-def _check_room(ray: Any, num_cpus: int, num_gpus: float) -> None:
-    """Refuse runs that no machine of the cluster has room for, rather than wait for ever."""
+def _most_stacked(blueprint: Blueprint, device: str, stack: int | None) -> int:
+    from vitzoo_hf.stacked import stackable
+
+    if stack is None:
+        return MOST_STACKED if device == "cuda" and stackable(blueprint) else 1
+    if stack < 1:
+        raise ZooError(f"stack is {stack}; it must be at least 1")
+    return stack
+
+
+def _room(ray: Any, num_cpus: int, num_gpus: float) -> int:
+    """How many tasks the cluster has room for; tasks that fit nowhere are refused, rather than waited for."""
     machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    if not any(machine.get("CPU", 0) >= num_cpus and machine.get("GPU", 0) >= num_gpus for machine in machines):
+    wanted = {name: amount for name, amount in (("CPU", num_cpus), ("GPU", num_gpus)) if amount > 0}
+    room = sum(min(int(machine.get(name, 0) / wanted[name]) for name in wanted) for machine in machines)
+    if room < 1:
         raise ZooError(
             f"no machine of the cluster has {num_cpus} CPUs and {num_gpus:g} GPUs for a run: ask for less, or add one"
         )
+    return room
 
 
 def _copy_back(blueprint: Blueprint, folder: Path, storage: RunStorage, summary: Summary, progress: bool) -> None:
@@ -150,15 +169,28 @@ def _copy_back(blueprint: Blueprint, folder: Path, storage: RunStorage, summary:
             bar.update()
 
 
+class Groups(NamedTuple):
+    """Runs that may train together, and the tasks that the cluster has room for."""
+
+    most: int
+    room: int
+
+    def of(self, ready: Sequence[Run]) -> list[tuple[Run, ...]]:
+        """Runs of one shape, no more together than leave every place in the cluster its share."""
+        from vitzoo_hf.stacked import groups
+
+        return groups(ready, min(self.most, math.ceil(len(ready) / self.room))) if ready else []
+
+
 class _Tasks:
     """Tasks of Ray and the runs they train."""
 
-    def __init__(self, ray: Any, job: Job, gpus: float, summary: Summary, progress: bool) -> None:
-        self.ray, self.summary, self.progress = ray, summary, progress
+    def __init__(self, ray: Any, job: Job, gpus: float, groups: Groups, summary: Summary, progress: bool) -> None:
+        self.ray, self.groups, self.summary, self.progress = ray, groups, summary, progress
         self.task = ray.remote(num_cpus=job.threads, num_gpus=gpus, max_retries=0)(train_on_worker)
         self.job = ray.put(job)
         self.reports = ray.remote(num_cpus=0, max_restarts=-1)(Reports).remote()
-        self.running: dict[Any, Run] = {}
+        self.running: dict[Any, tuple[Run, ...]] = {}
         self.deaths: dict[str, int] = {}
         self.epochs: dict[str, int] = {}
 
@@ -181,43 +213,44 @@ class _Tasks:
 
     def _submit_ready(self, waiting: list[Run]) -> None:
         finished = set(self.summary.finished)
-        for run in [run for run in waiting if run.parent_run is None or run.parent_run in finished]:
-            waiting.remove(run)
-            self._submit(run)
+        ready = [run for run in waiting if run.parent_run is None or run.parent_run in finished]
+        for group in self.groups.of(ready):
+            for run in group:
+                waiting.remove(run)
+            self._submit(group)
 
-    def _submit(self, run: Run) -> None:
-        self.running[self.task.remote(self.job, run.run_id, self.reports)] = run
+    def _submit(self, runs: tuple[Run, ...]) -> None:
+        self.running[self.task.remote(self.job, [run.run_id for run in runs], self.reports)] = runs
 
-    def _receive(self, reference: Any, run: Run) -> None:
+    def _receive(self, reference: Any, runs: tuple[Run, ...]) -> None:
         try:
-            kind, text = self.ray.get(reference)
+            kind, value = self.ray.get(reference)
         except self.ray.exceptions.RayTaskError as error:
-            raise RuntimeError(f"training {run.run_id} failed:\n{error}") from None
+            raise RuntimeError(f"training {named(runs)} failed:\n{error}") from None
         except self.ray.exceptions.RayError as error:
-            self._submit_again(run, error)
+            self._submit_again(runs, error)
             return
         if kind == "mistake":
-            raise ZooError(text)
-        if kind == "diverged":
-            self.summary.diverged[run.run_id] = text
-        else:
-            self.summary.finished.append(run.run_id)
-        self.epochs[run.run_id] = run.epochs
+            raise ZooError(value)
+        self.summary.diverged |= value
+        self.summary.finished += [run.run_id for run in runs if run.run_id not in value]
+        self.epochs |= {run.run_id: run.epochs for run in runs}
 
-    def _submit_again(self, run: Run, error: Exception) -> None:
-        self.deaths[run.run_id] = self.deaths.get(run.run_id, 0) + 1
-        if self.deaths[run.run_id] >= ATTEMPTS:
+    def _submit_again(self, runs: tuple[Run, ...], error: Exception) -> None:
+        for run in runs:
+            self.deaths[run.run_id] = self.deaths.get(run.run_id, 0) + 1
+        if any(self.deaths[run.run_id] >= ATTEMPTS for run in runs):
             reason = str(error).strip().splitlines()[0]
             raise ZooError(
-                f"the worker training {run.run_id} died {ATTEMPTS} times ({reason}); if memory ran out, give each run"
-                " more CPUs so that fewer share a machine; the same command continues"
+                f"the worker training {named(runs)} died {ATTEMPTS} times ({reason}); if memory ran out, give each"
+                " run more CPUs so that fewer share a machine, or stack fewer; the same command continues"
             )
-        self._submit(run)
+        self._submit(runs)
 
     def _show(self) -> None:
         """Bring the bar up to what tasks reported; while the reports' machine is being replaced, leave it."""
         with contextlib.suppress(self.ray.exceptions.RayError):
             reported = self.ray.get(self.reports.all.remote(), timeout=GLANCE)
-            training = {run.run_id for run in self.running.values()}
+            training = {run.run_id for runs in self.running.values() for run in runs}
             self.epochs |= {run_id: epoch for run_id, epoch in reported.items() if run_id in training}
         self.bar.update(sum(self.epochs.values()) - self.bar.n)

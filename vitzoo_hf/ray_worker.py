@@ -1,11 +1,11 @@
-"""What a Ray worker does: train one run, from what storage holds of it, and keep storage up to date."""
+"""What a Ray worker does: train a group of runs, from what storage holds of them, and keep storage up to date."""
 
 import contextlib
 import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +20,7 @@ from vitzoo_hf.launch import exclusive
 from vitzoo_hf.rebuild import usable_device
 from vitzoo_hf.run_storage import RunStorage
 from vitzoo_hf.schema import VERSION, ZooError
-from vitzoo_hf.train import train_run
-from vitzoo_hf.trainer import DivergedError
+from vitzoo_hf.stacked import train_stacked
 from vitzoo_hf.vit import import_timm
 
 SCRATCH = "vitzoo-run-"
@@ -71,27 +70,24 @@ def versions() -> dict[str, str]:
     return {"vitzoo_hf": VERSION, "torch": torch.__version__, "timm": import_timm().__version__}
 
 
-def train_on_worker(job: Job, run_id: str, reports: Any) -> tuple[str, str]:
-    """Train one run.
+def train_on_worker(job: Job, run_ids: Sequence[str], reports: Any) -> tuple[str, Any]:
+    """Train runs of one shape together, or one alone.
 
     Args:
         job: what all tasks share.
-        run_id: the run.
+        run_ids: the runs.
         reports: handle of an actor of `Reports`.
 
     Returns:
-        `finished`, `diverged` or `mistake`, and the reason.
+        `done`, and what is to be said of the runs that diverged by id; or `mistake`, and what it is.
     """
     torch.set_num_threads(job.threads)
-    run = next(run for run in job.blueprint.runs if run.run_id == run_id)
+    runs = [run for run in job.blueprint.runs if run.run_id in run_ids]
     try:
         _check_machine(job)
-        train_stored(job, run, lambda epoch: reports.tell.remote(run_id, epoch))
-    except DivergedError as error:
-        return "diverged", str(error)
+        return "done", train_stored(job, runs, reports.tell.remote)
     except ZooError as error:
         return "mistake", str(error)
-    return "finished", ""
 
 
 def _check_machine(job: Job) -> None:
@@ -108,34 +104,39 @@ def _check_machine(job: Job) -> None:
     usable_device(job.device)
 
 
-def train_stored(job: Job, run: Run, on_epoch: Callable[[int], None]) -> None:
-    """Train a run in the shared folder, or in scratch space, each checkpoint copied to storage once it is written.
+def train_stored(job: Job, runs: Sequence[Run], on_epoch: Callable[[str, int], None]) -> dict[str, str]:
+    """Train runs in the shared folder, or in scratch space, each checkpoint copied to storage once it is written.
+
+    Returns:
+        Run id -> what is to be said of it, for every run that diverged.
 
     Raises:
-        DivergedError, ZooError: as `train_run`; and if storage cannot be used, or holds a damaged parent.
+        ZooError: as `train_stacked`; and if storage cannot be used, or holds a damaged parent.
     """
     if job.storage is None:
-        train_run(job.blueprint, run, job.folder, device=job.device, on_epoch=on_epoch)
-        return
+        return train_stacked(job.blueprint, runs, job.folder, device=job.device, on_epoch=on_epoch)
     storage = RunStorage(job.storage)
 
-    def keep(epoch: int) -> None:
-        storage.store(run.run_id, folder)
-        on_epoch(epoch)
+    def keep(run_id: str, epoch: int) -> None:
+        storage.store(run_id, folder)
+        on_epoch(run_id, epoch)
 
     with _scratch() as folder:
-        storage.fetch(run.run_id, folder)
-        if run.parent_run and run.parent_id:
-            final = int(run.parent_id.rpartition("@")[2])
-            storage.fetch(run.parent_run, folder, epochs=[final])
-            if final not in RunFolder(folder / run.parent_run).epochs():
-                raise ZooError(f"{storage.url}/{run.parent_run} is damaged: delete it there, and train again")
-        try:
-            train_run(job.blueprint, run, folder, device=job.device, on_epoch=keep)
-        except DivergedError:
+        for run in runs:
+            storage.fetch(run.run_id, folder)
+        for parent_id in sorted({run.parent_id for run in runs if run.parent_id}):
+            _fetch_parent(storage, parent_id, folder)
+        diverged = train_stacked(job.blueprint, runs, folder, device=job.device, on_epoch=keep)
+        for run in runs:
             storage.store(run.run_id, folder)
-            raise
-        storage.store(run.run_id, folder)
+    return diverged
+
+
+def _fetch_parent(storage: RunStorage, parent_id: str, folder: Path) -> None:
+    run_id, _, final = parent_id.rpartition("@")
+    storage.fetch(run_id, folder, epochs=[int(final)])
+    if int(final) not in RunFolder(folder / run_id).epochs():
+        raise ZooError(f"{storage.url}/{run_id} is damaged: delete it there, and train again")
 
 
 @contextmanager
