@@ -1,0 +1,1 @@
+"""An autoencoder of the weights of vision transformers, trained on structure, contrast and behaviour."""
