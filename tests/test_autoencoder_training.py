@@ -1,0 +1,146 @@
+"""Views, recipes and training of the weight autoencoder."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from vitzoo_hf.apply.autoencoder.behaviour import Networks
+from vitzoo_hf.apply.autoencoder.model import Sizes
+from vitzoo_hf.apply.autoencoder.recipe import ARMS, AutoencoderRecipe
+from vitzoo_hf.apply.autoencoder.training import train_autoencoder
+from vitzoo_hf.apply.autoencoder.views import random_views
+from vitzoo_hf.schema import ZooError
+from vitzoo_hf.zoo import Zoo
+
+SMALL = AutoencoderRecipe(
+    views=("mlp", "heads"),
+    queries=8,
+    pool=40,
+    steps=6,
+    batch_size=2,
+    sizes=Sizes(width=16, latent=4, heads=2, blocks=1, projection=5),
+)
+
+
+@pytest.fixture(scope="module")
+def zoo(tiny_zoo) -> Zoo:
+    return Zoo(tiny_zoo).filter(stage="finetune", head="mlp")
+
+
+def test_views_compute_the_same_function_with_other_weights(zoo):
+    rows = list(zoo.filter(is_final=True).rows())
+    networks = Networks.like(rows[0])
+    vectors = torch.stack([torch.from_numpy(row["weights"]) for row in rows])
+    before = vectors.clone()
+    patches = networks.patches(zoo.probes(rows[0]["dataset"])[0][:20])
+    original = networks.logits(vectors, patches)
+    for families in (("mlp",), ("heads",), ("mlp", "heads")):
+        generator = torch.Generator().manual_seed(3)
+        views = random_views(vectors, networks.layout, networks.vit, families, generator)
+        assert (views != vectors).any()
+        torch.testing.assert_close(views.sort(1).values, vectors.sort(1).values, rtol=0, atol=0)
+        torch.testing.assert_close(networks.logits(views, patches), original, rtol=1e-5, atol=1e-5)
+        again = random_views(vectors, networks.layout, networks.vit, families, torch.Generator().manual_seed(3))
+        assert torch.equal(views, again)
+    assert torch.equal(vectors, before)
+    assert random_views(vectors, networks.layout, networks.vit, (), torch.Generator()) is vectors
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_every_arm_trains_and_begins_at_scale_one(zoo, arm):
+    losses = []
+    trained = train_autoencoder(zoo, SMALL.arm(arm), on_step=lambda step, values: losses.append(values))
+    assert trained.step == 6
+    assert losses[0]["loss"] == pytest.approx(1, abs=1e-6)
+    shares = {name for name, share in trained.loss.shares.items() if share}
+    assert set(trained.loss.scales) == shares
+    assert all(value["gradient"] > 0 for value in losses)
+
+
+def test_training_lowers_the_loss_and_decoded_models_come_nearer(zoo):
+    losses = []
+    recipe = replace(SMALL.arm("S"), steps=150, scaling="layer", views=())
+    trained = train_autoencoder(zoo, recipe, on_step=lambda step, values: losses.append(values["structure"]))
+    assert sum(losses[-10:]) < 0.5 * sum(losses[:10])
+    vectors = torch.stack([torch.from_numpy(row["weights"]) for row in zoo.filter(split="train").rows()])
+    with torch.no_grad():
+        latents = trained.encode(vectors)
+        decoded = trained.decode(latents)
+    assert latents.shape == (len(vectors), trained.tokenizer.num_tokens, 4)
+    assert (decoded - vectors).norm() < (vectors - trained.scaling.mean).norm()
+
+
+class StopError(Exception):
+    """Stands for a kill."""
+
+
+def test_interrupted_training_ends_in_the_same_weights(zoo, tmp_path, monkeypatch):
+    monkeypatch.setattr("vitzoo_hf.apply.autoencoder.training.SAVE_EVERY", 2)
+    recipe = SMALL.arm("C+S+B")
+    whole = train_autoencoder(zoo, recipe, tmp_path / "whole")
+
+    def stop(step, losses):
+        if step == 5:
+            raise StopError
+
+    with pytest.raises(StopError):
+        train_autoencoder(zoo, recipe, tmp_path / "cut", on_step=stop)
+    steps = []
+    resumed = train_autoencoder(zoo, recipe, tmp_path / "cut", on_step=lambda step, losses: steps.append(step))
+    assert steps == [5, 6]
+    assert resumed.loss.scales == whole.loss.scales
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(value, resumed.model.state_dict()[name]), name
+    assert resumed.history == whole.history
+    steps.clear()
+    train_autoencoder(zoo, recipe, tmp_path / "cut", on_step=lambda step, losses: steps.append(step))
+    assert steps == []
+
+
+def test_another_recipe_and_a_damaged_checkpoint_are_refused(zoo, tmp_path):
+    train_autoencoder(zoo, SMALL.arm("S"), tmp_path)
+    with pytest.raises(ZooError, match="holds an autoencoder of another recipe or layout"):
+        train_autoencoder(zoo, SMALL.arm("S+B"), tmp_path)
+    (tmp_path / "autoencoder.safetensors").write_bytes(b"short")
+    with pytest.raises(ZooError, match="is damaged: delete it, and train again"):
+        train_autoencoder(zoo, SMALL.arm("S"), tmp_path)
+
+
+def test_models_that_cannot_be_taken_together_are_refused(tiny_zoo, zoo):
+    with pytest.raises(ZooError, match="2 layouts; an autoencoder takes one: filter by `head`"):
+        train_autoencoder(Zoo(tiny_zoo).filter(stage="finetune"), SMALL)
+    with pytest.raises(ZooError, match="no training models among those chosen"):
+        train_autoencoder(zoo.filter(split="test"), SMALL)
+
+
+def test_warmup_is_structure_alone(zoo):
+    values = {}
+    recipe = replace(SMALL.arm("S+B"), warmup=0.5, steps=6)
+    train_autoencoder(zoo, recipe, on_step=lambda step, losses: values.setdefault(step, losses))
+    scale = values[1]["structure"]
+    for step in (1, 2, 3):
+        assert values[step]["loss"] == pytest.approx(values[step]["structure"] / scale, rel=1e-5)
+    assert values[4]["loss"] != pytest.approx(values[4]["structure"] / scale, rel=1e-3)
+
+
+def test_recipes_are_read_with_the_line_of_a_mistake(tmp_path):
+    file = tmp_path / "ae.yaml"
+    file.write_text("steps: 50\nviews: [mlp]\nlr: 1e-3\nsizes: {width: 32, heads: 4}\n")
+    recipe = AutoencoderRecipe.load(file)
+    assert (recipe.steps, recipe.views, recipe.lr, recipe.sizes.width) == (50, ("mlp",), 1e-3, 32)
+    assert recipe.fingerprint != AutoencoderRecipe().fingerprint
+    for text, message in (
+        ("stepss: 3\n", r"ae\.yaml, line 1: unknown key 'stepss'.*did you mean 'steps'"),
+        ("steps: 3\nlr: fast\n", r"ae\.yaml, line 2: lr"),
+        ("sizes: {width: 10, heads: 4}\n", r"line 1: width 10 of the autoencoder does not divide into 4 heads"),
+        ("scaling: rows\n", r"unknown scaling 'rows'"),
+        ("views: [units]\n", r"unknown family of views 'units'"),
+        ("contrast: 0.1\n", r"contrast needs two different views"),
+        ("steps: 0\n", r"steps of the autoencoder is 0; it must be positive"),
+    ):
+        file.write_text(text)
+        with pytest.raises(ZooError, match=message):
+            AutoencoderRecipe.load(file)
+    with pytest.raises(ZooError, match=r"unknown arm 'SB'"):
+        AutoencoderRecipe().arm("SB")

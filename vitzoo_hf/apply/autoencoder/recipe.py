@@ -1,0 +1,147 @@
+"""How an autoencoder is trained: everything of it in one place, read from one YAML file."""
+
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from vitzoo_hf.apply.autoencoder.losses import BEHAVIOURS
+from vitzoo_hf.apply.autoencoder.model import Sizes
+from vitzoo_hf.apply.autoencoder.scaling import CHOICES as SCALINGS
+from vitzoo_hf.located_yaml import Located, load_located
+from vitzoo_hf.schema import ZooError, did_you_mean, fingerprint
+
+ARMS = {
+    "S": (0.0, 1.0),
+    "B": (0.0, 0.0),
+    "S+B": (0.0, 0.1),
+    "C+S": (0.05, 1.0),
+    "C+B": (0.05, 0.0),
+    "C+S+B": (0.05, 0.1),
+}
+"""The published arms: shares of contrast (γ), and of structure in the rest (β)."""
+
+VIEWS = ("mlp", "heads")
+QUERIES = ("data", "noise")
+PRECISIONS = ("float32", "bfloat16")
+
+
+@dataclass(frozen=True)
+class AutoencoderRecipe:
+    """How an autoencoder is trained.
+
+    Attributes:
+        contrast: γ of the composite loss.
+        structure: β of the composite loss.
+        behaviour: kind of behavioural loss: softmax, distillation or logits.
+        normalise: divide the structural loss by the variance of the batch.
+        warmup: share of the steps in which the rest of the loss is structure alone.
+        scaling: none, layer or entry; see `Scaling`.
+        token_width: 0 for the longest row.
+        dense: cut layers without regard to their rows.
+        views: families of symmetries that views of a model are drawn from: mlp, heads.
+        noise: standard deviation of what is added to scaled weights of a view.
+        queries: images on which outputs are compared in each step.
+        query_images: `data`, the zoo's selection images, or `noise`, uniform in the range of pixels.
+        pool: images that queries are drawn from.
+        steps: of the optimiser, AdamW with one cycle of the learning rate.
+        batch_size: models a step.
+        lr: the highest learning rate.
+        weight_decay: of matrices.
+        clip: largest norm of the gradient.
+        seed: of initial weights, order, views and queries.
+        precision: of the transformer: float32, or bfloat16 under autocast.
+        sizes: of the transformer.
+    """
+
+    contrast: float = 0.0
+    structure: float = 0.1
+    behaviour: str = "softmax"
+    normalise: bool = False
+    warmup: float = 0.0
+    scaling: str = "entry"
+    token_width: int = 0
+    dense: bool = False
+    views: tuple[str, ...] = ()
+    noise: float = 0.0
+    queries: int = 64
+    query_images: str = "data"
+    pool: int = 1000
+    steps: int = 1200
+    batch_size: int = 24
+    lr: float = 2e-3
+    weight_decay: float = 3e-9
+    clip: float = 1.0
+    seed: int = 0
+    precision: str = "float32"
+    sizes: Sizes = field(default_factory=Sizes)
+
+    def __post_init__(self) -> None:
+        choices = {
+            "behaviour": BEHAVIOURS,
+            "scaling": SCALINGS,
+            "query_images": QUERIES,
+            "precision": PRECISIONS,
+        }
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                raise ZooError(f"unknown {name} {getattr(self, name)!r}: {did_you_mean(getattr(self, name), known)}")
+        for view in self.views:
+            if view not in VIEWS:
+                raise ZooError(f"unknown family of views {view!r}: {did_you_mean(view, VIEWS)}")
+        for name in ("queries", "pool", "steps", "batch_size", "lr", "clip"):
+            if getattr(self, name) <= 0:
+                raise ZooError(f"{name} of the autoencoder is {getattr(self, name)}; it must be positive")
+        for name in ("contrast", "structure", "warmup"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ZooError(f"{name} of the autoencoder is {getattr(self, name)}; it must lie between 0 and 1")
+        for name in ("noise", "weight_decay", "token_width", "seed"):
+            if getattr(self, name) < 0:
+                raise ZooError(f"{name} of the autoencoder is {getattr(self, name)}; it must not be negative")
+        if self.contrast and not self.views and not self.noise:
+            raise ZooError("contrast needs two different views: set views or noise")
+
+    @classmethod
+    def load(cls, path: str | Path) -> "AutoencoderRecipe":
+        """Read a recipe from YAML; what it leaves out keeps its default.
+
+        Raises:
+            ZooError: naming file and line of a setting that is unknown or cannot be.
+        """
+        root = load_located(Path(path))
+        types = {entry.name: entry.type for entry in fields(cls)}
+        root.only(*types)
+        values = {name: _read(name, node, types[name]) for name, node in root.items()}
+        try:
+            return cls(**values)
+        except ZooError as error:
+            raise root.error(str(error)) from None
+
+    def arm(self, name: str) -> "AutoencoderRecipe":
+        """The same recipe with the shares of a published arm.
+
+        Raises:
+            ZooError: for an unknown arm.
+        """
+        if name not in ARMS:
+            raise ZooError(f"unknown arm {name!r}: {did_you_mean(name, ARMS)}")
+        contrast, structure = ARMS[name]
+        return replace(self, contrast=contrast, structure=structure)
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes with any setting."""
+        return fingerprint(asdict(self))
+
+
+def _read(name: str, node: Located, kind: Any) -> Any:
+    if name == "sizes":
+        types = {entry.name: entry.type for entry in fields(Sizes)}
+        node.only(*types)
+        values = {part: value.typed(types[part]) for part, value in node.items()}
+        try:
+            return Sizes(**values)
+        except ZooError as error:
+            raise node.error(str(error)) from None
+    if name == "views":
+        return tuple(entry.typed(str) for entry in node.sequence())
+    return node.typed(kind)

@@ -1,0 +1,294 @@
+"""Train an autoencoder on the weights that a zoo streams, resumable at any step.
+
+Everything random in a step is drawn from a seed of that step, so that a training which was interrupted ends in the
+same weights, bit for bit, as one that was not.
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from vitzoo_hf.apply.autoencoder.behaviour import Networks
+from vitzoo_hf.apply.autoencoder.losses import Composite, behavioural_loss, contrastive_loss, structural_loss
+from vitzoo_hf.apply.autoencoder.model import WeightAutoencoder
+from vitzoo_hf.apply.autoencoder.recipe import AutoencoderRecipe
+from vitzoo_hf.apply.autoencoder.scaling import Scaling
+from vitzoo_hf.apply.autoencoder.tokens import Tokenizer
+from vitzoo_hf.apply.autoencoder.views import random_views
+from vitzoo_hf.checkpoint import write_atomically
+from vitzoo_hf.population import Population
+from vitzoo_hf.rebuild import usable_device
+from vitzoo_hf.schema import ZooError
+from vitzoo_hf.zoo import Zoo
+
+RISE, START, END = 0.3, 1 / 25, 1e-4 / 25
+SAVE_EVERY = 200
+FILE = "autoencoder.safetensors"
+
+
+@dataclass(frozen=True)
+class Queries:
+    """Images that decoded networks are compared on, and what the originals make of them.
+
+    Attributes:
+        patches: of the pool.
+        logits: of every training model on the pool, by its id.
+    """
+
+    patches: Float[Tensor, "Q t c"]
+    logits: dict[str, Float[Tensor, "Q K"]]
+
+
+@dataclass
+class Trained:
+    """An autoencoder with all that its use takes.
+
+    Attributes:
+        recipe: how it was trained.
+        networks: whose weights it takes.
+        tokenizer: of their vectors.
+        scaling: of their weights.
+        model: the transformer.
+        loss: with the scales of the first batch.
+        step: steps made.
+        history: losses, every some steps.
+    """
+
+    recipe: AutoencoderRecipe
+    networks: Networks
+    tokenizer: Tokenizer
+    scaling: Scaling
+    model: WeightAutoencoder
+    loss: Composite
+    step: int = 0
+    history: list[dict[str, float]] = field(default_factory=list)
+
+    def encode(self, vectors: Float[Tensor, "B D"]) -> Float[Tensor, "B N latent"]:
+        """Latents of models given as weights."""
+        return self.model.encode(self.tokenizer.tokens(self.scaling.normalised(vectors)))
+
+    def decode(self, latents: Float[Tensor, "B N latent"]) -> Float[Tensor, "B D"]:
+        """Weights of models."""
+        return self.scaling.restored(self.tokenizer.vectors(self.model.decode(latents)))
+
+
+def train_autoencoder(
+    zoo: Zoo,
+    recipe: AutoencoderRecipe,
+    folder: Path | None = None,
+    *,
+    device: str = "cpu",
+    on_step: Callable[[int, dict[str, float]], None] = lambda step, losses: None,
+) -> Trained:
+    """Train on the models of a zoo's train split, all of one layout.
+
+    Args:
+        zoo: filtered to the models wanted; their `selection` images are the queries.
+        recipe: how.
+        folder: for the checkpoint; what is there is continued.
+        device: where.
+        on_step: called after each step with its losses.
+
+    Raises:
+        ZooError: if the models differ in layout or outputs, the zoo carries no selection images, or the folder holds
+            another training.
+    """
+    place = usable_device(device)
+    train = zoo.filter(split="train")
+    if len(train) == 0:
+        raise ZooError(f"{zoo.name} has no training models among those chosen: loosen the filter, or give it splits")
+    trained = _fresh(train, recipe, place)
+    optimizer = _optimizer(trained.model, recipe)
+    stream = train.stream(batch_size=recipe.batch_size, shuffle=True, seed=recipe.seed, device=device)
+    if folder is not None:
+        _resume(folder / FILE, trained, optimizer, stream)
+    queries = _queries(train, trained, place) if trained.loss.shares["behaviour"] else None
+    trained.model.train()
+    for batch in _endless(stream):
+        if trained.step >= recipe.steps:
+            break
+        losses = _step(trained, optimizer, batch["weights"], batch["model_id"], queries)
+        trained.step += 1
+        on_step(trained.step, losses)
+        if trained.step % SAVE_EVERY == 0 or trained.step == recipe.steps:
+            trained.history.append({"step": float(trained.step)} | losses)
+            if folder is not None:
+                _save(folder / FILE, trained, optimizer, stream)
+    trained.model.eval()
+    return trained
+
+
+def _fresh(train: Zoo, recipe: AutoencoderRecipe, device: torch.device) -> Trained:
+    layouts = sorted(set(train.index["layout"]))
+    if len(layouts) > 1:
+        raise ZooError(f"these models have {len(layouts)} layouts; an autoencoder takes one: filter by `head`")
+    networks = Networks.like(next(train.rows()))
+    tokenizer = Tokenizer.of(networks.layout, width=recipe.token_width or None, dense=recipe.dense)
+    batches = (batch["weights"] for batch in train.stream(batch_size=256))
+    scaling = Scaling.fit(batches, tokenizer, recipe.scaling)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)
+        model = WeightAutoencoder(tokenizer, recipe.sizes).to(device)
+    return Trained(recipe, networks, tokenizer, scaling, model, Composite(recipe.contrast, recipe.structure))
+
+
+def _optimizer(model: WeightAutoencoder, recipe: AutoencoderRecipe) -> torch.optim.AdamW:
+    matrices = [value for value in model.parameters() if value.ndim >= 2]
+    others = [value for value in model.parameters() if value.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=recipe.lr)
+
+
+def _endless(stream: Any) -> Iterator[dict[str, Any]]:
+    while True:
+        yield from stream
+
+
+def _queries(train: Zoo, trained: Trained, device: torch.device) -> Queries:
+    """The pool of query images, and the originals' outputs on it, computed once."""
+    recipe = trained.recipe
+    datasets = sorted(set(train.index["dataset"]))
+    if len(datasets) > 1:
+        raise ZooError(
+            f"these models were trained on {datasets}, so no images are queries for all: filter by dataset"
+        )
+    images, _ = train.probes(datasets[0], "selection")
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(recipe.seed))
+    images = images[order[: recipe.pool]].to(device)
+    if recipe.query_images == "noise":
+        generator = torch.Generator().manual_seed(recipe.seed)
+        low, high = float(images.min()), float(images.max())
+        images = (low + (high - low) * torch.rand(images.shape, generator=generator)).to(device)
+    population = Population.from_rows(train.rows(), device)
+    logits = dict(zip(population.model_ids, population(images), strict=True))
+    return Queries(trained.networks.patches(images), logits)
+
+
+def _step(
+    trained: Trained,
+    optimizer: torch.optim.Optimizer,
+    vectors: Float[Tensor, "B D"],
+    model_ids: list[str],
+    queries: Queries | None,
+) -> dict[str, float]:
+    """One step; returns the losses."""
+    recipe, model, tokenizer = trained.recipe, trained.model, trained.tokenizer
+    entropy = np.random.SeedSequence([recipe.seed, trained.step]).generate_state(1, np.uint64)
+    generator = torch.Generator().manual_seed(int(entropy[0] >> np.uint64(1)))
+    count = 2 if trained.loss.contrast else 1
+    inputs, latents, decoded = [], [], []
+    for _ in range(count):
+        view = random_views(vectors, tokenizer.layout, trained.networks.vit, recipe.views, generator)
+        scaled = trained.scaling.normalised(view)
+        noise = torch.randn(scaled.shape, generator=generator).to(scaled.device) if recipe.noise else 0.0
+        inputs.append(tokenizer.tokens(scaled + recipe.noise * noise))
+        with torch.autocast(scaled.device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16"):
+            latents.append(model.encode(inputs[-1]))
+            decoded.append(model.decode(latents[-1]))
+        decoded[-1] = decoded[-1].float()
+    mask = tokenizer.mask.to(vectors.device)
+    parts = {"structure": structural_loss(torch.cat(decoded), torch.cat(inputs), mask, normalise=recipe.normalise)}
+    found: dict[str, float] = {}
+    if queries is not None:
+        parts["behaviour"], dropped = _behaviour(trained, torch.cat(decoded), model_ids * count, queries, generator)
+        found["dropped"] = float(dropped)
+    if trained.loss.contrast:
+        first, second = (model.project(values).float() for values in latents)
+        parts["contrast"] = contrastive_loss(first, second)
+    loss = trained.loss(parts)
+    if queries is not None and trained.step < recipe.warmup * recipe.steps:
+        loss = parts["structure"] / trained.loss.scales.setdefault("structure", float(parts["structure"].detach()))
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
+    if norm.isfinite():
+        for group in optimizer.param_groups:
+            group["lr"] = recipe.lr * one_cycle(trained.step / recipe.steps)
+        optimizer.step()
+    values = {name: float(value.detach()) for name, value in parts.items()}
+    return values | found | {"loss": float(loss.detach()), "gradient": float(norm)}
+
+
+def _behaviour(
+    trained: Trained,
+    decoded: Float[Tensor, "M N T"],
+    model_ids: list[str],
+    queries: Queries,
+    generator: torch.Generator,
+) -> tuple[Tensor, int]:
+    chosen = torch.randperm(len(queries.patches), generator=generator)[: trained.recipe.queries]
+    chosen = chosen.to(decoded.device)
+    vectors = trained.scaling.restored(trained.tokenizer.vectors(decoded))
+    ours = trained.networks.logits(vectors, queries.patches[chosen])
+    theirs = torch.stack([queries.logits[model_id][chosen] for model_id in model_ids])
+    return behavioural_loss(ours, theirs, trained.recipe.behaviour)
+
+
+def one_cycle(done: float) -> float:
+    """The learning rate's factor once a share of the steps is done: a rise and a fall, each half a cosine.
+
+    >>> [round(one_cycle(done), 3) for done in (0, 0.3, 1)]
+    [0.04, 1.0, 0.0]
+    """
+    if done < RISE:
+        return START + (1 - START) * (1 - math.cos(math.pi * done / RISE)) / 2
+    return END + (1 - END) * (1 + math.cos(math.pi * (done - RISE) / (1 - RISE))) / 2
+
+
+def _save(file: Path, trained: Trained, optimizer: torch.optim.Optimizer, stream: Any) -> None:
+    tensors = {f"model.{name}": value for name, value in trained.model.state_dict().items()}
+    tensors |= {"scaling.mean": trained.scaling.mean, "scaling.std": trained.scaling.std}
+    held = optimizer.state_dict()["state"]
+    tensors |= {f"optimizer.{n}.{key}": value for n, entry in held.items() for key, value in entry.items()}
+    record = {
+        "recipe": asdict(trained.recipe),
+        "fingerprint": trained.recipe.fingerprint,
+        "layout": trained.networks.layout.fingerprint,
+        "step": trained.step,
+        "scales": trained.loss.scales,
+        "stream": stream.state_dict(),
+        "history": trained.history,
+    }
+    file.parent.mkdir(parents=True, exist_ok=True)
+    plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    write_atomically(file, lambda temporary: save_file(plain, temporary, {"record": json.dumps(record)}))
+
+
+def _resume(file: Path, trained: Trained, optimizer: torch.optim.Optimizer, stream: Any) -> None:
+    """Continue from a checkpoint, if there is one."""
+    if not file.is_file():
+        return
+    try:
+        with safe_open(file, framework="pt") as opened:
+            record = json.loads(opened.metadata()["record"])
+        tensors = load_file(file)
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError):
+        raise ZooError(f"{file} is damaged: delete it, and train again") from None
+    if (record["fingerprint"], record["layout"]) != (trained.recipe.fingerprint, trained.networks.layout.fingerprint):
+        raise ZooError(
+            f"{file} holds an autoencoder of another recipe or layout: choose another folder, or delete it"
+        )
+    stream.load_state_dict(record["stream"])
+    device = trained.model.index_table.device
+    parts: dict[str, dict[str, Tensor]] = {name: {} for name in ("model", "optimizer", "scaling")}
+    for name, value in tensors.items():
+        part, _, rest = name.partition(".")
+        parts[part][rest] = value.to(device)
+    trained.model.load_state_dict(parts["model"])
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, value in parts["optimizer"].items():
+        number, _, key = name.partition(".")
+        state.setdefault(int(number), {})[key] = value
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
+    trained.step, trained.history = record["step"], record["history"]
+    trained.loss.scales |= record["scales"]
