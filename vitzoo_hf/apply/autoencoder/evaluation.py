@@ -1,0 +1,220 @@
+"""An autoencoder on held-out models and held-out images, beside decoders that need no autoencoder.
+
+Good models are the better half of the held-out ones by their accuracy on selection images; everything reported is on
+test images.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from vitzoo_hf.apply.autoencoder import metrics
+from vitzoo_hf.apply.autoencoder.model import WeightAutoencoder
+from vitzoo_hf.apply.autoencoder.training import Trained
+from vitzoo_hf.apply.candidates import candidate_logits
+from vitzoo_hf.schema import ZooError
+from vitzoo_hf.zoo import Zoo
+
+LEAST_DIVERSITY, LEAST_CORRELATION = 0.7, 0.9
+BATCH = 64
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """What was measured of one way to decode.
+
+    Attributes:
+        name: `autoencoder` or a baseline.
+        values: measure -> value; see `MEASURES`.
+        layers: role and layer -> R², against the mean of the layer over training models.
+    """
+
+    name: str
+    values: dict[str, float]
+    layers: dict[str, float]
+
+    def failures(self, constant: "Reconstruction") -> list[str]:
+        """Signs of a prototype in place of reconstructions; one is enough to fail, whatever the accuracy.
+
+        Args:
+            constant: the baseline that decodes the best training model always.
+        """
+        found, ours = [], self.values
+        if ours["agreement"] <= constant.values["agreement"]:
+            found.append(
+                f"agreement {ours['agreement']:.3f} is not above a constant's {constant.values['agreement']:.3f}"
+            )
+        if ours["specificity_low"] <= 0:
+            found.append(f"specificity {ours['specificity']:.3f} is not told from 0")
+        if ours["rank_correlation"] < LEAST_CORRELATION:
+            found.append(f"rank correlation {ours['rank_correlation']:.2f} is below {LEAST_CORRELATION}")
+        if ours["diversity"] < LEAST_DIVERSITY:
+            found.append(f"diversity {ours['diversity']:.2f} is below {LEAST_DIVERSITY}")
+        return found
+
+
+@dataclass(frozen=True)
+class _Originals:
+    """Held-out models: weights, predictions and which are good."""
+
+    row: Mapping[str, Any]
+    vectors: Float[Tensor, "P D"]
+    training: Float[Tensor, "Q D"]
+    predictions: Int64[Tensor, "P N"]
+    labels: Int64[Tensor, " N"]
+    images: Tensor
+    good: Tensor
+    chance: float
+    best: int
+    """Position of the best training model on selection images."""
+
+
+def evaluate_autoencoder(
+    zoo: Zoo, trained: Trained, *, split: str = "test", device: str = "cpu"
+) -> list[Reconstruction]:
+    """The autoencoder, then its baselines, on the models of a split.
+
+    Baselines: `constant best`, the training model that is best on selection images; `mean weights` of training
+    models; `nearest training model`; `untrained`, the autoencoder before its first step; `pca` of as many numbers as
+    the latents, or as training models allow.
+
+    Raises:
+        ZooError: if the split holds fewer than four models, or none is better than chance.
+    """
+    originals = _originals(zoo, split, device)
+    untrained = _untrained(trained)
+    decoded = {
+        "autoencoder": _through(trained, originals.vectors, device),
+        "constant best": originals.training[originals.best].expand_as(originals.vectors),
+        "mean weights": originals.training.mean(0).expand_as(originals.vectors),
+        "nearest training model": _nearest(originals),
+        "untrained": _through(untrained, originals.vectors, device),
+        "pca": _pca(originals, trained.tokenizer.num_tokens * trained.recipe.sizes.latent),
+    }
+    return [_measured(name, vectors, originals, trained, device) for name, vectors in decoded.items()]
+
+
+def _originals(zoo: Zoo, split: str, device: str) -> _Originals:
+    held, train = zoo.filter(split=split), zoo.filter(split="train")
+    if len(held) < 4:
+        raise ZooError(f"{len(held)} models in split {split!r}; reconstructions are judged on at least 4")
+    rows = list(held.rows())
+    vectors, training = (torch.stack(list(_vectors(part))) for part in (rows, train.rows()))
+    dataset = rows[0]["dataset"]
+    selection, selection_labels = zoo.probes(dataset, "selection")
+    images, labels = zoo.probes(dataset)
+
+    def accuracy(weights: Tensor) -> Tensor:
+        logits = candidate_logits(weights, rows[0], selection, device=device).cpu()
+        return (logits.argmax(2) == selection_labels).double().mean(1)
+
+    logits = candidate_logits(vectors, rows[0], images, device=device).cpu()
+    ranked = accuracy(vectors)
+    return _Originals(
+        row=rows[0],
+        vectors=vectors,
+        training=training,
+        predictions=logits.argmax(2),
+        labels=labels,
+        images=images,
+        good=ranked >= ranked.median(),
+        chance=1 / logits.shape[2],
+        best=int(accuracy(training).argmax()),
+    )
+
+
+def _vectors(rows: Any) -> Iterator[Tensor]:
+    for row in rows:
+        yield torch.from_numpy(row["weights"])
+
+
+def _through(trained: Trained, vectors: Float[Tensor, "P D"], device: str) -> Float[Tensor, "P D"]:
+    trained.model.eval()
+    with torch.no_grad():
+        return torch.cat([trained.decode(trained.encode(part.to(device))).cpu() for part in vectors.split(BATCH)])
+
+
+def _untrained(trained: Trained) -> Trained:
+    """As it was before the first step."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(trained.recipe.seed)
+        model = WeightAutoencoder(trained.tokenizer, trained.recipe.sizes)
+    return replace(trained, model=model.to(trained.model.index_table.device))
+
+
+def _nearest(originals: _Originals) -> Float[Tensor, "P D"]:
+    far = torch.cdist(originals.vectors.double(), originals.training.double())
+    return originals.training[far.argmin(1)]
+
+
+def _pca(originals: _Originals, numbers: int) -> Float[Tensor, "P D"]:
+    """Projection on the first principal components of training models."""
+    mean = originals.training.double().mean(0)
+    _, _, axes = torch.linalg.svd(originals.training.double() - mean, full_matrices=False)
+    kept = axes[: min(numbers, len(originals.training) - 1)]
+    return ((originals.vectors.double() - mean) @ kept.T @ kept + mean).float()
+
+
+def _measured(
+    name: str, vectors: Float[Tensor, "P D"], originals: _Originals, trained: Trained, device: str
+) -> Reconstruction:
+    predictions = candidate_logits(vectors, originals.row, originals.images, device=device).cpu().argmax(2)
+    right, original_right = (
+        (found == originals.labels).double().mean(1) for found in (predictions, originals.predictions)
+    )
+    good = originals.good
+    own = metrics.own_agreement(predictions, originals.predictions)
+    specific = metrics.specificity(predictions[good], originals.predictions[good])
+    low, high = _interval(specific)
+    mean = originals.training.double().mean(0)
+    layers = metrics.layer_r2(vectors, originals.vectors, _layer_means(mean, trained), trained.tokenizer)
+    errors = metrics.shared_errors(predictions, originals.predictions, originals.labels)
+    values = {
+        "r2": _total_r2(vectors, originals.vectors, _layer_means(mean, trained)),
+        "r2_beyond_mean": _total_r2(vectors, originals.vectors, mean),
+        "accuracy": float(right.mean()),
+        "accuracy_original": float(original_right.mean()),
+        "accuracy_good": float(right[good].mean()),
+        "accuracy_good_original": float(original_right[good].mean()),
+        "agreement": float(own.mean()),
+        "agreement_good": float(own[good].mean()),
+        "retention": float(metrics.retention(right[good], original_right[good], originals.chance)),
+        "specificity": float(specific.mean()),
+        "specificity_low": low,
+        "specificity_high": high,
+        "rank_correlation": metrics.rank_correlation(right, original_right),
+        "diversity": metrics.diversity(vectors, originals.vectors),
+        "nearest_training": float(metrics.nearest_distances(vectors, originals.training).mean()),
+        "shared_errors": float(errors.nanmean()),
+    }
+    return Reconstruction(name, values, dict(zip(_layer_names(trained), layers.tolist(), strict=True)))
+
+
+def _layer_means(mean: Float[Tensor, " D"], trained: Trained) -> Float[Tensor, " D"]:
+    groups = trained.tokenizer.groups
+    size = groups.bincount().double()
+    return (torch.zeros_like(size).index_add_(0, groups, mean.double()) / size)[groups]
+
+
+def _total_r2(decoded: Tensor, original: Tensor, mean: Tensor) -> float:
+    error = (decoded.double() - original.double()).square().sum()
+    return float(1 - error / (original.double() - mean).square().sum())
+
+
+def _layer_names(trained: Trained) -> Sequence[str]:
+    tokenizer = trained.tokenizer
+    of_token = (tokenizer.layers * len(tokenizer.role_names) + tokenizer.roles).unique().tolist()
+    roles = tokenizer.role_names
+    return [f"{key // len(roles)} {roles[key % len(roles)]}" for key in of_token]
+
+
+def _interval(values: Float[Tensor, " P"], draws: int = 1000) -> tuple[float, float]:
+    """95 % of the mean over models, by the bootstrap."""
+    generator = torch.Generator().manual_seed(0)
+    chosen = torch.randint(len(values), (draws, len(values)), generator=generator)
+    low, high = values[chosen].mean(1).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return low, high

@@ -1,0 +1,108 @@
+"""How good decoded networks are, by measures that a decoder of one good prototype cannot pass.
+
+P originals and their reconstructions; functions of tensors, float64 out. Sources: agreement and retention of accuracy
+as in Meynent et al. 2025; specificity, rank correlation and diversity are there to tell a reconstruction from a
+prototype that is good at the task but not the model that went in.
+"""
+
+import torch
+from jaxtyping import Bool, Float, Float64, Int64
+from scipy.stats import spearmanr
+from torch import Tensor
+
+from vitzoo_hf.apply.autoencoder.tokens import Tokenizer
+from vitzoo_hf.weightspace import weight_distances
+
+BLOCK = 64
+
+
+def layer_r2(
+    decoded: Float[Tensor, "P D"], original: Float[Tensor, "P D"], mean: Float[Tensor, " D"], tokenizer: Tokenizer
+) -> Float64[Tensor, " G"]:
+    """`1 - Σ(decoded - original)² / Σ(original - mean)²` of each layer, in the order of `tokenizer.groups`.
+
+    Args:
+        decoded: reconstructed weights.
+        original: weights that went in.
+        mean: what a decoder without input would give, such as the mean of training models, or of their layers.
+        tokenizer: says which weights make a layer.
+
+    Returns:
+        NaN for a layer in which no original differs from the mean.
+    """
+    groups = tokenizer.groups
+    error, spread = (
+        torch.zeros(int(groups.max()) + 1, dtype=torch.float64).index_add_(0, groups, values)
+        for values in (
+            (decoded.double() - original.double()).square().sum(0).cpu(),
+            (original.double() - mean.double()).square().sum(0).cpu(),
+        )
+    )
+    return torch.where(spread > 0, 1 - error / spread, torch.nan)
+
+
+def own_agreement(decoded: Int64[Tensor, "P N"], original: Int64[Tensor, "P N"]) -> Float64[Tensor, " P"]:
+    """Share of images on which a reconstruction predicts what its own original does."""
+    return (decoded == original).double().mean(1)
+
+
+def specificity(decoded: Int64[Tensor, "P N"], original: Int64[Tensor, "P N"]) -> Float64[Tensor, " P"]:
+    """Agreement with one's own original, less the mean agreement with the other originals.
+
+    Near 0 for a decoder that gives one prototype whatever went in.
+
+    Raises:
+        ValueError: for fewer than two models.
+    """
+    if len(original) < 2:
+        raise ValueError("specificity compares with other originals: give at least two models")
+    among = torch.stack([(row == original).double().mean(1) for row in decoded])
+    own = among.diagonal()
+    return own - (among.sum(1) - own) / (len(original) - 1)
+
+
+def retention(decoded: Float64[Tensor, " P"], original: Float64[Tensor, " P"], chance: float) -> Float64[Tensor, ""]:
+    """`(accuracy of reconstructions - chance) / (accuracy of originals - chance)`, of the means.
+
+    Raises:
+        ValueError: if the originals are not better than chance.
+    """
+    better = original.mean() - chance
+    if better <= 0:
+        raise ValueError(f"originals of accuracy {original.mean():.3f} are no better than chance, {chance:.3f}")
+    return (decoded.mean() - chance) / better
+
+
+def rank_correlation(decoded: Float64[Tensor, " P"], original: Float64[Tensor, " P"]) -> float:
+    """Spearman's ρ of accuracies; 0 where all reconstructions are equally good."""
+    if decoded.unique().numel() < 2 or original.unique().numel() < 2:
+        return 0.0
+    return float(spearmanr(decoded.numpy(), original.numpy()).statistic)
+
+
+def diversity(decoded: Float[Tensor, "P D"], original: Float[Tensor, "Q D"]) -> float:
+    """Mean distance of pairs of reconstructions over that of pairs of originals."""
+    return float(_mean_distance(decoded) / _mean_distance(original))
+
+
+def _mean_distance(weights: Float[Tensor, "P D"]) -> Float64[Tensor, ""]:
+    above = torch.ones(len(weights), len(weights), dtype=torch.bool).triu(1)
+    return weight_distances(weights.cpu())[above].mean()
+
+
+def nearest_distances(weights: Float[Tensor, "P D"], training: Float[Tensor, "Q D"]) -> Float64[Tensor, " P"]:
+    """L2 distance of each model to the nearest training model."""
+    found = []
+    for part in weights.double().split(BLOCK):
+        far = torch.stack([(training.double() - row).square().sum(1) for row in part])
+        found.append(far.min(1).values.sqrt())
+    return torch.cat(found)
+
+
+def shared_errors(
+    decoded: Int64[Tensor, "P N"], original: Int64[Tensor, "P N"], labels: Int64[Tensor, " N"]
+) -> Float64[Tensor, " P"]:
+    """Images that both get wrong over images that either gets wrong; NaN where neither errs."""
+    wrong, also = decoded != labels, original != labels
+    either: Bool[Tensor, "P N"] = wrong | also
+    return (wrong & also).sum(1).double() / either.sum(1)
