@@ -1,7 +1,7 @@
 """Weights of a zoo -> distances and kurtosis that lineage is told by, all pairs out of core, trunks only.
 
-MoTHer (Horwitz et al., Unsupervised Model Tree Heritage Recovery, ICLR 2025) compares square matrices: timm's `qkv` is
-taken apart into the queries', keys' and values' matrix, which it stacks.
+MoTHer (Horwitz et al., Unsupervised Model Tree Heritage Recovery, ICLR 2025) compares square matrices: timm's `qkv`
+is taken apart into the matrices of queries, keys and values, which it stacks.
 """
 
 from collections.abc import Iterator, Sequence
@@ -63,7 +63,7 @@ class TrunkMeasures:
     Attributes:
         model_ids: order of the models.
         distance: Euclidean, of all weights of the trunk.
-        mean_absolute: MoTHer's distance for clustering: mean absolute difference of a square matrix, summed over them.
+        mean_absolute: MoTHer's distance for clustering: mean absolute difference, summed over square matrices.
         kurtosis: MoTHer's: excess kurtosis of attention's output matrix, summed over blocks.
     """
 
@@ -123,10 +123,10 @@ def mother_distances(
 ) -> list[Float64[np.ndarray, "M M"]]:
     """MoTHer's distance of models within each tree, `max_t max(W_i - W_j - m_t) / (M_t - m_t)`, i before j.
 
-    t goes over the query, key, value and output matrices of all blocks; m_t and M_t are the least and largest entry of
-    all differences of that matrix within the tree. A difference is taken of the model whose id comes first, as the
-    published code takes the one it loaded first, and serves both directions; the diagonal is 0. A matrix in which a
-    tree has no difference counts as 0.
+    t goes over the query, key, value and output matrices of all blocks; m_t and M_t are the least and largest entry
+    of all differences of that matrix within the tree. The model whose id comes first is i, where the published code
+    takes the one it loaded first; the distance serves both directions, and the diagonal is 0. A matrix in which the
+    models of a tree do not differ counts as 0.
 
     Args:
         columns: of all models.
@@ -197,8 +197,8 @@ def mother_costs(
 ) -> Float64[np.ndarray, "M M"]:
     """MoTHer's cost of an edge from row to column: its distance, and `weight` times the mean distance if it goes up.
 
-    An edge goes up if the kurtosis of its target is above that of its source; with `reverse`, if it is below. The mean
-    is over all entries, the zero diagonal too, as published; the diagonal of the result is infinite.
+    An edge goes up if the kurtosis of its target is above that of its source; with `reverse`, if it is below. The
+    mean is over all entries, the zero diagonal too, as published; the diagonal of the result is infinite.
 
     Example:
         >>> mother_costs(np.array([[0.0, 2.0], [2.0, 0.0]]), np.array([1.0, 3.0])).tolist()

@@ -18,18 +18,13 @@ from vitzoo_hf.zoo import Zoo
 DRAWS = 1000
 
 
-def order_from_start(distance: Float64[np.ndarray, " E"]) -> Float64[np.ndarray, " E"]:
-    """Scores that grow with the epoch, of checkpoints whose distance from where their run began is known."""
-    return distance
-
-
 def order_along_path(
     squared: Float64[np.ndarray, "E E"], lengths: Float64[np.ndarray, " E"]
 ) -> Float64[np.ndarray, " E"]:
     """Scores that grow with the epoch, of checkpoints of which nothing else is known.
 
-    They are the positions on the line between the two checkpoints that lie farthest apart; of these the shorter vector
-    comes first, since weights grow in training.
+    They are the positions on the line between the two checkpoints that lie farthest apart; of these the shorter
+    vector comes first, since weights tend to grow in training.
 
     Args:
         squared: squared distances.
@@ -51,8 +46,8 @@ def order_epochs(
 ) -> pd.DataFrame:
     """The order of every run's checkpoints by their weights, beside the true one.
 
-    "start known" takes distances from the parent's trunk, of runs whose parent is in the zoo; "nothing known" the path
-    of the run itself, by its trunk or by all weights with the head. Epochs are used for the score alone.
+    "start known" takes distances from the parent's trunk, of runs whose parent is in the zoo; "nothing known" takes
+    `order_along_path`, of the trunk or of all weights with the head. Epochs are used for the score alone.
 
     Args:
         zoo: several epochs of some runs; runs of fewer than three are left out.
@@ -83,7 +78,7 @@ def order_epochs(
             true = np.array([epochs[order[row]] for row in own])
             ways = [("nothing known", "trunk", order_along_path(squared[np.ix_(own, own)], lengths[own]))]
             if known:
-                ways.append(("start known", "trunk", order_from_start(squared[order.index(parent)][own])))
+                ways.append(("start known", "trunk", squared[order.index(parent)][own]))
             columns = zoo.filter(model_id=list(epochs)).weight_columns(device=device, num_workers=num_workers)
             squared, lengths, order = _distances(columns, [slice(0, columns.layout.num_parameters)])
             ways.append(("nothing known", "all", order_along_path(squared, lengths)))

@@ -82,9 +82,7 @@ def tree_accuracy(found: Int64[np.ndarray, " P"], true: Int64[np.ndarray, " P"])
     return float(counts[rows, columns].sum() / len(found))
 
 
-def forest_scores(
-    tree: Int64[np.ndarray, " P"], parent: Int64[np.ndarray, " P"], truth: Truth
-) -> dict[str, float]:
+def forest_scores(tree: Int64[np.ndarray, " P"], parent: Int64[np.ndarray, " P"], truth: Truth) -> dict[str, float]:
     """Scores of a forest; NaN where there is nothing to take a share of.
 
     Returns:
@@ -138,9 +136,7 @@ def baselines(
             values = values[~np.isnan(values)]
             if values.size:
                 low, high = np.quantile(values, [0.025, 0.975])
-                rows.append(
-                    {"baseline": baseline, "score": score, "mean": values.mean(), "low": low, "high": high}
-                )
+                rows.append({"baseline": baseline, "score": score, "mean": values.mean(), "low": low, "high": high})
     return pd.DataFrame(rows, columns=["baseline", "score", "mean", "low", "high"])
 
 

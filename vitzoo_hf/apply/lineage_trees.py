@@ -1,8 +1,8 @@
 """Distances and costs of models -> trees, roots and parents. Pure functions of P × P matrices.
 
-Three ideas are used. *Hubs* are few models that many others lie near (k-medoids: Kaufman and Rousseeuw, Finding Groups
-in Data, 1990, chapter 2). The *root by profile likelihood* is the model whose distances have the least mean logarithm:
-were each child its parent plus a Gaussian step of a size of its own, that would be the parent's maximum likelihood.
+Three ideas are used. *Hubs* are few models that many others lie near (k-medoids: Kaufman and Rousseeuw, Finding
+Groups in Data, 1990, chapter 2). The *likeliest root* is the model whose distances have the least mean logarithm: if
+each child is its parent plus a Gaussian step of a size of its own, that is the maximum likelihood of the parent.
 The *minimum arborescence* is that of Chu, Liu and Edmonds.
 """
 
@@ -45,7 +45,7 @@ def minimum_arborescence(cost: Float64[np.ndarray, "P P"]) -> Int64[np.ndarray, 
 
 
 def _edmonds(cost: np.ndarray, root: int) -> np.ndarray:
-    """Parents in the least arborescence from a root whose column is infinite; all cycles of a level are contracted."""
+    """Parents in the least arborescence from a root whose column is infinite; contracts all cycles at once."""
     best = cost.argmin(0)
     best[root] = root
     cycle_of = _cycles(best, root)
@@ -101,7 +101,7 @@ def ward_trees(distance: Float64[np.ndarray, "P P"], count: int | None = None) -
     merges = linkage(squareform(distance, checks=False), "ward")
     if count is None:
         heights = merges[::-1, 2]  # heights[k - 1] is that of the merge of k + 1 clusters into k
-        gains = np.concatenate([[2 * heights[0]], heights[:most_trees(len(distance))]])
+        gains = np.concatenate([[2 * heights[0]], heights[: most_trees(len(distance))]])
         count = largest_drop(gains)
     return renumbered(fcluster(merges, count, "maxclust"))
 
@@ -111,7 +111,7 @@ def most_trees(models: int) -> int:
     return min(max(1, models // 2), MOST_TREES)
 
 
-def largest_drop(gains: Float64[np.ndarray, " K+1"]) -> int:
+def largest_drop(gains: Float64[np.ndarray, " K"]) -> int:
     """The k from 1 on at which the gain of the k-th tree is the largest multiple of that of the next one."""
     floor = 1e-9 * gains.max()
     if floor == 0:
@@ -173,7 +173,8 @@ def likeliest_root(distance: Float64[np.ndarray, "M M"]) -> int:
 
     Of a parent w and children w + s_i e_i with standard normal e_i of D dimensions and unknown sizes s_i, the log
     likelihood, largest over s_i, is -D sum_i log|w_i - w| plus a constant. Identical models count as closer than any
-    others by a factor of a thousand; of equally good members the first is taken.
+    others by a factor of a thousand; of equally good members the first is taken. Steps have a direction in common, so
+    a child that stayed much nearer to its parent than every other child is taken for the parent.
 
     Example:
         >>> points = np.array([1.0, 0.0, -2.0])[:, None]
@@ -241,9 +242,9 @@ def nearest_candidates(
     """Parents when it is known which models are roots: the nearest of them, or -1 where none is near enough.
 
     The position of a model on the line from the nearest root a towards another root b is
-    `s = (d(w,a)^2 + d(a,b)^2 - d(w,b)^2) / (2 d(a,b)^2)`: near 0 for a child of a, whose step has nothing to do with b,
-    and near 1/2 for a model that has to do with neither. A model whose mean s over all b is above 1/4 has no parent
-    among the candidates. With one candidate there is no b, and every model is taken as its child.
+    `s = (d(w,a)^2 + d(a,b)^2 - d(w,b)^2) / (2 d(a,b)^2)`: near 0 for a child of a, whose step has nothing to do
+    with b, and near 1/2 for a model that has to do with neither. A model whose mean s over all b is above 1/4 has no
+    parent among the candidates. With one candidate there is no b, and every model is taken as its child.
     """
     roots = np.flatnonzero(candidate)
     parent = np.full(len(distance), -1)
