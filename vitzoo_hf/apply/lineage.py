@@ -6,7 +6,6 @@ nothing else; the candidates of `recover_lineage` are the only other knowledge a
 
 from collections.abc import Collection
 from dataclasses import dataclass, field
-from typing import Literal, get_args
 
 import numpy as np
 import pandas as pd
@@ -30,8 +29,7 @@ from vitzoo_hf.schema import ZooError, did_you_mean
 from vitzoo_hf.weight_columns import WeightColumns
 from vitzoo_hf.zoo import Zoo
 
-Method = Literal["hubs", "spanning", "mother", "mother-reversed", "candidates"]
-METHODS: tuple[Method, ...] = get_args(Method)
+METHODS = ("hubs", "spanning", "mother", "mother-reversed", "candidates")
 
 
 @dataclass(frozen=True)
@@ -84,7 +82,7 @@ class Forest:
 def recover_lineage(
     zoo: Zoo,
     *,
-    method: Method = "hubs",
+    method: str = "hubs",
     trees: int | None = None,
     candidates: Collection[str] | None = None,
     precision: str = "float32",
@@ -133,7 +131,7 @@ def recover_lineage(
 def forest_of(
     measures: TrunkMeasures,
     columns: WeightColumns,
-    method: Method,
+    method: str,
     *,
     trees: int | None = None,
     known: np.ndarray | None = None,
@@ -237,4 +235,4 @@ def _joined(parts: list[Forest], model_ids: list[str], method: str) -> Forest:
     return Forest(model_ids, tree, parent, method, orphans, notes)
 
 
-__all__ = ["METHODS", "Forest", "Method", "recover_lineage", "truth_of"]
+__all__ = ["METHODS", "Forest", "recover_lineage", "truth_of"]

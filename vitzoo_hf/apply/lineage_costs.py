@@ -116,11 +116,11 @@ def measure_trunks(columns: WeightColumns, *, precision: str = "float32", progre
 
 def mother_distances(
     columns: WeightColumns,
-    trees: Sequence[Int64[np.ndarray, " M"]],
+    trees: Sequence[Int64[np.ndarray, " _"]],
     *,
     precision: str = "float32",
     progress: bool = False,
-) -> list[Float64[np.ndarray, "M M"]]:
+) -> list[Float64[np.ndarray, "_ _"]]:
     """MoTHer's distance of models within each tree, `max_t max(W_i - W_j - m_t) / (M_t - m_t)`, i before j.
 
     t goes over the query, key, value and output matrices of all blocks; m_t and M_t are the least and largest entry

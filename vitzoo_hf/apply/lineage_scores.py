@@ -11,7 +11,7 @@ from sklearn.metrics import adjusted_rand_score
 
 from vitzoo_hf.apply.lineage_trees import renumbered
 
-DRAWS = 1000
+DRAWS = 400
 SCORES = (
     "tree_accuracy",
     "adjusted_rand",

@@ -20,7 +20,7 @@ EDGES = {"right": "#9ca3af", "reversed": "#E69F00", "wrong": "#D55E00", "unknown
 def lineage_table(forest: Forest, truth: Truth | None) -> pd.DataFrame:
     """`Forest.edges` and, where the truth is known, `true_tree`, `true_parent_id` and `edge`.
 
-    `edge` says of the edge to the parent found: right, reversed, wrong, or None where none was found.
+    `edge` says of the edge to the parent found: right, reversed, wrong; null where none was found.
     """
     table = forest.edges()
     if truth is None:
