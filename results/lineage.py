@@ -3,7 +3,7 @@
 python results/lineage.py [ZOO …]
 
 A zoo is named by its blueprint. README.md is written from the CSV files of all zoos that are there, also where no zoo
-is given, below the text of `lineage_readme.md`.
+is given, below the text of `lineage/about.md`.
 """
 
 import argparse
@@ -191,7 +191,7 @@ def shown(value: float) -> str:
 
 def readme() -> str:
     names = sorted(file.stem for file in HERE.glob("*.csv") if "_" not in file.stem)
-    sections = [(HERE.parent / "lineage_readme.md").read_text(encoding="utf-8").strip()]
+    sections = [(HERE / "about.md").read_text(encoding="utf-8").strip()]
     for name in names:
         scores = pd.read_csv(HERE / f"{name}.csv")
         sections.append(f"## {name}\n\n{score_table(scores)}")

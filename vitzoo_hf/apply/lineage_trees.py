@@ -146,20 +146,22 @@ def hubs(distance: Float64[np.ndarray, "P P"], count: int | None = None) -> Int6
 
 
 def _exchange(distance: np.ndarray, chosen: list[int]) -> list[int]:
-    """Replace hubs by better ones, the best exchange first, until none is better."""
+    """Replace hubs by better ones, the best exchange first, until none is better.
+
+    What all exchanges change is found at once, from each model's nearest and second nearest hub (FastPAM1: Schubert
+    and Rousseeuw, Faster k-Medoids Clustering, 2019).
+    """
     chosen = list(chosen)
     while True:
-        current = distance[chosen].min(0).sum()
-        best = (current * (1 - 1e-12), -1, -1)
-        for place in range(len(chosen)):
-            rest = [hub for other, hub in enumerate(chosen) if other != place]
-            nearest = distance[rest].min(0) if rest else np.full(len(distance), np.inf)
-            sums = np.minimum(nearest, distance).sum(1)
-            if sums.min() < best[0]:
-                best = (sums.min(), place, int(sums.argmin()))
-        if best[1] < 0:
+        near = np.sort(np.vstack([distance[chosen], np.full(len(distance), np.inf)]), axis=0)[:2]
+        owner = distance[chosen].argmin(0)
+        gained = np.minimum(distance - near[0], 0)
+        of_owner = np.minimum(distance, near[1]) - near[0] - gained
+        change = of_owner @ np.eye(len(chosen))[owner] + gained.sum(1)[:, None]
+        model, place = np.unravel_index(change.argmin(), change.shape)
+        if change[model, place] >= -1e-12 * near[0].sum():
             return chosen
-        chosen[best[1]] = best[2]
+        chosen[int(place)] = int(model)
 
 
 def renumbered(labels: Int64[np.ndarray, " P"] | np.ndarray) -> Int64[np.ndarray, " P"]:
