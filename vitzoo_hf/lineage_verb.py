@@ -126,7 +126,7 @@ def _tell(forest: "Forest", scores: list[dict[str, Any]], epochs: Any) -> None:
     print(", ".join(f"{count} × {role}" for role, count in counts.items()))
     for number in forest.orphan_trees:
         count = int((forest.tree == number).sum())
-        print(f"tree {number}: no parent among its {count} models; they look like siblings")
+        print(f"tree {number} of {count} models: its root looks like a sibling, so the parent may not be among them")
     for note in forest.notes:
         print(note)
     if scores:

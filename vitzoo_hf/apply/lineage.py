@@ -41,7 +41,8 @@ class Forest:
         tree: number of the tree of each.
         parent: position of its parent, -1 for none.
         method: how it was found.
-        orphan_trees: trees whose parent is not among the models by `is_sibling`: their models have no parent.
+        orphan_trees: trees whose root looks like a child of a parent that is not among the models (`is_sibling`).
+            Their edges are kept: on real zoos that rule is often wrong, see results/lineage.
         notes: what a reader should know, a sentence each.
     """
 
@@ -60,13 +61,15 @@ class Forest:
     def edges(self) -> pd.DataFrame:
         """One row a model: `model_id`, `tree`, `parent_id` (None for none) and `role`.
 
-        The role is `root`, `child`, or `no parent found`: of models whose parent is not among those given.
+        The role is `child`; `root`; `root or sibling` where the parent may be missing, see `orphan_trees`; or, of
+        method "candidates", `no parent found`.
         """
         has_child = set(self.parent[self.parent >= 0].tolist())
         roles = []
         for model, (parent, tree) in enumerate(zip(self.parent.tolist(), self.tree.tolist(), strict=True)):
-            alone = tree in self.orphan_trees or (self.method == "candidates" and model not in has_child)
-            roles.append("child" if parent >= 0 else "no parent found" if alone else "root")
+            alone = self.method == "candidates" and model not in has_child
+            root = "no parent found" if alone else "root or sibling" if tree in self.orphan_trees else "root"
+            roles.append("child" if parent >= 0 else root)
         names = [self.model_ids[parent] if parent >= 0 else None for parent in self.parent.tolist()]
         return pd.DataFrame({"model_id": self.model_ids, "tree": self.tree, "parent_id": names, "role": roles})
 
@@ -157,7 +160,6 @@ def forest_of(
         tree = hubs(distance, trees)
         parent = star(distance, tree) if method == "hubs" else spanning(distance, tree)
         orphans = _orphan_trees(distance, tree, parent)
-        parent = np.where(np.isin(tree, orphans), -1, parent)
     notes = []
     twins = int((np.triu(distance == 0, 1)).any(0).sum())
     if twins:
