@@ -146,6 +146,18 @@ def test_likeliest_root_is_that_of_the_normal_density():
     assert likeliest_root(between(points)) == int(np.argmax(likelihoods))
 
 
+def test_likeliest_root_is_the_parent_though_a_child_lies_nearer_on_average():
+    """Steps share a direction, so whoever took a short one is nearer to all that took long ones."""
+    generator = np.random.default_rng(11)
+    sizes = np.array([0.05, 0.07, *np.geomspace(1, 5, 10)])
+    steps = generator.standard_normal((12, DIMENSIONS)) / np.sqrt(DIMENSIONS)
+    shared = generator.standard_normal(DIMENSIONS) / np.sqrt(DIMENSIONS)
+    points = np.vstack([np.zeros(DIMENSIONS), sizes[:, None] * (0.95 * steps + 0.3 * shared)])
+    distance = between(points)
+    assert distance.sum(1).argmin() != 0
+    assert likeliest_root(distance) == 0
+
+
 def test_equal_models_are_one_tree_and_alone_is_a_tree():
     same = np.zeros((6, 6))
     assert hubs(same).tolist() == [0] * 6
