@@ -1,0 +1,71 @@
+"""Weights that are no row of a zoo, averages and interpolations of rows, and how the networks they make behave."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Float64, Int64
+from torch import Tensor
+
+from vitzoo_hf.behavior import accuracy, cross_entropy
+from vitzoo_hf.population import Population
+from vitzoo_hf.rebuild import VerifiedRow
+from vitzoo_hf.schema import ZooError
+
+
+class Scores(NamedTuple):
+    """Of P networks on labelled images: mean cross-entropy in nats, and the share of right predictions."""
+
+    loss: Float64[Tensor, " P"]
+    accuracy: Float64[Tensor, " P"]
+
+
+def candidate_rows(weights: Float[Tensor, "P D"], like: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Rows, without a hash, of networks of the architecture and head of another row.
+
+    Args:
+        weights: one vector a network, float32, in the layout of `like`.
+        like: any row with the architecture columns.
+
+    Raises:
+        ZooError: if a weight is not finite.
+    """
+    kept = {name: value for name, value in like.items() if name not in ("weights", "weights_sha256", "model_id")}
+    for position, vector in enumerate(weights):
+        if not vector.isfinite().all():
+            raise ZooError(f"candidate {position} of {len(weights)} has weights that are not finite")
+        row = VerifiedRow({**kept, "model_id": f"candidate {position}", "dtype": "float32", "weights": vector})
+        yield row
+
+
+def candidate_logits(
+    weights: Float[Tensor, "P D"],
+    like: Mapping[str, Any],
+    images: Float[Tensor, "N C H W"],
+    *,
+    device: str | torch.device = "cpu",
+) -> Float[Tensor, "P N K"]:
+    """Logits of networks of the architecture and head of a row, with other weights.
+
+    Example:
+        >>> from vitzoo_hf.zoo import Zoo
+        >>> row = next(Zoo.sample().rows())
+        >>> vector = torch.from_numpy(row["weights"])
+        >>> candidate_logits(torch.stack([vector, 0.9 * vector]), row, torch.zeros(4, 1, 16, 16)).shape
+        torch.Size([2, 4, 10])
+    """
+    return Population.from_rows(candidate_rows(weights, like), device)(images)
+
+
+def candidate_scores(
+    weights: Float[Tensor, "P D"],
+    like: Mapping[str, Any],
+    images: Float[Tensor, "N C H W"],
+    labels: Int64[Tensor, " N"],
+    *,
+    device: str | torch.device = "cpu",
+) -> Scores:
+    """Loss and accuracy of networks of the architecture and head of a row, with other weights."""
+    logits = candidate_logits(weights, like, images, device=device)
+    place = labels.to(logits.device)
+    return Scores(cross_entropy(logits, place).double(), accuracy(logits, place).double())
