@@ -11,7 +11,7 @@ A `Symmetry` is one element of the group, made of these parts, each of which act
   only with permutations: rotations need norms of constant scale, see `vitzoo_hf.apply.canonical.fold_norms`;
 - hidden units of an MLP head are permuted and multiplied by positive numbers, which ReLU passes through.
 
-Signs of single channels are no symmetry, because LayerNorm subtracts the mean; hidden units behind GELU have no scale.
+Signs of single channels are no symmetry, because LayerNorm subtracts the mean; units behind GELU have no scale.
 """
 
 from collections.abc import Mapping, Sequence
@@ -284,7 +284,7 @@ def set_head_parts(tensors: Tensors, block: int, parts: HeadParts) -> None:
 
 def channel_axes(tensors: Mapping[str, Tensor]) -> dict[str, int]:
     """Tensors that write into the residual stream, read from it or scale it -> their axis of channels."""
-    axes = {name: 2 for name in ("cls_token", "pos_embed")}
+    axes = dict.fromkeys(("cls_token", "pos_embed"), 2)
     for name in tensors:
         if name.endswith(("attn.qkv.weight", "mlp.fc1.weight")) or name in ("head.weight", "head.0.weight"):
             axes[name] = 1
@@ -302,7 +302,7 @@ def transform_residual(tensors: Tensors, residual: Float64[Tensor, "d d"]) -> No
         tensor = tensors[name]
         if order is not None:
             tensors[name] = tensor.index_select(axis, order.to(tensor.device))
-        else:
+        elif not _is_norm_scale(name):
             changed = torch.tensordot(residual.to(tensor.device), tensor, dims=([1], [axis]))
             tensors[name] = changed.movedim(0, axis).contiguous()
 
@@ -361,9 +361,13 @@ def _check_sizes(tensors: Mapping[str, Tensor], sizes: Sizes) -> None:
         raise ZooError(f"a symmetry of ViTs with {sizes} does not act on one with {found}")
 
 
+def _is_norm_scale(name: str) -> bool:
+    return "norm" in name and name.endswith(".weight")
+
+
 def _check_constant_norms(tensors: Mapping[str, Tensor]) -> None:
     for name, tensor in tensors.items():
-        if "norm" in name and name.endswith("weight") and not torch.equal(tensor, tensor[:1].expand_as(tensor)):
+        if _is_norm_scale(name) and not torch.equal(tensor, tensor[:1].expand_as(tensor)):
             raise ZooError(
                 f"the scale of {name} is not constant, so the residual stream cannot be rotated, only permuted:"
                 " fold the norms first (vitzoo_hf.apply.canonical.fold_norms)"
