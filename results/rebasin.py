@@ -187,9 +187,10 @@ def draw_paths(name: str) -> None:
 def readme() -> str:
     names = sorted(file.name.removesuffix("_summary.csv") for file in HERE.glob("*_summary.csv"))
     sections = [
-        "# Re-basin and paths\n\nWritten by `results/rebasin.py` from the tables beside it. Barriers are on test images"
-        " (nats; the largest rise of the loss over the line between the ends, 9 points); fine-tuned models are those of"
-        f" at least {GOOD} accuracy on selection images, activations are matched and curves trained on selection images."
+        "# Re-basin and paths\n\nWritten by `results/rebasin.py` from the tables beside it. Barriers are on test"
+        " images (nats; the largest rise of the loss over the line between the ends, 9 points); fine-tuned models"
+        f" are those of at least {GOOD} accuracy on selection images, on which activations are matched and curves"
+        " trained."
         " Intervals are of 95 %, by resampling pairs, which share models: they are rather too narrow.",
         *(section(name) for name in names),
     ]

@@ -238,21 +238,20 @@ def match_classifier(
 ) -> tuple[Int64[Tensor, " m"], Float64[Tensor, " m"]]:
     """Order (with `mlp`) and positive scale (with `maps`) of the hidden units of an MLP head.
 
-    The scales that are best for the order as it stands come after the order that is best without scales, unless that
-    were farther away than scales alone.
+    Of every pair of units the best scale s minimises ‖a − s b‖² + ‖c − d / s‖², a and b what enters the units, c and
+    d what leaves them: it is 1 or a positive root of |b|² s⁴ − ab s³ + cd s − |d|².
     """
-    ways = [torch.arange(len(source["head.0.bias"]))]
-    if "mlp" in families:
-        entering, leaving = _classifier_products(target, source)
-        ways.append(best_order(entering + leaving))
-    found = []
-    for order in ways:
-        scale = _best_scale(target, source, order) if "maps" in families else torch.ones(len(order)).double()
-        changed = {name: source[name] for name in ("head.0.weight", "head.0.bias", "head.2.weight")}
-        transform_classifier(changed, order, scale)
-        found.append((squared_distance(changed, target), order, scale))
-    _, order, scale = min(found, key=lambda way: way[0])
-    return order, scale
+    entering, leaving = _classifier_products(target, source)
+    entered, left = (products.diagonal().expand_as(entering) for products in _classifier_products(source, source))
+    scales = torch.ones_like(entering)[..., None]
+    if "maps" in families:
+        scales = torch.cat([_positive_roots(entering, leaving, entered, left), scales], -1)
+    squared, ab, cd = scales.square(), entering[..., None], leaving[..., None]
+    costs = squared * entered[..., None] - 2 * scales * ab - 2 * cd / scales + left[..., None] / squared
+    cost, which = costs.min(-1)
+    rows = torch.arange(len(cost))
+    order = best_order(-cost) if "mlp" in families else rows
+    return order, scales[rows, order, which[rows, order]]
 
 
 def _classifier_products(target: Tensors, source: Tensors) -> tuple[Float64[Tensor, "m m"], Float64[Tensor, "m m"]]:
@@ -262,20 +261,12 @@ def _classifier_products(target: Tensors, source: Tensors) -> tuple[Float64[Tens
     return entering.cpu(), (target["head.2.weight"].T @ source["head.2.weight"]).cpu()
 
 
-def _best_scale(target: Tensors, source: Tensors, order: Int64[Tensor, " m"]) -> Float64[Tensor, " m"]:
-    """Positive s with the least ‖a − s b‖² + ‖c − d / s‖² of each unit: a root of |b|² s⁴ − ab s³ + cd s − |d|²."""
-    rows = torch.arange(len(order))
-    entering, leaving = (products[rows, order] for products in _classifier_products(target, source))
-    entered, left = (products[order, order] for products in _classifier_products(source, source))
-    scales = []
-    for ab, cd, bb, dd in zip(entering, leaving, entered, left, strict=True):
-        companion = torch.zeros(4, 4, dtype=torch.float64)
-        companion[1:, :-1] = torch.eye(3, dtype=torch.float64)
-        companion[:, -1] = torch.stack([dd, -cd, torch.zeros_like(ab), ab]) / bb.clamp_min(1e-300)
-        usable = bool(bb > 1e-12) and bool(dd > 1e-12)
-        roots = torch.linalg.eigvals(companion) if usable else torch.ones(1, dtype=torch.complex128)
-        real = roots.real[(roots.imag.abs() < 1e-8) & (roots.real > 0)]
-        candidates = torch.cat([real, torch.ones(1, dtype=torch.float64)])
-        cost = candidates.square() * bb - 2 * candidates * ab - 2 * cd / candidates + dd / candidates.square()
-        scales.append(candidates[cost.argmin()])
-    return torch.stack(scales)
+def _positive_roots(ab: Tensor, cd: Tensor, bb: Tensor, dd: Tensor) -> Float64[Tensor, "m m 4"]:
+    """Positive roots s of bb s⁴ − ab s³ + cd s − dd, eigenvalues of its companion matrix; 1 where there is none."""
+    usable = (bb > 1e-12) & (dd > 1e-12)
+    companion = torch.zeros(*ab.shape, 4, 4, dtype=torch.float64)
+    companion[..., 1:, :-1] = torch.eye(3, dtype=torch.float64)
+    companion[..., -1] = torch.stack([dd, -cd, torch.zeros_like(ab), ab], -1) / bb.clamp_min(1e-12)[..., None]
+    roots = torch.linalg.eigvals(torch.where(usable[..., None, None], companion, 0.0))
+    valid = (roots.imag.abs() < 1e-8 * roots.abs()) | (roots.imag == 0)
+    return torch.where(valid & (roots.real > 0), roots.real, 1.0)

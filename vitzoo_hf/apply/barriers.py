@@ -98,16 +98,15 @@ def pair_barriers(
     Raises:
         ZooError: if rows of a pair do not fit each other, or the zoo lacks images.
     """
-    datasets = dict(zip(zoo.model_ids, zoo.index["dataset"], strict=True))
     records: list[dict[str, Any]] = []
     held: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
     with progress_bar("re-basin", "pair", shown=progress, total=len(pairs)) as bar:
         for first, second in pairs:
-            dataset = _common_dataset(datasets, first, second)
+            rows = (zoo.row(first), zoo.row(second))
+            dataset = _common_dataset(*rows)
             if dataset not in held:
                 test = some_images(*zoo.probes(dataset), num_images, seed)
                 held[dataset] = (*test, matching_images(zoo, dataset, seed))
-            rows = (zoo.row(first), zoo.row(second))
             options = {"restarts": restarts, "seed": seed, "device": device}
             found = _barriers_of(*rows, variants, *held[dataset], points, options)
             records += [{"model_a": first, "model_b": second, "dataset": dataset, **record} for record in found]
@@ -184,9 +183,10 @@ def path_record(path: PathScores) -> dict[str, float]:
     }
 
 
-def _common_dataset(datasets: Mapping[str, str], first: str, second: str) -> str:
-    if datasets[first] != datasets[second]:
+def _common_dataset(one: Mapping[str, Any], other: Mapping[str, Any]) -> str:
+    if one["dataset"] != other["dataset"]:
         raise ZooError(
-            f"{first} was trained on {datasets[first]}, {second} on {datasets[second]}: a barrier needs one data set"
+            f"{one['model_id']} was trained on {one['dataset']}, {other['model_id']} on {other['dataset']}: a barrier"
+            " needs one data set"
         )
-    return datasets[first]
+    return str(one["dataset"])

@@ -3,8 +3,8 @@
 `fold_norms` moves the scales and shifts of LayerNorms into the layers behind them: the residual stream can then be
 rotated, as Ashkboos et al. 2024 (SliceGPT) do with RMSNorm, and Theus et al. 2025 for merging transformers.
 `balance_heads` picks, among all invertible maps inside a head, those with the least ‖Q‖² + ‖K‖² and ‖V‖² + ‖O‖²;
-what then is left of the freedom is orthogonal, so that models are aligned over all invertible maps, conditioned as well
-as they can be.
+what is then left of the freedom is orthogonal, so that models are aligned over all invertible maps, and conditioned
+as well as they can be.
 """
 
 from collections.abc import Sequence

@@ -4,7 +4,7 @@
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,8 +84,7 @@ def rebasin(
         True
     """
     chosen = check_families(families)
-    if by not in WAYS:
-        raise ZooError(f"unknown way of alignment {by!r}: {did_you_mean(by, WAYS)}")
+    check_way(by)
     if by != "weights" and images is None:
         raise ZooError(f"alignment by {by} needs images; none were given")
     _check_same_layout(target_row, row)
@@ -110,6 +109,16 @@ def rebasin(
     return Rebasin(moved[0], moved[1], symmetry, before, distance)
 
 
+def check_way(by: str) -> None:
+    """Refuse an unknown way of alignment.
+
+    Raises:
+        ZooError: if it is none of `WAYS`.
+    """
+    if by not in WAYS:
+        raise ZooError(f"unknown way of alignment {by!r}: {did_you_mean(by, WAYS)}")
+
+
 def _check_same_layout(target: Mapping[str, Any], row: Mapping[str, Any]) -> None:
     names = ("architecture", "architecture_args", "head", "head_hidden")
     for name in names:
@@ -131,6 +140,29 @@ def some_images(images: Tensor, labels: Tensor, most: int | None, seed: int) -> 
         return images, labels
     chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:most].sort().values
     return images[chosen], labels[chosen]
+
+
+def aligned_row(target_row: Mapping[str, Any], row: Mapping[str, Any], **options: Any) -> dict[str, Any]:
+    """A row aligned to another, with its new hash, and in its provenance what was done.
+
+    The target row itself comes back in the form that the families are aligned in.
+
+    Args:
+        target_row: to which is aligned.
+        row: to be changed.
+        options: of `rebasin`.
+
+    Raises:
+        ZooError: as `rebasin` does.
+    """
+    found = rebasin(target_row, row, **options)
+    is_target = row["model_id"] == target_row["model_id"]
+    weights = (found.target if is_target else found.aligned).numpy()
+    noted = {name: value for name, value in options.items() if name not in ("images", "device")}
+    note = {"reference": target_row["model_id"], **noted}
+    about = json.dumps({**json.loads(row["provenance"] or "{}"), "rebasin": note})
+    fresh = {"weights": weights, "weights_sha256": weights_sha256(weights), "dtype": "float32", "provenance": about}
+    return {**row, **fresh}
 
 
 def rebasin_zoo(
@@ -172,28 +204,19 @@ def rebasin_zoo(
             f" instance --where head={target['head']}"
         )
     images = matching_images(zoo, target["dataset"], seed) if by != "weights" else None
-    note = {"reference": reference, "families": list(chosen), "by": by, "seed": seed, "restarts": restarts}
     options: dict[str, Any] = {"families": chosen, "by": by, "images": images, "restarts": restarts}
     options |= {"sweeps": sweeps, "seed": seed, "device": device}
-
-    def aligned(part: Zoo) -> Iterator[dict[str, Any]]:
-        for row in part.rows():
-            found = rebasin(target, row, **options)
-            is_target = row["model_id"] == reference
-            weights = (found.target if is_target else found.aligned).numpy()
-            about = json.dumps({**json.loads(row["provenance"] or "{}"), "rebasin": note})
-            fresh = {"weights": weights, "weights_sha256": weights_sha256(weights), "dtype": "float32"}
-            yield {**row, **fresh, "provenance": about}
-
     splits = {split: zoo.filter(split=split) for split in zoo.splits}
     parts = {
-        split: Rows(len(part), int(target["num_parameters"]), aligned(part))
+        split: Rows(
+            len(part), int(target["num_parameters"]), (aligned_row(target, row, **options) for row in part.rows())
+        )
         for split, part in splits.items()
         if len(part)
     }
     used = set(zoo.index["dataset"])
     probes = {role: [row for row in zoo.probe_rows(role) if row["dataset"] in used] for role in ("selection", "test")}
     manifest = {name: value for name, value in zoo.manifest.items() if name != "files"}
-    manifest |= {"blueprint_fingerprint": None, "subset_of": zoo.manifest["blueprint_fingerprint"], "rebasin": note}
+    manifest |= {"blueprint_fingerprint": None, "subset_of": zoo.manifest["blueprint_fingerprint"]}
     write_zoo(folder, manifest, parts, probes, zoo.blueprint_text, progress=progress)
     return folder
