@@ -23,6 +23,7 @@ from vitzoo_hf.apply.paths import path_scores, train_bezier
 from vitzoo_hf.apply.rebasin import matching_images, rebasin, some_images
 from vitzoo_hf.environment import describe
 from vitzoo_hf.figure_style import PALETTE, PERCENT, STYLE, heading
+from vitzoo_hf.schema import weights_sha256
 from vitzoo_hf.zoo import Zoo
 
 HERE = Path(__file__).parent / "rebasin"
@@ -30,7 +31,8 @@ GOOD = 0.9
 WITHIN, CURVES = 20, 7
 POPULATIONS = {
     "pretrained": "pre-trained, supervised, independent initialisations",
-    "across": "fine-tuned, of different parents",
+    "same start": "pre-trained, supervised, of one initialisation",
+    "across": "fine-tuned, of parents begun apart",
     "within": "fine-tuned, of one parent",
 }
 RUNG_OF = {"none": "none"} | {"+".join(families): name for name, families in RUNGS.items()}
@@ -53,12 +55,13 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=60)
     parser.add_argument("--images", type=int, default=1000)
     parser.add_argument("--only", choices=["barriers", "curves", "report"])
+    parser.add_argument("--again", nargs="*", default=[], choices=list(POPULATIONS))
     arguments = parser.parse_args()
     (HERE / "figures").mkdir(parents=True, exist_ok=True)
     zoo = Zoo(arguments.zoo)
     pairs = dict(chosen_pairs(zoo, arguments.pairs))
     if arguments.only in (None, "barriers"):
-        measure_barriers(zoo, pairs, arguments.images, arguments.name)
+        measure_barriers(zoo, pairs, arguments.images, arguments.name, arguments.again)
     if arguments.only in (None, "curves"):
         measure_curves(zoo, pairs, arguments.images, arguments.name)
     draw_ladder(arguments.name)
@@ -71,18 +74,44 @@ def chosen_pairs(zoo: Zoo, count: int) -> Iterator[tuple[str, list[tuple[str, st
     """Population -> pairs; of fine-tuned models those of at least 0.9 accuracy on selection images."""
     index = zoo.to_pandas()
     first = index[(index["stage"] == "pretrain") & index["is_final"] & (index["factor_regime"] == "supervised")]
+    begun = initial_trunks(zoo)
     if len(first) > 1:
-        yield "pretrained", sample_pairs(first, None)
+        found = sample_pairs(first, None)
+        yield "pretrained", [pair for pair in found if begun[run_of(pair[0])] != begun[run_of(pair[1])]]
+        if same := [pair for pair in found if begun[run_of(pair[0])] == begun[run_of(pair[1])]]:
+            yield "same start", same
     table = zoo.to_pandas("evaluations")
     good = table.loc[table["selection_accuracy"] >= GOOD, "model_id"]
     tuned = index[(index["stage"] == "finetune") & index["is_final"] & index["model_id"].isin(good)]
-    yield "across", sample_pairs(tuned, count, seed=SEED, kind="across")
+    parents = dict(zip(tuned["model_id"], tuned["parent_id"].map(run_of), strict=True))
+    across = [
+        (one, other)
+        for one, other in sample_pairs(tuned, None, kind="across")
+        if begun[parents[one]] != begun[parents[other]]
+    ]
+    drawn = np.random.default_rng(SEED).permutation(len(across))[:count]
+    yield "across", [across[number] for number in sorted(drawn)]
     yield "within", sample_pairs(tuned, WITHIN, seed=SEED, kind="within")
 
 
-def measure_barriers(zoo: Zoo, pairs: dict, images: int, name: str) -> None:
+def run_of(model_id: str) -> str:
+    return model_id.split("@")[0]
+
+
+def initial_trunks(zoo: Zoo) -> dict[str, str]:
+    """Pre-training run -> hash of the trunk it began with: runs of one seed may have begun alike."""
+    rows = zoo.filter(stage="pretrain", epoch=0).rows()
+    return {row["run_id"]: weights_sha256(row["weights"][zoo.layouts[row["layout"]].trunk()]) for row in rows}
+
+
+def measure_barriers(zoo: Zoo, pairs: dict, images: int, name: str, again: list[str]) -> None:
+    """Barriers of all populations, or of some with the others kept from the table of an earlier run."""
+    kept = pd.read_csv(HERE / f"{name}_barriers.csv", keep_default_na=False) if again else pd.DataFrame()
     tables = []
     for population, chosen in pairs.items():
+        if again and population not in again:
+            tables.append(kept[kept["population"] == population].drop(columns="images"))
+            continue
         table = pair_barriers(zoo, chosen, LADDER, points=9, num_images=images, seed=SEED)
         tables.append(table.assign(population=population))
         table = pd.concat(tables)
