@@ -28,7 +28,7 @@ from vitzoo_hf.zoo import Zoo
 
 HERE = Path(__file__).parent / "rebasin"
 GOOD = 0.9
-WITHIN, CURVES = 20, 7
+WITHIN, CURVES = 20, 5
 POPULATIONS = {
     "pretrained": "pre-trained, supervised, independent initialisations",
     "same start": "pre-trained, supervised, of one initialisation",
@@ -110,12 +110,12 @@ def measure_barriers(zoo: Zoo, pairs: dict, images: int, name: str, again: list[
     tables = []
     for population, chosen in pairs.items():
         if again and population not in again:
-            tables.append(kept[kept["population"] == population].drop(columns="images"))
+            tables.append(kept[kept["population"] == population])
             continue
         table = pair_barriers(zoo, chosen, LADDER, points=9, num_images=images, seed=SEED)
-        tables.append(table.assign(population=population))
+        tables.append(table.assign(population=population, images=images))
         table = pd.concat(tables)
-        table.assign(images=images).to_csv(HERE / f"{name}_barriers.csv", index=False, float_format="%.6g")
+        table.to_csv(HERE / f"{name}_barriers.csv", index=False, float_format="%.6g")
         groups = table.groupby("population", sort=False)
         medians = pd.concat([summary(group, seed=SEED).assign(population=key) for key, group in groups])
         medians.insert(0, "rung", medians["families"].map(RUNG_OF))
@@ -240,9 +240,13 @@ def section(name: str) -> str:
         curve_table(pd.read_csv(HERE / f"{name}_paths.csv")),
         f"![ladder](figures/{name}_ladder.png)\n\n![paths](figures/{name}_paths.png)",
         f"{about['cores']} cores of {about['system']}, torch {about['torch']}, timm {about['timm']}, commit"
-        f" {about['commit']}; {pairs['images'].iloc[0]} test images a data set.",
+        f" {about['commit']}; {', '.join(told_images(pairs))} test images.",
     ]
     return "\n\n".join(part for part in told if part)
+
+
+def told_images(pairs: pd.DataFrame) -> list[str]:
+    return [f"{key}: {images}" for key, images in pairs.groupby("population", sort=False)["images"].first().items()]
 
 
 def ladder_table(table: pd.DataFrame, title: str) -> str:
