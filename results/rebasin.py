@@ -148,7 +148,7 @@ def measure_curves(zoo: Zoo, pairs: dict, images: int, name: str) -> None:
                 for path, middle in (("straight", None), ("Bézier", control)):
                     scores = path_scores(start, end, one, *test, control=middle, points=9)
                     about = {"population": population, "model_a": first, "model_b": second}
-                    about |= {"state": state, "path": path}
+                    about |= {"images": len(test[1]), "state": state, "path": path}
                     summaries.append(about | path_record(scores))
                     points += [
                         about | {"t": t, "loss": loss, "accuracy": accuracy}

@@ -61,32 +61,33 @@ def rebasin(
         device: cpu or cuda.
     """
     opened = open_zoo(zoo, where)
-    options: dict[str, Any] = {"restarts": restarts, "seed": seed, "device": device}
-    options["progress"] = not (json or quiet)
+    shared: dict[str, Any] = {"restarts": restarts, "seed": seed, "device": device, "progress": not (json or quiet)}
+    measured = {**shared, "points": points, "num_images": images}
     if pairs is not None:
         if model_a is not None or out is None or out.suffix != ".csv":
             raise ZooError("--pairs draws models itself and writes a table: give no model, and --out FILE.csv")
         variants = _variants(families, by, ladder=ladder)
-        _measure_pairs(
-            opened, variants, out, pairs, kind, {**options, "points": points, "num_images": images}, json=json
-        )
-        return
-    if model_a is None:
+        _measure_pairs(opened, variants, out, pairs, kind, measured, json=json)
+    elif model_a is None:
         raise ZooError(
             "which models? Give MODEL_A and MODEL_B, MODEL_A and --out FOLDER, or --pairs N --out FILE.csv"
         )
-    if model_b is None:
-        _align_all(opened, model_a, families, by, out, options, json=json, quiet=quiet)
-        return
-    variants = _variants(families, by, ladder=ladder)
-    _align_pair(
-        opened, (model_a, model_b), variants, out, {**options, "points": points, "num_images": images}, json=json
-    )
-    if not (json or quiet):
-        if out is None:
-            hint(f"Next: the same with --out {quote(model_b)}.safetensors, or --out FOLDER for a zoo of both")
-        else:
-            hint(f"Next: vitzoo {'ls ' + quote(str(out)) if not out.suffix else 'ls ' + quote(zoo)}")
+    elif model_b is None:
+        _align_all(opened, model_a, families, by, out, shared, json=json, quiet=quiet)
+    else:
+        variants = _variants(families, by, ladder=ladder)
+        _align_pair(opened, (model_a, model_b), variants, out, measured, json=json)
+        if not (json or quiet):
+            _hint_after_pair(zoo, model_b, out)
+
+
+def _hint_after_pair(zoo: str, model_b: str, out: Path | None) -> None:
+    if out is None:
+        hint(f"Next: the same with --out {quote(model_b)}.safetensors, or --out FOLDER for a zoo of both")
+    elif out.suffix == ".safetensors":
+        hint(f"Next: vitzoo rebasin {quote(zoo)} --pairs 10 --out pairs.csv")
+    else:
+        hint(f"Next: vitzoo evaluate {quote(str(out))}")
 
 
 def _variants(families: str, by: str, *, ladder: bool) -> Any:
