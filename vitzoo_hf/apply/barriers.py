@@ -15,7 +15,7 @@ from vitzoo_hf.apply.rebasin import WAYS, matching_images, rebasin, some_images
 from vitzoo_hf.apply.symmetries import FAMILIES
 from vitzoo_hf.progress import progress_bar
 from vitzoo_hf.rebuild import checked_vector
-from vitzoo_hf.schema import ZooError
+from vitzoo_hf.schema import ZooError, did_you_mean
 from vitzoo_hf.zoo import Zoo
 
 RUNGS = {name: FAMILIES[: number + 1] for number, name in enumerate(FAMILIES)}
@@ -96,8 +96,12 @@ def pair_barriers(
         the largest change of a logit of the aligned row, by rounding alone, and `logit_scale`, its largest logit.
 
     Raises:
-        ZooError: if rows of a pair do not fit each other, or the zoo lacks images.
+        ZooError: for an unknown id, if rows of a pair do not fit each other, or the zoo lacks images.
     """
+    known = set(zoo.model_ids)
+    for model_id in (model_id for pair in pairs for model_id in pair):
+        if model_id not in known:
+            raise ZooError(f"{zoo.name} has no model {model_id!r}: {did_you_mean(model_id, zoo.model_ids)}")
     records: list[dict[str, Any]] = []
     held: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
     with progress_bar("re-basin", "pair", shown=progress, total=len(pairs)) as bar:
