@@ -1,7 +1,7 @@
 """Features from behaviour: what models answer on a few held-out images.
 
-The baseline that any reading of weights has to meet. Images are *selection* images, never those that test accuracy was
-measured on.
+The baseline that any reading of weights has to meet. Images are *selection* images, never those that test
+accuracy was measured on.
 """
 
 import numpy as np
@@ -39,7 +39,7 @@ def probing_features(
         progress: show a bar.
 
     Returns:
-        Features `probing N`, `[P, N * K]`.
+        Features `probing_N`, `[P, N * K]`.
 
     Raises:
         ZooError: if the zoo carries no selection or test images, too few of them, or heads differ in classes.
@@ -53,7 +53,7 @@ def probing_features(
     probabilities, model_ids = _probabilities(zoo, images, device, progress)
     classes = probabilities.shape[2]
     names = tuple(f"image {image} class {label}" for image in range(num_images) for label in range(classes))
-    return Features(f"probing {num_images}", model_ids, probabilities.reshape(len(model_ids), -1), names)
+    return Features(f"probing_{num_images}", model_ids, probabilities.reshape(len(model_ids), -1), names)
 
 
 def measured_features(
@@ -78,7 +78,7 @@ def measured_features(
     of_label = np.take_along_axis(probabilities, labels.numpy()[None, :, None], 2)[..., 0]
     loss = -np.log(of_label.clip(1e-12)).mean(1)
     values = np.stack([right, loss], 1)
-    return Features(f"measured {num_images}", model_ids, values, ("accuracy", "cross-entropy"))
+    return Features(f"measured_{num_images}", model_ids, values, ("accuracy", "cross-entropy"))
 
 
 def probing_images(
