@@ -33,10 +33,10 @@ also hold Kendall's tau, mean absolute error, accuracy, the 5th and 95th percent
 
 Features: `constant` none at all (the mean, or the class of most); `epoch` the number of epochs; `training_log` epoch,
 loss and accuracy on training images; of the trunk alone, `norm`, `statistics` (mean, variance and five quantiles of
-each tensor), `spectra` (three singular values and stable rank of each matrix), `flat` (256 principal components of the
-flat weights); of the whole model, head included, `probing_N` its class probabilities on N selection images and
-`measured_64` accuracy and loss on 64 of them, for which labels are needed. Test accuracy is that of test images, and no
-selection image that equals one is used.
+each tensor), `spectra` (three singular values and stable rank of each matrix), `flat` (256 principal components of
+the flat weights); of the whole model, head included, `probing_N` its class probabilities on N selection images and
+`measured_64` accuracy and loss on 64 of them, for which labels are needed. Test accuracy is that of test images, and
+no selection image that equals one is used.
 
 Two splits, for two questions. *Unseen runs*: parents and siblings of a held-out run are among the models trained on,
 and weights tell the parent; what a prediction owes to recognising the parent, the shuffled labels show where they are

@@ -20,7 +20,7 @@ from vitzoo_hf.schema import ZooError, did_you_mean
 SHARES = tuple(10.0**power for power in range(-8, 2))
 """Penalties, as shares of the largest squared singular value of the training features."""
 INNER_FOLDS = 4
-TREE_SETTINGS: dict[str, Any] = {"max_iter": 200, "learning_rate": 0.05, "leaves": 15, "min_samples": 10}
+TREE_SETTINGS: dict[str, Any] = {"max_iter": 100, "learning_rate": 0.1, "leaves": 15, "min_samples": 10}
 TREES = ("lightgbm", "hist_gradient_boosting")
 MODELS = ("ridge", *TREES)
 
