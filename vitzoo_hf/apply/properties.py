@@ -45,6 +45,7 @@ class _Plan:
 
     repeats: int
     shuffles: int
+    resamples: int
     seed: int
     device: torch.device
 
@@ -58,6 +59,7 @@ def predict_properties(
     splits: Sequence[str] = SPLITS,
     repeats: int = 3,
     shuffles: int = 20,
+    resamples: int = 200,
     seed: int = 0,
     device: str | torch.device = "cpu",
     num_workers: int = 1,
@@ -78,6 +80,7 @@ def predict_properties(
         splits: `run`, `lineage`.
         repeats: of the cross-validation, with other folds.
         shuffles: shuffled labels a repeat, predicted in the same way; 0 for none.
+        resamples: of the groups, for the intervals.
         seed: of folds, shuffles, probing images, trees and intervals.
         device: of weights, probing and ridge; trees run on the CPU.
         num_workers: threads that read weights.
@@ -96,34 +99,75 @@ def predict_properties(
         >>> list(found["metric"]), int(found["n_test"].iloc[0])
         (['r2', 'kendall_tau', 'mae'], 6)
     """
+    for model in models:
+        check_model(model)
+    chosen, table = predicted_models(zoo)
+    wanted = targets_of(table, None if targets is None else list(targets))
+    options: dict[str, Any] = {"device": device, "num_workers": num_workers, "progress": progress}
+    given = [features_of(chosen, table, each, seed=seed, **options) for each in features]
+    return cross_validated(
+        table,
+        wanted,
+        given,
+        models=models,
+        splits=splits,
+        repeats=repeats,
+        shuffles=shuffles,
+        resamples=resamples,
+        seed=seed,
+        device=device,
+        progress=progress,
+    )
+
+
+def cross_validated(
+    table: pd.DataFrame,
+    targets: Sequence[Target],
+    features: Sequence[Features],
+    *,
+    models: Sequence[str] = ("ridge",),
+    splits: Sequence[str] = SPLITS,
+    repeats: int = 3,
+    shuffles: int = 20,
+    resamples: int = 200,
+    seed: int = 0,
+    device: str | torch.device = "cpu",
+    progress: bool = False,
+) -> pd.DataFrame:
+    """What `predict_properties` gives, of any table of models.
+
+    Args:
+        table: columns `model_id`, `run_id`, `lineage`, `epoch`; the targets say which of its rows are theirs.
+        targets: of `targets_of`.
+        features: of all models of the targets.
+        models: see `predict_properties`, as what follows.
+        splits: see there.
+        repeats: see there.
+        shuffles: see there.
+        resamples: see there.
+        seed: see there.
+        device: see there.
+        progress: see there.
+    """
     if repeats < 1 or shuffles < 0:
         raise ZooError(f"repeats is {repeats} and shuffles {shuffles}; expected at least 1, and 0 or more")
     for model in models:
         check_model(model)
     for split in splits:
         column_of(split)
-    chosen, table = predicted_models(zoo)
-    wanted = targets_of(table, None if targets is None else list(targets))
-    options: dict[str, Any] = {"device": device, "num_workers": num_workers, "progress": progress}
-    given = [features_of(chosen, table, each, seed=seed, **options) for each in features]
-    plan = _Plan(repeats, shuffles, seed, usable_device(device))
+    plan = _Plan(repeats, shuffles, resamples, seed, usable_device(device))
     found: list[dict[str, Any]] = []
-    jobs = [(split, each, model) for split in splits for each in given for model in models]
+    jobs = [(split, each, model) for split in splits for each in features for model in models]
     with progress_bar("predicting", "fit", shown=progress, total=len(jobs)) as bar:
         for split, each, model in jobs:
-            for target, rows in _evaluated(table, wanted, each, model, split, plan):
-                about: dict[str, Any] = {
-                    "target": target.name,
-                    "rows": target.rows,
-                    "features": each.name,
-                    "model": model,
-                }
-                about |= {"split": split, "num_features": len(each.names)}
+            for target, rows in _evaluated(table, targets, each, model, split, plan):
+                about: dict[str, Any] = {"target": target.name, "rows": target.rows, "features": each.name}
+                about |= {"model": model, "split": split, "num_features": len(each.names)}
                 found += [about | row for row in rows]
             bar.update()
     if not found:
         raise ZooError("no target is in two groups of any split: give a zoo with more runs or lineages")
-    order = [target.name for target in wanted]
+    order = [target.name for target in targets]
     result = pd.DataFrame(found)[list(COLUMNS)]
     place = result["target"].map(order.index)
     return result.iloc[np.lexsort([np.arange(len(result)), result["rows"], place])].reset_index(drop=True)
@@ -165,7 +209,7 @@ def features_of(
 
 
 def _evaluated(
-    table: pd.DataFrame, targets: list[Target], features: Features, model: str, split: str, plan: _Plan
+    table: pd.DataFrame, targets: Sequence[Target], features: Features, model: str, split: str, plan: _Plan
 ) -> Iterator[tuple[Target, list[dict[str, Any]]]]:
     """Scores of every target that the split can test and that is not itself the feature."""
     usable = [predictable(target, table, split) for target in targets]
@@ -188,7 +232,7 @@ def _evaluated(
             size.append(trained)
         for number, target in enumerate(members):
             repeats = [(batch[1], made) for (batch, made) in (each[number] for each in predicted)]
-            yield target, _rows(target, repeats, groups, float(np.mean(size)), plan.seed)
+            yield target, _rows(target, repeats, groups, float(np.mean(size)), plan)
 
 
 def _labels(target: Target, table: pd.DataFrame, plan: _Plan, repeat: int) -> Float64[np.ndarray, "S M"]:
@@ -264,13 +308,14 @@ def _rows(
     repeats: list[tuple[np.ndarray, np.ndarray]],
     groups: Int64[np.ndarray, " M"],
     trained: float,
-    seed: int,
+    plan: _Plan,
 ) -> list[dict[str, Any]]:
     """One row a metric, from the labels and predictions of each repeat."""
     classes = bool(target.classes)
     predicted = np.stack([made[0] for _, made in repeats])
     value = scores(target.values, predicted, classes=classes)
-    ends = intervals(target.values, predicted, groups, classes=classes, seed=seed)
+    options = {"resamples": plan.resamples, "seed": plan.seed}
+    ends = intervals(target.values, predicted, groups, classes=classes, **options)
     null = [
         scores(fake, guess[None], classes=classes)
         for labels, made in repeats

@@ -64,7 +64,7 @@ def intervals(
     groups: Int64[np.ndarray, " M"],
     *,
     classes: bool,
-    resamples: int = 300,
+    resamples: int = 200,
     seed: int = 0,
 ) -> dict[str, tuple[float, float]]:
     """95 % percentile bootstrap over held-out groups: what other runs, or lineages, would have given.
