@@ -66,18 +66,14 @@ def main() -> None:
 
 def measure(place: Path, name: str, trees: str, repeats: int, shuffles: int) -> None:
     start, zoo = time.perf_counter(), Zoo(place)
-    linear = predict_properties(zoo, repeats=repeats, shuffles=shuffles, progress=True)
-    boosted = predict_properties(
-        zoo,
-        targets=TREE_TARGETS,
-        features=TREE_FEATURES,
-        models=[trees],
-        repeats=1,
-        shuffles=1,
-        progress=True,
-    )
-    table = pd.concat([linear, boosted], ignore_index=True)
-    table.to_csv(FOLDER / f"{name}.csv", index=False, float_format=f"%.{DIGITS}g")
+    file = FOLDER / f"{name}.csv"
+    table = predict_properties(zoo, repeats=repeats, shuffles=shuffles, progress=True)
+    table.to_csv(file, index=False, float_format=f"%.{DIGITS}g")
+    linear, options = table, {"models": [trees], "repeats": 1, "shuffles": 1, "progress": True}
+    for features in TREE_FEATURES:
+        boosted = predict_properties(zoo, targets=TREE_TARGETS, features=[features], **options)
+        table = pd.concat([table, boosted], ignore_index=True)
+        table.to_csv(file, index=False, float_format=f"%.{DIGITS}g")
     figures = FOLDER / "figures"
     figures.mkdir(exist_ok=True)
     plot_properties(linear).savefig(figures / f"{name}.png", dpi=110)

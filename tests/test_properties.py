@@ -18,7 +18,7 @@ from sklearn.preprocessing import StandardScaler
 
 from vitzoo_hf.apply import properties
 from vitzoo_hf.apply.plot_properties import plot_properties
-from vitzoo_hf.apply.properties import FEATURES, cross_validated, predict_properties
+from vitzoo_hf.apply.properties import FEATURES, cross_validated, features_of, predict_properties
 from vitzoo_hf.apply.property_features import table_features
 from vitzoo_hf.apply.property_models import SHARES
 from vitzoo_hf.apply.property_targets import predicted_models, targets_of
@@ -225,6 +225,11 @@ def test_a_zoo_of_one_lineage_has_no_split_by_lineage(models):
 def test_names_are_checked(options, told):
     with pytest.raises(ZooError, match=told):
         predict_properties(Zoo.sample(), **({"features": ["constant"]} | options))
+
+
+def test_a_log_with_holes_is_refused(models):
+    with pytest.raises(ZooError, match="'train_loss' has no value for some models"):
+        features_of(Zoo.sample(), models.assign(train_loss=np.nan), "training_log")
 
 
 def test_every_kind_of_features_of_a_real_zoo(tiny_zoo):

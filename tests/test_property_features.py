@@ -9,6 +9,7 @@ import torch
 from sklearn.decomposition import PCA
 from sklearn.linear_model import Ridge
 
+from vitzoo_hf.apply import property_features
 from vitzoo_hf.apply.property_features import (
     Features,
     flat_features,
@@ -23,6 +24,7 @@ from vitzoo_hf.apply.property_probing import measured_features, probing_features
 from vitzoo_hf.flatten import is_head, unflatten
 from vitzoo_hf.rebuild import reconstruct
 from vitzoo_hf.schema import ZooError
+from vitzoo_hf.weight_columns import WeightColumns
 from vitzoo_hf.zoo import Zoo
 
 
@@ -196,6 +198,20 @@ def test_features_refuse_what_they_cannot_mean():
         table_features("embedding", table.fillna(0)).of(["a@1", "c@1"])
     with pytest.raises(ZooError, match="one row a model and one name a column"):
         Features("x", ("a",), np.zeros((2, 1)), ("y",))
+
+
+def test_a_diverged_model_is_named(zoo, monkeypatch):
+    broken = zoo.model_ids[3]
+
+    def rows(self):
+        for model_id, vector in zip(self.model_ids, original(self), strict=True):
+            yield vector * float("nan") if model_id == broken else vector
+
+    original = WeightColumns.rows
+    monkeypatch.setattr(WeightColumns, "rows", rows)
+    monkeypatch.setattr(property_features, "BATCH_BYTES", 1)
+    with pytest.raises(ZooError, match=f"{broken} has NaN or infinite weights"):
+        norm_features(zoo)
 
 
 def test_features_are_found_by_model_id(zoo):

@@ -204,6 +204,9 @@ def features_of(
     if name == "constant":
         return table_features(name, table.set_index("model_id")[[]])
     if name in LOG:
+        for column in LOG[name]:
+            if table[column].isna().any():
+                raise ZooError(f"column {column!r} has no value for some models: leave features {name!r} out")
         return table_features(name, table.set_index("model_id")[list(LOG[name])].astype(float))
     raise ZooError(f"unknown features {name!r}: {did_you_mean(name, FEATURES)}")
 

@@ -243,12 +243,14 @@ def _by_rows(
     layout, trunk = columns.layout, columns.layout.trunk().to(columns.device)
     shown = split_qkv(layout)
     names: list[str] = []
-    found = []
+    found: list[np.ndarray] = []
     with progress_bar(f"taking {name}", "model", shown=progress, total=len(columns.model_ids)) as bar:
         for weights in _batches(columns):
             kept = weights if trunk.numel() == weights.shape[1] else weights[:, trunk]
-            if not kept.isfinite().all():
-                raise ZooError("NaN or infinite weights among these models: filter diverged runs out")
+            broken = ~kept.isfinite().all(1)
+            if broken.any():
+                model_id = columns.model_ids[sum(map(len, found)) + int(broken.int().argmax())]
+                raise ZooError(f"{model_id} has NaN or infinite weights: filter diverged runs out")
             parts = measure(kept, shown)
             names = [f"{tensor} {each}" for tensor in parts for each in measures]
             found.append(torch.cat(list(parts.values()), 1).cpu().numpy())
