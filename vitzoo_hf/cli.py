@@ -14,6 +14,7 @@ from vitzoo_hf.console import format_bytes, format_duration, hint, join, print_j
 from vitzoo_hf.evaluate_verb import evaluate
 from vitzoo_hf.options import Json, Quiet, Ray, Workers, open_zoo, table_records
 from vitzoo_hf.schema import VERSION, ZooError
+from vitzoo_hf.soup_verb import soup
 from vitzoo_hf.zoo_verbs import convert, export, get, info, list_rows, push, verify
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ app = App(
 )
 
 app.command(list_rows, name="ls")
-for verb in (info, get, export, convert, push, verify, evaluate):
+for verb in (info, get, export, convert, push, verify, evaluate, soup):
     app.command(verb)
 
 
