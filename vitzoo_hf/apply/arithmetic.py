@@ -45,7 +45,7 @@ class TaskVector:
     def __neg__(self) -> "TaskVector":
         return TaskVector(-self.values, self.layout, f"-({self.name})")
 
-    def __rmul__(self, scale: float) -> "TaskVector":
+    def __rmul__(self, scale: int | float) -> "TaskVector":
         return TaskVector(scale * self.values, self.layout, f"{scale:g} * ({self.name})")
 
 

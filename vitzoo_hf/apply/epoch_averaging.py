@@ -125,7 +125,7 @@ def average_epochs(
     Example:
         >>> average_epochs(Zoo.sample(), progress=False)
         Traceback (most recent call last):
-        vitzoo_hf.schema.ZooError: no run can be averaged over epochs: 8 keep no two trained epochs, …
+        vitzoo_hf.schema.ZooError: no run can be averaged over epochs: 8 keep no two trained epochs, ...
     """
     runs, left_out = _runs(zoo)
     images = {

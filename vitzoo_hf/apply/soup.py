@@ -92,13 +92,18 @@ def weights_on(row: Mapping[str, Any], device: torch.device) -> Float[Tensor, " 
 
 
 def weighted_sums(
-    zoo: Zoo, coefficients: Mapping[str, Sequence[float]], *, device: str | torch.device = "cpu"
+    zoo: Zoo,
+    coefficients: Mapping[str, Sequence[float]],
+    *,
+    divisor: float = 1.0,
+    device: str | torch.device = "cpu",
 ) -> Float[Tensor, "M D"]:
-    """M sums `sum_i c_mi theta_i` of the same rows in one pass; float64 sums, rounded once to float32.
+    """M sums `sum_i c_mi theta_i / divisor` of the same rows in one pass; float64, rounded once to float32.
 
     Args:
         zoo: holds the rows; those without coefficients are not read.
         coefficients: model_id -> its M coefficients.
+        divisor: of the sums: a mean of ones divided at the end does not depend on the order of the rows.
         device: where sums are taken.
 
     Raises:
@@ -118,7 +123,7 @@ def weighted_sums(
             )
         for total, share in zip(totals, shares, strict=True):
             total.add_(vector, alpha=share)
-    return totals.float()
+    return totals.div_(divisor).float()
 
 
 def uniform_soup(zoo: Zoo, *, device: str | torch.device = "cpu") -> Soup:
@@ -133,8 +138,9 @@ def uniform_soup(zoo: Zoo, *, device: str | torch.device = "cpu") -> Soup:
         ZooError: as `check_ingredients` and `weighted_sums`; contrastive models may be averaged.
     """
     check_ingredients(zoo, classify=False)
-    ones = weighted_sums(zoo, {model_id: [1 / len(zoo)] for model_id in zoo.model_ids}, device=device)
-    return Soup(ones[0], dict.fromkeys(zoo.model_ids, 1 / len(zoo)), "uniform")
+    ones = {model_id: [1.0] for model_id in zoo.model_ids}
+    mean = weighted_sums(zoo, ones, divisor=float(len(zoo)), device=device)
+    return Soup(mean[0], dict.fromkeys(zoo.model_ids, 1 / len(zoo)), "uniform")
 
 
 def greedy_soup(

@@ -49,7 +49,7 @@ def soup_row(
     row |= results | {"num_parameters": len(vector), "weights_sha256": schema.weights_sha256(vector)}
     row |= {"dtype": "float32", "provenance": _provenance(zoo, soup, rows), "weights": vector}
     order = [*schema.row_features(zoo.manifest["factors"])]
-    return VerifiedRow({column: row[column] for column in order} | {"split": _split(table["split"])})
+    return VerifiedRow({column: row[column] for column in order} | {"split": _split(list(table["split"]))})
 
 
 def write_soups(zoo: Zoo, rows: Sequence[Mapping[str, Any]], folder: str | Path) -> Path:
