@@ -53,6 +53,7 @@ def main() -> None:
         write(pd.DataFrame(rows), f"{name}.csv")
         write(pd.DataFrame(missing), f"{name}_missing_parents.csv")
         write(epoch_table(name, zoo), f"{name}_epochs.csv")
+        write(wrong_edges(name, zoo.filter(is_final=True)), f"{name}_wrong_edges.csv")
     (HERE / "README.md").write_text(readme(), encoding="utf-8")
 
 
@@ -176,6 +177,26 @@ def epoch_table(name: str, zoo: Zoo) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def wrong_edges(name: str, final: Zoo) -> pd.DataFrame:
+    """What minimum trees join instead of parent and child, and whether kurtosis tells those apart."""
+    columns, index = final.weight_columns(), final.to_pandas()
+    measures, truth = measure_trunks(columns), truth_of(index)
+    assert truth is not None
+    path = index[["factor_optimizer", "factor_seed", "head"]].astype(str).agg("|".join, axis=1).to_numpy(dtype=object)
+    child = np.flatnonzero(truth.parent >= 0)
+    larger = (measures.kurtosis[child] > measures.kurtosis[truth.parent[child]]).mean()
+    rows = []
+    for method in ("spanning", "mother", "mother-reversed"):
+        parent = forest_of(measures, columns, method, trees=int(truth.tree.max()) + 1).parent
+        ends = [(node, source) for node, source in enumerate(parent.tolist()) if source >= 0]
+        wrong = [(a, b) for a, b in ends if truth.parent[a] != b and truth.parent[b] != a]
+        siblings = [(a, b) for a, b in wrong if truth.parent[a] >= 0 and truth.parent[a] == truth.parent[b]]
+        row = {"zoo": name, "method": method, "edges": len(ends), "true_either_way": len(ends) - len(wrong)}
+        row |= {"siblings": len(siblings), "one_path": sum(path[a] == path[b] for a, b in siblings)}
+        rows.append(row | {"children_of_larger_kurtosis": larger})
+    return pd.DataFrame(rows)
+
+
 def picture(name: str, case: str, forest: Forest, truth: Truth) -> None:
     figure = forest_figure(lineage_table(forest, truth), f"{name}: {CASES.get(case, case)}")
     figure.savefig(HERE / "figures" / f"{name}_{case.replace(' ', '_')}.png", dpi=90)
@@ -200,6 +221,8 @@ def readme() -> str:
     sections.append("## No parent among the candidates\n\n" + missing_table(missing))
     epochs = pd.concat([pd.read_csv(HERE / f"{name}_epochs.csv") for name in names])
     sections.append("## Order of checkpoints\n\n" + tau_table(epochs))
+    wrong = pd.concat([pd.read_csv(HERE / f"{name}_wrong_edges.csv") for name in names])
+    sections.append("## Wrong edges of minimum trees\n\n" + wrong_table(wrong))
     told = sorted({f"{name}: {pd.read_csv(HERE / f'{name}.csv')['provenance'].iloc[0]}" for name in names})
     return "\n\n".join([*sections, "Measured on " + "; ".join(told) + "."]) + "\n"
 
@@ -215,7 +238,7 @@ def score_table(scores: pd.DataFrame) -> str:
     for case, group in scores[scores["method"] == "hubs"].groupby("case", sort=False):
         first = group[~group["trees_given"]].set_index("score")
         spans = ((first["chance"][score], first["chance_low"][score], first["chance_high"][score]) for score in SHOWN)
-        cells = [f"{shown(mean)} ({shown(low)}–{shown(high)})" for mean, low, high in spans]
+        cells = ["–" if pd.isna(mean) else f"{shown(mean)} ({shown(low)}–{shown(high)})" for mean, low, high in spans]
         rows.append([case, "*chance*", "sizes of trees", "", *cells])
     return markdown(["case", "method", "given", "trees", *(score.replace("_", " ") for score in SHOWN)], rows)
 
@@ -232,6 +255,16 @@ def missing_table(missing: pd.DataFrame) -> str:
         for row in missing.itertuples()
     ]
     return markdown(["zoo", "rule", "case", "present, said missing", "missing, not noticed"], rows)
+
+
+def wrong_table(wrong: pd.DataFrame) -> str:
+    rows = []
+    for row in wrong.itertuples():
+        counts = [str(value) for value in (row.edges, row.true_either_way, row.siblings, row.one_path)]
+        rows.append([row.zoo, row.method, *counts, shown(row.children_of_larger_kurtosis)])
+    head = ["zoo", "method, number of trees given", "edges", "parent and child, either way", "siblings"]
+    head += ["of these one seed, head, optimizer", "children of larger kurtosis than their parent"]
+    return markdown(head, rows)
 
 
 def tau_table(epochs: pd.DataFrame) -> str:
