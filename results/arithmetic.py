@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import pandas as pd
+import torch
 from soup import gains, markdown, points
 
 from vitzoo_hf.apply.arithmetic import (
@@ -133,6 +134,7 @@ def negations(zoo: Zoo, tuned: Zoo):
         line |= {"child_control_test": accuracy(parent, edited_weights(parent, change), own["test"])}
         line |= {"parent_control_test": accuracy(parent, edited_weights(parent, 0 * change), own["test"])}
         others = {"own": change, "sibling": task_vector(zoo.row(sibling), parent), "noise": random_change(change, 0)}
+        line |= {"sibling_cosine": float(torch.cosine_similarity(change.values, others["sibling"].values, dim=0))}
         carrier = dict(parent, weights=edited_weights(parent, change).numpy(), weights_sha256=None)
         for kind, vector in others.items():  # the carrier is the child's trunk under the parent's head
             scale = strongest_scale(scale_table(carrier, vector, NEGATED, *own["selection"]))
@@ -176,8 +178,10 @@ def write_readme() -> None:
         "Two children of one parent do not add: both learnt the same task along different ways, and half of the sum,"
         " their mean, lies on a barrier. Going further or less far than training went is no gain either. A child's"
         " own task vector takes digits out and brings the parent's task back, which is only the way back to the"
-        " parent; a sibling's takes more of the digits than noise of the same norm per tensor, at a like cost in the"
-        " control, and does not bring the parent's task back: siblings share little of their direction.",
+        " parent; a sibling's, of another seed with another head to begin with, does little more than noise of the"
+        " same norm per tensor and does not bring the parent's task back: `sibling_cosine` says how little they share."
+        " With so few children, and scales that vary from one to the next, sibling and noise cannot be told apart for"
+        " sure.",
     ]
     for name in sorted(file.stem.removeprefix("additions_") for file in HERE.glob("additions_*.csv")):
         added, extended, negated = (

@@ -65,21 +65,14 @@ def learned_soup(
         1.0
     """
     check_ingredients(zoo)
-    if epochs < 1 or batch_size < 1 or not lr > 0 or not 0 < kept < 1:
-        raise ZooError(
-            f"epochs={epochs}, batch_size={batch_size}, lr={lr}, kept={kept}; expected at least 1 epoch and image a"
-            " step, a positive lr, and a share of images between 0 and 1"
-        )
+    _check_settings(epochs, batch_size, lr, kept)
     generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(labels), generator=generator)
-    judging, fitting = order[: int(kept * len(labels))], order[int(kept * len(labels)) :]
-    if not len(judging) or not len(fitting):
-        raise ZooError(f"{len(labels)} selection images cannot be divided to fit and to choose: give at least 2")
+    judging, fitting = _parted(len(labels), kept, generator)
     mixture = _Mixture(zoo, usable_device(device))
     coefficients = _start(mixture.columns.model_ids, start).to(mixture.columns.device).requires_grad_()
     adam = torch.optim.Adam([coefficients], lr=lr)
-    best, found = mixture.loss(coefficients, images[judging], labels[judging]), coefficients.detach().clone()
-    best_epoch = 0
+    best, best_epoch = mixture.loss(coefficients, images[judging], labels[judging]), 0
+    found = coefficients.detach().clone()
     for epoch in range(1, epochs + 1):
         for batch in fitting[torch.randperm(len(fitting), generator=generator)].split(batch_size):
             coefficients.grad = mixture.gradient(coefficients, images[batch], labels[batch])
@@ -89,12 +82,17 @@ def learned_soup(
         loss = mixture.loss(coefficients, images[judging], labels[judging])
         if loss < best:
             best, found, best_epoch = loss, coefficients.detach().clone(), epoch
-    weights = mixture.weights(found)
-    accuracy = candidate_scores(weights[None], mixture.like, images, labels, device=device).accuracy
     details = {"convex": convex, "epochs": epochs, "best_epoch": best_epoch, "lr": lr, "batch_size": batch_size}
     details |= {"images_to_fit": len(fitting), "images_to_choose": len(judging), "seed": seed}
-    shares = dict(zip(mixture.columns.model_ids, found.tolist(), strict=True))
-    return Soup(weights, shares, "learned" if convex else "unconstrained", float(accuracy), len(labels), details)
+    return mixture.soup(found, images, labels, details)
+
+
+def _check_settings(epochs: int, batch_size: int, lr: float, kept: float) -> None:
+    if epochs < 1 or batch_size < 1 or not lr > 0 or not 0 < kept < 1:
+        raise ZooError(
+            f"epochs={epochs}, batch_size={batch_size}, lr={lr}, kept={kept}; expected at least 1 epoch and image a"
+            " step, a positive lr, and a share of images between 0 and 1"
+        )
 
 
 def onto_simplex(values: Float64[Tensor, " P"]) -> Float64[Tensor, " P"]:
@@ -108,6 +106,15 @@ def onto_simplex(values: Float64[Tensor, " P"]) -> Float64[Tensor, " P"]:
     excess = (falling.cumsum(0) - 1) / torch.arange(1, len(values) + 1, device=values.device)
     last = int((falling > excess).sum()) - 1
     return (values - excess[last]).clamp(min=0)
+
+
+def _parted(count: int, kept: float, generator: torch.Generator) -> tuple[Int64[Tensor, " J"], Int64[Tensor, " F"]]:
+    """Which images choose the epoch, and which fit the coefficients."""
+    order = torch.randperm(count, generator=generator)
+    judging, fitting = order[: int(kept * count)], order[int(kept * count) :]
+    if not len(judging) or not len(fitting):
+        raise ZooError(f"{count} selection images cannot be divided to fit and to choose: give at least 2")
+    return judging, fitting
 
 
 def _start(model_ids: list[str], start: Mapping[str, float] | None) -> Float64[Tensor, " P"]:
@@ -142,6 +149,16 @@ class _Mixture:
         """Mean cross-entropy on images, in nats."""
         weights = self.weights(coefficients)[None]
         return float(candidate_scores(weights, self.like, images, labels, device=self.columns.device).loss)
+
+    def soup(
+        self, coefficients: Float64[Tensor, " P"], images: Tensor, labels: Tensor, details: Mapping[str, Any]
+    ) -> Soup:
+        """The mixture as a soup, with its accuracy on all selection images."""
+        weights = self.weights(coefficients)
+        accuracy = candidate_scores(weights[None], self.like, images, labels, device=self.columns.device).accuracy
+        shares = dict(zip(self.columns.model_ids, coefficients.tolist(), strict=True))
+        method = "learned" if details["convex"] else "unconstrained"
+        return Soup(weights, shares, method, float(accuracy), len(labels), details)
 
     def gradient(self, coefficients: Float64[Tensor, " P"], images: Tensor, labels: Tensor) -> Float64[Tensor, " P"]:
         """Of the mean cross-entropy on images, by the coefficients."""
