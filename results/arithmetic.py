@@ -179,7 +179,7 @@ def write_readme() -> None:
         " their mean, lies on a barrier. Going further or less far than training went is no gain either. A child's"
         " own task vector takes digits out and brings the parent's task back, which is only the way back to the"
         " parent; a sibling's, of another seed with another head to begin with, does little more than noise of the"
-        " same norm per tensor and does not bring the parent's task back: `sibling_cosine` says how little they share."
+        " same norm per tensor and does not bring the parent's task back: `sibling_cosine` says how much they share."
         " With so few children, and scales that vary from one to the next, sibling and noise cannot be told apart for"
         " sure.",
     ]

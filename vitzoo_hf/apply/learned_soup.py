@@ -38,19 +38,16 @@ def learned_soup(
     """Coefficients that minimise the cross-entropy of the mixture (the learned soup of Wortsman et al. 2022).
 
     Half of the images fit the coefficients, by Adam; the other half says after which epoch they were best, by
-    cross-entropy, the start included. Neither half is fit to report on.
+    cross-entropy, the start included. Neither is fit to report on.
 
     Args:
         zoo: the ingredients.
-        images: selection images, normalised as the models are fed them.
-        labels: of `images`.
+        images, labels: for selection, normalised as the models are fed them.
         convex: project the coefficients onto the simplex after each step (Duchi et al. 2008), so that they are
             shares; False leaves them free, also to be negative and to sum to something else than 1, and the soup is
             called `unconstrained`.
         start: model -> coefficient to begin from, such as those of a greedy soup; by default all are equal.
-        epochs: over the images that fit.
-        lr: of Adam, in units of a coefficient.
-        batch_size: images a step.
+        epochs, batch_size, lr: of Adam, over the images that fit; a coefficient moves by about `lr` a step.
         kept: share of the images that is kept to choose the epoch by.
         seed: of which images are kept, and of their order.
         device: where the mixture is made and runs.
