@@ -22,14 +22,18 @@ def noisy_zoo(
     noise: float = 0.05,
     change: Callable[[dict[str, Any]], Mapping[str, Any]] = lambda row: {},
     roles: tuple[str, ...] = ("selection", "test"),
+    splits: tuple[str, ...] = ("train",),
 ) -> Zoo:
-    """Runs of a supervised parent's child, each epoch with less noise than the one before."""
+    """Runs of a supervised parent's child, each epoch with less noise than the one before, over splits in turn."""
     source = Zoo(tiny_zoo)
     like = next(source.filter(stage="finetune", head=head, is_final=True, factor_optimizer="adamw").rows())
     rows = [_row(like, run, epoch, epochs, noise, change) for run in range(runs) for epoch in range(epochs + 1)]
     probes = {role: source.probe_rows(role) for role in roles}
     manifest = {name: value for name, value in source.manifest.items() if name != "files"}
-    parts = {"train": Rows(len(rows), max(row["num_parameters"] for row in rows), iter(rows))}
+    parts = {}
+    for number, split in enumerate(splits):
+        some = [row for row in rows if int(row["run_id"].removeprefix("run")) % len(splits) == number]
+        parts[split] = Rows(len(some), max(row["num_parameters"] for row in some), iter(some))
     write_zoo(folder, manifest, parts, probes, source.blueprint_text)
     return Zoo(folder)
 

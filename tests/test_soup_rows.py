@@ -3,6 +3,7 @@ import json
 import numpy as np
 import pytest
 from datasets import load_dataset
+from soup_zoo import noisy_zoo
 
 from vitzoo_hf.apply.soup import Soup, greedy_soup, uniform_soup
 from vitzoo_hf.apply.soup_rows import soup_row, write_soups
@@ -58,8 +59,16 @@ def test_only_what_all_ingredients_share_is_kept(finals, children):
     across = finals.filter(head="linear")
     row = soup_row(across, uniform_soup(across))
     assert (row["parent_id"], row["factor_regime"]) == (None, None)
-    order = ("train", "validation", "test")
-    assert row["split"] == max(across.to_pandas()["split"], key=order.index)
+
+
+def test_a_soup_of_several_splits_is_in_the_most_guarded_one(tmp_path, tiny_zoo):
+    zoo = noisy_zoo(tmp_path / "zoo", tiny_zoo, runs=3, epochs=1, splits=("train", "validation", "test"))
+    finals = zoo.filter(is_final=True)
+    for runs, split in (([0, 1], "validation"), ([0, 2], "test"), ([1, 2], "test")):
+        some = finals.filter(run_id=[f"run{run}" for run in runs])
+        row = soup_row(some, uniform_soup(some))
+        assert row["split"] == split
+        assert Zoo(write_soups(some, [row], tmp_path / "soups")).splits == [split]
 
 
 def test_soups_that_cannot_be_written_are_refused(children, finals, tmp_path):

@@ -38,19 +38,16 @@ def learned_soup(
     """Coefficients that minimise the cross-entropy of the mixture (the learned soup of Wortsman et al. 2022).
 
     Half of the images fit the coefficients, by Adam; the other half says after which epoch they were best, by
-    cross-entropy, the start included. Neither half is fit to report on.
+    cross-entropy, the start included. Neither is fit to report on.
 
     Args:
         zoo: the ingredients.
-        images: selection images, normalised as the models are fed them.
-        labels: of `images`.
+        images, labels: for selection, normalised as the models are fed them.
         convex: project the coefficients onto the simplex after each step (Duchi et al. 2008), so that they are
             shares; False leaves them free, also to be negative and to sum to something else than 1, and the soup is
             called `unconstrained`.
         start: model -> coefficient to begin from, such as those of a greedy soup; by default all are equal.
-        epochs: over the images that fit.
-        lr: of Adam, in units of a coefficient.
-        batch_size: images a step.
+        epochs, batch_size, lr: of Adam, over the images that fit; a coefficient moves by about `lr` a step.
         kept: share of the images that is kept to choose the epoch by.
         seed: of which images are kept, and of their order.
         device: where the mixture is made and runs.
@@ -65,21 +62,14 @@ def learned_soup(
         1.0
     """
     check_ingredients(zoo)
-    if epochs < 1 or batch_size < 1 or not lr > 0 or not 0 < kept < 1:
-        raise ZooError(
-            f"epochs={epochs}, batch_size={batch_size}, lr={lr}, kept={kept}; expected at least 1 epoch and image a"
-            " step, a positive lr, and a share of images between 0 and 1"
-        )
+    _check_settings(epochs, batch_size, lr, kept)
     generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(labels), generator=generator)
-    judging, fitting = order[: int(kept * len(labels))], order[int(kept * len(labels)) :]
-    if not len(judging) or not len(fitting):
-        raise ZooError(f"{len(labels)} selection images cannot be divided to fit and to choose: give at least 2")
+    judging, fitting = _parted(len(labels), kept, generator)
     mixture = _Mixture(zoo, usable_device(device))
     coefficients = _start(mixture.columns.model_ids, start).to(mixture.columns.device).requires_grad_()
     adam = torch.optim.Adam([coefficients], lr=lr)
-    best, found = mixture.loss(coefficients, images[judging], labels[judging]), coefficients.detach().clone()
-    best_epoch = 0
+    best, best_epoch = mixture.loss(coefficients, images[judging], labels[judging]), 0
+    found = coefficients.detach().clone()
     for epoch in range(1, epochs + 1):
         for batch in fitting[torch.randperm(len(fitting), generator=generator)].split(batch_size):
             coefficients.grad = mixture.gradient(coefficients, images[batch], labels[batch])
@@ -89,12 +79,17 @@ def learned_soup(
         loss = mixture.loss(coefficients, images[judging], labels[judging])
         if loss < best:
             best, found, best_epoch = loss, coefficients.detach().clone(), epoch
-    weights = mixture.weights(found)
-    accuracy = candidate_scores(weights[None], mixture.like, images, labels, device=device).accuracy
     details = {"convex": convex, "epochs": epochs, "best_epoch": best_epoch, "lr": lr, "batch_size": batch_size}
     details |= {"images_to_fit": len(fitting), "images_to_choose": len(judging), "seed": seed}
-    shares = dict(zip(mixture.columns.model_ids, found.tolist(), strict=True))
-    return Soup(weights, shares, "learned" if convex else "unconstrained", float(accuracy), len(labels), details)
+    return mixture.soup(found, images, labels, details)
+
+
+def _check_settings(epochs: int, batch_size: int, lr: float, kept: float) -> None:
+    if epochs < 1 or batch_size < 1 or not lr > 0 or not 0 < kept < 1:
+        raise ZooError(
+            f"epochs={epochs}, batch_size={batch_size}, lr={lr}, kept={kept}; expected at least 1 epoch and image a"
+            " step, a positive lr, and a share of images between 0 and 1"
+        )
 
 
 def onto_simplex(values: Float64[Tensor, " P"]) -> Float64[Tensor, " P"]:
@@ -108,6 +103,15 @@ def onto_simplex(values: Float64[Tensor, " P"]) -> Float64[Tensor, " P"]:
     excess = (falling.cumsum(0) - 1) / torch.arange(1, len(values) + 1, device=values.device)
     last = int((falling > excess).sum()) - 1
     return (values - excess[last]).clamp(min=0)
+
+
+def _parted(count: int, kept: float, generator: torch.Generator) -> tuple[Int64[Tensor, " J"], Int64[Tensor, " F"]]:
+    """Which images choose the epoch, and which fit the coefficients."""
+    order = torch.randperm(count, generator=generator)
+    judging, fitting = order[: int(kept * count)], order[int(kept * count) :]
+    if not len(judging) or not len(fitting):
+        raise ZooError(f"{count} selection images cannot be divided to fit and to choose: give at least 2")
+    return judging, fitting
 
 
 def _start(model_ids: list[str], start: Mapping[str, float] | None) -> Float64[Tensor, " P"]:
@@ -142,6 +146,16 @@ class _Mixture:
         """Mean cross-entropy on images, in nats."""
         weights = self.weights(coefficients)[None]
         return float(candidate_scores(weights, self.like, images, labels, device=self.columns.device).loss)
+
+    def soup(
+        self, coefficients: Float64[Tensor, " P"], images: Tensor, labels: Tensor, details: Mapping[str, Any]
+    ) -> Soup:
+        """The mixture as a soup, with its accuracy on all selection images."""
+        weights = self.weights(coefficients)
+        accuracy = candidate_scores(weights[None], self.like, images, labels, device=self.columns.device).accuracy
+        shares = dict(zip(self.columns.model_ids, coefficients.tolist(), strict=True))
+        method = "learned" if details["convex"] else "unconstrained"
+        return Soup(weights, shares, method, float(accuracy), len(labels), details)
 
     def gradient(self, coefficients: Float64[Tensor, " P"], images: Tensor, labels: Tensor) -> Float64[Tensor, " P"]:
         """Of the mean cross-entropy on images, by the coefficients."""

@@ -111,7 +111,7 @@ def compare_soups(
     wanted = zoo.filter(model_id=[model_id for _, model_ids in groups for model_id in model_ids])
     batches = _held_out(wanted)
     rows = records(wanted.to_pandas())
-    table, soups = [], []
+    found = []
     with OutputsCache.opened(None if cache is None else Path(cache), "float32") as held:
         shown = {row["model_id"]: set(batches[row["dataset"]].values()) for row in rows}
         run_models(wanted, rows, shown, held, device=device, precision="float32", progress=progress)
@@ -121,11 +121,9 @@ def compare_soups(
                 outputs = _GroupOutputs(members, batches[members.index["dataset"][0]], held)
                 for method in methods:
                     soup = _soup(method, members, outputs, seed, device)
-                    measured, line = _measured(soup, group, members, outputs, seed, device)
-                    table.append(line)
-                    soups.append(measured)
+                    found.append(_measured(soup, group, members, outputs, seed, device))
                     bar.update(1)
-    return Comparison(pd.DataFrame(table), soups, left_out)
+    return Comparison(pd.DataFrame([line for _, line in found]), [soup for soup, _ in found], left_out)
 
 
 def soup_groups(zoo: Zoo, by: Sequence[str]) -> tuple[list[tuple[dict[str, Any], list[str]]], dict[str, str]]:
