@@ -49,10 +49,10 @@ Intervals hold for the models that predict as they are: training on other models
 is a rare one among the others, so constant predictions and shuffled labels fall below chance. Trees have one shuffle,
 not a band.
 
-Two things to know when reading. In the grid of `desk` no contrastive parent is `ddp`: whoever tells the regime, and
-calls every supervised parent ddp, has a balanced accuracy of 0.8 for ddp across lineages. And `mini` has two lineages:
-one is trained on, the other is another random initialisation, and a linear reading of its trunk is extrapolation, with
-R² far below 0; probing does not read the trunk and holds.
+Two things to know when reading. In the grid of `desk` no contrastive parent is `ddp`: whoever tells the regime and
+calls every supervised parent ddp has a balanced accuracy of 0.8 for ddp across lineages. And `mini` has two lineages:
+one is trained on, the other is another random initialisation, and a linear reading of its trunk is extrapolation,
+with R² far below 0. Probing reads no trunk, and keeps part of what it told.
 """
 
 
