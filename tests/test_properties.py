@@ -18,7 +18,7 @@ from sklearn.preprocessing import StandardScaler
 
 from vitzoo_hf.apply import properties
 from vitzoo_hf.apply.plot_properties import plot_properties
-from vitzoo_hf.apply.properties import FEATURES, cross_validated, features_of, predict_properties
+from vitzoo_hf.apply.properties import FEATURES, Plan, cross_validated, features_of, predict_properties
 from vitzoo_hf.apply.property_features import table_features
 from vitzoo_hf.apply.property_models import SHARES
 from vitzoo_hf.apply.property_targets import predicted_models, targets_of
@@ -61,9 +61,9 @@ def features_from(table, name="made", **columns):
     return table_features(name, pd.DataFrame(columns, index=table["model_id"]))
 
 
-def predict(table, *, features, targets=None, **options):
-    options = {"repeats": 1, "shuffles": 0, "resamples": 20, "splits": ["run"]} | options
-    return cross_validated(table, targets_of(table, targets), features, **options)
+def predict(table, *, features, targets=None, models=("ridge",), splits=("run",), **plan):
+    plan = Plan(**({"repeats": 1, "shuffles": 0, "resamples": 20} | plan))
+    return cross_validated(table, targets_of(table, targets), features, plan, models=models, splits=splits)
 
 
 def log_of(table, name, *columns):

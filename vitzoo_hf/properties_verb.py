@@ -72,10 +72,9 @@ def properties(
     print_table(table_records(table[list(SHOWN)]))
     if out is not None:
         print(f"{len(table)} rows and the figure in {out}")
-    elif not quiet:
-        hint(f"Next: vitzoo properties {quote(zoo)} --out FOLDER keeps the table and draws it")
-    if out is not None and not quiet:
-        hint(f"Next: vitzoo plot {quote(zoo)} --out REPORT")
+    if not quiet:
+        kept = f"plot {quote(zoo)} --out REPORT" if out else f"properties {quote(zoo)} --out FOLDER"
+        hint(f"Next: vitzoo {kept}")
 
 
 def _embedding(file: Path) -> Any:

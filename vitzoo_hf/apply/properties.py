@@ -40,14 +40,27 @@ _Batch = list[tuple[Target, Float64[np.ndarray, "S M"]]]
 
 
 @dataclass(frozen=True)
-class _Plan:
-    """How predictions are cross-validated."""
+class Plan:
+    """How predictions are cross-validated.
 
-    repeats: int
-    shuffles: int
-    resamples: int
-    seed: int
-    device: torch.device
+    Attributes:
+        repeats: of the cross-validation, with other folds.
+        shuffles: shuffled labels a repeat, predicted in the same way; 0 for none.
+        resamples: of the held-out groups, for the intervals.
+        seed: of folds, shuffles, trees and intervals.
+        device: of ridge; trees run on the CPU.
+    """
+
+    repeats: int = 3
+    shuffles: int = 20
+    resamples: int = 200
+    seed: int = 0
+    device: str | torch.device = "cpu"
+
+    def __post_init__(self) -> None:
+        if self.repeats < 1 or self.shuffles < 0 or self.resamples < 1:
+            told = f"repeats is {self.repeats}, shuffles {self.shuffles} and resamples {self.resamples}"
+            raise ZooError(f"{told}; expected at least 1, 0 and 1")
 
 
 def predict_properties(
@@ -78,10 +91,10 @@ def predict_properties(
         features: names out of `FEATURES`, or `Features` of one's own, such as an embedding.
         models: `ridge`; `lightgbm` (an extra) or `hist_gradient_boosting`.
         splits: `run`, `lineage`.
-        repeats: of the cross-validation, with other folds.
-        shuffles: shuffled labels a repeat, predicted in the same way; 0 for none.
-        resamples: of the groups, for the intervals.
-        seed: of folds, shuffles, probing images, trees and intervals.
+        repeats: see `Plan`.
+        shuffles: see `Plan`.
+        resamples: see `Plan`.
+        seed: of all of `Plan`, and of the probing images.
         device: of weights, probing and ridge; trees run on the CPU.
         num_workers: threads that read weights.
         progress: show bars.
@@ -99,39 +112,23 @@ def predict_properties(
         >>> list(found["metric"]), int(found["n_test"].iloc[0])
         (['r2', 'kendall_tau', 'mae'], 6)
     """
-    for model in models:
-        check_model(model)
+    plan = Plan(repeats, shuffles, resamples, seed, usable_device(device))
+    _check(models, splits)
     chosen, table = predicted_models(zoo)
     wanted = targets_of(table, None if targets is None else list(targets))
     options: dict[str, Any] = {"device": device, "num_workers": num_workers, "progress": progress}
     given = [features_of(chosen, table, each, seed=seed, **options) for each in features]
-    return cross_validated(
-        table,
-        wanted,
-        given,
-        models=models,
-        splits=splits,
-        repeats=repeats,
-        shuffles=shuffles,
-        resamples=resamples,
-        seed=seed,
-        device=device,
-        progress=progress,
-    )
+    return cross_validated(table, wanted, given, plan, models=models, splits=splits, progress=progress)
 
 
 def cross_validated(
     table: pd.DataFrame,
     targets: Sequence[Target],
     features: Sequence[Features],
+    plan: Plan,
     *,
     models: Sequence[str] = ("ridge",),
     splits: Sequence[str] = SPLITS,
-    repeats: int = 3,
-    shuffles: int = 20,
-    resamples: int = 200,
-    seed: int = 0,
-    device: str | torch.device = "cpu",
     progress: bool = False,
 ) -> pd.DataFrame:
     """What `predict_properties` gives, of any table of models.
@@ -140,22 +137,15 @@ def cross_validated(
         table: columns `model_id`, `run_id`, `lineage`, `epoch`; the targets say which of its rows are theirs.
         targets: of `targets_of`.
         features: of all models of the targets.
-        models: see `predict_properties`, as what follows.
-        splits: see there.
-        repeats: see there.
-        shuffles: see there.
-        resamples: see there.
-        seed: see there.
-        device: see there.
-        progress: see there.
+        plan: how to cross-validate.
+        models: see `predict_properties`.
+        splits: see `predict_properties`.
+        progress: show a bar.
+
+    Raises:
+        ZooError: for names that are unknown, or if no target is in two groups.
     """
-    if repeats < 1 or shuffles < 0:
-        raise ZooError(f"repeats is {repeats} and shuffles {shuffles}; expected at least 1, and 0 or more")
-    for model in models:
-        check_model(model)
-    for split in splits:
-        column_of(split)
-    plan = _Plan(repeats, shuffles, resamples, seed, usable_device(device))
+    _check(models, splits)
     found: list[dict[str, Any]] = []
     jobs = [(split, each, model) for split in splits for each in features for model in models]
     with progress_bar("predicting", "fit", shown=progress, total=len(jobs)) as bar:
@@ -171,6 +161,13 @@ def cross_validated(
     result = pd.DataFrame(found)[list(COLUMNS)]
     place = result["target"].map(order.index)
     return result.iloc[np.lexsort([np.arange(len(result)), result["rows"], place])].reset_index(drop=True)
+
+
+def _check(models: Sequence[str], splits: Sequence[str]) -> None:
+    for model in models:
+        check_model(model)
+    for split in splits:
+        column_of(split)
 
 
 def features_of(
@@ -212,7 +209,7 @@ def features_of(
 
 
 def _evaluated(
-    table: pd.DataFrame, targets: Sequence[Target], features: Features, model: str, split: str, plan: _Plan
+    table: pd.DataFrame, targets: Sequence[Target], features: Features, model: str, split: str, plan: Plan
 ) -> Iterator[tuple[Target, list[dict[str, Any]]]]:
     """Scores of every target that the split can test and that is not itself the feature."""
     usable = [predictable(target, table, split) for target in targets]
@@ -238,7 +235,7 @@ def _evaluated(
             yield target, _rows(target, repeats, groups, float(np.mean(size)), plan)
 
 
-def _labels(target: Target, table: pd.DataFrame, plan: _Plan, repeat: int) -> Float64[np.ndarray, "S M"]:
+def _labels(target: Target, table: pd.DataFrame, plan: Plan, repeat: int) -> Float64[np.ndarray, "S M"]:
     """The true values, and below them shuffled ones."""
     fakes = [shuffled(target, table, [plan.seed, repeat, draw]) for draw in range(plan.shuffles)]
     return np.stack([target.values, *fakes])
@@ -251,14 +248,14 @@ def _held_out(
     runs: Int64[np.ndarray, " M"],
     components: int | None,
     model: str,
-    plan: _Plan,
+    plan: Plan,
     repeat: int,
 ) -> tuple[list[Float64[np.ndarray, "S M"]], float]:
     """Every label of every target predicted for each model while its group was held out; and rows trained on."""
     seed = int(np.random.default_rng([plan.seed, repeat]).integers(2**31))
     folds = GroupKFold(min(MOST_FOLDS, len(set(groups))), shuffle=True, random_state=seed)
     found = [np.empty_like(labels) for _, labels in batch]
-    matrix, sizes = torch.from_numpy(values).to(plan.device), []
+    matrix, sizes = torch.from_numpy(values).to(usable_device(plan.device)), []
     for train, test in folds.split(values, groups=groups):
         known, unknown = prepare(matrix[train], matrix[test], components)
         inner = groups[train] if len(set(groups[train])) > 1 else runs[train]
@@ -311,7 +308,7 @@ def _rows(
     repeats: list[tuple[np.ndarray, np.ndarray]],
     groups: Int64[np.ndarray, " M"],
     trained: float,
-    plan: _Plan,
+    plan: Plan,
 ) -> list[dict[str, Any]]:
     """One row a metric, from the labels and predictions of each repeat."""
     classes = bool(target.classes)
