@@ -1,0 +1,222 @@
+"""Re-basin of rows and zoos, tables of barriers, and the verb."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from vit_weights import logits_of, vit_row
+
+from vitzoo_hf.apply.barriers import LADDER, Variant, pair_barriers, sample_pairs, summary
+from vitzoo_hf.apply.rebasin import matching_images, rebasin, rebasin_zoo
+from vitzoo_hf.apply.symmetries import FAMILIES, Symmetry, apply, sizes_of
+from vitzoo_hf.cli import run
+from vitzoo_hf.rebuild import reconstruct
+from vitzoo_hf.schema import ZooError
+from vitzoo_hf.verify import verify
+from vitzoo_hf.zoo import Zoo
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+CHOSEN = {"stage": "finetune", "is_final": True, "head": "mlp"}
+LIMIT_MB, LIMIT_SECONDS = 4000, 300
+
+
+@pytest.fixture(scope="module")
+def tuned(tiny_zoo):
+    return Zoo(tiny_zoo).filter(**CHOSEN)
+
+
+@pytest.mark.parametrize("by", ["weights", "activations", "both"])
+@pytest.mark.parametrize("families", [FAMILIES[:3], FAMILIES], ids=["maps", "rotation"])
+def test_functions_stay_to_one_part_in_100000(tuned, families, by):
+    one, other = list(tuned.rows())[:2]
+    images = tuned.probes(one["dataset"])[0]
+    found = rebasin(one, other, families=families, by=by, images=matching_images(tuned, one["dataset"]))
+    for row, vector in ((one, found.target), (other, found.aligned)):
+        fresh = {**row, "weights": vector, "weights_sha256": None}
+        with torch.inference_mode():
+            torch.testing.assert_close(reconstruct(fresh)(images), reconstruct(row)(images), rtol=0, atol=1e-5)
+    apart = (found.target.double() - found.aligned.double()).norm()
+    assert found.distance == pytest.approx(float(apart), rel=1e-5)
+    if "invertible" not in families:
+        assert torch.equal(found.target, torch.from_numpy(one["weights"]))
+
+
+@pytest.mark.parametrize("by", ["activations", "both"])
+def test_a_moved_copy_is_brought_back(by):
+    row = vit_row(1)
+    sizes, layout = sizes_of(row)
+    moved = {**row, "weights": apply(row["weights"], layout, Symmetry.random(sizes, seed=1, families=FAMILIES[:5]))}
+    images = torch.randn(80, 1, 8, 8, generator=torch.Generator().manual_seed(2))
+    found = rebasin(row, moved, by=by, images=images)
+    assert found.distance < 1e-3 * found.distance_before
+    torch.testing.assert_close(logits_of(row, found.aligned), logits_of(row, row["weights"]), rtol=0, atol=1e-4)
+
+
+def test_mistakes_of_pairs_are_told(tiny_zoo, tuned):
+    one, other = list(tuned.rows())[:2]
+    linear = next(Zoo(tiny_zoo).filter(stage="finetune", head="linear").rows())
+    with pytest.raises(ZooError, match=r"has head linear, .* has mlp: re-basin aligns models of one architecture"):
+        rebasin(one, linear)
+    with pytest.raises(ZooError, match="unknown way of alignment 'weight': did you mean 'weights'"):
+        rebasin(one, other, by="weight")
+    with pytest.raises(ZooError, match="alignment by both needs images"):
+        rebasin(one, other, by="both")
+    with pytest.raises(ZooError, match="unknown kind of pairs 'near'"):
+        sample_pairs(tuned.to_pandas(), 2, kind="near")
+    with pytest.raises(ZooError, match=r"no pairs \(across\)"):
+        sample_pairs(tuned.to_pandas().head(1), 2, kind="across")
+
+
+def test_pairs_are_of_one_layout_and_of_the_kind_that_is_asked_for(tiny_zoo):
+    table = Zoo(tiny_zoo).filter(stage="finetune", is_final=True).to_pandas()
+    about = table.set_index("model_id")
+    pairs = {kind: sample_pairs(table, None, kind=kind) for kind in ("any", "across", "within")}
+    assert sorted(pairs["any"]) == sorted(pairs["across"] + pairs["within"])
+    for kind, chosen in pairs.items():
+        for first, second in chosen:
+            assert about.loc[first, "layout"] == about.loc[second, "layout"]
+            if kind != "any":
+                assert (about.loc[first, "parent_id"] == about.loc[second, "parent_id"]) == (kind == "within")
+    drawn = sample_pairs(table, 3, seed=1)
+    assert drawn == sample_pairs(table, 3, seed=1)
+    assert len(set(drawn)) == 3
+
+
+def test_barriers_of_pairs_and_their_medians(tuned):
+    pairs = sample_pairs(tuned.to_pandas(), 2)
+    table = pair_barriers(tuned, pairs, LADDER[-2:], points=5, progress=False)
+    assert len(table) == 2 * 3
+    assert (table["barrier"] >= 0).all()
+    assert table["logit_change"].max() < 1e-5
+    stored = table[table["families"] == "none"]
+    one, other = (tuned.row(model_id)["weights"].astype(float) for model_id in pairs[0])
+    assert stored["distance"].iloc[0] == pytest.approx(np.linalg.norm(one - other))
+    medians = summary(table).set_index(["families", "by"])
+    assert medians.loc[("none", "none"), "change"] == 0
+    last = table[(table["by"] == "both")].reset_index(drop=True)
+    assert medians.loc[("+".join(FAMILIES), "both"), "barrier"] == pytest.approx(last["barrier"].median())
+    change = last["barrier"] - stored["barrier"].reset_index(drop=True)
+    assert medians.loc[("+".join(FAMILIES), "both"), "change"] == pytest.approx(change.median())
+    assert (medians["barrier_low"] <= medians["barrier"]).all()
+
+
+def test_the_interval_of_a_median_is_that_of_a_known_sample():
+    names = {"accuracy_barrier": 0, "midpoint_loss": 0, "midpoint_accuracy": 0, "mode_connectivity": 0, "distance": 0}
+    about = [{"model_a": str(i), "model_b": "x", "barrier": i / 100, **names} for i in range(101)]
+    table = pd.concat([pd.DataFrame(about).assign(families="none", by="none")])
+    (row,) = summary(table).to_dict("records")
+    assert row["barrier"] == 0.5
+    assert 0.38 < row["barrier_low"] < 0.44  # binomial: order statistics 41 and 61 of 101
+    assert 0.56 < row["barrier_high"] < 0.62
+
+
+def test_a_zoo_is_aligned_and_whole(tiny_zoo, tmp_path):
+    zoo = Zoo(tiny_zoo).filter(**CHOSEN)
+    reference = zoo.model_ids[0]
+    folder = rebasin_zoo(zoo, reference, tmp_path / "zoo", families=FAMILIES[:4], by="both", progress=False)
+    assert verify(folder, progress=False).intact
+    aligned = Zoo(folder)
+    assert set(aligned.model_ids) == set(zoo.model_ids)
+    assert (aligned.row(reference)["weights"] == zoo.row(reference)["weights"]).all()
+    images = zoo.probes("digits")[0]
+    for model_id in zoo.model_ids[1:]:
+        assert json.loads(aligned.row(model_id)["provenance"])["rebasin"]["reference"] == reference
+        with torch.inference_mode():
+            new, old = (source.model(model_id)(images) for source in (aligned, zoo))
+        torch.testing.assert_close(new, old, rtol=0, atol=1e-5)
+    with pytest.raises(ZooError, match="the rows have 2 layouts"):
+        rebasin_zoo(Zoo(tiny_zoo).filter(stage="finetune"), reference, tmp_path / "other", progress=False)
+
+
+def test_the_verb(tiny_zoo, tuned, tmp_path, capsys):
+    one, other = tuned.model_ids[:2]
+    zoo = str(tiny_zoo)
+    assert run(["rebasin", zoo, one, other, "--families", "mlp,heads", "--by", "weights", "--points", "5"]) == 0
+    told = capsys.readouterr().out
+    assert "mlp+heads" in told
+    assert "Next:" in told
+    assert run(["rebasin", zoo, one, other, "--out", str(tmp_path / "b.safetensors"), "--json"]) == 0
+    records = json.loads(capsys.readouterr().out)["table"]
+    assert [record["by"] for record in records] == ["none", "both"]
+    assert (tmp_path / "b.safetensors").is_file()
+    assert run(["rebasin", zoo, one, other, "--out", str(tmp_path / "two"), "--quiet"]) == 0
+    assert set(Zoo(tmp_path / "two").model_ids) == {one, other}
+    where = ["--where", "head=mlp", "--where", "stage=finetune"]
+    table = tmp_path / "pairs.csv"
+    assert run(["rebasin", zoo, *where, "--pairs", "2", "--out", str(table), "--by", "weights", "--json"]) == 0
+    assert len(pd.read_csv(table)) == 4
+    assert (
+        run(["rebasin", zoo, one, *where, "--where", "is_final=true", "--out", str(tmp_path / "all"), "--json"]) == 0
+    )
+    assert len(Zoo(tmp_path / "all")) == len(tuned)
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ([], "which models?"),
+        (["nothing@1", "nothing@2"], "has no model 'nothing@"),
+        (["--pairs", "2"], "give no model, and --out FILE.csv"),
+        (["A@1"], "give --out FOLDER for the new zoo"),
+        (["A@1", "B@1", "--ladder", "--out", "x"], "--ladder measures many alignments"),
+        (["A@1", "B@1", "--by", "hand"], "unknown way of alignment 'hand'"),
+        (["A@1", "B@1", "--families", "mpl"], "unknown family of symmetries 'mpl': did you mean 'mlp'"),
+    ],
+)
+def test_the_verb_tells_mistakes_in_one_line(tiny_zoo, capsys, arguments, told):
+    assert run(["rebasin", str(tiny_zoo), *arguments]) == 1
+    error = capsys.readouterr().err
+    assert told in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_the_gpu_aligns_as_the_cpu_does(tuned):
+    one, other = list(tuned.rows())[:2]
+    images = matching_images(tuned, one["dataset"])
+    here, there = (rebasin(one, other, by="both", images=images, device=device) for device in ("cpu", "cuda"))
+    assert there.distance == pytest.approx(here.distance, rel=1e-3)
+    variants = [Variant(FAMILIES[:3], "activations")]
+    pairs = [(one["model_id"], other["model_id"])]
+    tables = [pair_barriers(tuned, pairs, variants, device=device, progress=False) for device in ("cpu", "cuda")]
+    np.testing.assert_allclose(tables[0]["barrier"], tables[1]["barrier"], rtol=1e-2, atol=1e-3)
+
+
+PROGRAM = """
+import resource, sys, time
+from pathlib import Path
+import side_by_side
+from vitzoo_hf.apply.rebasin import rebasin_zoo
+from vitzoo_hf.zoo import Zoo
+
+folder = Path(sys.argv[1])
+side_by_side.random_zoo(folder / "zoo", side_by_side.VIT_S, 20)
+start, zoo = time.process_time(), Zoo(folder / "zoo")
+families = ("mlp", "heads", "maps")
+rebasin_zoo(zoo, zoo.model_ids[0], folder / "out", families=families, progress=False)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3, time.process_time() - start)
+"""
+
+
+@pytest.mark.slow
+def test_twenty_large_models_are_aligned_within_4_gb(tmp_path):
+    environment = {
+        "PYTHONPATH": f"{BENCHMARKS}:{BENCHMARKS.parent}",
+        "HF_HOME": str(tmp_path),
+        "PATH": "/usr/bin:/bin",
+    }
+    result = subprocess.run(
+        [sys.executable, "-c", PROGRAM, tmp_path], env=environment, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    peak, seconds = map(float, result.stdout.split())
+    print(f"{peak:.0f} MB, {seconds:.0f} s of processor time")
+    assert peak < LIMIT_MB
+    assert seconds < LIMIT_SECONDS

@@ -1,0 +1,53 @@
+"""Soups of twenty models of ViT-S size in bounded memory."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+LIMIT_MB = 4000
+
+PROGRAM = """
+import resource, sys
+from pathlib import Path
+import torch
+import side_by_side
+from vitzoo_hf.apply.arithmetic import edited_weights, task_vector
+from vitzoo_hf.apply.landscape import landscape_slice
+from vitzoo_hf.apply.learned_soup import learned_soup
+from vitzoo_hf.apply.soup import greedy_soup, uniform_soup
+from vitzoo_hf.apply.soup_rows import soup_row, write_soups
+from vitzoo_hf.zoo import Zoo
+
+folder = Path(sys.argv[1])
+zoo = Zoo(side_by_side.random_zoo(folder / "zoo", side_by_side.VIT_S, 20))
+generator = torch.Generator().manual_seed(0)
+images = torch.randn(8, 3, 224, 224, generator=generator)
+labels = torch.randint(1000, (8,), generator=generator)
+uniform = uniform_soup(zoo)
+greedy = greedy_soup(zoo, images, labels)
+learned = learned_soup(zoo, images, labels, epochs=1, batch_size=4)
+soups = [soup_row(zoo, soup) for soup in (uniform, greedy, learned)]
+write_soups(zoo, soups, folder / "soups")
+assert len(list(Zoo(folder / "soups").rows())) == 3
+rows = [zoo.row(model_id) for model_id in zoo.model_ids[:3]]
+assert edited_weights(rows[0], 0.5 * task_vector(rows[1], rows[2])).isfinite().all()
+assert landscape_slice(rows, images[:2], labels[:2], resolution=2).loss.isfinite().all()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3)
+"""
+
+
+@pytest.mark.slow
+def test_soups_of_twenty_large_models_fit_into_four_gigabytes(tmp_path):
+    result = subprocess.run(
+        [sys.executable, "-c", PROGRAM, tmp_path],
+        env={"PYTHONPATH": f"{BENCHMARKS}:{BENCHMARKS.parent}", "HF_HOME": str(tmp_path), "PATH": "/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    print(result.stdout)
+    assert float(result.stdout) < LIMIT_MB

@@ -1,0 +1,50 @@
+"""Small ViTs with weights that no symmetry leaves alone, and their forward in float64 by timm."""
+
+import json
+
+import torch
+
+from vitzoo_hf.apply.symmetries import sizes_of, to_tensors
+from vitzoo_hf.flatten import unflatten
+from vitzoo_hf.schema import canonical_json
+from vitzoo_hf.vit import filled, layout_of
+
+ARGS = {"img_size": 8, "patch_size": 4, "in_chans": 1, "num_classes": 3}
+
+
+def vit_row(seed, *, width=12, heads=3, depth=2, mlp_ratio=2, head_hidden=None):
+    """A row of a random ViT: every tensor is drawn, norms around 1 and all biases among them."""
+    args = {**ARGS, "embed_dim": width, "num_heads": heads, "depth": depth, "mlp_ratio": mlp_ratio}
+    head = "linear" if head_hidden is None else "mlp"
+    layout = layout_of("vit_tiny_patch16_224", args, head, head_hidden)
+    generator = torch.Generator().manual_seed(seed)
+    parts = []
+    for name, shape in zip(layout.names, layout.shapes, strict=True):
+        values = torch.randn(shape, generator=generator) * 0.4
+        parts.append((values + 1 if "norm" in name and name.endswith("weight") else values).flatten())
+    return {
+        "model_id": f"random{seed}@0",
+        "architecture": "vit_tiny_patch16_224",
+        "architecture_args": canonical_json(args),
+        "head": head,
+        "head_hidden": head_hidden,
+        "num_parameters": layout.num_parameters,
+        "layout": layout.fingerprint,
+        "dtype": "float32",
+        "provenance": "{}",
+        "weights": torch.cat(parts),
+    }
+
+
+def tensors_of(row):
+    return to_tensors(row["weights"], sizes_of(row)[1])
+
+
+def logits_of(row, vector):
+    """Logits of timm's own module, in float64, on the same random images."""
+    args = json.loads(row["architecture_args"])
+    layout = sizes_of(row)[1]
+    model = filled(row["architecture"], args, row["head"], row["head_hidden"], unflatten(vector.double(), layout))
+    images = torch.randn(6, 1, 8, 8, generator=torch.Generator().manual_seed(0)).double()
+    with torch.inference_mode():
+        return model(images)

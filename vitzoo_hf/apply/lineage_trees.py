@@ -1,0 +1,262 @@
+"""Distances and costs of models -> trees, roots and parents. Pure functions of P × P matrices.
+
+Three ideas are used. *Hubs* are few models that many others lie near (k-medoids: Kaufman and Rousseeuw, Finding
+Groups in Data, 1990, chapter 2). The *likeliest root* is the model whose distances have the least mean logarithm: if
+each child is its parent plus a Gaussian step of a size of its own, that is the maximum likelihood of the parent.
+The *minimum arborescence* is that of Chu, Liu and Edmonds.
+"""
+
+import numpy as np
+from jaxtyping import Bool, Float64, Int64
+from scipy.cluster.hierarchy import fcluster, linkage
+from scipy.spatial.distance import squareform
+
+MOST_TREES = 50
+NEAREST = 6
+SIBLING_COSINE = 0.25
+
+
+def minimum_arborescence(cost: Float64[np.ndarray, "P P"]) -> Int64[np.ndarray, " P"]:
+    """The directed tree over all nodes with the least sum of costs, whatever its root.
+
+    Args:
+        cost: of the edge from row to column; the diagonal is ignored, other entries are finite.
+
+    Returns:
+        The parent of every node; -1 for the root.
+
+    Raises:
+        ValueError: if there is no node or a cost off the diagonal is not finite.
+
+    Example:
+        >>> minimum_arborescence(np.array([[0.0, 1.0, 9.0], [5.0, 0.0, 1.0], [5.0, 5.0, 0.0]])).tolist()
+        [-1, 0, 1]
+    """
+    count = len(cost)
+    off = ~np.eye(count, dtype=bool)
+    if count == 0 or not np.isfinite(cost[off]).all():
+        raise ValueError("expected at least one node, and finite costs off the diagonal")
+    spread = np.ptp(cost[off]) if count > 1 else 0.0
+    start = np.full((count + 1, count + 1), np.inf)
+    start[:count, :count] = np.where(off, cost - (cost[off].min() if count > 1 else 0.0), np.inf)
+    start[count, :count] = 1 + 2 * spread * count
+    parent = _edmonds(start, count)[:count]
+    return np.where(parent == count, -1, parent)
+
+
+def _edmonds(cost: np.ndarray, root: int) -> np.ndarray:
+    """Parents in the least arborescence from a root whose column is infinite; contracts all cycles at once."""
+    best = cost.argmin(0)
+    best[root] = root
+    cycle_of = _cycles(best, root)
+    if (cycle_of < 0).all():
+        return best
+    component = np.where(cycle_of >= 0, cycle_of, -1)
+    alone = np.flatnonzero(cycle_of < 0)
+    component[alone] = cycle_of.max() + 1 + np.arange(len(alone))
+    in_cycle = cycle_of >= 0
+    reduced = cost - np.where(in_cycle, cost[best, np.arange(len(cost))], 0.0)
+    order = np.argsort(component, kind="stable")
+    starts = np.searchsorted(component[order], np.arange(component.max() + 1))
+    joined = np.minimum.reduceat(np.minimum.reduceat(reduced[order], starts, axis=0)[:, order], starts, axis=1)
+    np.fill_diagonal(joined, np.inf)
+    outer = _edmonds(joined, int(component[root]))
+    parent = best.copy()
+    for target, source in enumerate(outer):
+        if target == component[root]:
+            continue
+        rows, columns = np.flatnonzero(component == source), np.flatnonzero(component == target)
+        row, column = np.unravel_index(reduced[np.ix_(rows, columns)].argmin(), (len(rows), len(columns)))
+        parent[columns[column]] = rows[row]
+    return parent
+
+
+def _cycles(best: np.ndarray, root: int) -> np.ndarray:
+    """Number of the cycle that each node is on when all go to their best parent; -1 for nodes on none."""
+    cycle_of, seen = np.full(len(best), -1), np.full(len(best), -1)
+    seen[root] = len(best)
+    found = 0
+    for start in range(len(best)):
+        node = start
+        while seen[node] < 0:
+            seen[node] = start
+            node = best[node]
+        if seen[node] == start and cycle_of[node] < 0:
+            while cycle_of[node] < 0:
+                cycle_of[node] = found
+                node = best[node]
+            found += 1
+    return cycle_of
+
+
+def ward_trees(distance: Float64[np.ndarray, "P P"], count: int | None = None) -> Int64[np.ndarray, " P"]:
+    """Clusters by Ward's linkage of the distances, numbered in order of their first model.
+
+    Args:
+        distance: symmetric, with a zero diagonal.
+        count: how many; by default where the heights of the dendrogram have their largest ratio.
+    """
+    if len(distance) == 1:
+        return np.zeros(1, dtype=np.int64)
+    merges = linkage(squareform(distance, checks=False), "ward")
+    if count is None:
+        heights = merges[::-1, 2]  # heights[k - 1] is that of the merge of k + 1 clusters into k
+        gains = np.concatenate([[2 * heights[0]], heights[: most_trees(len(distance))]])
+        count = largest_drop(gains)
+    return renumbered(fcluster(merges, count, "maxclust"))
+
+
+def most_trees(models: int) -> int:
+    """The largest number of trees that is considered where none is given: half the models, at most 50."""
+    return min(max(1, models // 2), MOST_TREES)
+
+
+def largest_drop(gains: Float64[np.ndarray, " K"]) -> int:
+    """The k from 1 on at which the gain of the k-th tree is the largest multiple of that of the next one."""
+    floor = 1e-9 * gains.max()
+    if floor == 0:
+        return 1
+    gains = np.maximum(gains, floor)
+    return 1 + int((gains[:-1] / gains[1:]).argmax())
+
+
+def hubs(distance: Float64[np.ndarray, "P P"], count: int | None = None) -> Int64[np.ndarray, " P"]:
+    """Trees of models that share a nearest hub, numbered in order of their first model.
+
+    Hubs are the K models with the least sum of distances from every model to its nearest hub, by greedy choice and
+    exchange (PAM). Sums of distances, not of squares, let a tree keep children that went far.
+
+    Args:
+        distance: symmetric, with a zero diagonal.
+        count: K; by default the one at which the saving of the K-th hub is the largest multiple of that of the next.
+            The first hub is taken to save what all models as far apart as the farthest two would cost.
+    """
+    most = most_trees(len(distance)) + 1 if count is None else count
+    chosen: list[int] = []
+    costs, labels = [len(distance) * distance.max()], []
+    for _ in range(min(most, len(distance))):
+        nearest = distance[chosen].min(0) if chosen else np.full(len(distance), np.inf)
+        chosen = [*chosen, int(np.minimum(nearest, distance).sum(1).argmin())]
+        kept = _exchange(distance, chosen)
+        costs.append(distance[kept].min(0).sum())
+        labels.append(distance[kept].argmin(0))
+    if count is None:
+        count = largest_drop(-np.diff(costs)) if len(costs) > 2 else 1
+    return renumbered(labels[count - 1])
+
+
+def _exchange(distance: np.ndarray, chosen: list[int]) -> list[int]:
+    """Replace hubs by better ones, the best exchange first, until none is better.
+
+    What all exchanges change is found at once, from each model's nearest and second nearest hub (FastPAM1: Schubert
+    and Rousseeuw, Faster k-Medoids Clustering, 2019).
+    """
+    chosen = list(chosen)
+    while True:
+        near = np.sort(np.vstack([distance[chosen], np.full(len(distance), np.inf)]), axis=0)[:2]
+        owner = distance[chosen].argmin(0)
+        gained = np.minimum(distance - near[0], 0)
+        of_owner = np.minimum(distance, near[1]) - near[0] - gained
+        change = of_owner @ np.eye(len(chosen))[owner] + gained.sum(1)[:, None]
+        model, place = np.unravel_index(change.argmin(), change.shape)
+        if change[model, place] >= -1e-12 * near[0].sum():
+            return chosen
+        chosen[int(place)] = int(model)
+
+
+def renumbered(labels: Int64[np.ndarray, " P"] | np.ndarray) -> Int64[np.ndarray, " P"]:
+    """The same partition with labels 0, 1 … in order of first appearance."""
+    _, first, inverse = np.unique(labels, return_index=True, return_inverse=True)
+    return np.argsort(np.argsort(first))[inverse].astype(np.int64)
+
+
+def likeliest_root(distance: Float64[np.ndarray, "M M"]) -> int:
+    """The member of a tree with the least mean logarithm of its distances to the others.
+
+    Of a parent w and children w + s_i e_i with standard normal e_i of D dimensions and unknown sizes s_i, the log
+    likelihood, largest over s_i, is -D sum_i log|w_i - w| plus a constant. Identical models count as closer than any
+    others by a factor of a thousand; of equally good members the first is taken. Steps have a direction in common, so
+    a child that stayed much nearer to its parent than every other child is taken for the parent.
+
+    Example:
+        >>> points = np.array([1.0, 0.0, -2.0])[:, None]
+        >>> likeliest_root(np.abs(points - points.T))
+        1
+    """
+    if len(distance) == 1:
+        return 0
+    positive = distance[distance > 0]
+    floor = positive.min() / 1e3 if positive.size else 1.0
+    logs = np.log(np.maximum(distance, floor))
+    np.fill_diagonal(logs, 0.0)
+    return int(logs.sum(1).round(9).argmin())
+
+
+def star(distance: Float64[np.ndarray, "P P"], tree: Int64[np.ndarray, " P"]) -> Int64[np.ndarray, " P"]:
+    """Parents when every tree is one parent, its likeliest root, and its children; -1 for roots."""
+    parent = np.full(len(tree), -1)
+    for number in np.unique(tree):
+        members = np.flatnonzero(tree == number)
+        root = members[likeliest_root(distance[np.ix_(members, members)])]
+        parent[members[members != root]] = root
+    return parent
+
+
+def spanning(distance: Float64[np.ndarray, "P P"], tree: Int64[np.ndarray, " P"]) -> Int64[np.ndarray, " P"]:
+    """Parents when each tree is the minimum spanning tree of its distances, away from its likeliest root."""
+    parent = np.full(len(tree), -1)
+    for number in np.unique(tree):
+        members = np.flatnonzero(tree == number)
+        within = distance[np.ix_(members, members)]
+        root = likeliest_root(within)
+        nearest, source = within[root].copy(), np.full(len(members), root)
+        waiting = np.arange(len(members)) != root
+        while waiting.any():
+            node = int(np.where(waiting, nearest, np.inf).argmin())
+            waiting[node] = False
+            parent[members[node]] = members[source[node]]
+            closer = waiting & (within[node] < nearest)
+            nearest[closer], source[closer] = within[node][closer], node
+    return parent
+
+
+def is_sibling(distance: Float64[np.ndarray, "M M"], root: int) -> bool:
+    """Whether the root of a tree looks like a child of a parent that is not there.
+
+    Seen from their parent, children lie in independent directions, with cosines near 0; seen from a sibling that went
+    as far as they did, with cosines near 1/2, since all have the way back to the parent in common. The answer is yes
+    if the mean cosine among the six nearest models is above 1/4. Trees of fewer than three models give no answer: no.
+    A sibling that went much less far than all others cannot be told from the parent.
+    """
+    others = np.flatnonzero(distance[root] > 0)
+    others = others[np.argsort(distance[root][others], kind="stable")][:NEAREST]
+    if len(others) < 2:
+        return False
+    away = distance[root][others]
+    cosine = away[:, None] ** 2 + away[None] ** 2 - distance[np.ix_(others, others)] ** 2
+    cosine /= 2 * away[:, None] * away[None]
+    return bool(cosine[np.triu_indices(len(others), 1)].mean() > SIBLING_COSINE)
+
+
+def nearest_candidates(
+    distance: Float64[np.ndarray, "P P"], candidate: Bool[np.ndarray, " P"]
+) -> Int64[np.ndarray, " P"]:
+    """Parents when it is known which models are roots: the nearest of them, or -1 where none is near enough.
+
+    The position of a model on the line from the nearest root a towards another root b is
+    `s = (d(w,a)^2 + d(a,b)^2 - d(w,b)^2) / (2 d(a,b)^2)`: near 0 for a child of a, whose step has nothing to do
+    with b, and near 1/2 for a model that has to do with neither. A model whose mean s over all b is above 1/4 has no
+    parent among the candidates. With one candidate there is no b, and every model is taken as its child.
+    """
+    roots = np.flatnonzero(candidate)
+    parent = np.full(len(distance), -1)
+    if not len(roots):
+        return parent
+    for model in np.flatnonzero(~candidate):
+        nearest = roots[distance[model, roots].argmin()]
+        others = roots[distance[nearest, roots] > 0]
+        apart = distance[nearest, others] ** 2
+        along = (distance[model, nearest] ** 2 + apart - distance[model, others] ** 2) / (2 * apart)
+        if not len(others) or along.mean() <= SIBLING_COSINE:
+            parent[model] = nearest
+    return parent

@@ -1,0 +1,212 @@
+"""Paths between two networks in weight space: straight lines and quadratic Bézier curves, and what lies along them.
+
+The barrier of a path is the largest rise of the loss over the straight line between the losses of its ends,
+max over t of L(t) − (1 − t) L(0) − t L(1) (Frankle et al. 2020; Entezari et al. 2022); of accuracies, the largest
+fall below that line. The control point of a Bézier curve is trained as in Garipov et al. 2018.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Float64, Int64
+from torch import Tensor
+from torch.func import functional_call
+from torch.nn import functional
+
+from vitzoo_hf.apply.candidates import candidate_scores
+from vitzoo_hf.flatten import unflatten
+from vitzoo_hf.rebuild import architecture_of, usable_device
+from vitzoo_hf.schema import ZooError
+from vitzoo_hf.vit import layout_of, skeleton
+
+TOGETHER = 100_000_000
+"""Weights of points that are held at once."""
+
+
+class PathScores(NamedTuple):
+    """Along a path: mean cross-entropy in nats and the share of right predictions, at positions from 0 to 1."""
+
+    positions: Float64[Tensor, " T"]
+    loss: Float64[Tensor, " T"]
+    accuracy: Float64[Tensor, " T"]
+
+    @property
+    def barrier(self) -> float:
+        """Largest rise of the loss over the line between the ends, in nats; 0 if there is none."""
+        return barrier(self.loss, self.positions)
+
+    @property
+    def accuracy_barrier(self) -> float:
+        """Largest fall of the accuracy below the line between the ends; 0 if there is none."""
+        return barrier(1 - self.accuracy, self.positions)
+
+    @property
+    def connectivity(self) -> float:
+        """The mode-connectivity measure of the errors; see `mode_connectivity`."""
+        return mode_connectivity(1 - self.accuracy)
+
+    @property
+    def midpoint(self) -> int:
+        """The place of the position closest to ½."""
+        return int((self.positions - 0.5).abs().argmin())
+
+
+def positions(count: int) -> Float64[Tensor, " T"]:
+    """So many positions from 0 to 1, both ends among them.
+
+    Raises:
+        ZooError: for fewer than 3, which would leave out the middle.
+    """
+    if count < 3:
+        raise ZooError(f"a path of {count} points has no middle: give at least 3")
+    return torch.linspace(0, 1, count, dtype=torch.float64)
+
+
+def barrier(values: Float64[Tensor, " T"], positions: Float64[Tensor, " T"]) -> float:
+    """Largest rise of values over the line between the first and the last: never below 0.
+
+    Example:
+        >>> t = positions(3)
+        >>> barrier(torch.tensor([1.0, 5.0, 3.0]).double(), t)
+        3.0
+    """
+    line = (1 - positions) * values[0] + positions * values[-1]
+    return float((values - line).max().clamp_min(0))
+
+
+def mode_connectivity(errors: Float64[Tensor, " T"]) -> float:
+    """The measure ½ (e(0) + e(1)) − e(t*), with t* where the error is farthest from the means of ends.
+
+    Source: Yang et al. 2021.
+
+    Below 0 there is a barrier, at 0 the ends are connected, above 0 the path goes through better networks.
+
+    Example:
+        >>> mode_connectivity(torch.tensor([0.25, 0.75, 0.25]).double())
+        -0.5
+    """
+    middle = (errors[0] + errors[-1]) / 2
+    return float(middle - errors[(errors - middle).abs().argmax()])
+
+
+def straight_points(
+    first: Float[Tensor, " D"], last: Float[Tensor, " D"], positions: Float64[Tensor, " T"]
+) -> Float[Tensor, "T D"]:
+    """Points (1 − t) first + t last."""
+    t = positions.to(first)[:, None]
+    return (1 - t) * first + t * last
+
+
+def bezier_points(
+    first: Float[Tensor, " D"],
+    control: Float[Tensor, " D"],
+    last: Float[Tensor, " D"],
+    positions: Float64[Tensor, " T"],
+) -> Float[Tensor, "T D"]:
+    """Points (1 − t)² first + 2 t (1 − t) control + t² last."""
+    t = positions.to(first)[:, None]
+    return (1 - t) ** 2 * first + 2 * t * (1 - t) * control + t**2 * last
+
+
+def path_scores(
+    first: Float[Tensor, " D"],
+    last: Float[Tensor, " D"],
+    like: Mapping[str, Any],
+    images: Float[Tensor, "N C H W"],
+    labels: Int64[Tensor, " N"],
+    *,
+    control: Float[Tensor, " D"] | None = None,
+    points: int = 11,
+    device: str | torch.device = "cpu",
+) -> PathScores:
+    """Loss and accuracy along the straight path between two networks, or along a Bézier curve.
+
+    Args:
+        first: weights at t = 0, float32.
+        last: weights at t = 1, in the same layout.
+        like: a row of their architecture and head.
+        images: as the networks are fed them.
+        labels: of the images.
+        control: of a Bézier curve; None for the straight path.
+        points: positions at equal steps, both ends among them.
+        device: where the networks run.
+
+    Raises:
+        ZooError: for fewer than 3 points.
+
+    Example:
+        >>> from vitzoo_hf.zoo import Zoo
+        >>> zoo = Zoo.sample().filter(stage="finetune", head="linear")
+        >>> row, other = list(zoo.rows())[:2]
+        >>> ends = [torch.from_numpy(values["weights"]) for values in (row, other)]
+        >>> path = path_scores(*ends, row, *zoo.probes("digits"), points=5)
+        >>> path.loss.shape, path.barrier >= 0
+        (torch.Size([5]), True)
+    """
+    where = positions(points)
+    step = max(1, TOGETHER // len(first))
+    parts = []
+    for some in where.split(step):
+        ends = (first, last)
+        weights = straight_points(*ends, some) if control is None else bezier_points(first, control, last, some)
+        parts.append(candidate_scores(weights, like, images, labels, device=device))
+    loss, accuracy = (torch.cat(values).cpu() for values in zip(*parts, strict=True))
+    return PathScores(where, loss, accuracy)
+
+
+def train_bezier(
+    first: Float[Tensor, " D"],
+    last: Float[Tensor, " D"],
+    like: Mapping[str, Any],
+    images: Float[Tensor, "N C H W"],
+    labels: Int64[Tensor, " N"],
+    *,
+    steps: int = 300,
+    lr: float = 3e-3,
+    batch_size: int = 128,
+    seed: int = 0,
+    device: str | torch.device = "cpu",
+) -> Float[Tensor, " D"]:
+    """The control point of a quadratic Bézier curve with a low loss along it (Garipov et al. 2018).
+
+    Each step of Adam takes one position, uniform between 0 and 1, and one batch. The control point begins in the
+    middle of the straight path; the learning rate falls to 0 along half a cosine.
+
+    Args:
+        first: weights at t = 0, float32.
+        last: weights at t = 1, in the same layout.
+        like: a row of their architecture and head.
+        images: to train on; never those that results are reported on.
+        labels: of the images.
+        steps: of Adam.
+        lr: its learning rate.
+        batch_size: images a step.
+        seed: of positions and batches.
+        device: where it is trained.
+
+    Returns:
+        float32, on the CPU.
+
+    Raises:
+        ZooError: if there is no image, or the device is not here.
+    """
+    if not len(images):
+        raise ZooError("a Bézier curve is trained on images; none were given")
+    place, kind = usable_device(device), architecture_of(like)
+    model, layout = skeleton(*kind), layout_of(*kind)
+    ends = [vector.detach().to(place, torch.float32) for vector in (first, last)]
+    control = ((ends[0] + ends[1]) / 2).requires_grad_()
+    optimizer = torch.optim.Adam([control], lr=lr)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, steps))
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        chosen = torch.randint(len(images), (min(batch_size, len(images)),), generator=generator)
+        t = torch.rand(1, generator=generator, dtype=torch.float64)
+        point = bezier_points(ends[0], control, ends[1], t)[0]
+        logits = functional_call(model, unflatten(point, layout), (images[chosen].to(place),))
+        optimizer.zero_grad()
+        functional.cross_entropy(logits, labels[chosen].to(place)).backward()
+        optimizer.step()
+        schedule.step()
+    return control.detach().cpu()

@@ -1,0 +1,222 @@
+"""Re-basin: rows moved by symmetries of their architecture towards another row, their functions unchanged.
+
+`rebasin` aligns one row to another; `rebasin_zoo` writes a zoo of rows that are all aligned to one.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from vitzoo_hf.apply.activation_alignment import align_by_activations
+from vitzoo_hf.apply.alignment import align_by_weights, squared_distance
+from vitzoo_hf.apply.canonical import prepare
+from vitzoo_hf.apply.symmetries import FAMILIES, Symmetry, check_families, sizes_of, to_tensors, to_vector, transform
+from vitzoo_hf.rebuild import checked_vector
+from vitzoo_hf.schema import ZooError, did_you_mean, weights_sha256
+from vitzoo_hf.zoo import Zoo
+from vitzoo_hf.zoo_folder import Rows, write_zoo
+
+WAYS = ("weights", "activations", "both")
+"""`both` descends by weights from where activations lead."""
+MATCHING_IMAGES = 512
+
+
+@dataclass(frozen=True)
+class Rebasin:
+    """A row aligned to another.
+
+    Attributes:
+        target: weights to which was aligned, float32: those of the row, or its canonical form where `invertible` or
+            `rotation` is among the families.
+        aligned: weights of the other row's function, close to the target.
+        symmetry: that was applied to the other row's weights, or to their canonical form.
+        distance_before: ‖target row − other row‖ of weights as stored.
+        distance: ‖target − aligned‖.
+    """
+
+    target: Float[Tensor, " D"]
+    aligned: Float[Tensor, " D"]
+    symmetry: Symmetry
+    distance_before: float
+    distance: float
+
+
+def rebasin(
+    target_row: Mapping[str, Any],
+    row: Mapping[str, Any],
+    *,
+    families: Sequence[str] = FAMILIES,
+    by: str = "weights",
+    images: Float[Tensor, "N C H W"] | None = None,
+    restarts: int = 0,
+    sweeps: int = 50,
+    seed: int = 0,
+    device: str | torch.device = "cpu",
+) -> Rebasin:
+    """Align a row to another of the same layout; the functions of both stay as they are.
+
+    Args:
+        target_row: to which is aligned.
+        row: to be changed.
+        families: of symmetries to use, out of `FAMILIES`.
+        by: `weights`; `activations` on images; or `both`, by weights from where activations lead.
+        images: as the models are fed them, for activations; take selection images.
+        restarts: further descents by weights from random starts; the closest is kept.
+        sweeps: of a descent at most.
+        seed: of the order of parts and of random starts.
+        device: where it is computed.
+
+    Raises:
+        ZooError: if layouts differ, families or the way are unknown, there are no images where they are needed, or
+            the architecture's symmetries are not known.
+
+    Example:
+        >>> zoo = Zoo.sample().filter(stage="finetune", head="linear")
+        >>> row, other = list(zoo.rows())[:2]
+        >>> found = rebasin(row, other, families=("mlp", "heads", "maps"))
+        >>> found.distance <= found.distance_before
+        True
+    """
+    chosen = check_families(families)
+    check_way(by)
+    if by != "weights" and images is None:
+        raise ZooError(f"alignment by {by} needs images; none were given")
+    _check_same_layout(target_row, row)
+    sizes, layout = sizes_of(target_row)
+    vectors = [checked_vector(values)[0] for values in (target_row, row)]
+    target, source = (to_tensors(vector.to(device), layout) for vector in vectors)
+    before = squared_distance(target, source) ** 0.5
+    for tensors in (target, source):
+        prepare(tensors, sizes, chosen)
+    symmetry: Symmetry | None = None
+    if by != "weights":
+        assert images is not None
+        symmetry = align_by_activations(target, source, target_row, sizes, chosen, images, device=device)
+    if by != "activations":
+        symmetry = align_by_weights(
+            target, source, sizes, chosen, seed=seed, restarts=restarts, sweeps=sweeps, start=symmetry
+        ).symmetry
+    assert symmetry is not None
+    transform(source, symmetry)
+    distance = squared_distance(target, source) ** 0.5
+    moved = [to_vector(tensors, like) for tensors, like in ((target, vectors[0]), (source, vectors[1]))]
+    return Rebasin(moved[0], moved[1], symmetry, before, distance)
+
+
+def check_way(by: str) -> None:
+    """Refuse an unknown way of alignment.
+
+    Raises:
+        ZooError: if it is none of `WAYS`.
+    """
+    if by not in WAYS:
+        raise ZooError(f"unknown way of alignment {by!r}: {did_you_mean(by, WAYS)}")
+
+
+def _check_same_layout(target: Mapping[str, Any], row: Mapping[str, Any]) -> None:
+    names = ("architecture", "architecture_args", "head", "head_hidden")
+    for name in names:
+        if target.get(name) != row.get(name):
+            raise ZooError(
+                f"{row.get('model_id')} has {name} {row.get(name)}, {target.get('model_id')} has {target.get(name)}:"
+                " re-basin aligns models of one architecture and head"
+            )
+
+
+def matching_images(zoo: Zoo, dataset: str, seed: int = 0) -> Float[Tensor, "N C H W"]:
+    """Selection images to match activations on: at most `MATCHING_IMAGES`, drawn by a seed."""
+    return some_images(*zoo.probes(dataset, "selection"), MATCHING_IMAGES, seed)[0]
+
+
+def some_images(images: Tensor, labels: Tensor, most: int | None, seed: int) -> tuple[Tensor, Tensor]:
+    """At most so many labelled images, drawn by a seed and in their order; None for all."""
+    if most is None or len(images) <= most:
+        return images, labels
+    chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:most].sort().values
+    return images[chosen], labels[chosen]
+
+
+def aligned_row(target_row: Mapping[str, Any], row: Mapping[str, Any], **options: Any) -> dict[str, Any]:
+    """A row aligned to another, with its new hash, and in its provenance what was done.
+
+    The target row itself comes back in the form that the families are aligned in.
+
+    Args:
+        target_row: to which is aligned.
+        row: to be changed.
+        options: of `rebasin`.
+
+    Raises:
+        ZooError: as `rebasin` does.
+    """
+    found = rebasin(target_row, row, **options)
+    is_target = row["model_id"] == target_row["model_id"]
+    weights = (found.target if is_target else found.aligned).numpy()
+    noted = {name: value for name, value in options.items() if name not in ("images", "device")}
+    note = {"reference": target_row["model_id"], **noted}
+    about = json.dumps({**json.loads(row["provenance"] or "{}"), "rebasin": note})
+    fresh = {"weights": weights, "weights_sha256": weights_sha256(weights), "dtype": "float32", "provenance": about}
+    return {**row, **fresh}
+
+
+def rebasin_zoo(
+    zoo: Zoo,
+    reference: str,
+    folder: Path,
+    *,
+    families: Sequence[str] = FAMILIES,
+    by: str = "weights",
+    restarts: int = 0,
+    sweeps: int = 50,
+    seed: int = 0,
+    device: str | torch.device = "cpu",
+    progress: bool = True,
+) -> Path:
+    """Write the rows of a filtered zoo, all aligned to one of them, as a zoo of their own.
+
+    One row is in memory at a time.
+
+    Each row computes what it did before, to rounding; its hash is new, and its provenance says what was done.
+
+    Args:
+        zoo: the rows, of one architecture and head.
+        reference: id of the row to align to, which is among them; its own weights change only to the canonical form
+            of `invertible` and `rotation`.
+        folder: for the new zoo.
+        families: see `rebasin`; so are `by`, `restarts`, `sweeps`, `seed` and `device`.
+        progress: show a bar.
+
+    Raises:
+        ZooError: if a row does not fit the reference, or the folder cannot be written.
+    """
+    chosen = check_families(families)
+    target = zoo.row(reference)
+    layouts = set(zoo.index["layout"])
+    if len(layouts) > 1:
+        raise ZooError(
+            f"the rows have {len(layouts)} layouts; re-basin aligns models of one architecture and head: filter, for"
+            f" instance --where head={target['head']}"
+        )
+    images = matching_images(zoo, target["dataset"], seed) if by != "weights" else None
+    options: dict[str, Any] = {"families": chosen, "by": by, "images": images, "restarts": restarts}
+    options |= {"sweeps": sweeps, "seed": seed, "device": device}
+    splits = {split: zoo.filter(split=split) for split in zoo.splits}
+    parts = {
+        split: Rows(
+            len(part), int(target["num_parameters"]), (aligned_row(target, row, **options) for row in part.rows())
+        )
+        for split, part in splits.items()
+        if len(part)
+    }
+    used = set(zoo.index["dataset"])
+    probes = {role: [row for row in zoo.probe_rows(role) if row["dataset"] in used] for role in ("selection", "test")}
+    manifest = {name: value for name, value in zoo.manifest.items() if name != "files"}
+    manifest |= {"blueprint_fingerprint": None, "subset_of": zoo.manifest["blueprint_fingerprint"]}
+    write_zoo(folder, manifest, parts, probes, zoo.blueprint_text, progress=progress)
+    return folder
