@@ -20,10 +20,12 @@ class Networks:
     """The networks that vectors of one layout make.
 
     Attributes:
+        architecture: name, arguments, head and hidden width, as `vit.create` takes them.
         layout: of the vectors.
         vit: sizes of the plain ViT.
     """
 
+    architecture: tuple[str, dict[str, Any], str, int | None]
     layout: Layout
     vit: BatchedViT
 
@@ -34,11 +36,20 @@ class Networks:
         Raises:
             ZooError: for an architecture other than a plain ViT without dropout.
         """
-        kind = architecture_of(row)
+        return cls.of(*architecture_of(row))
+
+    @classmethod
+    def of(cls, name: str, args: Mapping[str, Any], head: str, hidden: int | None) -> "Networks":
+        """Those of an architecture and head.
+
+        Raises:
+            ZooError: as `like`.
+        """
+        kind = (name, dict(args), head, hidden)
         vit = trainable_vit(skeleton(*kind))
         if vit is None:
-            raise ZooError(f"a behavioural loss needs plain ViTs without dropout; {kind[0]!r} with {kind[1]} is none")
-        return cls(layout_of(*kind), vit)
+            raise ZooError(f"a behavioural loss needs plain ViTs without dropout; {name!r} with {kind[1]} is none")
+        return cls(kind, layout_of(*kind), vit)
 
     def patches(self, images: Float[Tensor, "n C H W"]) -> Float[Tensor, "n t c"]:
         """Images cut as the patch embedding takes them."""

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vitzoo_hf.apply.autoencoder import metrics
 from vitzoo_hf.apply.autoencoder.model import WeightAutoencoder
-from vitzoo_hf.apply.autoencoder.training import Trained
+from vitzoo_hf.apply.autoencoder.trained import Trained
 from vitzoo_hf.apply.candidates import candidate_logits
 from vitzoo_hf.schema import ZooError
 from vitzoo_hf.zoo import Zoo

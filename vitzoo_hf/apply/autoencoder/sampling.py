@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
-from vitzoo_hf.apply.autoencoder.training import Trained
+from vitzoo_hf.apply.autoencoder.trained import Trained
 from vitzoo_hf.schema import ZooError, did_you_mean
 
 MODES = ("joint", "token", "number")

@@ -4,18 +4,15 @@ Everything random in a step is drawn from a seed of that step, so that a trainin
 same weights, bit for bit, as one that was not.
 """
 
-import json
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from vitzoo_hf.apply.autoencoder.behaviour import Networks
@@ -24,8 +21,8 @@ from vitzoo_hf.apply.autoencoder.model import WeightAutoencoder
 from vitzoo_hf.apply.autoencoder.recipe import AutoencoderRecipe
 from vitzoo_hf.apply.autoencoder.scaling import Scaling
 from vitzoo_hf.apply.autoencoder.tokens import Tokenizer
+from vitzoo_hf.apply.autoencoder.trained import FILE, Trained, resume, save
 from vitzoo_hf.apply.autoencoder.views import random_views
-from vitzoo_hf.checkpoint import write_atomically
 from vitzoo_hf.population import Population
 from vitzoo_hf.rebuild import usable_device
 from vitzoo_hf.schema import ZooError
@@ -33,7 +30,7 @@ from vitzoo_hf.zoo import Zoo
 
 RISE, START, END = 0.3, 1 / 25, 1e-4 / 25
 SAVE_EVERY = 200
-FILE = "autoencoder.safetensors"
+STATISTICS_NUMBERS = 2**24
 
 
 @dataclass(frozen=True)
@@ -47,39 +44,6 @@ class Queries:
 
     patches: Float[Tensor, "Q t c"]
     logits: dict[str, Float[Tensor, "Q K"]]
-
-
-@dataclass
-class Trained:
-    """An autoencoder with all that its use takes.
-
-    Attributes:
-        recipe: how it was trained.
-        networks: whose weights it takes.
-        tokenizer: of their vectors.
-        scaling: of their weights.
-        model: the transformer.
-        loss: with the scales of the first batch.
-        step: steps made.
-        history: losses, every some steps.
-    """
-
-    recipe: AutoencoderRecipe
-    networks: Networks
-    tokenizer: Tokenizer
-    scaling: Scaling
-    model: WeightAutoencoder
-    loss: Composite
-    step: int = 0
-    history: list[dict[str, float]] = field(default_factory=list)
-
-    def encode(self, vectors: Float[Tensor, "B D"]) -> Float[Tensor, "B N latent"]:
-        """Latents of models given as weights."""
-        return self.model.encode(self.tokenizer.tokens(self.scaling.normalised(vectors)))
-
-    def decode(self, latents: Float[Tensor, "B N latent"]) -> Float[Tensor, "B D"]:
-        """Weights of models."""
-        return self.scaling.restored(self.tokenizer.vectors(self.model.decode(latents)))
 
 
 def train_autoencoder(
@@ -111,7 +75,7 @@ def train_autoencoder(
     optimizer = _optimizer(trained.model, recipe)
     stream = train.stream(batch_size=recipe.batch_size, shuffle=True, seed=recipe.seed, device=device)
     if folder is not None:
-        _resume(folder / FILE, trained, optimizer, stream)
+        resume(folder / FILE, trained, optimizer, stream)
     queries = _queries(train, trained, place) if trained.loss.shares["behaviour"] else None
     trained.model.train()
     for batch in _endless(stream):
@@ -123,7 +87,7 @@ def train_autoencoder(
         if trained.step % SAVE_EVERY == 0 or trained.step == recipe.steps:
             trained.history.append({"step": float(trained.step)} | losses)
             if folder is not None:
-                _save(folder / FILE, trained, optimizer, stream)
+                save(folder / FILE, trained, optimizer, stream)
     trained.model.eval()
     return trained
 
@@ -134,7 +98,8 @@ def _fresh(train: Zoo, recipe: AutoencoderRecipe, device: torch.device) -> Train
         raise ZooError(f"these models have {len(layouts)} layouts; an autoencoder takes one: filter by `head`")
     networks = Networks.like(next(train.rows()))
     tokenizer = Tokenizer.of(networks.layout, width=recipe.token_width or None, dense=recipe.dense)
-    batches = (batch["weights"] for batch in train.stream(batch_size=256))
+    together = max(1, min(256, STATISTICS_NUMBERS // networks.layout.num_parameters))
+    batches = (batch["weights"] for batch in train.stream(batch_size=together))
     scaling = Scaling.fit(batches, tokenizer, recipe.scaling)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
@@ -243,52 +208,3 @@ def one_cycle(done: float) -> float:
     if done < RISE:
         return START + (1 - START) * (1 - math.cos(math.pi * done / RISE)) / 2
     return END + (1 - END) * (1 + math.cos(math.pi * (done - RISE) / (1 - RISE))) / 2
-
-
-def _save(file: Path, trained: Trained, optimizer: torch.optim.Optimizer, stream: Any) -> None:
-    tensors = {f"model.{name}": value for name, value in trained.model.state_dict().items()}
-    tensors |= {"scaling.mean": trained.scaling.mean, "scaling.std": trained.scaling.std}
-    held = optimizer.state_dict()["state"]
-    tensors |= {f"optimizer.{n}.{key}": value for n, entry in held.items() for key, value in entry.items()}
-    record = {
-        "recipe": asdict(trained.recipe),
-        "fingerprint": trained.recipe.fingerprint,
-        "layout": trained.networks.layout.fingerprint,
-        "step": trained.step,
-        "scales": trained.loss.scales,
-        "stream": stream.state_dict(),
-        "history": trained.history,
-    }
-    file.parent.mkdir(parents=True, exist_ok=True)
-    plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-    write_atomically(file, lambda temporary: save_file(plain, temporary, {"record": json.dumps(record)}))
-
-
-def _resume(file: Path, trained: Trained, optimizer: torch.optim.Optimizer, stream: Any) -> None:
-    """Continue from a checkpoint, if there is one."""
-    if not file.is_file():
-        return
-    try:
-        with safe_open(file, framework="pt") as opened:
-            record = json.loads(opened.metadata()["record"])
-        tensors = load_file(file)
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError):
-        raise ZooError(f"{file} is damaged: delete it, and train again") from None
-    if (record["fingerprint"], record["layout"]) != (trained.recipe.fingerprint, trained.networks.layout.fingerprint):
-        raise ZooError(
-            f"{file} holds an autoencoder of another recipe or layout: choose another folder, or delete it"
-        )
-    stream.load_state_dict(record["stream"])
-    device = trained.model.index_table.device
-    parts: dict[str, dict[str, Tensor]] = {name: {} for name in ("model", "optimizer", "scaling")}
-    for name, value in tensors.items():
-        part, _, rest = name.partition(".")
-        parts[part][rest] = value.to(device)
-    trained.model.load_state_dict(parts["model"])
-    state: dict[int, dict[str, Tensor]] = {}
-    for name, value in parts["optimizer"].items():
-        number, _, key = name.partition(".")
-        state.setdefault(int(number), {})[key] = value
-    optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
-    trained.step, trained.history = record["step"], record["history"]
-    trained.loss.scales |= record["scales"]

@@ -1,0 +1,164 @@
+"""A trained autoencoder as a value and as a file: `autoencoder.safetensors` holds all that its use takes.
+
+Tensors: the transformer, the scaling, and the optimiser, from which training continues. The record beside them, JSON
+in the metadata: recipe, architecture of the networks, layout, steps, scales of the losses, history.
+"""
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from vitzoo_hf.apply.autoencoder.behaviour import Networks
+from vitzoo_hf.apply.autoencoder.losses import Composite
+from vitzoo_hf.apply.autoencoder.model import Sizes, WeightAutoencoder
+from vitzoo_hf.apply.autoencoder.recipe import AutoencoderRecipe
+from vitzoo_hf.apply.autoencoder.scaling import Scaling
+from vitzoo_hf.apply.autoencoder.tokens import Tokenizer
+from vitzoo_hf.checkpoint import write_atomically
+from vitzoo_hf.rebuild import usable_device
+from vitzoo_hf.schema import ZooError
+
+FILE = "autoencoder.safetensors"
+KIND = "vitzoo-autoencoder-1"
+
+
+@dataclass
+class Trained:
+    """An autoencoder with all that its use takes.
+
+    Attributes:
+        recipe: how it was trained.
+        networks: whose weights it takes.
+        tokenizer: of their vectors.
+        scaling: of their weights.
+        model: the transformer.
+        loss: with the scales of the first batch.
+        step: steps made.
+        history: losses, every some steps.
+    """
+
+    recipe: AutoencoderRecipe
+    networks: Networks
+    tokenizer: Tokenizer
+    scaling: Scaling
+    model: WeightAutoencoder
+    loss: Composite
+    step: int = 0
+    history: list[dict[str, float]] = field(default_factory=list)
+
+    def encode(self, vectors: Float[Tensor, "B D"]) -> Float[Tensor, "B N latent"]:
+        """Latents of models given as weights."""
+        return self.model.encode(self.tokenizer.tokens(self.scaling.normalised(vectors)))
+
+    def decode(self, latents: Float[Tensor, "B N latent"]) -> Float[Tensor, "B D"]:
+        """Weights of models."""
+        return self.scaling.restored(self.tokenizer.vectors(self.model.decode(latents)))
+
+
+def load_autoencoder(folder: str | Path, *, device: str = "cpu") -> Trained:
+    """The autoencoder that `train_autoencoder` left in a folder, ready to encode and decode.
+
+    Args:
+        folder: with `autoencoder.safetensors`.
+        device: where.
+
+    Raises:
+        ZooError: if there is no such file, it is damaged, or something else wrote it.
+    """
+    place, file = usable_device(device), Path(folder) / FILE
+    if not file.is_file():
+        raise ZooError(f"{folder} holds no {FILE}: train one with `vitzoo encode ZOO --train RECIPE.yaml`")
+    record, tensors = _read(file)
+    try:
+        recipe = _recipe(record["recipe"])
+        networks = Networks.of(*record["architecture"])
+        tokenizer = Tokenizer.of(networks.layout, width=recipe.token_width or None, dense=recipe.dense)
+        with torch.device("meta"):
+            model = WeightAutoencoder(tokenizer, recipe.sizes)
+        model.load_state_dict(tensors["model"], assign=True)
+        scaling = Scaling(tensors["scaling"]["mean"], tensors["scaling"]["std"])
+        loss = Composite(recipe.contrast, recipe.structure, dict(record["scales"]))
+        known = (record["fingerprint"], record["layout"], scaling.mean.shape, scaling.std.shape)
+        step, history = int(record["step"]), list(record["history"])
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise ZooError(f"{file} is damaged ({str(error).splitlines()[0]}): train again") from None
+    size = torch.Size([networks.layout.num_parameters])
+    if known != (recipe.fingerprint, networks.layout.fingerprint, size, size):
+        raise ZooError(f"{file} is damaged: its recipe, networks and tensors do not belong together; train again")
+    return Trained(recipe, networks, tokenizer, scaling, model.to(place).eval(), loss, step, history)
+
+
+def save(file: Path, trained: Trained, optimizer: torch.optim.Optimizer, stream: Any) -> None:
+    """Write an autoencoder with all that its use, and more training, takes; atomically."""
+    tensors = {f"model.{name}": value for name, value in trained.model.state_dict().items()}
+    tensors |= {"scaling.mean": trained.scaling.mean, "scaling.std": trained.scaling.std}
+    held = optimizer.state_dict()["state"]
+    tensors |= {f"optimizer.{n}.{key}": value for n, entry in held.items() for key, value in entry.items()}
+    record = {
+        "kind": KIND,
+        "recipe": asdict(trained.recipe),
+        "fingerprint": trained.recipe.fingerprint,
+        "architecture": list(trained.networks.architecture),
+        "layout": trained.networks.layout.fingerprint,
+        "step": trained.step,
+        "scales": trained.loss.scales,
+        "stream": stream.state_dict(),
+        "history": trained.history,
+    }
+    file.parent.mkdir(parents=True, exist_ok=True)
+    plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    write_atomically(file, lambda temporary: save_file(plain, temporary, {"record": json.dumps(record)}))
+
+
+def resume(file: Path, trained: Trained, optimizer: torch.optim.Optimizer, stream: Any) -> None:
+    """Continue from a checkpoint, if there is one.
+
+    Raises:
+        ZooError: if it is damaged, or of another recipe or layout.
+    """
+    if not file.is_file():
+        return
+    record, parts = _read(file)
+    if (record["fingerprint"], record["layout"]) != (trained.recipe.fingerprint, trained.networks.layout.fingerprint):
+        raise ZooError(
+            f"{file} holds an autoencoder of another recipe or layout: choose another folder, or delete it"
+        )
+    stream.load_state_dict(record["stream"])
+    trained.model.load_state_dict(parts["model"])
+    device = trained.model.index_table.device
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, value in parts["optimizer"].items():
+        number, _, key = name.partition(".")
+        state.setdefault(int(number), {})[key] = value.to(device)
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
+    trained.step, trained.history = record["step"], record["history"]
+    trained.loss.scales |= record["scales"]
+
+
+def _read(file: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
+    """The record of a file, and its tensors by part: model, scaling, optimizer."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            held = opened.metadata() or {}
+        record = json.loads(held.get("record", "{}"))
+        tensors = load_file(file)
+    except (OSError, SafetensorError, ValueError):
+        raise ZooError(f"{file} is damaged: delete it, and train again") from None
+    if not isinstance(record, dict) or record.get("kind") != KIND:
+        raise ZooError(f"{file} is no autoencoder of this library, or of an older version: train again")
+    parts: dict[str, dict[str, Tensor]] = {name: {} for name in ("model", "optimizer", "scaling")}
+    for name, value in tensors.items():
+        part, _, rest = name.partition(".")
+        parts.setdefault(part, {})[rest] = value
+    return record, parts
+
+
+def _recipe(settings: dict[str, Any]) -> AutoencoderRecipe:
+    return AutoencoderRecipe(**settings | {"sizes": Sizes(**settings["sizes"]), "views": tuple(settings["views"])})
