@@ -112,7 +112,7 @@ def test_a_prototype_fails_whatever_its_accuracy(report):
     assert any("diversity 0.00 is below 0.7" in text for text in failures)
     assert any("rank correlation" in text for text in failures)
     good = {"agreement": 1.0, "specificity": 0.2, "specificity_low": 0.1, "rank_correlation": 1.0, "diversity": 1.0}
-    assert Reconstruction("perfect", constant.values | good, {}).failures(constant) == []
+    assert Reconstruction("perfect", constant.values | good, {}, {}).failures(constant) == []
 
 
 def test_too_few_models_are_refused(tiny_zoo):

@@ -11,11 +11,14 @@ from cyclopts import App
 from cyclopts.exceptions import CycloptsError
 
 from vitzoo_hf.console import format_bytes, format_duration, hint, join, print_json, print_table
+from vitzoo_hf.decode_verb import decode
+from vitzoo_hf.encode_verb import encode
 from vitzoo_hf.evaluate_verb import evaluate
 from vitzoo_hf.lineage_verb import lineage
 from vitzoo_hf.options import Json, Quiet, Ray, Workers, open_zoo, table_records
 from vitzoo_hf.properties_verb import properties
 from vitzoo_hf.rebasin_verb import rebasin
+from vitzoo_hf.sample_verb import sample
 from vitzoo_hf.schema import VERSION, ZooError
 from vitzoo_hf.soup_verb import soup
 from vitzoo_hf.zoo_verbs import convert, export, get, info, list_rows, push, verify
@@ -32,7 +35,22 @@ app = App(
 )
 
 app.command(list_rows, name="ls")
-for verb in (info, get, export, convert, push, verify, evaluate, lineage, rebasin, properties, soup):
+for verb in (
+    info,
+    get,
+    export,
+    convert,
+    push,
+    verify,
+    evaluate,
+    lineage,
+    rebasin,
+    properties,
+    soup,
+    encode,
+    decode,
+    sample,
+):
     app.command(verb)
 
 

@@ -31,11 +31,13 @@ class Reconstruction:
         name: `autoencoder` or a baseline.
         values: measure -> value; see `MEASURES`.
         layers: role and layer -> R², against the mean of the layer over training models.
+        models: column -> a value a model: `model_id`, `accuracy`, `accuracy_original`, `agreement`, `good`.
     """
 
     name: str
     values: dict[str, float]
     layers: dict[str, float]
+    models: dict[str, list[Any]]
 
     def failures(self, constant: "Reconstruction") -> list[str]:
         """Signs of a prototype in place of reconstructions; one is enough to fail, whatever the accuracy.
@@ -62,6 +64,7 @@ class _Originals:
     """Held-out models: weights, predictions and which are good."""
 
     row: Mapping[str, Any]
+    model_ids: list[str]
     vectors: Float[Tensor, "P D"]
     training: Float[Tensor, "Q D"]
     predictions: Int64[Tensor, "P N"]
@@ -116,6 +119,7 @@ def _originals(zoo: Zoo, split: str, device: str) -> _Originals:
     ranked = accuracy(vectors)
     return _Originals(
         row=rows[0],
+        model_ids=[row["model_id"] for row in rows],
         vectors=vectors,
         training=training,
         predictions=logits.argmax(2),
@@ -191,7 +195,14 @@ def _measured(
         "nearest_training": float(metrics.nearest_distances(vectors, originals.training).mean()),
         "shared_errors": float(errors.nanmean()),
     }
-    return Reconstruction(name, values, dict(zip(_layer_names(trained), layers.tolist(), strict=True)))
+    models = {
+        "model_id": originals.model_ids,
+        "accuracy": right.tolist(),
+        "accuracy_original": original_right.tolist(),
+        "agreement": own.tolist(),
+        "good": good.tolist(),
+    }
+    return Reconstruction(name, values, dict(zip(_layer_names(trained), layers.tolist(), strict=True)), models)
 
 
 def _layer_means(mean: Float[Tensor, " D"], trained: Trained) -> Float[Tensor, " D"]:

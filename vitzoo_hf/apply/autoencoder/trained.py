@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from vitzoo_hf import schema
 from vitzoo_hf.apply.autoencoder.behaviour import Networks
 from vitzoo_hf.apply.autoencoder.losses import Composite
 from vitzoo_hf.apply.autoencoder.model import Sizes, WeightAutoencoder
@@ -52,6 +53,15 @@ class Trained:
     loss: Composite
     step: int = 0
     history: list[dict[str, float]] = field(default_factory=list)
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes with the recipe, the steps made and any weight."""
+        state = {name: schema.weights_sha256(value.detach().cpu().flatten().numpy()) for name, value in self._held()}
+        return schema.fingerprint({"recipe": self.recipe.fingerprint, "step": self.step, "tensors": state})
+
+    def _held(self) -> list[tuple[str, Tensor]]:
+        return [*self.model.state_dict().items(), ("mean", self.scaling.mean), ("std", self.scaling.std)]
 
     def encode(self, vectors: Float[Tensor, "B D"]) -> Float[Tensor, "B N latent"]:
         """Latents of models given as weights."""

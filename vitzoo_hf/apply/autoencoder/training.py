@@ -29,7 +29,7 @@ from vitzoo_hf.schema import ZooError
 from vitzoo_hf.zoo import Zoo
 
 RISE, START, END = 0.3, 1 / 25, 1e-4 / 25
-SAVE_EVERY = 200
+SAVE_EVERY, NOTE_EVERY = 200, 20
 STATISTICS_NUMBERS = 2**24
 
 
@@ -84,10 +84,11 @@ def train_autoencoder(
         losses = _step(trained, optimizer, batch["weights"], batch["model_id"], queries)
         trained.step += 1
         on_step(trained.step, losses)
-        if trained.step % SAVE_EVERY == 0 or trained.step == recipe.steps:
+        last = trained.step == recipe.steps
+        if trained.step % NOTE_EVERY == 0 or trained.step == 1 or last:
             trained.history.append({"step": float(trained.step)} | losses)
-            if folder is not None:
-                save(folder / FILE, trained, optimizer, stream)
+        if folder is not None and (trained.step % SAVE_EVERY == 0 or last):
+            save(folder / FILE, trained, optimizer, stream)
     trained.model.eval()
     return trained
 

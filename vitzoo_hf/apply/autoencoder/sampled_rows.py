@@ -1,0 +1,156 @@
+"""Generated models as a zoo, chosen on selection images, with how far they are from models that were known."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pandas as pd
+import torch
+from jaxtyping import Float, Float64
+from torch import Tensor
+
+from vitzoo_hf.apply.autoencoder import metrics
+from vitzoo_hf.apply.autoencoder.rows import check_layout, results_on_test_images
+from vitzoo_hf.apply.autoencoder.sampling import Score, bootstrapped, sample
+from vitzoo_hf.apply.autoencoder.trained import Trained
+from vitzoo_hf.apply.candidates import candidate_scores
+from vitzoo_hf.apply.derived_rows import derived_row, write_derived
+from vitzoo_hf.row_tables import records
+from vitzoo_hf.schema import ZooError
+from vitzoo_hf.zoo import Zoo
+from vitzoo_hf.zoo_folder import refuse_to_replace
+
+
+class Generated(NamedTuple):
+    """What was sampled.
+
+    Attributes:
+        table: a row a model: `model_id`, `selection_accuracy`, `test_accuracy`, `nearest` (the id of the nearest
+            training model) and `nearest_distance` (L2, of weights).
+        diversity: mean distance of pairs of them over that of pairs of anchors.
+        anchors_nearest_distance: mean L2 distance of an anchor to the nearest other one, to hold distances against.
+        anchors_test_accuracy: median of the anchors; NaN where none was measured.
+    """
+
+    table: pd.DataFrame
+    diversity: float
+    anchors_nearest_distance: float
+    anchors_test_accuracy: float
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How models are sampled.
+
+    Attributes:
+        count: of models a round.
+        keep: how many models are kept, and are the anchors of the next round; None keeps all of one round unchosen.
+        rounds: more than one bootstraps: the best of a round are the anchors of the next.
+        mode: as for `sample`.
+        bandwidth: likewise.
+        seed: of the draw.
+    """
+
+    count: int = 50
+    keep: int | None = 10
+    rounds: int = 1
+    mode: str = "joint"
+    bandwidth: float = 0.2
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.keep is not None and not 1 <= self.keep <= self.count:
+            raise ZooError(f"{self.keep} of {self.count} samples to keep: expected 1 to {self.count}")
+        if self.keep is None and self.rounds > 1:
+            raise ZooError(f"{self.rounds} rounds need a number of models to keep, the anchors of the next round")
+
+    def draw(self, trained: Trained, anchors: Float[Tensor, "A D"], score: Score) -> Float[Tensor, "S D"]:
+        """Models by these settings, the best first where they are chosen."""
+        if self.keep is None:
+            drawn = sample(trained, anchors, self.count, mode=self.mode, bandwidth=self.bandwidth, seed=self.seed)
+            return drawn.weights
+        best = bootstrapped(
+            trained,
+            anchors,
+            self.count,
+            score,
+            rounds=self.rounds,
+            keep=max(self.keep, 2),
+            mode=self.mode,
+            bandwidth=self.bandwidth,
+            seed=self.seed,
+        )
+        return best.weights[: self.keep]
+
+
+def write_samples(
+    zoo: Zoo, trained: Trained, folder: Path, how: Sampling | None = None, *, device: str = "cpu"
+) -> Generated:
+    """Sample around the training models of a zoo, keep the best by selection images, write them as a zoo.
+
+    Args:
+        zoo: filtered to the prompts; models of the train split are the anchors. All are held in memory. Its selection
+            images choose, its test images are reported on.
+        trained: the autoencoder.
+        folder: the new zoo; a zoo that is there is replaced.
+        how: 50 models, of which the best 10 are kept, by default.
+        device: where models are measured.
+
+    Raises:
+        ZooError: as `sample` and `bootstrapped`; if the anchors differ in layout or dataset, the zoo has no selection
+            images, or the folder cannot be written.
+    """
+    refuse_to_replace(folder)
+    how = how or Sampling()
+    anchors = zoo.filter(split="train")
+    check_layout(anchors, trained)
+    index = records(anchors.to_pandas())
+    datasets = sorted({row["dataset"] for row in index})
+    if len(datasets) > 1:
+        raise ZooError(f"anchors of {', '.join(datasets)}: samples need one task, filter by dataset")
+    rows = list(anchors.rows())
+    training = torch.stack([torch.from_numpy(row["weights"]) for row in rows])
+    images, labels = anchors.probes(datasets[0], "selection")
+
+    def score(vectors: Float[Tensor, "P D"]) -> Float64[Tensor, " P"]:
+        return candidate_scores(vectors, rows[0], images, labels, device=device).accuracy.cpu()
+
+    weights = how.draw(trained, training, score)
+    selection = score(weights).tolist()
+    losses, accuracies = results_on_test_images(anchors, weights, [rows[0]] * len(weights), device)
+    record: dict[str, Any] = {
+        "sampled": asdict(how),
+        "autoencoder": trained.fingerprint,
+        "anchors": [row["model_id"] for row in index],
+        "chosen_on": {"dataset": datasets[0], "role": "selection", "images": len(labels)} if how.keep else None,
+    }
+    made = []
+    for number, (vector, chosen, loss, right) in enumerate(zip(weights, selection, losses, accuracies, strict=True)):
+        provenance = record | {"selection_accuracy": chosen}
+        name = f"sample-{how.mode}-s{how.seed}-{number}"
+        made.append(derived_row(anchors, index, name, vector, provenance, test_loss=loss, test_accuracy=right))
+    write_derived(anchors, made, folder, "samples")
+    far = torch.cdist(weights.double(), training.double())
+    columns = {
+        "model_id": [row["model_id"] for row in made],
+        "selection_accuracy": selection,
+        "test_accuracy": accuracies,
+        "nearest": [rows[place]["model_id"] for place in far.argmin(1).tolist()],
+        "nearest_distance": far.min(1).values.tolist(),
+    }
+    return Generated(pd.DataFrame(columns), _diversity(weights, training), _apart(training), _median_accuracy(index))
+
+
+def _diversity(weights: Float[Tensor, "P D"], training: Float[Tensor, "Q D"]) -> float:
+    return metrics.diversity(weights, training) if len(weights) > 1 else float("nan")
+
+
+def _apart(training: Float[Tensor, "Q D"]) -> float:
+    """Mean distance of a model to the nearest other one."""
+    far = torch.cdist(training.double(), training.double()).fill_diagonal_(float("inf"))
+    return float(far.min(1).values.mean())
+
+
+def _median_accuracy(index: list[dict[str, Any]]) -> float:
+    known = [row["test_accuracy"] for row in index if row["test_accuracy"] is not None]
+    return float(torch.tensor(known, dtype=torch.float64).median()) if known else float("nan")

@@ -1,0 +1,111 @@
+"""Networks that were made from rows of a zoo, such as averages and reconstructions, as rows of a zoo of their own."""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from vitzoo_hf import schema
+from vitzoo_hf.rebuild import VerifiedRow
+from vitzoo_hf.zoo import Zoo
+from vitzoo_hf.zoo_folder import Rows, write_zoo
+
+SHARED = ("parent_id", "stage", "dataset", "architecture", "architecture_args", "head", "head_hidden", "layout")
+
+
+def derived_row(
+    zoo: Zoo,
+    sources: Sequence[Mapping[str, Any]],
+    run_id: str,
+    weights: Float[Tensor, " D"],
+    provenance: Mapping[str, Any],
+    *,
+    is_final: bool = True,
+    test_loss: float | None = None,
+    test_accuracy: float | None = None,
+) -> dict[str, Any]:
+    """A network as a row with the columns of the zoo that its sources are from, and its split.
+
+    Columns that all sources share keep their value: parent, factors. Others are null, as are results on training
+    images; `epoch` is the latest of the sources'; `split` is `test` if a source is of it, then
+    `validation`, then `train`.
+
+    Args:
+        zoo: of the sources.
+        sources: records of the index, with `split`.
+        run_id: letters, digits and `._=+-`; others are replaced.
+        weights: of the network.
+        provenance: how it was made; the zoo and the versions are added.
+        is_final: the column.
+        test_loss: on test images, measured by the caller.
+        test_accuracy: likewise.
+    """
+    own = re.sub(r"[^A-Za-z0-9._=+-]+", ".", run_id)
+    epoch = max(row["epoch"] for row in sources)
+    vector = weights.cpu().numpy()
+    results = dict.fromkeys(schema.RESULTS) | {"test_loss": test_loss, "test_accuracy": test_accuracy}
+    record = dict(provenance) | {
+        "zoo": {"name": zoo.manifest["name"], "blueprint_fingerprint": zoo.manifest["blueprint_fingerprint"]},
+        "versions": {"vitzoo_hf": schema.VERSION, "torch": torch.__version__},
+    }
+    row = {"model_id": schema.model_id(own, epoch), "run_id": own, "epoch": epoch, "is_final": is_final}
+    row |= {column: _shared(sources, column) for column in (*SHARED, *zoo.factors)}
+    row |= results | {"num_parameters": len(vector), "weights_sha256": schema.weights_sha256(vector)}
+    row |= {"dtype": "float32", "provenance": schema.canonical_json(record), "weights": vector}
+    order = [*schema.row_features(zoo.manifest["factors"])]
+    split = max((source["split"] for source in sources), key=schema.SPLITS.index)
+    return VerifiedRow({column: row[column] for column in order} | {"split": split})
+
+
+def write_derived(zoo: Zoo, rows: Sequence[Mapping[str, Any]], folder: str | Path, kind: str) -> Path:
+    """Write derived rows as a zoo, with the held-out images of the zoo that they come from.
+
+    Args:
+        zoo: of the sources.
+        rows: of `derived_row`.
+        folder: the new zoo; a zoo that is there is replaced.
+        kind: what the rows are, such as `soups`: ends the new zoo's name.
+
+    Raises:
+        ZooError: if the folder cannot be written.
+    """
+    members = {split: [row for row in rows if row["split"] == split] for split in schema.SPLITS}
+    splits = {
+        split: Rows(len(part), max((row["num_parameters"] for row in part), default=0), map(_stored, part))
+        for split, part in members.items()
+    }
+    return write_streamed(zoo, splits, {row["dataset"] for row in rows}, folder, kind)
+
+
+def write_streamed(zoo: Zoo, splits: Mapping[str, Rows], datasets: set[str], folder: str | Path, kind: str) -> Path:
+    """As `write_derived`, from rows without `split` that are made while they are written.
+
+    Args:
+        zoo: of the sources.
+        splits: split -> its rows.
+        datasets: whose held-out images the new zoo holds.
+        folder: as for `write_derived`.
+        kind: likewise.
+    """
+    probes = {
+        role: [row for row in zoo.probe_rows(role) if row["dataset"] in datasets] for role in ("selection", "test")
+    }
+    manifest = {name: value for name, value in zoo.manifest.items() if name != "files"}
+    manifest |= {"name": f"{manifest['name']}-{kind}", "blueprint_fingerprint": None, "missing_runs": {}}
+    manifest |= {f"{kind}_of": zoo.manifest["blueprint_fingerprint"]}
+    write_zoo(Path(folder), manifest, splits, probes, zoo.blueprint_text)
+    return Path(folder)
+
+
+def _stored(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in row.items() if name != "split"}
+
+
+def _shared(rows: Sequence[Mapping[str, Any]], column: str) -> Any:
+    """The value that all rows have in a column, or None."""
+    values = {row[column] for row in rows}
+    return values.pop() if len(values) == 1 else None
