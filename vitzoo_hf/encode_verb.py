@@ -68,6 +68,8 @@ def encode(
         print_json(files | {"models": len(opened), "numbers": numbers, "steps": trained.step})
         return
     print(f"{len(opened)} models as {numbers} numbers each in {table}")
+    if trained.step < trained.recipe.steps:
+        print(f"the autoencoder has made {trained.step} of {trained.recipe.steps} steps: --train continues it")
     if not quiet:
         hint(f"Next: vitzoo properties {quote(zoo)} --embedding {quote(str(table))}")
 
