@@ -120,3 +120,10 @@ def test_too_few_models_are_refused(tiny_zoo):
     trained = train_autoencoder(zoo, AutoencoderRecipe(structure=1.0, steps=1, batch_size=2))
     with pytest.raises(ZooError, match="0 models in split 'test'; reconstructions are judged on at least 4"):
         evaluate_autoencoder(zoo, trained)
+
+
+def test_models_of_two_tasks_are_not_judged_on_the_images_of_one():
+    zoo = Zoo.sample().filter(head="linear", layout="796c1d0bb9bf2b6c")
+    trained = train_autoencoder(zoo.filter(dataset="digits"), AutoencoderRecipe(structure=1.0, steps=1, batch_size=2))
+    with pytest.raises(ZooError, match="models of digits, mnist5k: no images test all of them"):
+        evaluate_autoencoder(zoo, trained, split="train")

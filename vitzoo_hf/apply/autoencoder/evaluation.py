@@ -86,7 +86,7 @@ def evaluate_autoencoder(
     the latents, or as training models allow.
 
     Raises:
-        ZooError: if the split holds fewer than four models, or none is better than chance.
+        ZooError: if the split holds fewer than four models, or models differ in dataset.
     """
     originals = _originals(zoo, split, device)
     untrained = _untrained(trained)
@@ -105,11 +105,13 @@ def _originals(zoo: Zoo, split: str, device: str) -> _Originals:
     held, train = zoo.filter(split=split), zoo.filter(split="train")
     if len(held) < 4:
         raise ZooError(f"{len(held)} models in split {split!r}; reconstructions are judged on at least 4")
+    datasets = sorted({*held.index["dataset"], *train.index["dataset"]})
+    if len(datasets) > 1:
+        raise ZooError(f"models of {', '.join(datasets)}: no images test all of them; filter by dataset or stage")
     rows = list(held.rows())
     vectors, training = (torch.stack(list(_vectors(part))) for part in (rows, train.rows()))
-    dataset = rows[0]["dataset"]
-    selection, selection_labels = zoo.probes(dataset, "selection")
-    images, labels = zoo.probes(dataset)
+    selection, selection_labels = zoo.probes(datasets[0], "selection")
+    images, labels = zoo.probes(datasets[0])
 
     def accuracy(weights: Tensor) -> Tensor:
         logits = candidate_logits(weights, rows[0], selection, device=device).cpu()
