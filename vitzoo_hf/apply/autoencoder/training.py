@@ -203,7 +203,7 @@ def _behaviour(
 def one_cycle(done: float) -> float:
     """The learning rate's factor once a share of the steps is done: a rise and a fall, each half a cosine.
 
-    >>> [round(one_cycle(done), 3) for done in (0, 0.3, 1)]
+    >>> [round(one_cycle(done), 3) for done in (0.0, 0.3, 1.0)]
     [0.04, 1.0, 0.0]
     """
     if done < RISE:
