@@ -47,6 +47,7 @@ LABELS = {
     "rotation": "+ rotated residual stream",
 }
 SEED = 0
+SINGLE = "same start"
 
 
 def main() -> None:
@@ -194,9 +195,9 @@ def draw_ladder(name: str) -> None:
     from matplotlib.figure import Figure
 
     table = pd.read_csv(HERE / f"{name}_summary.csv", keep_default_na=False)
-    populations = list(dict.fromkeys(table["population"]))
+    populations = [name for name in dict.fromkeys(table["population"]) if name != SINGLE]
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(3.5 * len(populations) + 1.2, 3.6), layout="constrained")
+        figure = Figure(figsize=(3.3 * len(populations) + 1, 4.6), layout="constrained")
         axes = figure.subplots(1, len(populations), sharey=True, squeeze=False)[0]
         for axis, population in zip(axes, populations, strict=True):
             group = table[table["population"] == population].set_index("rung")
@@ -210,9 +211,9 @@ def draw_ladder(name: str) -> None:
                 axis.errorbar(places, part["barrier"], errors, label=f"by {way}", **style)
             axis.set_xticks(range(len(RUNGS)), [LABELS[rung] for rung in RUNGS], rotation=40, ha="right")
             axis.set_title(f"{POPULATIONS[population]}\n{stored['pairs']} pairs", fontsize=8)
-            axis.set_ylim(bottom=0)
+        axes[0].set_ylim(0, 1.1 * table["barrier_high"].max())
         axes[0].set_ylabel("barrier of test loss (nats)")
-        axes[-1].legend(fontsize=7)
+        axes[0].legend(fontsize=7, loc="lower left")
         told = "Median over pairs, bootstrap intervals of 95 %; families of symmetries added from left to right"
         heading(figure, f"What each family of symmetries buys ({name})", told)
         figure.savefig(HERE / "figures" / f"{name}_ladder.png", dpi=110)
@@ -223,9 +224,9 @@ def draw_paths(name: str) -> None:
     from matplotlib.figure import Figure
 
     table = pd.read_csv(HERE / f"{name}_curves.csv")
-    populations = list(dict.fromkeys(table["population"]))
+    populations = [name for name in dict.fromkeys(table["population"]) if name != SINGLE]
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(3.2 * len(populations) + 1, 3.2), layout="constrained")
+        figure = Figure(figsize=(3.6 * len(populations) + 1, 3.2), layout="constrained")
         axes = figure.subplots(1, len(populations), sharey=True, squeeze=False)[0]
         for axis, population in zip(axes, populations, strict=True):
             group = table[table["population"] == population]
@@ -266,7 +267,8 @@ def section(name: str) -> str:
     told = [
         f"## {name}",
         f"The largest change of a logit by {len(exact)} re-basins is {exact['change'].max():.1e}, computed in"
-        f" float64; a float32 forward of the stored models rounds by up to {exact['rounding_of_a_float32_forward'].max():.1e}."
+        " float64; a float32 forward of the stored models rounds by up to"
+        f" {exact['rounding_of_a_float32_forward'].max():.1e}."
         f" Over all {len(moved)} aligned models, computed in float32, it is {moved['logit_change'].max():.1e}"
         f" ({(moved['logit_change'] > 1e-5).mean():.0%} above 1e-5).",
         *(ladder_table(table[table["population"] == key], title) for key, title in POPULATIONS.items()),
