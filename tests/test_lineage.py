@@ -183,6 +183,13 @@ def test_truth_joins_epochs_of_a_run_and_children_of_a_missing_parent():
     assert truth.roots.tolist() == [1]
 
 
+def test_truth_joins_the_run_of_a_parent_that_is_missing():
+    index = pd.DataFrame(
+        {"model_id": ["p@3", "a@1", "b@1"], "run_id": ["p", "a", "b"], "parent_id": [None, "p@9", "p@9"]}
+    )
+    assert truth_of(index).tree.tolist() == [0, 0, 0]
+
+
 def test_epochs_are_ordered(tiny_zoo):
     path = np.cumsum(np.random.default_rng(0).random((8, 50)), 0)
     squared = ((path[:, None] - path[None]) ** 2).sum(2)

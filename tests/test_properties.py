@@ -220,6 +220,7 @@ def test_a_zoo_of_one_lineage_has_no_split_by_lineage(models):
         ({"splits": ["row"]}, "unknown split 'row'"),
         ({"targets": ["accuracy"]}, "unknown target 'accuracy'"),
         ({"repeats": 0}, "repeats is 0"),
+        ({"seed": -1}, "seed is -1; expected a whole number from 0"),
     ],
 )
 def test_names_are_checked(options, told):

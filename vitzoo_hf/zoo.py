@@ -133,11 +133,8 @@ class Zoo:
             ZooError: if the zoo has no such config.
         """
         if config == "index":
-            return (
-                with_class_names(self._index, self._features)
-                .take(self._positions)
-                .to_pandas(integer_object_nulls=True)
-            )
+            rows = with_class_names(self._index, self._features).take(self._positions)
+            return rows.to_pandas(integer_object_nulls=True)
         known = [held for held in self.configs if held != "weights"]
         if config not in known:
             hint = "; `vitzoo evaluate` writes it" if config in ("evaluations", "pairs") else ""
@@ -340,6 +337,11 @@ class Zoo:
                 " `vitzoo_hf.export.export_subset`, and push that"
             )
         return push(self.name, repository, private=private, tag=tag, dry_run=dry_run)
+
+    @property
+    def unfiltered(self) -> "Zoo":
+        """All rows of the zoo, whatever was filtered."""
+        return self._at(np.arange(self._index.num_rows))
 
     @property
     def blueprint_text(self) -> str:

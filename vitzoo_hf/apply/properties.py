@@ -36,6 +36,7 @@ ABOUT = ("target", "rows", "features", "num_features", "model", "split", "metric
 MEASURED = ("value", "low", "high", "shuffled", "shuffled_low", "shuffled_high", "n_train", "n_test", "n_groups")
 COLUMNS = (*ABOUT, *MEASURED)
 MOST_FOLDS = 5
+LARGEST_SEED = 2**32 - 1
 _Batch = list[tuple[Target, Float64[np.ndarray, "S M"]]]
 
 
@@ -61,6 +62,8 @@ class Plan:
         if self.repeats < 1 or self.shuffles < 0 or self.resamples < 1:
             told = f"repeats is {self.repeats}, shuffles {self.shuffles} and resamples {self.resamples}"
             raise ZooError(f"{told}; expected at least 1, 0 and 1")
+        if not 0 <= self.seed <= LARGEST_SEED:
+            raise ZooError(f"seed is {self.seed}; expected a whole number from 0 to {LARGEST_SEED}")
 
 
 def predict_properties(
