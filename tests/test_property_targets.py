@@ -195,6 +195,15 @@ def test_accuracies_move_with_their_epochs(seed):
     assert given_to.first()[short] == short
 
 
+def test_runs_at_epochs_of_their_own_have_no_shuffled_accuracy():
+    table = table_of()
+    own = table.assign(epoch=table["epoch"] + 100 * pd.factorize(table["run_id"])[0])
+    assert shuffled(target_of(own, "test_accuracy", "all"), own, 0) is None
+    assert shuffled(target_of(own, "epoch", "all"), own, 0) is not None
+    overlapping = table[~((table["epoch"] == 1) & (pd.factorize(table["run_id"])[0] > 0))].reset_index(drop=True)
+    assert shuffled(target_of(overlapping, "test_accuracy", "all"), overlapping, 0) is not None
+
+
 def test_epochs_move_within_runs():
     table = table_of()
     target = target_of(table, "epoch", "all")

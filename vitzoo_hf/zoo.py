@@ -300,7 +300,7 @@ class Zoo:
         table = held.filter(pc.equal(held["dataset"], dataset)) if held is not None else None
         if table is None or table.num_rows == 0:
             known = sorted(set(held["dataset"].to_pylist())) if held is not None else []
-            raise ZooError(f"{self.name} carries no {role} images of {dataset!r}; it has them of: {known}")
+            raise ZooError(f"{self.name} carries no {role} images of {dataset!r}; it has them of: {known or 'none'}")
         record = self.manifest["images"].get(dataset)
         if record is None:
             raise ZooError(f"zoo.json of {self.name} does not say how images of {dataset!r} are prepared; {REPAIR}")

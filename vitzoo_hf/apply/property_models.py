@@ -100,8 +100,8 @@ def ridge_predictions(
     """
     if len(np.unique(groups)) < 2:
         raise ZooError(
-            "ridge chooses its penalty over training runs, so at least three runs are needed, here two, or all but one "
-            "are of one lineage: give a zoo with more runs, or choose another model"
+            "ridge chooses its penalty over training runs, so at least three runs are needed, here two, "
+            "or but one outside a lineage: give a zoo with more runs, or choose another model"
         )
     errors = torch.zeros(len(shares), int(blocks.max()) + 1, dtype=torch.float64, device=train.device)
     columns = torch.from_numpy(blocks).to(train.device)

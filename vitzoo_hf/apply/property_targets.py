@@ -187,12 +187,13 @@ def column_of(split: str) -> str:
     return "run_id" if split == "run" else "lineage"
 
 
-def shuffled(target: Target, table: pd.DataFrame, seed: Any) -> Float64[np.ndarray, " M"]:
+def shuffled(target: Target, table: pd.DataFrame, seed: Any) -> Float64[np.ndarray, " M"] | None:
     """The target's values given to other models: a control that keeps what no prediction should profit from.
 
     What is the same in a whole lineage is permuted between lineages, what is the same in a run between runs. What
     changes within runs goes from run to run, epoch by epoch, among runs kept at the same epochs: a shuffled accuracy
-    still grows with the epoch. What changes alike in all runs, as the epoch itself, is permuted within each run.
+    still grows with the epoch. What changes alike in all runs, as the epoch itself, is permuted within each run. None
+    where values would go between runs, and no two runs are kept at the same epochs.
     """
     random = np.random.default_rng(seed)
     rows = table.iloc[target.places]
@@ -205,9 +206,12 @@ def shuffled(target: Target, table: pd.DataFrame, seed: Any) -> Float64[np.ndarr
     frame = pd.DataFrame(
         {"run": rows["run_id"].to_numpy(), "epoch": rows["epoch"].to_numpy(), "value": target.values}
     )
-    if (frame.groupby("epoch")["value"].nunique() == 1).all():
+    shared = frame.groupby("epoch")["run"].nunique().max() > 1
+    if target.name == "epoch" or (shared and (frame.groupby("epoch")["value"].nunique() == 1).all()):
         return frame.groupby("run")["value"].transform(random.permutation).to_numpy(np.float64)
     frame["kept"] = frame.groupby("run")["epoch"].transform(lambda epochs: str(sorted(epochs)))
+    if (frame.groupby("kept")["run"].nunique() == 1).all():
+        return None
     found = frame["value"].to_numpy(copy=True)
     for _, alike in frame.groupby("kept"):
         by_run = alike.sort_values("epoch").groupby("run").indices
