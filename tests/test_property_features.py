@@ -8,7 +8,6 @@ import pytest
 import torch
 from sklearn.decomposition import PCA
 from sklearn.linear_model import Ridge
-
 from test_lineage import damage, epochs_zoo
 
 from vitzoo_hf.apply import property_features

@@ -19,7 +19,8 @@ Candidates = Annotated[
     Parameter(
         name="--candidates",
         negative=(),
-        help="COLUMN=VALUE of the models that are known to be roots, such as stage=pretrain; repeatable. Final checkpoints only, unless model_id=ID names them.",
+        help="COLUMN=VALUE of the models that are known to be roots, such as stage=pretrain; repeatable. "
+        "Final checkpoints only, unless model_id=ID names them.",
     ),
 ]
 
@@ -143,7 +144,8 @@ def _tell(forest: "Forest", scores: list[dict[str, Any]], epochs: Any) -> None:
     for number in forest.orphan_trees:
         count = int((forest.tree == number).sum())
         print(
-            f"tree {number} of {counted(count, 'model', 'models')}: its root looks like a sibling, so the parent may not be among them"
+            f"tree {number} of {counted(count, 'model', 'models')}: its root looks like a sibling, "
+            "so the parent may not be among them"
         )
     for note in forest.notes:
         print(note)
