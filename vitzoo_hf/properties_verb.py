@@ -71,14 +71,18 @@ def properties(
     if json:
         print_json(table_records(table))
         return
+    _tell(table, out)
+    if not quiet:
+        kept = f"plot {quote(zoo)} --out REPORT" if out else f"properties {quote(zoo)} --out FOLDER"
+        hint(f"Next: vitzoo {kept}")
+
+
+def _tell(table: Any, out: Path | None) -> None:
     print_table(table_records(table[list(SHOWN)]))
     for note in table.attrs["notes"]:
         print(note)
     if out is not None:
         print(f"{len(table)} rows and the figure in {out}")
-    if not quiet:
-        kept = f"plot {quote(zoo)} --out REPORT" if out else f"properties {quote(zoo)} --out FOLDER"
-        hint(f"Next: vitzoo {kept}")
 
 
 def _embedding(file: Path) -> Any:
