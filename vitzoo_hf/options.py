@@ -2,9 +2,12 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
+
+from vitzoo_hf.schema import ZooError
 
 if TYPE_CHECKING:
     from vitzoo_hf.zoo import Zoo
@@ -42,6 +45,20 @@ def folder_of(name: str) -> str:
     from vitzoo_hf.zoo import SAMPLE
 
     return str(SAMPLE) if name == "sample" and not Path(name).exists() else name
+
+
+def make_folder(out: Path) -> None:
+    """Make the folder that a verb is to fill, before it computes anything.
+
+    Raises:
+        ZooError: if it cannot be made or written into.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        raise ZooError(f"--out: cannot write into {out}: {error.strerror}; give another folder") from None
 
 
 def table_records(table: Any) -> list[dict[str, Any]]:
