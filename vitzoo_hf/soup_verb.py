@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from cyclopts import Parameter
 
 from vitzoo_hf.console import hint, print_json, print_table
-from vitzoo_hf.options import Json, Quiet, Where, open_zoo, table_records
+from vitzoo_hf.options import Json, Quiet, Where, check_least, names_of, open_zoo, table_records
 from vitzoo_hf.schema import ZooError
 
 SHOWN = ("ingredients", "selection_accuracy", "test_accuracy", "best_single_test", "ensemble_test", "gain")
@@ -47,7 +47,13 @@ def soup(
         device: cpu or cuda.
         cache: Folder that keeps outputs of models, such as ZOO/.evaluation.
     """
+    from vitzoo_hf.apply.destinations import check_folder
+    from vitzoo_hf.rebuild import usable_device
+
     opened = open_zoo(zoo, where)
+    check_folder(out, opened, "soups_of")
+    usable_device(device)
+    check_least("--seed", seed, 0)
     if method == "epochs":
         if by is not None:
             raise ZooError("--by groups models; --method epochs averages each run by itself: leave --by out")
@@ -56,7 +62,7 @@ def soup(
     conditions = {text.split("=")[0] for text in where or ()}
     finals = opened.filter(is_final=True) if not conditions & {"epoch", "is_final"} else opened
     models = finals if conditions & {"stage", "model_id", "run_id"} else finals.filter(stage="finetune")
-    columns = [name.strip() for name in by.split(",")] if by else ["parent_id", "head"]
+    columns = ["parent_id", "head"] if by is None else names_of("--by", by, "parent_id,head")
     _soup_groups(models, out, method, columns, seed, device, cache, json=json, quiet=quiet)
 
 
@@ -74,9 +80,7 @@ def _soup_groups(
 ) -> None:
     from vitzoo_hf.apply.soup_comparison import compare_soups, group_text
     from vitzoo_hf.apply.soup_rows import soup_row, write_soups
-    from vitzoo_hf.zoo_folder import refuse_to_replace
 
-    refuse_to_replace(out)
     found = compare_soups(
         models,
         by=columns,
@@ -109,9 +113,7 @@ def _soup_groups(
 def _soup_epochs(opened: Any, out: Path, seed: int, device: str, *, json: bool, quiet: bool) -> None:
     from vitzoo_hf.apply.epoch_averaging import average_epochs
     from vitzoo_hf.apply.soup_rows import soup_row, write_soups
-    from vitzoo_hf.zoo_folder import refuse_to_replace
 
-    refuse_to_replace(out)
     found = average_epochs(opened, device=device, progress=not (json or quiet))
     chosen = found.table[found.table["is_chosen"]].set_index("run_id")
     rows = [

@@ -18,8 +18,14 @@ from vitzoo_hf.rebuild import checked_vector
 from vitzoo_hf.schema import ZooError, did_you_mean
 from vitzoo_hf.zoo import Zoo
 
-RUNGS = {name: FAMILIES[: number + 1] for number, name in enumerate(FAMILIES)}
-"""Each family with all before it, by the name of the last."""
+PERMUTATIONS = ("mlp", "heads", "residual")
+RUNGS = {
+    "mlp": ("mlp",),
+    "heads": ("mlp", "heads"),
+    "permutations": PERMUTATIONS,
+    **{name: FAMILIES[: number + 1] for number, name in enumerate(FAMILIES) if number > 1},
+}
+"""Each family with all before it, by the name of the last; and all permutations without maps, as in Git Re-Basin."""
 
 
 def sample_pairs(

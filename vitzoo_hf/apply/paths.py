@@ -76,18 +76,28 @@ def barrier(values: Float64[Tensor, " T"], positions: Float64[Tensor, " T"]) -> 
 
 
 def mode_connectivity(errors: Float64[Tensor, " T"]) -> float:
-    """The measure ½ (e(0) + e(1)) − e(t*), with t* where the error is farthest from the means of ends.
+    """The measure ½ (e(0) + e(1)) − e(t*), with t* where the error is farthest from the mean of the ends.
 
-    Source: Yang et al. 2021.
+    Source: Yang et al. 2021. t* is looked for between the ends, which are both equally far from their mean, so that
+    the measure does not change when the ends change places; of points equally far, the one of higher error counts.
 
     Below 0 there is a barrier, at 0 the ends are connected, above 0 the path goes through better networks.
+
+    Args:
+        errors: at positions along a path, both ends among them.
+
+    Raises:
+        ZooError: for fewer than 3, of which none is between the ends.
 
     Example:
         >>> mode_connectivity(torch.tensor([0.25, 0.75, 0.25]).double())
         -0.5
     """
-    middle = (errors[0] + errors[-1]) / 2
-    return float(middle - errors[(errors - middle).abs().argmax()])
+    if len(errors) < 3:
+        raise ZooError(f"{len(errors)} errors have none between the ends of a path: give at least 3")
+    rises = errors[1:-1] - (errors[0] + errors[-1]) / 2
+    farthest = rises[rises.abs() == rises.abs().max()].max()
+    return -float(farthest)
 
 
 def straight_points(

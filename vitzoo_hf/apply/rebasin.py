@@ -16,6 +16,7 @@ from torch import Tensor
 from vitzoo_hf.apply.activation_alignment import align_by_activations
 from vitzoo_hf.apply.alignment import align_by_weights, squared_distance
 from vitzoo_hf.apply.canonical import prepare
+from vitzoo_hf.apply.destinations import check_folder, made_manifest
 from vitzoo_hf.apply.symmetries import FAMILIES, Symmetry, check_families, sizes_of, to_tensors, to_vector, transform
 from vitzoo_hf.rebuild import checked_vector
 from vitzoo_hf.schema import ZooError, did_you_mean, weights_sha256
@@ -188,14 +189,15 @@ def rebasin_zoo(
         zoo: the rows, of one architecture and head.
         reference: id of the row to align to, which is among them; its own weights change only to the canonical form
             of `invertible` and `rotation`.
-        folder: for the new zoo.
+        folder: for the new zoo; an earlier one of aligned models is replaced.
         families: see `rebasin`; so are `by`, `restarts`, `sweeps`, `seed` and `device`.
         progress: show a bar.
 
     Raises:
-        ZooError: if a row does not fit the reference, or the folder cannot be written.
+        ZooError: if a row does not fit the reference, or as `check_folder`.
     """
     chosen = check_families(families)
+    check_folder(folder, zoo, "rebasin_of")
     target = zoo.row(reference)
     layouts = set(zoo.index["layout"])
     if len(layouts) > 1:
@@ -216,7 +218,6 @@ def rebasin_zoo(
     }
     used = set(zoo.index["dataset"])
     probes = {role: [row for row in zoo.probe_rows(role) if row["dataset"] in used] for role in ("selection", "test")}
-    manifest = {name: value for name, value in zoo.manifest.items() if name != "files"}
-    manifest |= {"blueprint_fingerprint": None, "subset_of": zoo.manifest["blueprint_fingerprint"]}
+    manifest = made_manifest(zoo, "rebasin_of") | {"subset_of": zoo.manifest["blueprint_fingerprint"]}
     write_zoo(folder, manifest, parts, probes, zoo.blueprint_text, progress=progress)
     return folder

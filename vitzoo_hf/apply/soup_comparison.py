@@ -95,7 +95,7 @@ def compare_soups(
         best single, and `over_ensemble`, …, soup less ensemble, with 95 % intervals over resampled test images.
 
     Raises:
-        ZooError: for an unknown column or method; a group of several heads or datasets; models without a classifier;
+        ZooError: for an unknown column or method, or a seed below 0; a group of several heads or datasets; models without a classifier;
             a zoo without selection images; if no group has two models.
 
     Example:
@@ -107,6 +107,8 @@ def compare_soups(
     for method in methods:
         if method not in METHODS:
             raise ZooError(f"unknown method {method!r}: {did_you_mean(method, METHODS)}")
+    if seed < 0:
+        raise ZooError(f"seed {seed}: expected 0 or more")
     groups, left_out = soup_groups(zoo, by)
     wanted = zoo.filter(model_id=[model_id for _, model_ids in groups for model_id in model_ids])
     batches = _held_out(wanted)
