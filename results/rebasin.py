@@ -119,9 +119,9 @@ def measure_barriers(zoo: Zoo, pairs: dict, images: int, name: str, again: list[
     for population, chosen in pairs.items():
         if again and population not in again:
             tables.append(kept[kept["population"] == population])
-            continue
-        table = pair_barriers(zoo, chosen, LADDER, points=9, num_images=images, seed=SEED)
-        tables.append(table.assign(population=population, images=images))
+        else:
+            table = pair_barriers(zoo, chosen, LADDER, points=9, num_images=images, seed=SEED)
+            tables.append(table.assign(population=population, images=images))
         keep_barriers(pd.concat(tables), name)
     (HERE / f"{name}_provenance.json").write_text(json.dumps(provenance(), indent=1) + "\n")
 

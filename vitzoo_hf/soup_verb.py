@@ -28,6 +28,8 @@ def soup(
     method: Method = "greedy",
     by: By = None,
     where: Where = None,
+    last: str | None = None,
+    decay: float | None = None,
     seed: int = 0,
     device: str = "cpu",
     cache: Path | None = None,
@@ -43,6 +45,8 @@ def soup(
         zoo: Folder, dataset id, or `sample`. Soups are of final fine-tuned models where --where names no stage.
         out: Folder for the zoo of soups and the table.
         method: uniform; greedy (Wortsman et al. 2022); learned or unconstrained coefficients; epochs of each run.
+        last: Of --method epochs: K,K…, how many of the last kept epochs to average, by default 2,3,5.
+        decay: Of --method epochs: of the exponential average, from 0 to below 1, by default 0.5.
         seed: Of learned coefficients and intervals.
         device: cpu or cuda.
         cache: Folder that keeps outputs of models, such as ZOO/.evaluation.
@@ -57,8 +61,10 @@ def soup(
     if method == "epochs":
         if by is not None:
             raise ZooError("--by groups models; --method epochs averages each run by itself: leave --by out")
-        _soup_epochs(opened, out, seed, device, json=json, quiet=quiet)
+        _soup_epochs(opened, out, _averages(last, decay), seed, device, json=json, quiet=quiet)
         return
+    if last is not None or decay is not None:
+        raise ZooError(f"--last and --decay are of epochs: leave them out of --method {method}, or --method epochs")
     conditions = {text.split("=")[0] for text in where or ()}
     finals = opened.filter(is_final=True) if not conditions & {"epoch", "is_final"} else opened
     models = finals if conditions & {"stage", "model_id", "run_id"} else finals.filter(stage="finetune")
@@ -110,11 +116,28 @@ def _soup_groups(
         hint(f"Next: vitzoo evaluate {quote(str(out))}")
 
 
-def _soup_epochs(opened: Any, out: Path, seed: int, device: str, *, json: bool, quiet: bool) -> None:
+def _averages(last: str | None, decay: float | None) -> dict[str, Any]:
+    """What to average of each run: options of `average_epochs` that differ from its own."""
+    chosen: dict[str, Any] = {}
+    if last is not None:
+        texts = [text.strip() for text in last.split(",")]
+        if not all(text.isdecimal() and int(text) >= 2 for text in texts):
+            raise ZooError(f"--last {last}: expected K,K…, whole numbers of at least 2, such as 2,3,5")
+        chosen["last"] = [int(text) for text in texts]
+    if decay is not None:
+        if not 0 <= decay < 1:
+            raise ZooError(f"--decay {decay:g}: expected a number from 0 to below 1, such as 0.5")
+        chosen["decays"] = [decay]
+    return chosen
+
+
+def _soup_epochs(
+    opened: Any, out: Path, averages: dict[str, Any], seed: int, device: str, *, json: bool, quiet: bool
+) -> None:
     from vitzoo_hf.apply.epoch_averaging import average_epochs
     from vitzoo_hf.apply.soup_rows import soup_row, write_soups
 
-    found = average_epochs(opened, device=device, progress=not (json or quiet))
+    found = average_epochs(opened, **averages, device=device, progress=not (json or quiet))
     chosen = found.table[found.table["is_chosen"]].set_index("run_id")
     rows = [
         soup_row(
@@ -131,6 +154,10 @@ def _soup_epochs(opened: Any, out: Path, seed: int, device: str, *, json: bool, 
     if json:
         return
     print_table(table_records(found.gains(seed=seed)))
+    reached = set(found.table["average"])
+    for k in averages.get("last", ()):
+        if f"last {k}" not in reached:
+            print(f"no run keeps {k} trained epochs, so there is no average of the last {k}")
     print(
         f"{len(rows)} runs in {out}, each as selection images chose; gains are of test accuracy, over the last epoch"
     )

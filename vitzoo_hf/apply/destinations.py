@@ -39,8 +39,8 @@ def check_folder(folder: Path, zoo: Zoo, kind: str) -> None:
     manifest = folder / schema.MANIFEST
     if manifest.is_file() and kind not in _keys(manifest):
         raise ZooError(
-            f"{folder} holds a zoo that is not of {KINDS[kind]}, and would be replaced: give another folder, or remove"
-            " it yourself"
+            f"{folder} holds a zoo that is not of {KINDS[kind]}, and would be replaced: give another folder, or"
+            " remove it yourself"
         )
     check_writable(folder)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.func import functional_call
 from torch.nn import functional
 
-from vitzoo_hf.apply.candidates import candidate_scores
+from vitzoo_hf.apply.candidates import candidate_scores, check_images, check_vectors
 from vitzoo_hf.flatten import unflatten
 from vitzoo_hf.rebuild import architecture_of, usable_device
 from vitzoo_hf.schema import ZooError
@@ -143,7 +143,7 @@ def path_scores(
         device: where the networks run.
 
     Raises:
-        ZooError: for fewer than 3 points.
+        ZooError: for fewer than 3 points, weights of another length than those of `like`, or images it does not take.
 
     Example:
         >>> from vitzoo_hf.zoo import Zoo
@@ -155,6 +155,7 @@ def path_scores(
         (torch.Size([5]), True)
     """
     where = positions(points)
+    check_vectors(like, *(vector for vector in (first, last, control) if vector is not None))
     step = max(1, TOGETHER // len(first))
     parts = []
     for some in where.split(step):
@@ -199,10 +200,13 @@ def train_bezier(
         float32, on the CPU.
 
     Raises:
-        ZooError: if there is no image, or the device is not here.
+        ZooError: if there is no image or one that `like` does not take, weights have another length than its own, or
+            the device is not here.
     """
     if not len(images):
         raise ZooError("a Bézier curve is trained on images; none were given")
+    check_images(like, images, labels)
+    check_vectors(like, first, last)
     place, kind = usable_device(device), architecture_of(like)
     model, layout = skeleton(*kind), layout_of(*kind)
     ends = [vector.detach().to(place, torch.float32) for vector in (first, last)]

@@ -95,8 +95,8 @@ def compare_soups(
         best single, and `over_ensemble`, …, soup less ensemble, with 95 % intervals over resampled test images.
 
     Raises:
-        ZooError: for an unknown column or method, or a seed below 0; a group of several heads or datasets; models without a classifier;
-            a zoo without selection images; if no group has two models.
+        ZooError: for an unknown column or method, or a seed below 0; a group of several heads or datasets; models
+            without a classifier; a zoo without selection images; if no group has two models.
 
     Example:
         >>> zoo = Zoo.sample().filter(stage="finetune")
