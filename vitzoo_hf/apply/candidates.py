@@ -21,13 +21,18 @@ class Scores(NamedTuple):
     accuracy: Float64[Tensor, " P"]
 
 
+def _kind(like: Mapping[str, Any]) -> tuple[str, dict[str, Any], str, int | None]:
+    """Architecture and head of a row, which may come without its weights."""
+    return architecture_of({"weights": None, **like})
+
+
 def check_images(like: Mapping[str, Any], images: Tensor, labels: Tensor | None = None) -> None:
     """Refuse images that networks of a row's architecture do not take, and labels that are not one an image.
 
     Raises:
         ZooError: for other channels, or another number of labels than of images.
     """
-    model: Any = skeleton(*architecture_of(like))
+    model: Any = skeleton(*_kind(like))
     channels = model.patch_embed.proj.in_channels
     if images.ndim != 4 or images.shape[1] != channels:
         raise ZooError(
@@ -44,7 +49,7 @@ def check_vectors(like: Mapping[str, Any], *vectors: Tensor) -> None:
     Raises:
         ZooError: for another number of weights.
     """
-    wanted = layout_of(*architecture_of(like)).num_parameters
+    wanted = layout_of(*_kind(like)).num_parameters
     for vector in vectors:
         if vector.shape != (wanted,):
             raise ZooError(

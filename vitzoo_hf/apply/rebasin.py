@@ -93,14 +93,10 @@ def rebasin(
         True
     """
     chosen = check_families(families)
-    check_way(by)
-    if by != "weights" and images is None:
-        raise ZooError(f"alignment by {by} needs images; none were given")
     if restarts < 0:
         raise ZooError(f"{restarts} restarts: expected 0 or more")
     check_same_layout(target_row, row)
-    if by != "weights" and images is not None:
-        check_images(target_row, images)
+    _check_way_and_images(by, target_row, images)
     sizes, layout = sizes_of(target_row)
     vectors = [finite_weights(values) for values in (target_row, row)]
     target, source = (to_tensors(vector.to(device), layout) for vector in vectors)
@@ -131,6 +127,14 @@ def check_way(by: str) -> None:
     """
     if by not in WAYS:
         raise ZooError(f"unknown way of alignment {by!r}: {did_you_mean(by, WAYS)}")
+
+
+def _check_way_and_images(by: str, like: Mapping[str, Any], images: Tensor | None) -> None:
+    check_way(by)
+    if by != "weights":
+        if images is None:
+            raise ZooError(f"alignment by {by} needs images; none were given")
+        check_images(like, images)
 
 
 def finite_weights(row: Mapping[str, Any]) -> Float[Tensor, " D"]:
