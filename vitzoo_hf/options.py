@@ -40,6 +40,28 @@ def open_zoo(name: str, where: Sequence[str] | None, *, revision: str | None = N
     return zoo.filter(**conditions) if conditions else zoo
 
 
+def check_least(option: str, value: int, least: int) -> None:
+    """Refuse a number that is too small.
+
+    Raises:
+        ZooError: with the option, the number, and what was expected.
+    """
+    if value < least:
+        raise ZooError(f"{option} {value}: expected a whole number of at least {least}")
+
+
+def names_of(option: str, text: str, such_as: str) -> list[str]:
+    """Names joined by commas, spaces around them left out.
+
+    Raises:
+        ZooError: if one of them is empty.
+    """
+    names = [name.strip() for name in text.split(",")]
+    if not all(names):
+        raise ZooError(f"{option} {text!r} has an empty column name: expected COLUMN,COLUMN…, such as {such_as}")
+    return names
+
+
 def folder_of(name: str) -> str:
     """What a verb that reads files is to open: the folder of the sample for `sample`, else what was given."""
     from vitzoo_hf.zoo import SAMPLE

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from vitzoo_hf import schema
+from vitzoo_hf.apply.destinations import check_folder, made_manifest
 from vitzoo_hf.apply.soup import Soup
 from vitzoo_hf.rebuild import VerifiedRow
 from vitzoo_hf.row_tables import records
@@ -61,13 +62,14 @@ def write_soups(zoo: Zoo, rows: Sequence[Mapping[str, Any]], folder: str | Path)
     Args:
         zoo: of the ingredients.
         rows: of `soup_row`.
-        folder: the new zoo; a zoo that is there is replaced.
+        folder: the new zoo; earlier soups that are there are replaced.
 
     Raises:
-        ZooError: if there is no row, two have one id, or the folder cannot be written.
+        ZooError: if there is no row, two have one id, or as `check_folder`.
     """
     if not rows:
         raise ZooError("there is no soup to write")
+    check_folder(Path(folder), zoo, "soups_of")
     ids = [row["model_id"] for row in rows]
     twice = sorted({model_id for model_id in ids if ids.count(model_id) > 1})
     if twice:
@@ -83,9 +85,8 @@ def write_soups(zoo: Zoo, rows: Sequence[Mapping[str, Any]], folder: str | Path)
     }
     used = {row["dataset"] for row in rows}
     probes = {role: [row for row in zoo.probe_rows(role) if row["dataset"] in used] for role in ("selection", "test")}
-    manifest = {name: value for name, value in zoo.manifest.items() if name != "files"}
-    manifest |= {"name": f"{manifest['name']}-soups", "blueprint_fingerprint": None, "missing_runs": {}}
-    manifest |= {"soups_of": zoo.manifest["blueprint_fingerprint"]}
+    manifest = made_manifest(zoo, "soups_of")
+    manifest |= {"name": f"{manifest['name']}-soups", "missing_runs": {}}
     write_zoo(Path(folder), manifest, splits, probes, zoo.blueprint_text)
     return Path(folder)
 
