@@ -41,12 +41,14 @@ LABELS = {
     "none": "as stored",
     "mlp": "MLP hidden units",
     "heads": "+ order of heads",
-    "maps": "+ orthogonal maps in heads",
+    "permutations": "all permutations, residual stream too",
+    "maps": "order of heads + orthogonal maps in heads",
     "residual": "+ permuted residual stream",
     "invertible": "+ invertible maps in heads",
     "rotation": "+ rotated residual stream",
 }
 SEED = 0
+SINGLE = "same start"
 
 
 def main() -> None:
@@ -57,11 +59,14 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=1000)
     parser.add_argument("--only", choices=["barriers", "curves", "exactness", "report"])
     parser.add_argument("--again", nargs="*", default=[], choices=list(POPULATIONS))
+    parser.add_argument("--rung", choices=list(RUNGS), help="measure one rung alone, and keep the others' tables")
     arguments = parser.parse_args()
     (HERE / "figures").mkdir(parents=True, exist_ok=True)
     zoo = Zoo(arguments.zoo)
     pairs = dict(chosen_pairs(zoo, arguments.pairs))
-    if arguments.only in (None, "barriers"):
+    if arguments.rung:
+        measure_rung(zoo, arguments.name, arguments.rung)
+    elif arguments.only in (None, "barriers"):
         measure_barriers(zoo, pairs, arguments.images, arguments.name, arguments.again)
     if arguments.only in (None, "curves"):
         measure_curves(zoo, pairs, arguments.images, arguments.name)
@@ -114,16 +119,40 @@ def measure_barriers(zoo: Zoo, pairs: dict, images: int, name: str, again: list[
     for population, chosen in pairs.items():
         if again and population not in again:
             tables.append(kept[kept["population"] == population])
-            continue
-        table = pair_barriers(zoo, chosen, LADDER, points=9, num_images=images, seed=SEED)
-        tables.append(table.assign(population=population, images=images))
-        table = pd.concat(tables)
-        table.to_csv(HERE / f"{name}_barriers.csv", index=False, float_format="%.6g")
-        groups = table.groupby("population", sort=False)
-        medians = pd.concat([summary(group, seed=SEED).assign(population=key) for key, group in groups])
-        medians.insert(0, "rung", medians["families"].map(RUNG_OF))
-        medians.to_csv(HERE / f"{name}_summary.csv", index=False, float_format="%.5g")
+        else:
+            table = pair_barriers(zoo, chosen, LADDER, points=9, num_images=images, seed=SEED)
+            tables.append(table.assign(population=population, images=images))
+        keep_barriers(pd.concat(tables), name)
     (HERE / f"{name}_provenance.json").write_text(json.dumps(provenance(), indent=1) + "\n")
+
+
+def measure_rung(zoo: Zoo, name: str, rung: str) -> None:
+    """One rung, of the pairs and on as many images as an earlier run measured the others."""
+    kept = pd.read_csv(HERE / f"{name}_barriers.csv", keep_default_na=False)
+    kept = kept[kept["families"] != "+".join(RUNGS[rung])]
+    variants = [variant for variant in LADDER if variant.families == RUNGS[rung]]
+    tables = [kept]
+    for population, group in kept.groupby("population", sort=False):
+        pairs = list(group[["model_a", "model_b"]].drop_duplicates().itertuples(index=False, name=None))
+        images = int(group["images"].iloc[0])
+        table = pair_barriers(zoo, pairs, variants, points=9, num_images=images, seed=SEED)
+        fresh = table[table["families"] != "none"]
+        tables.append(fresh.assign(population=population, images=images))
+        keep_barriers(pd.concat(tables), name)
+
+
+def keep_barriers(table: pd.DataFrame, name: str) -> None:
+    """Write the table and its medians, the rungs of each pair in their order."""
+    keys = list(zip(table["population"], table["model_a"], table["model_b"], strict=True))
+    places = {key: place for place, key in enumerate(dict.fromkeys(keys))}
+    rungs = {key: place for place, key in enumerate(RUNG_OF)}
+    ranks = [(places[key], rungs[families]) for key, families in zip(keys, table["families"], strict=True)]
+    table = table.iloc[sorted(range(len(ranks)), key=ranks.__getitem__)]
+    table.to_csv(HERE / f"{name}_barriers.csv", index=False, float_format="%.6g")
+    groups = table.groupby("population", sort=False)
+    medians = pd.concat([summary(group, seed=SEED).assign(population=key) for key, group in groups])
+    medians.insert(0, "rung", medians["families"].map(RUNG_OF))
+    medians.to_csv(HERE / f"{name}_summary.csv", index=False, float_format="%.5g")
 
 
 def provenance() -> dict:
@@ -194,9 +223,9 @@ def draw_ladder(name: str) -> None:
     from matplotlib.figure import Figure
 
     table = pd.read_csv(HERE / f"{name}_summary.csv", keep_default_na=False)
-    populations = list(dict.fromkeys(table["population"]))
+    populations = [name for name in dict.fromkeys(table["population"]) if name != SINGLE]
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(3.5 * len(populations) + 1.2, 3.6), layout="constrained")
+        figure = Figure(figsize=(3.3 * len(populations) + 1, 4.6), layout="constrained")
         axes = figure.subplots(1, len(populations), sharey=True, squeeze=False)[0]
         for axis, population in zip(axes, populations, strict=True):
             group = table[table["population"] == population].set_index("rung")
@@ -210,9 +239,9 @@ def draw_ladder(name: str) -> None:
                 axis.errorbar(places, part["barrier"], errors, label=f"by {way}", **style)
             axis.set_xticks(range(len(RUNGS)), [LABELS[rung] for rung in RUNGS], rotation=40, ha="right")
             axis.set_title(f"{POPULATIONS[population]}\n{stored['pairs']} pairs", fontsize=8)
-            axis.set_ylim(bottom=0)
+        axes[0].set_ylim(0, 1.1 * table["barrier_high"].max())
         axes[0].set_ylabel("barrier of test loss (nats)")
-        axes[-1].legend(fontsize=7)
+        axes[0].legend(fontsize=7, loc="lower left")
         told = "Median over pairs, bootstrap intervals of 95 %; families of symmetries added from left to right"
         heading(figure, f"What each family of symmetries buys ({name})", told)
         figure.savefig(HERE / "figures" / f"{name}_ladder.png", dpi=110)
@@ -223,9 +252,9 @@ def draw_paths(name: str) -> None:
     from matplotlib.figure import Figure
 
     table = pd.read_csv(HERE / f"{name}_curves.csv")
-    populations = list(dict.fromkeys(table["population"]))
+    populations = [name for name in dict.fromkeys(table["population"]) if name != SINGLE]
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(3.2 * len(populations) + 1, 3.2), layout="constrained")
+        figure = Figure(figsize=(3.6 * len(populations) + 1, 3.2), layout="constrained")
         axes = figure.subplots(1, len(populations), sharey=True, squeeze=False)[0]
         for axis, population in zip(axes, populations, strict=True):
             group = table[table["population"] == population]
@@ -266,7 +295,8 @@ def section(name: str) -> str:
     told = [
         f"## {name}",
         f"The largest change of a logit by {len(exact)} re-basins is {exact['change'].max():.1e}, computed in"
-        f" float64; a float32 forward of the stored models rounds by up to {exact['rounding_of_a_float32_forward'].max():.1e}."
+        " float64; a float32 forward of the stored models rounds by up to"
+        f" {exact['rounding_of_a_float32_forward'].max():.1e}."
         f" Over all {len(moved)} aligned models, computed in float32, it is {moved['logit_change'].max():.1e}"
         f" ({(moved['logit_change'] > 1e-5).mean():.0%} above 1e-5).",
         *(ladder_table(table[table["population"] == key], title) for key, title in POPULATIONS.items()),

@@ -1,11 +1,15 @@
 """One tiny zoo, built once by the real pipeline, and what tests of single modules share."""
 
+import os
 import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before anything loads the libraries that read it
+
 import pytest
+import torch
 
 from vitzoo_hf.blueprint import Blueprint
 
@@ -17,6 +21,12 @@ def _ctrl_c_works() -> None:
     """A shell starts what runs in the background deaf to Ctrl-C, and programs started by tests would inherit that."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> None:
+    """As workers train, so that weights are theirs to the bit; and tests run in a process a core."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -121,3 +121,8 @@ def test_scales_are_chosen_by_the_rules():
     assert strongest_scale(table, kept=0.2) == -1.5
     with pytest.raises(ZooError, match="the table has no scale 0"):
         strongest_scale(table[1:])
+
+
+def test_no_scale_is_told():
+    with pytest.raises(ZooError, match="no scale to choose"):
+        best_scale(pd.DataFrame({"scale": [], "loss": [], "accuracy": []}))

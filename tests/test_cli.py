@@ -134,15 +134,20 @@ def test_a_mistake_is_one_line(capsys, tiny_zoo, arguments, status, message):
     assert out == ""
 
 
-def test_ctrl_c_is_one_line_with_the_way_on(capsys, monkeypatch):
+def test_ctrl_c_is_one_line_with_the_way_on(capsys, monkeypatch, tmp_path):
     def interrupted(*arguments, **keywords):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(sys.modules["vitzoo_hf.zoo_verbs"], "open_zoo", interrupted)
-    assert call(capsys, "ls", "sample")[::2] == (
-        130,
-        "\nvitzoo: interrupted; the same command continues where it was\n",
-    )
+    monkeypatch.setattr(sys.modules["vitzoo_hf.lineage_verb"], "open_zoo", interrupted)
+    monkeypatch.setattr(sys.modules["vitzoo_hf.evaluate_verb"], "open_zoo", interrupted)
+    again, further = "starts again from the beginning", "continues where it was"
+    for verb, told in (("ls", again), ("lineage", again), ("evaluate", further)):
+        options = ["--out", tmp_path] if verb == "evaluate" else []
+        assert call(capsys, verb, "sample", *options)[::2] == (
+            130,
+            f"\nvitzoo: interrupted; the same command {told}\n",
+        )
 
 
 def test_env_names_no_machine(capsys):

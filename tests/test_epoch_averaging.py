@@ -1,6 +1,7 @@
 import json
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given
@@ -116,3 +117,21 @@ def test_the_verb_averages_epochs(capsys, zoo, tmp_path):
     assert {entry["model_id"].split("@")[0] for entry in record["ingredients"]} == {"run0"}
     assert run(["soup", zoo.name, "--method", "epochs", "--out", str(out), "--quiet"]) == 0
     assert "3 runs in" in capsys.readouterr().out
+
+
+def test_the_verb_takes_the_last_epochs_and_the_decay_that_are_given(zoo, tmp_path, capsys):
+    chosen = ["soup", zoo.name, "--out", str(tmp_path / "averages"), "--method"]
+    assert run([*chosen, "epochs", "--last", "2,4,99", "--decay", "0.25"]) == 0
+    assert "no run keeps 99 trained epochs" in capsys.readouterr().out
+    table = pd.read_csv(tmp_path / "averages" / "epochs.csv")
+    assert set(table["average"]) == {"last epoch", "last 2", "last 4", "exponential 0.25"}
+    for wrong, told in (
+        (["epochs", "--last", "1"], "--last 1: expected K,K…, whole numbers of at least 2"),
+        (["epochs", "--last", "2,"], "--last 2,: expected"),
+        (["epochs", "--decay", "1"], "--decay 1: expected a number from 0 to below 1"),
+        (["uniform", "--last", "2"], "--last and --decay are of epochs"),
+    ):
+        assert run([*chosen, *wrong]) == 1
+        error = capsys.readouterr().err
+        assert told in error
+        assert error.count("\n") == 1

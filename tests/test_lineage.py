@@ -129,8 +129,8 @@ def test_models_of_different_trunks_are_of_different_trees(tmp_path):
     [
         ({"method": "hub"}, "unknown method 'hub': did you mean 'hubs'"),
         ({"trees": 13}, "trees=13; expected 1 to 12, the number of models"),
-        ({"candidates": ["m0@1"]}, 'candidates are given for method="candidates", and for no other'),
-        ({"method": "candidates"}, "candidates are given for"),
+        ({"candidates": ["m0@1"]}, "method 'hubs' makes no use of candidates: drop them"),
+        ({"method": "candidates"}, 'method "candidates" needs candidates, .*--candidates COLUMN=VALUE'),
         ({"method": "candidates", "candidates": ["m99@1"]}, "candidate 'm99@1' is not among the models"),
         ({"method": "candidates", "candidates": ["m0@1"], "trees": 2}, "as many trees as candidates: drop trees"),
     ],
@@ -138,6 +138,35 @@ def test_models_of_different_trunks_are_of_different_trees(tmp_path):
 def test_what_makes_no_sense_is_refused(two_trees, options, message):
     with pytest.raises(ZooError, match=message):
         recover_lineage(two_trees, progress=False, **options)
+
+
+def test_roots_without_children_are_noted(tmp_path):
+    vectors, parents = family([6, 6, 1])
+    found = recover_lineage(write(tmp_path / "zoo", vectors, parents=parents), trees=2, progress=False)
+    assert found.parent[12] >= 0
+    (note,) = found.notes
+    assert note.startswith("1 child as far from the root as roots are from each other (at least 0.9 times the median")
+    found = recover_lineage(write(tmp_path / "other", *family([7, 5])[:1]), progress=False)
+    assert found.notes == []
+
+
+@pytest.mark.parametrize("measure", [recover_lineage, order_epochs])
+def test_a_damaged_row_is_named_where_it_is_read(tmp_path, measure):
+    zoo = epochs_zoo(tmp_path / "zoo")
+    damage(zoo, "c@2", tmp_path / "zoo")
+    with pytest.raises(ZooError, match="the weights of c@2 do not match their hash"):
+        measure(Zoo(tmp_path / "zoo"), progress=False)
+    measure(Zoo(tmp_path / "zoo"), verify=False, progress=False)
+
+
+def damage(zoo, model_id, folder):
+    """Zero 200 bytes in the weights of a model."""
+    held = zoo.row(model_id)["weights"].tobytes()
+    shard = next(file for file in folder.rglob("*.parquet") if held in file.read_bytes())
+    data = bytearray(shard.read_bytes())
+    start = data.index(held)
+    data[start + 400 : start + 600] = bytes(200)
+    shard.write_bytes(data)
 
 
 def test_an_empty_zoo_is_refused(two_trees):
@@ -181,6 +210,13 @@ def test_truth_joins_epochs_of_a_run_and_children_of_a_missing_parent():
     assert truth.tree.tolist() == [0, 0, 0, 1, 1, 2]
     assert truth.parent.tolist() == [-1, -1, 1, -1, -1, -1]
     assert truth.roots.tolist() == [1]
+
+
+def test_truth_joins_the_run_of_a_parent_that_is_missing():
+    index = pd.DataFrame(
+        {"model_id": ["p@3", "a@1", "b@1"], "run_id": ["p", "a", "b"], "parent_id": [None, "p@9", "p@9"]}
+    )
+    assert truth_of(index).tree.tolist() == [0, 0, 0]
 
 
 def test_epochs_are_ordered(tiny_zoo):
@@ -256,6 +292,35 @@ def test_the_verb_orders_epochs(capsys, tmp_path):
     assert "order of each run's checkpoints, Kendall's tau" in out
     assert "trunks equal an earlier one" in out
     assert len(pd.read_csv(tmp_path / "out" / "epochs.csv")) == 3
+
+
+def test_the_verb_without_three_checkpoints_gives_the_forest_all_the_same(capsys, two_trees):
+    status, out, _ = call(capsys, "lineage", two_trees.name, "--all-epochs", "--quiet")
+    assert status == 0
+    assert "12 models in 2 trees" in out
+    assert "no run has three checkpoints here" in out
+
+
+def test_candidates_are_final_unless_named(capsys, tmp_path):
+    epochs_zoo(tmp_path / "zoo")
+    known = ["lineage", tmp_path / "zoo", "--all-epochs", "--quiet", "--candidates"]
+    status, out, _ = call(capsys, *known, "run_id=c")
+    assert status == 0
+    assert "5 models in 1 tree by method candidates" in out
+    status, _, err = call(capsys, *known, "epoch=1")
+    assert (status, err.count("\n")) == (1, 1)
+    assert "--candidates epoch=1 matches no final checkpoint" in err
+    assert call(capsys, *known, "model_id=c@1")[0] == 0
+    status, _, err = call(capsys, *known, "colour=red")
+    assert status == 1
+    assert "--candidates: unknown column 'colour'" in err
+
+
+@pytest.mark.parametrize("verb", ["lineage", "properties"])
+def test_the_folder_is_tried_before_anything_is_read(capsys, verb):
+    status, _, err = call(capsys, verb, "no-such-zoo", "--out", "/dev/null/out")
+    assert (status, err.count("\n")) == (1, 1)
+    assert "--out: cannot write into /dev/null/out: Not a directory; give another folder" in err
 
 
 @pytest.mark.gpu

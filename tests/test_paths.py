@@ -83,3 +83,15 @@ def test_a_trained_curve_is_lower_than_the_line_and_follows_its_seed(ends):
     torch.testing.assert_close(unmoved, (first + last) / 2)
     with pytest.raises(ZooError, match="trained on images; none were given"):
         train_bezier(first, last, row, images[:0], labels[:0])
+
+
+def test_connectivity_does_not_change_when_the_ends_change_places():
+    rising = torch.tensor([0.1, 0.2, 0.4, 0.45, 0.5]).double()
+    assert mode_connectivity(rising) == mode_connectivity(rising.flip(0)) == pytest.approx(-0.15)
+    even = torch.tensor([0.25, 0.75, 0.5, 0.25, 0.75]).double()  # equally far above and below the mean of the ends
+    assert mode_connectivity(even) == mode_connectivity(even.flip(0)) == -0.25
+    drawn = torch.rand(200, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for errors in drawn:
+        assert mode_connectivity(errors) == mode_connectivity(errors.flip(0))
+    with pytest.raises(ZooError, match="2 errors have none between the ends"):
+        mode_connectivity(rising[:2])

@@ -220,11 +220,56 @@ def test_a_zoo_of_one_lineage_has_no_split_by_lineage(models):
         ({"splits": ["row"]}, "unknown split 'row'"),
         ({"targets": ["accuracy"]}, "unknown target 'accuracy'"),
         ({"repeats": 0}, "repeats is 0"),
+        ({"seed": -1}, "seed is -1; expected a whole number from 0"),
     ],
 )
 def test_names_are_checked(options, told):
     with pytest.raises(ZooError, match=told):
         predict_properties(Zoo.sample(), **({"features": ["constant"]} | options))
+
+
+def test_a_split_by_lineage_that_is_one_by_run_is_left_out_or_refused(models):
+    alone = models.assign(lineage=models["run_id"])
+    given = features_from(alone, a=alone["test_accuracy"])
+    found = predict(alone, features=[given], targets=["test_accuracy"], splits=["run", "lineage"])
+    assert set(found["split"]) == {"run"}
+    assert "split lineage equals split run and is left out" in found.attrs["notes"][0]
+    with pytest.raises(ZooError, match="split lineage equals split run: ask for split run"):
+        predict(alone, features=[given], splits=["lineage"])
+
+
+def test_a_control_that_cannot_be_is_missing(models):
+    own = models.assign(epoch=models["epoch"] + 10 * pd.factorize(models["run_id"])[0])
+    given = features_from(own, a=own["test_accuracy"])
+    found = predict(own, features=[given], targets=["test_accuracy"], shuffles=3)
+    by_rows = found[found["metric"] == "r2"].set_index("rows")["shuffled"]
+    assert np.isnan(by_rows["all"])
+    assert np.isfinite(by_rows["final"])
+    assert found.attrs["notes"] == [
+        "test_accuracy of all rows has no shuffled control: no two runs are kept at the same epochs"
+    ]
+
+
+def test_two_runs_are_too_few_for_ridge(capsys):
+    runs = "sl-s42--adamw-lr0.001-linear-s6312,sl-s42--sgd-lr0.001-linear-s6312"
+    assert run(["properties", "sample", "--where", f"run_id={runs}", "--features", "norm", "--quiet"]) == 1
+    assert "at least three runs are needed, here two" in capsys.readouterr().err
+
+
+def test_features_are_checked_before_any_is_taken(tiny_zoo, monkeypatch):
+    def taken(*args, **options):
+        raise AssertionError("taken before the check")
+
+    monkeypatch.setitem(properties.WEIGHT_FEATURES, "norm", taken)
+    zoo = Zoo(tiny_zoo)
+    short = table_features("embedding", pd.DataFrame({"z": [1.0]}, index=["nobody@1"]))
+    with pytest.raises(ZooError, match=r"features 'embedding' lack .* models"):
+        predict_properties(zoo, features=["norm", short])
+    with pytest.raises(ZooError, match="unknown features 'spectre'"):
+        predict_properties(zoo, features=["norm", "spectre"])
+    monkeypatch.setattr(zoo._tables, "read", lambda *args: None)
+    with pytest.raises(ZooError, match=r"carries no selection images .* none: leave out features probing_16, which"):
+        predict_properties(zoo, features=["norm", "probing_16"])
 
 
 def test_a_log_with_holes_is_refused(models):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from sklearn.decomposition import PCA
 from sklearn.linear_model import Ridge
+from test_lineage import damage, epochs_zoo
 
 from vitzoo_hf.apply import property_features
 from vitzoo_hf.apply.property_features import (
@@ -212,6 +213,15 @@ def test_a_diverged_model_is_named(zoo, monkeypatch):
     monkeypatch.setattr(property_features, "BATCH_BYTES", 1)
     with pytest.raises(ZooError, match=f"{broken} has NaN or infinite weights"):
         norm_features(zoo)
+
+
+@pytest.mark.parametrize("take", [statistics_features, spectra_features, norm_features, flat_features])
+def test_a_damaged_row_is_named(tmp_path, take):
+    zoo = epochs_zoo(tmp_path / "zoo")
+    damage(zoo, "c@2", tmp_path / "zoo")
+    with pytest.raises(ZooError, match="the weights of c@2 do not match their hash"):
+        take(Zoo(tmp_path / "zoo"))
+    take(Zoo(tmp_path / "zoo"), verify=False)
 
 
 def test_features_are_found_by_model_id(zoo):

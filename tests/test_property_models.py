@@ -79,6 +79,15 @@ def test_the_penalty_is_that_of_scikit_learns_grid_search_over_groups():
     np.testing.assert_allclose(made[:, 0], expected, rtol=1e-6)
 
 
+def test_a_penalty_needs_two_training_runs():
+    values, target = data(3)
+    known = torch.from_numpy(values)
+    with pytest.raises(ZooError, match="at least three runs are needed, here two"):
+        ridge_predictions(
+            known, torch.from_numpy(target)[:, None], known, np.zeros(40, np.int64), np.zeros(1, np.int64)
+        )
+
+
 def test_targets_predicted_together_are_those_predicted_alone():
     values, target = data(4)
     random = np.random.default_rng(0)

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vitzoo_hf.apply import property_targets
 from vitzoo_hf.apply.property_targets import (
     Target,
     column_of,
@@ -53,6 +54,30 @@ def test_grandchildren_belong_to_the_root():
     assert lineages(index) == ["a", "a", "a", "a", "gone"]
     with pytest.raises(ZooError, match="descends from itself"):
         lineages(pd.DataFrame({"run_id": ["a", "b"], "parent_id": ["b@1", "a@1"]}))
+
+
+def test_parents_of_equal_initial_weights_are_one_lineage():
+    index = pd.DataFrame(
+        {
+            "run_id": ["a", "b", "c", "a1", "b1", "c1"],
+            "parent_id": [None, None, None, "a@9", "b@9", "c@9"],
+            "epoch": [0, 0, 0, 0, 0, 0],
+            "weights_sha256": ["same", "same", "other", "x", "y", "z"],
+        }
+    )
+    assert lineages(index) == ["a", "a", "c", "a", "a", "c"]
+    assert lineages(index.assign(epoch=1)) == ["a", "b", "c", "a", "b", "c"]
+
+
+def test_lineages_of_a_filtered_zoo_are_those_of_the_whole_one(tiny_zoo, monkeypatch):
+    whole = Zoo(tiny_zoo).to_pandas()
+    parents = sorted(set(whole.loc[whole["stage"] == "pretrain", "run_id"]))
+    monkeypatch.setattr(
+        property_targets,
+        "_first_of_equal_starts",
+        lambda index, roots: dict.fromkeys(parents, "one") if len(index) == len(whole) else {},
+    )
+    assert set(predicted_models(Zoo(tiny_zoo).filter(is_final=True, stage="finetune"))[1]["lineage"]) == {"one"}
 
 
 def test_models_of_the_common_dataset_that_classify_are_predicted(tiny_zoo):
@@ -168,6 +193,15 @@ def test_accuracies_move_with_their_epochs(seed):
         other.groupby("run_id").size().idxmin()
     )  # kept at fewer epochs than all others: it has nobody to swap with
     assert given_to.first()[short] == short
+
+
+def test_runs_at_epochs_of_their_own_have_no_shuffled_accuracy():
+    table = table_of()
+    own = table.assign(epoch=table["epoch"] + 100 * pd.factorize(table["run_id"])[0])
+    assert shuffled(target_of(own, "test_accuracy", "all"), own, 0) is None
+    assert shuffled(target_of(own, "epoch", "all"), own, 0) is not None
+    overlapping = table[~((table["epoch"] == 1) & (pd.factorize(table["run_id"])[0] > 0))].reset_index(drop=True)
+    assert shuffled(target_of(overlapping, "test_accuracy", "all"), overlapping, 0) is not None
 
 
 def test_epochs_move_within_runs():

@@ -1,6 +1,8 @@
 """Re-basin of rows and zoos, tables of barriers, and the verb."""
 
 import json
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,10 +14,13 @@ import torch
 from vit_weights import logits_of, vit_row
 
 from vitzoo_hf.apply.barriers import LADDER, Variant, pair_barriers, sample_pairs, summary
-from vitzoo_hf.apply.rebasin import matching_images, rebasin, rebasin_zoo
+from vitzoo_hf.apply.candidates import check_images
+from vitzoo_hf.apply.canonical import canonical
+from vitzoo_hf.apply.paths import path_scores, train_bezier
+from vitzoo_hf.apply.rebasin import finite_weights, matching_images, rebasin, rebasin_zoo
 from vitzoo_hf.apply.symmetries import FAMILIES, Symmetry, apply, sizes_of
 from vitzoo_hf.cli import run
-from vitzoo_hf.rebuild import reconstruct
+from vitzoo_hf.rebuild import VerifiedRow, reconstruct
 from vitzoo_hf.schema import ZooError
 from vitzoo_hf.verify import verify
 from vitzoo_hf.zoo import Zoo
@@ -166,6 +171,17 @@ def test_the_verb(tiny_zoo, tuned, tmp_path, capsys):
         (["A@1"], "give --out FOLDER for the new zoo"),
         (["A@1", "B@1", "--ladder", "--out", "x"], "--ladder measures many alignments"),
         (["A@1", "B@1", "--by", "hand"], "unknown way of alignment 'hand'"),
+        (["A@1", "B@1", "--out", "r.csv"], "whose name has no suffix; --pairs N writes a table"),
+        (["--pairs", "-1", "--out", "x.csv"], "--pairs -1: expected a whole number of at least 1"),
+        (["--pairs", "0", "--out", "x.csv"], "--pairs 0: expected"),
+        (["A@1", "B@1", "--images", "-3"], "--images -3: expected"),
+        (["A@1", "B@1", "--restarts", "-1"], "--restarts -1: expected"),
+        (["A@1", "B@1", "--points", "2"], "--points 2: expected"),
+        (["A@1", "B@1", "--seed", "-1"], "--seed -1: expected"),
+        (["A@1", "B@1", "--device", "gpu"], "unknown device 'gpu'"),
+        (["--pairs", "1", "--out", "/dev/null/x.csv"], "cannot write /dev/null/x.csv"),
+        (["A@1", "B@1", "--out", "/dev/null/b.safetensors"], "cannot write /dev/null/b.safetensors"),
+        (["A@1", "--out", "/dev/null/zoo"], "cannot write /dev/null/zoo"),
         (["A@1", "B@1", "--families", "mpl"], "unknown family of symmetries 'mpl': did you mean 'mlp'"),
     ],
 )
@@ -174,6 +190,89 @@ def test_the_verb_tells_mistakes_in_one_line(tiny_zoo, capsys, arguments, told):
     error = capsys.readouterr().err
     assert told in error
     assert error.count("\n") == 1
+
+
+def test_rows_that_do_not_fit_are_told_in_one_line(tiny_zoo, tuned, capsys):
+    linear = next(Zoo(tiny_zoo).filter(stage="finetune", is_final=True, head="linear").rows())
+    first = tuned.row(tuned.model_ids[0])
+    assert run(["rebasin", str(tiny_zoo), linear["model_id"], first["model_id"]]) == 1
+    error = capsys.readouterr().err
+    assert "re-basin aligns models of one architecture and head" in error
+    assert error.count("\n") == 1
+    images, labels = tuned.probes(first["dataset"])
+    own, foreign = (torch.from_numpy(row["weights"]) for row in (linear, first))
+    with pytest.raises(ZooError, match=r"do not fit .*, whose architecture and head have"):
+        path_scores(foreign, foreign, linear, images, labels)
+    with pytest.raises(ZooError, match=r"do not fit .*, whose architecture and head have"):
+        train_bezier(foreign, foreign, linear, images, labels, steps=1)
+    with pytest.raises(ZooError, match=r"take \[N, 1, H, W\]: take the images of its dataset"):
+        path_scores(own, own, linear, images.expand(-1, 3, -1, -1), labels)
+    with pytest.raises(ZooError, match=f"{len(labels)} images have 2 labels: give one label an image"):
+        check_images(linear, images, labels[:2])
+    with pytest.raises(ZooError, match="there is no pair to measure"):
+        pair_barriers(tuned, [], progress=False)
+    with pytest.raises(ZooError, match="-1 pairs: expected at least 1"):
+        sample_pairs(tuned.to_pandas(), -1)
+
+
+def test_weights_that_are_not_finite_name_the_model(tuned):
+    one, other = (dict(row) for row in list(tuned.rows())[:2])
+    broken = VerifiedRow(
+        {**other, "weights": np.where(np.arange(len(other["weights"])) == 3, np.nan, other["weights"])}
+    )
+    with pytest.raises(ZooError, match=f"{other['model_id']} has 1 weights that are not finite: name another model"):
+        rebasin(one, broken, families=("mlp",))
+
+
+def test_the_hint_about_layouts_makes_them_one(tmp_path):
+    zoo = Zoo.sample()
+    reference = "sl-s42--adamw-lr0.001-linear-s6312@20"
+    some = zoo.filter(head="linear")
+    with pytest.raises(ZooError, match="narrow them down by --where ") as told:
+        rebasin_zoo(some, reference, tmp_path / "zoo", progress=False)
+    conditions = dict(text.split("=") for text in re.findall(r"--where (\S+)", str(told.value)))
+    assert "head" not in conditions
+    assert len(set(some.filter(**conditions).index["layout"])) == 1
+    assert reference in some.filter(**conditions).model_ids
+
+
+def test_by_weights_needs_no_selection_images(tuned, monkeypatch):
+    monkeypatch.setattr("vitzoo_hf.apply.barriers.matching_images", lambda *_: pytest.fail("images were read"))
+    pairs = sample_pairs(tuned.to_pandas(), 1)
+    assert len(pair_barriers(tuned, pairs, [Variant(("mlp",), "weights")], points=3, progress=False)) == 2
+
+
+def test_distances_before_and_after_are_of_one_form(tuned):
+    one, other = list(tuned.rows())[:2]
+    plain = rebasin(one, other, families=("mlp",))
+    assert plain.distance_unaligned == plain.distance_before
+    found = rebasin(one, other, families=FAMILIES)
+    sizes, layout = sizes_of(one)
+    forms = [canonical(finite_weights(row).double(), layout, sizes, FAMILIES) for row in (one, other)]
+    assert found.distance_unaligned == pytest.approx(float((forms[0] - forms[1]).norm()), rel=1e-6)
+    assert found.distance <= found.distance_unaligned
+    table = pair_barriers(
+        tuned, [(one["model_id"], other["model_id"])], [Variant(FAMILIES, "weights")], points=3, progress=False
+    )
+    assert list(table["distance_unaligned"]) == pytest.approx([found.distance_before, found.distance_unaligned])
+
+
+def test_aligned_models_never_replace_the_zoo_they_are_read_from(tiny_zoo, tmp_path, capsys):
+    zoo = shutil.copytree(tiny_zoo, tmp_path / "zoo")
+    before = (zoo / "zoo.json").read_bytes()
+    one, other = Zoo(zoo).filter(**CHOSEN).model_ids[:2]
+    where = [text for name, value in CHOSEN.items() for text in ("--where", f"{name}={value}".lower())]
+    for arguments in ([one, other], [one, *where]):
+        for source, told in ((zoo, "is the zoo that is read"), (tiny_zoo, "not of models aligned by re-basin")):
+            assert run(["rebasin", str(source), *arguments, "--out", str(zoo), "--by", "weights"]) == 1
+            error = capsys.readouterr().err
+            assert told in error
+            assert error.count("\n") == 1
+    assert (zoo / "zoo.json").read_bytes() == before
+    for _ in range(2):
+        arguments = [one, other, "--by", "weights", "--families", "mlp", "--points", "3", "--json"]
+        assert run(["rebasin", str(zoo), *arguments, "--out", str(tmp_path / "two")]) == 0
+    capsys.readouterr()
 
 
 @pytest.mark.gpu
@@ -199,8 +298,8 @@ from vitzoo_hf.zoo import Zoo
 folder = Path(sys.argv[1])
 side_by_side.random_zoo(folder / "zoo", side_by_side.VIT_S, 20)
 start, zoo = time.process_time(), Zoo(folder / "zoo")
-families = ("mlp", "heads", "maps")
-rebasin_zoo(zoo, zoo.model_ids[0], folder / "out", families=families, progress=False)
+families = ("mlp", "heads", "maps", "residual")
+rebasin_zoo(zoo, zoo.model_ids[0], folder / "out", families=families, sweeps=1, progress=False)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3, time.process_time() - start)
 """
 
@@ -210,6 +309,7 @@ def test_twenty_large_models_are_aligned_within_4_gb(tmp_path):
     environment = {
         "PYTHONPATH": f"{BENCHMARKS}:{BENCHMARKS.parent}",
         "HF_HOME": str(tmp_path),
+        "OMP_NUM_THREADS": "1",
         "PATH": "/usr/bin:/bin",
     }
     result = subprocess.run(

@@ -202,3 +202,13 @@ def test_soups_on_cuda_are_those_on_the_cpu(finals, selection):
     assert greedy_soup(finals, *selection, device="cuda").ingredients == greedy_soup(finals, *selection).ingredients
     learned = [learned_soup(finals, *selection, epochs=1, device=place).weights.cpu() for place in ("cpu", "cuda")]
     torch.testing.assert_close(*learned, rtol=1e-3, atol=1e-4)
+
+
+def test_incomplete_figures_are_told(finals, selection):
+    known = single_accuracies(finals, *selection)
+    known.pop(finals.model_ids[0])
+    with pytest.raises(ZooError, match=r"1 of .* candidates have no accuracy, .* the first: give that of every"):
+        greedy_soup(finals, *selection, accuracies=known)
+    first, second = finals.model_ids[:2]
+    with pytest.raises(ZooError, match="models have 1 to 2 coefficients: give each as many"):
+        weighted_sums(finals, {first: [1.0], second: [1.0, 2.0]})

@@ -1,10 +1,12 @@
 import json
+import shutil
 
 import numpy as np
 import pytest
 from datasets import load_dataset
 from soup_zoo import noisy_zoo
 
+from vitzoo_hf.apply.rebasin import rebasin_zoo
 from vitzoo_hf.apply.soup import Soup, greedy_soup, uniform_soup
 from vitzoo_hf.apply.soup_rows import soup_row, write_soups
 from vitzoo_hf.cli import run
@@ -126,3 +128,44 @@ def test_the_verb_tells_the_next_step_and_refuses_in_one_line(capsys, tiny_zoo, 
     status, _, err = call(capsys, "soup", tiny_zoo, "--out", tmp_path / "mine", "--quiet")
     assert status == 1
     assert "exists and is not a zoo" in err
+
+
+def test_soups_never_replace_the_zoo_they_are_read_from_nor_another(capsys, tiny_zoo, tmp_path):
+    zoo = shutil.copytree(tiny_zoo, tmp_path / "zoo")
+    before = (zoo / "zoo.json").read_bytes()
+    (tmp_path / "link").symlink_to(zoo)
+    wanted = ("--method", "uniform", "--by", "head", "--json")
+    for name, out in ((zoo, zoo), (zoo, tmp_path / "link"), (tmp_path / "link", zoo)):
+        status, _, err = call(capsys, "soup", name, "--out", out, *wanted)
+        assert (status, err.count("\n")) == (1, 1)
+        assert "is the zoo that is read, and would be replaced: give another folder" in err
+    status, _, err = call(capsys, "soup", tiny_zoo, "--out", zoo, *wanted)
+    assert (status, err.count("\n")) == (1, 1)
+    assert "holds a zoo that is not of soups, and would be replaced" in err
+    finals = Zoo(zoo).filter(stage="finetune", is_final=True, head="mlp")
+    with pytest.raises(ZooError, match="is the zoo that is read"):
+        write_soups(finals, [soup_row(finals, uniform_soup(finals))], zoo)
+    assert (zoo / "zoo.json").read_bytes() == before
+    for _ in range(2):
+        assert call(capsys, "soup", tiny_zoo, "--out", tmp_path / "soups", *wanted)[0] == 0
+    with pytest.raises(ZooError, match="not of models aligned by re-basin"):
+        rebasin_zoo(finals, finals.model_ids[0], tmp_path / "soups", progress=False)
+
+
+def test_a_place_that_cannot_be_written_is_told_before_anything_is_computed(capsys, tiny_zoo, tmp_path, monkeypatch):
+    def never(*_, **__):
+        raise AssertionError("computed first")
+
+    monkeypatch.setattr("vitzoo_hf.apply.soup_comparison.compare_soups", never)
+    (tmp_path / "file").write_text("")
+    status, _, err = call(capsys, "soup", tiny_zoo, "--out", tmp_path / "file" / "soups")
+    assert (status, err.count("\n")) == (1, 1)
+    assert "cannot write" in err
+    for wrong, told in ((["--device", "gpu"], "unknown device 'gpu'"), (["--seed", "-1"], "--seed -1")):
+        status, _, err = call(capsys, "soup", tiny_zoo, "--out", tmp_path / "soups", *wrong)
+        assert (status, err.count("\n")) == (1, 1)
+        assert told in err
+    for by in ("", "head,", " "):
+        status, _, err = call(capsys, "soup", tiny_zoo, "--out", tmp_path / "soups", "--by", by)
+        assert (status, err.count("\n")) == (1, 1)
+        assert "has an empty column name: expected COLUMN,COLUMN" in err

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from vitzoo_hf.launch import Summary
     from vitzoo_hf.zoo import Zoo
 
+CONTINUED = ("train", "evaluate", "pack", "convert", "push", "quickstart", "export")
+"""Verbs that keep what they had done when they are interrupted."""
+
 app = App(
     name="vitzoo",
     help="Populations of vision transformers as a Hugging Face dataset. Start with `vitzoo quickstart`.",
@@ -300,7 +303,9 @@ def run(arguments: Sequence[str]) -> int:
         print(f"vitzoo: {error.filename or 'the system says'}: {error.strerror or error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("\nvitzoo: interrupted; the same command continues where it was", file=sys.stderr)
+        kept = bool(arguments) and arguments[0] in CONTINUED
+        rest = "continues where it was" if kept else "starts again from the beginning"
+        print(f"\nvitzoo: interrupted; the same command {rest}", file=sys.stderr)
         return 130
     return 0
 

@@ -49,6 +49,15 @@ def format_duration(seconds: int | float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:,.1f} h"
 
 
+def counted(count: int, one: str, many: str) -> str:
+    """A number of things in words.
+
+    >>> counted(1, "tree", "trees"), counted(2, "tree", "trees")
+    ('1 tree', '2 trees')
+    """
+    return f"{count} {one if count == 1 else many}"
+
+
 def hint(text: str) -> None:
     """Print what to do next, set off by an empty line."""
     print(f"\n{text}")

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from vitzoo_hf.console import hint, print_json, print_table
-from vitzoo_hf.options import Json, Quiet, Where, open_zoo, table_records
+from vitzoo_hf.console import counted, hint, print_json, print_table
+from vitzoo_hf.options import Json, Quiet, Where, make_folder, open_zoo, table_records
 from vitzoo_hf.schema import ZooError
 
 if TYPE_CHECKING:
@@ -19,7 +19,8 @@ Candidates = Annotated[
     Parameter(
         name="--candidates",
         negative=(),
-        help="COLUMN=VALUE of the models that are known to be roots, such as stage=pretrain; repeatable.",
+        help="COLUMN=VALUE of the models that are known to be roots, such as stage=pretrain; repeatable. "
+        "Final checkpoints only, unless model_id=ID names them.",
     ),
 ]
 
@@ -40,6 +41,8 @@ def lineage(
 ) -> None:
     """Find which models descend from which, from their weights alone; score it where `parent_id` tells the truth.
 
+    hubs takes every tree to be a root and its children: roots without any children come out as children of another.
+
     Args:
         zoo: Folder, dataset id, or `sample`.
         method: hubs (the default), spanning, mother, mother-reversed; candidates, the default with --candidates.
@@ -52,6 +55,8 @@ def lineage(
     from vitzoo_hf.apply.lineage import recover_lineage, truth_of
     from vitzoo_hf.apply.lineage_epochs import order_epochs
 
+    if out is not None:
+        make_folder(out)
     opened = open_zoo(zoo, where)
     models = opened if all_epochs else opened.filter(is_final=True)
     known = None if candidates is None else _candidate_ids(models, candidates)
@@ -60,7 +65,11 @@ def lineage(
     forest = recover_lineage(models, method=chosen, trees=trees, candidates=known, precision=precision, **options)
     truth = truth_of(models.to_pandas())
     scores = [] if truth is None else score_records(forest, truth)
-    epochs = order_epochs(models, **options) if all_epochs else None
+    epochs = None
+    if all_epochs and models.to_pandas()["run_id"].value_counts().max() >= 3:
+        epochs = order_epochs(models, **options)
+    elif all_epochs:
+        forest.notes.append("no run has three checkpoints here, so there is no order of checkpoints to find")
     if out is not None:
         _write(out, forest, truth, scores, epochs)
     if json:
@@ -96,9 +105,17 @@ def score_records(forest: "Forest", truth: Any) -> list[dict[str, Any]]:
 def _candidate_ids(models: "Zoo", conditions: list[str]) -> list[str]:
     from vitzoo_hf.row_tables import parse_condition
 
-    chosen = models.filter(**dict(parse_condition(text, models.column_types) for text in conditions))
+    wanted = dict(parse_condition(text, models.column_types, "--candidates") for text in conditions)
+    chosen = models.filter(**wanted)
     if not len(chosen):
         raise ZooError(f"--candidates {' '.join(conditions)} matches none of the {len(models)} models")
+    if "model_id" not in wanted:
+        chosen = chosen.filter(is_final=True)
+    if not len(chosen):
+        raise ZooError(
+            f"--candidates {' '.join(conditions)} matches no final checkpoint: others are candidates only by "
+            "model_id=ID"
+        )
     return chosen.model_ids
 
 
@@ -109,7 +126,6 @@ def _write(out: Path, forest: "Forest", truth: Any, scores: list[dict[str, Any]]
 
     table = lineage_table(forest, truth)
     try:
-        out.mkdir(parents=True, exist_ok=True)
         table.to_csv(out / "edges.csv", index=False)
         if scores:
             pd.DataFrame(scores).to_csv(out / "scores.csv", index=False)
@@ -122,11 +138,15 @@ def _write(out: Path, forest: "Forest", truth: Any, scores: list[dict[str, Any]]
 
 def _tell(forest: "Forest", scores: list[dict[str, Any]], epochs: Any) -> None:
     counts = forest.edges()["role"].value_counts()
-    print(f"{len(forest.model_ids)} models in {forest.num_trees} trees by method {forest.method}")
+    models, trees = counted(len(forest.model_ids), "model", "models"), counted(forest.num_trees, "tree", "trees")
+    print(f"{models} in {trees} by method {forest.method}")
     print(", ".join(f"{count} × {role}" for role, count in counts.items()))
     for number in forest.orphan_trees:
         count = int((forest.tree == number).sum())
-        print(f"tree {number} of {count} models: its root looks like a sibling, so the parent may not be among them")
+        print(
+            f"tree {number} of {counted(count, 'model', 'models')}: its root looks like a sibling, "
+            "so the parent may not be among them"
+        )
     for note in forest.notes:
         print(note)
     if scores:

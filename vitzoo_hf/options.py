@@ -2,9 +2,12 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
+
+from vitzoo_hf.schema import ZooError
 
 if TYPE_CHECKING:
     from vitzoo_hf.zoo import Zoo
@@ -37,11 +40,47 @@ def open_zoo(name: str, where: Sequence[str] | None, *, revision: str | None = N
     return zoo.filter(**conditions) if conditions else zoo
 
 
+def check_least(option: str, value: int, least: int) -> None:
+    """Refuse a number that is too small.
+
+    Raises:
+        ZooError: with the option, the number, and what was expected.
+    """
+    if value < least:
+        raise ZooError(f"{option} {value}: expected a whole number of at least {least}")
+
+
+def names_of(option: str, text: str, such_as: str) -> list[str]:
+    """Names joined by commas, spaces around them left out.
+
+    Raises:
+        ZooError: if one of them is empty.
+    """
+    names = [name.strip() for name in text.split(",")]
+    if not all(names):
+        raise ZooError(f"{option} {text!r} has an empty column name: expected COLUMN,COLUMN…, such as {such_as}")
+    return names
+
+
 def folder_of(name: str) -> str:
     """What a verb that reads files is to open: the folder of the sample for `sample`, else what was given."""
     from vitzoo_hf.zoo import SAMPLE
 
     return str(SAMPLE) if name == "sample" and not Path(name).exists() else name
+
+
+def make_folder(out: Path) -> None:
+    """Make the folder that a verb is to fill, before it computes anything.
+
+    Raises:
+        ZooError: if it cannot be made or written into.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        raise ZooError(f"--out: cannot write into {out}: {error.strerror}; give another folder") from None
 
 
 def table_records(table: Any) -> list[dict[str, Any]]:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 from vitzoo_hf.console import hint, print_json, print_table
-from vitzoo_hf.options import Json, Quiet, Where, open_zoo, table_records
+from vitzoo_hf.options import Json, Quiet, Where, make_folder, open_zoo, table_records
 from vitzoo_hf.schema import ZooError
 
 Names = Annotated[list[str] | None, Parameter(negative=(), consume_multiple=True)]
@@ -49,6 +49,8 @@ def properties(
     from vitzoo_hf.apply.properties import FEATURES, predict_properties
     from vitzoo_hf.apply.property_targets import SPLITS
 
+    if out is not None:
+        make_folder(out)
     given: list[Any] = list(features or ([] if embedding else FEATURES))
     if embedding is not None:
         given.append(_embedding(embedding))
@@ -69,12 +71,18 @@ def properties(
     if json:
         print_json(table_records(table))
         return
-    print_table(table_records(table[list(SHOWN)]))
-    if out is not None:
-        print(f"{len(table)} rows and the figure in {out}")
+    _tell(table, out)
     if not quiet:
         kept = f"plot {quote(zoo)} --out REPORT" if out else f"properties {quote(zoo)} --out FOLDER"
         hint(f"Next: vitzoo {kept}")
+
+
+def _tell(table: Any, out: Path | None) -> None:
+    print_table(table_records(table[list(SHOWN)]))
+    for note in table.attrs["notes"]:
+        print(note)
+    if out is not None:
+        print(f"{len(table)} rows and the figure in {out}")
 
 
 def _embedding(file: Path) -> Any:
@@ -96,7 +104,6 @@ def _write(table: Any, out: Path) -> None:
     from vitzoo_hf.apply.plot_properties import plot_properties
 
     try:
-        out.mkdir(parents=True, exist_ok=True)
         table.to_csv(out / "properties.csv", index=False)
         plot_properties(table).savefig(out / "properties.png", dpi=110)
     except OSError as error:

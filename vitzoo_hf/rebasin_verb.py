@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 from vitzoo_hf.console import hint, print_json, print_table
-from vitzoo_hf.options import Json, Quiet, Where, open_zoo, table_records
+from vitzoo_hf.options import Json, Quiet, Where, check_least, open_zoo, table_records
 from vitzoo_hf.schema import ZooError
 
 Families = Annotated[
@@ -16,7 +16,8 @@ Families = Annotated[
         help="Symmetries to use, joined by commas, or all of them: mlp, heads, maps, residual, invertible, rotation."
     ),
 ]
-SHOWN = ("families", "by", "barrier", "accuracy_barrier", "midpoint_accuracy", "mode_connectivity", "distance")
+MEASURES = ("barrier", "accuracy_barrier", "midpoint_accuracy", "mode_connectivity")
+SHOWN = ("families", "by", *MEASURES, "distance_unaligned", "distance")
 
 
 def rebasin(
@@ -60,6 +61,7 @@ def rebasin(
         seed: Of pairs, images, orders and starts.
         device: cpu or cuda.
     """
+    _check_numbers(points, images, restarts, seed, pairs, device)
     opened = open_zoo(zoo, where)
     shared: dict[str, Any] = {"restarts": restarts, "seed": seed, "device": device, "progress": not (json or quiet)}
     measured = {**shared, "points": points, "num_images": images}
@@ -79,6 +81,37 @@ def rebasin(
         _align_pair(opened, (model_a, model_b), variants, out, measured, json=json)
         if not (json or quiet):
             _hint_after_pair(zoo, model_b, out)
+
+
+def _check_numbers(points: int, images: int, restarts: int, seed: int, pairs: int | None, device: str) -> None:
+    from vitzoo_hf.rebuild import usable_device
+
+    for option, value, least in (
+        ("--points", points, 3),
+        ("--images", images, 1),
+        ("--restarts", restarts, 0),
+        ("--seed", seed, 0),
+        ("--pairs", 1 if pairs is None else pairs, 1),
+    ):
+        check_least(option, value, least)
+    usable_device(device)
+
+
+def _check_pair_out(out: Path, opened: Any, variants: Any) -> None:
+    """Refuse, before anything is computed, what an aligned model cannot be written to."""
+    from vitzoo_hf.apply.destinations import check_file, check_folder
+
+    if len(variants) > 1:
+        raise ZooError("--ladder measures many alignments: leave it out to write one with --out")
+    if out.suffix == ".safetensors":
+        check_file(out)
+    elif out.suffix:
+        raise ZooError(
+            f"--out {out}: two models are written as FILE.safetensors, or as FOLDER, a zoo of both, whose name has no"
+            " suffix; --pairs N writes a table"
+        )
+    else:
+        check_folder(out, opened, "rebasin_of")
 
 
 def _hint_after_pair(zoo: str, model_b: str, out: Path | None) -> None:
@@ -107,8 +140,8 @@ def _align_pair(
     """Measure, and write the aligned model where it is asked for."""
     from vitzoo_hf.apply.barriers import pair_barriers
 
-    if out is not None and len(variants) > 1:
-        raise ZooError("--ladder measures many alignments: leave it out to write one with --out")
+    if out is not None:
+        _check_pair_out(out, opened, variants)
     table = pair_barriers(opened, [ids], variants, **options)
     if out is not None:
         _write(opened, ids, variants[0], out, options)
@@ -131,7 +164,7 @@ def _write(opened: Any, ids: tuple[str, str], variant: Any, out: Path, options: 
         rebasin_zoo(opened.filter(model_id=list(ids)), ids[0], out, progress=options["progress"], **chosen)
         return
     target, row = opened.row(ids[0]), opened.row(ids[1])
-    images = matching_images(opened, target["dataset"], chosen["seed"])
+    images = matching_images(opened, target["dataset"], chosen["seed"]) if variant.by != "weights" else None
     export_row(aligned_row(target, row, images=images, **chosen), out)
 
 
@@ -164,7 +197,9 @@ def _measure_pairs(
     opened: Any, variants: Any, out: Path, count: int, kind: str, options: dict[str, Any], *, json: bool
 ) -> None:
     from vitzoo_hf.apply.barriers import pair_barriers, sample_pairs, summary
+    from vitzoo_hf.apply.destinations import check_file
 
+    check_file(out)
     chosen = sample_pairs(opened.filter(is_final=True).to_pandas(), count, seed=options["seed"], kind=kind)
     table = pair_barriers(opened, chosen, variants, **options)
     try:

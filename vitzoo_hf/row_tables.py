@@ -94,7 +94,7 @@ def _end(value: Any, kind: pa.DataType) -> pa.Scalar:
     return pa.scalar(value, kind) if pa.types.is_floating(kind) else pa.scalar(value)
 
 
-def parse_condition(text: str, types: Mapping[str, type]) -> tuple[str, Any]:
+def parse_condition(text: str, types: Mapping[str, type], option: str = "--where") -> tuple[str, Any]:
     """`COLUMN=VALUE`, `COLUMN=A,B` or `COLUMN=LOW..HIGH` as a column and a condition of its type.
 
     >>> parse_condition("factor_lr=1e-3..", {"factor_lr": float})
@@ -107,9 +107,9 @@ def parse_condition(text: str, types: Mapping[str, type]) -> tuple[str, Any]:
     """
     column, equals, value = text.partition("=")
     if not equals:
-        raise ZooError(f"--where {text!r}: expected COLUMN=VALUE, such as factor_lr=0.001")
+        raise ZooError(f"{option} {text!r}: expected COLUMN=VALUE, such as factor_lr=0.001")
     if column not in types:
-        raise ZooError(f"--where: unknown column {column!r}: {did_you_mean(column, types)}")
+        raise ZooError(f"{option}: unknown column {column!r}: {did_you_mean(column, types)}")
     parse = _parse_bool if types[column] is bool else types[column]
     try:
         if ".." in value and parse is not str:
@@ -118,7 +118,7 @@ def parse_condition(text: str, types: Mapping[str, type]) -> tuple[str, Any]:
         entries = [parse(entry) for entry in value.split(",")]
     except ValueError:
         raise ZooError(
-            f"--where {text!r}: {value!r} is not a value of {column}, which is {types[column].__name__}"
+            f"{option} {text!r}: {value!r} is not a value of {column}, which is {types[column].__name__}"
         ) from None
     return column, entries if len(entries) > 1 else entries[0]
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from cyclopts import Parameter
 
 from vitzoo_hf.console import hint, print_json, print_table
-from vitzoo_hf.options import Json, Quiet, Where, open_zoo, table_records
+from vitzoo_hf.options import Json, Quiet, Where, check_least, names_of, open_zoo, table_records
 from vitzoo_hf.schema import ZooError
 
 SHOWN = ("ingredients", "selection_accuracy", "test_accuracy", "best_single_test", "ensemble_test", "gain")
@@ -28,6 +28,8 @@ def soup(
     method: Method = "greedy",
     by: By = None,
     where: Where = None,
+    last: str | None = None,
+    decay: float | None = None,
     seed: int = 0,
     device: str = "cpu",
     cache: Path | None = None,
@@ -43,20 +45,30 @@ def soup(
         zoo: Folder, dataset id, or `sample`. Soups are of final fine-tuned models where --where names no stage.
         out: Folder for the zoo of soups and the table.
         method: uniform; greedy (Wortsman et al. 2022); learned or unconstrained coefficients; epochs of each run.
+        last: Of --method epochs: K,K…, how many of the last kept epochs to average, by default 2,3,5.
+        decay: Of --method epochs: of the exponential average, from 0 to below 1, by default 0.5.
         seed: Of learned coefficients and intervals.
         device: cpu or cuda.
         cache: Folder that keeps outputs of models, such as ZOO/.evaluation.
     """
+    from vitzoo_hf.apply.destinations import check_folder
+    from vitzoo_hf.rebuild import usable_device
+
     opened = open_zoo(zoo, where)
+    check_folder(out, opened, "soups_of")
+    usable_device(device)
+    check_least("--seed", seed, 0)
     if method == "epochs":
         if by is not None:
             raise ZooError("--by groups models; --method epochs averages each run by itself: leave --by out")
-        _soup_epochs(opened, out, seed, device, json=json, quiet=quiet)
+        _soup_epochs(opened, out, _averages(last, decay), seed, device, json=json, quiet=quiet)
         return
+    if last is not None or decay is not None:
+        raise ZooError(f"--last and --decay are of epochs: leave them out of --method {method}, or --method epochs")
     conditions = {text.split("=")[0] for text in where or ()}
     finals = opened.filter(is_final=True) if not conditions & {"epoch", "is_final"} else opened
     models = finals if conditions & {"stage", "model_id", "run_id"} else finals.filter(stage="finetune")
-    columns = [name.strip() for name in by.split(",")] if by else ["parent_id", "head"]
+    columns = ["parent_id", "head"] if by is None else names_of("--by", by, "parent_id,head")
     _soup_groups(models, out, method, columns, seed, device, cache, json=json, quiet=quiet)
 
 
@@ -74,9 +86,7 @@ def _soup_groups(
 ) -> None:
     from vitzoo_hf.apply.soup_comparison import compare_soups, group_text
     from vitzoo_hf.apply.soup_rows import soup_row, write_soups
-    from vitzoo_hf.zoo_folder import refuse_to_replace
 
-    refuse_to_replace(out)
     found = compare_soups(
         models,
         by=columns,
@@ -106,13 +116,28 @@ def _soup_groups(
         hint(f"Next: vitzoo evaluate {quote(str(out))}")
 
 
-def _soup_epochs(opened: Any, out: Path, seed: int, device: str, *, json: bool, quiet: bool) -> None:
+def _averages(last: str | None, decay: float | None) -> dict[str, Any]:
+    """What to average of each run: options of `average_epochs` that differ from its own."""
+    chosen: dict[str, Any] = {}
+    if last is not None:
+        texts = [text.strip() for text in last.split(",")]
+        if not all(text.isdecimal() and int(text) >= 2 for text in texts):
+            raise ZooError(f"--last {last}: expected K,K…, whole numbers of at least 2, such as 2,3,5")
+        chosen["last"] = [int(text) for text in texts]
+    if decay is not None:
+        if not 0 <= decay < 1:
+            raise ZooError(f"--decay {decay:g}: expected a number from 0 to below 1, such as 0.5")
+        chosen["decays"] = [decay]
+    return chosen
+
+
+def _soup_epochs(
+    opened: Any, out: Path, averages: dict[str, Any], seed: int, device: str, *, json: bool, quiet: bool
+) -> None:
     from vitzoo_hf.apply.epoch_averaging import average_epochs
     from vitzoo_hf.apply.soup_rows import soup_row, write_soups
-    from vitzoo_hf.zoo_folder import refuse_to_replace
 
-    refuse_to_replace(out)
-    found = average_epochs(opened, device=device, progress=not (json or quiet))
+    found = average_epochs(opened, **averages, device=device, progress=not (json or quiet))
     chosen = found.table[found.table["is_chosen"]].set_index("run_id")
     rows = [
         soup_row(
@@ -129,6 +154,10 @@ def _soup_epochs(opened: Any, out: Path, seed: int, device: str, *, json: bool, 
     if json:
         return
     print_table(table_records(found.gains(seed=seed)))
+    reached = set(found.table["average"])
+    for k in averages.get("last", ()):
+        if f"last {k}" not in reached:
+            print(f"no run keeps {k} trained epochs, so there is no average of the last {k}")
     print(
         f"{len(rows)} runs in {out}, each as selection images chose; gains are of test accuracy, over the last epoch"
     )

@@ -32,8 +32,8 @@ class WeightColumns:
     """Blocks of columns of the weights of a zoo's rows, in the order of their layout; made by `Zoo.weight_columns`.
 
     Iterating reads every weight once and gives `(columns, block)`: a slice of the common layout, and those weights,
-    float32 `[P, c]`. The memory of a block is used again: it holds until the next is asked for. Rows are not
-    compared with their hashes: `vitzoo verify` does that.
+    float32 `[P, c]`. The memory of a block is used again: it holds until the next is asked for. Rows are
+    compared with their hashes only after `verified`, or by `vitzoo verify`.
 
     Args:
         source: the rows.
@@ -72,11 +72,17 @@ class WeightColumns:
             width -= width % COLUMNS_UNIT
         self.width = min(width, self.layout.num_parameters)
         self._decoded: _DecodedRows | None = None
+        self._verify = False
 
     @property
     def num_bytes(self) -> int:
         """Of all weights, as float32."""
         return 4 * len(self.positions) * self.layout.num_parameters
+
+    def verified(self) -> "WeightColumns":
+        """These columns, and from now on each row is read whole and compared with its hash when it is first read."""
+        self._verify = True
+        return self
 
     def blocks(self, wanted: Sequence[slice] | None = None) -> list[slice]:
         """The columns of each block, of those only that hold wanted columns."""
@@ -136,7 +142,7 @@ class WeightColumns:
             self._decoded.read_into(position, columns.start, out)
         else:
             parts = list(_overlaps(self._runs[self.source.layout_ids[position]], columns))
-            self.source.reader.read_parts(position, parts, out, verify=False)
+            self.source.reader.read_parts(position, parts, out, verify=self._verify)
 
     def _decode_where_needed(self) -> None:
         """Write rows whose place in a shard is not known into a temporary file, once."""

@@ -133,11 +133,8 @@ class Zoo:
             ZooError: if the zoo has no such config.
         """
         if config == "index":
-            return (
-                with_class_names(self._index, self._features)
-                .take(self._positions)
-                .to_pandas(integer_object_nulls=True)
-            )
+            rows = with_class_names(self._index, self._features).take(self._positions)
+            return rows.to_pandas(integer_object_nulls=True)
         known = [held for held in self.configs if held != "weights"]
         if config not in known:
             hint = "; `vitzoo evaluate` writes it" if config in ("evaluations", "pairs") else ""
@@ -303,7 +300,7 @@ class Zoo:
         table = held.filter(pc.equal(held["dataset"], dataset)) if held is not None else None
         if table is None or table.num_rows == 0:
             known = sorted(set(held["dataset"].to_pylist())) if held is not None else []
-            raise ZooError(f"{self.name} carries no {role} images of {dataset!r}; it has them of: {known}")
+            raise ZooError(f"{self.name} carries no {role} images of {dataset!r}; it has them of: {known or 'none'}")
         record = self.manifest["images"].get(dataset)
         if record is None:
             raise ZooError(f"zoo.json of {self.name} does not say how images of {dataset!r} are prepared; {REPAIR}")
@@ -340,6 +337,11 @@ class Zoo:
                 " `vitzoo_hf.export.export_subset`, and push that"
             )
         return push(self.name, repository, private=private, tag=tag, dry_run=dry_run)
+
+    @property
+    def unfiltered(self) -> "Zoo":
+        """All rows of the zoo, whatever was filtered."""
+        return self._at(np.arange(self._index.num_rows))
 
     @property
     def blueprint_text(self) -> str:

@@ -139,9 +139,14 @@ def scale_table(
 def best_scale(selection: pd.DataFrame) -> float:
     """The scale with the highest accuracy on selection images; of equal ones that with the lowest loss.
 
+    Raises:
+        ZooError: for a table without a row.
+
     >>> best_scale(pd.DataFrame({"scale": [0.0, 1.0, 2.0], "loss": [2.0, 0.5, 0.4], "accuracy": [0.1, 0.9, 0.8]}))
     1.0
     """
+    if not len(selection):
+        raise ZooError("the table has no scale to choose: expected the rows of `scale_table`")
     return float(selection.sort_values(["accuracy", "loss"], ascending=[False, True], kind="stable")["scale"].iloc[0])
 
 

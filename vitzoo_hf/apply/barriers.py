@@ -10,16 +10,23 @@ import torch
 from torch import Tensor
 
 from vitzoo_hf.apply.candidates import candidate_logits
-from vitzoo_hf.apply.paths import PathScores, path_scores
-from vitzoo_hf.apply.rebasin import WAYS, matching_images, rebasin, some_images
+from vitzoo_hf.apply.paths import PathScores, path_scores, positions
+from vitzoo_hf.apply.rebasin import WAYS, check_same_layout, finite_weights, matching_images, rebasin, some_images
 from vitzoo_hf.apply.symmetries import FAMILIES
 from vitzoo_hf.progress import progress_bar
-from vitzoo_hf.rebuild import checked_vector
+from vitzoo_hf.rebuild import usable_device
+from vitzoo_hf.row_tables import records as table_records
 from vitzoo_hf.schema import ZooError, did_you_mean
 from vitzoo_hf.zoo import Zoo
 
-RUNGS = {name: FAMILIES[: number + 1] for number, name in enumerate(FAMILIES)}
-"""Each family with all before it, by the name of the last."""
+PERMUTATIONS = ("mlp", "heads", "residual")
+RUNGS = {
+    "mlp": ("mlp",),
+    "heads": ("mlp", "heads"),
+    "permutations": PERMUTATIONS,
+    **{name: FAMILIES[: number + 1] for number, name in enumerate(FAMILIES) if number > 1},
+}
+"""Each family with all before it, by the name of the last; and all permutations without maps, as in Git Re-Basin."""
 
 
 def sample_pairs(
@@ -34,10 +41,12 @@ def sample_pairs(
         kind: `any`; `across` parents; or `within` one parent.
 
     Raises:
-        ZooError: for an unknown kind, or if there is no such pair.
+        ZooError: for an unknown kind, fewer than 1 pair, or if there is no such pair.
     """
     if kind not in ("any", "across", "within"):
         raise ZooError(f"unknown kind of pairs {kind!r}: expected any, across or within")
+    if count is not None and count < 1:
+        raise ZooError(f"{count} pairs: expected at least 1")
     pairs = []
     for _, members in table.groupby(["architecture", "architecture_args", "layout", "dataset"], sort=False):
         for first, second in combinations(members[["model_id", "parent_id"]].itertuples(index=False), 2):
@@ -92,30 +101,55 @@ def pair_barriers(
 
     Returns:
         One row a pair and variant: `families` joined by "+" and `by`, both "none" for rows as stored; barrier,
-        accuracy_barrier, midpoint_loss, midpoint_accuracy, mode_connectivity; `distance` of weights; `logit_change`,
-        the largest change of a logit of the aligned row, by rounding alone, and `logit_scale`, its largest logit.
+        accuracy_barrier, midpoint_loss, midpoint_accuracy, mode_connectivity; `distance` of weights, and
+        `distance_unaligned`, before alignment but in the form that is aligned (see `Rebasin`);
+        `logit_change`, the largest change of a logit of the aligned row, by rounding alone, and `logit_scale`, its
+        largest logit.
 
     Raises:
-        ZooError: for an unknown id, if rows of a pair do not fit each other, or the zoo lacks images.
+        ZooError: for no pair, an unknown id, rows of a pair that do not fit each other, too few points or images, a
+            device that is not here, or a zoo that lacks images.
     """
-    known = set(zoo.model_ids)
-    for model_id in (model_id for pair in pairs for model_id in pair):
-        if model_id not in known:
-            raise ZooError(f"{zoo.name} has no model {model_id!r}: {did_you_mean(model_id, zoo.model_ids)}")
+    check_pairs(zoo, pairs)
+    positions(points)
+    usable_device(device)
+    matched = any(variant.by != "weights" for variant in variants)
     records: list[dict[str, Any]] = []
-    held: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
+    held: dict[str, tuple[Tensor, Tensor, Tensor | None]] = {}
     with progress_bar("re-basin", "pair", shown=progress, total=len(pairs)) as bar:
         for first, second in pairs:
             rows = (zoo.row(first), zoo.row(second))
-            dataset = _common_dataset(*rows)
+            dataset = str(rows[0]["dataset"])
             if dataset not in held:
                 test = some_images(*zoo.probes(dataset), num_images, seed)
-                held[dataset] = (*test, matching_images(zoo, dataset, seed))
+                held[dataset] = (*test, matching_images(zoo, dataset, seed) if matched else None)
             options = {"restarts": restarts, "seed": seed, "device": device}
-            found = _barriers_of(*rows, variants, *held[dataset], points, options)
+            images, labels, matching = held[dataset]
+            found = _barriers_of(*rows, variants, images, labels, matching, points, options)
             records += [{"model_a": first, "model_b": second, "dataset": dataset, **record} for record in found]
             bar.update(1)
     return pd.DataFrame(records)
+
+
+def check_pairs(zoo: Zoo, pairs: Sequence[tuple[str, str]]) -> None:
+    """Refuse pairs that no barrier can be measured between, before anything is computed.
+
+    Raises:
+        ZooError: for no pair, an unknown id, or rows of a pair of several architectures, heads or datasets.
+    """
+    if not pairs:
+        raise ZooError("there is no pair to measure: give at least one")
+    rows = {row["model_id"]: row for row in table_records(zoo.to_pandas())}
+    for first, second in pairs:
+        for model_id in (first, second):
+            if model_id not in rows:
+                raise ZooError(f"{zoo.name} has no model {model_id!r}: {did_you_mean(model_id, zoo.model_ids)}")
+        check_same_layout(rows[first], rows[second])
+        if rows[first]["dataset"] != rows[second]["dataset"]:
+            raise ZooError(
+                f"{first} was trained on {rows[first]['dataset']}, {second} on {rows[second]['dataset']}: a barrier"
+                " needs one data set"
+            )
 
 
 def _barriers_of(
@@ -124,15 +158,16 @@ def _barriers_of(
     variants: Sequence[Variant],
     images: Tensor,
     labels: Tensor,
-    matching: Tensor,
+    matching: Tensor | None,
     points: int,
     options: Mapping[str, Any],
 ) -> Iterator[dict[str, Any]]:
     """Measures of one pair, as stored and by every variant."""
     device = options["device"]
-    first, second = (checked_vector(row)[0] for row in (one, other))
+    first, second = (finite_weights(row) for row in (one, other))
     path = path_scores(first, second, one, images, labels, points=points, device=device)
-    plain = {"distance": float((first.double() - second.double()).norm()), "logit_change": 0.0}
+    apart = float((first.double() - second.double()).norm())
+    plain = {"distance": apart, "distance_unaligned": apart, "logit_change": 0.0}
     logits = candidate_logits(second[None], one, images, device=device)
     scale = float(logits.abs().max())
     yield {"families": "none", "by": "none", **path_record(path), **plain, "logit_scale": scale}
@@ -140,7 +175,8 @@ def _barriers_of(
         found = rebasin(one, other, families=families, by=by, images=matching, **options)
         path = path_scores(found.target, found.aligned, one, images, labels, points=points, device=device)
         changed = candidate_logits(found.aligned[None], one, images, device=device)
-        measured = {"distance": found.distance, "logit_change": float((changed - logits).abs().max())}
+        measured = {"distance": found.distance, "distance_unaligned": found.distance_unaligned}
+        measured |= {"logit_change": float((changed - logits).abs().max())}
         yield {"families": "+".join(families), "by": by, **path_record(path), **measured, "logit_scale": scale}
 
 
@@ -185,12 +221,3 @@ def path_record(path: PathScores) -> dict[str, float]:
         "midpoint_accuracy": float(path.accuracy[path.midpoint]),
         "mode_connectivity": path.connectivity,
     }
-
-
-def _common_dataset(one: Mapping[str, Any], other: Mapping[str, Any]) -> str:
-    if one["dataset"] != other["dataset"]:
-        raise ZooError(
-            f"{one['model_id']} was trained on {one['dataset']}, {other['model_id']} on {other['dataset']}: a barrier"
-            " needs one data set"
-        )
-    return str(one["dataset"])

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from vitzoo_hf.behavior import accuracy, cross_entropy
 from vitzoo_hf.population import Population
-from vitzoo_hf.rebuild import VerifiedRow
+from vitzoo_hf.rebuild import VerifiedRow, architecture_of
 from vitzoo_hf.schema import ZooError
+from vitzoo_hf.vit import layout_of, skeleton
 
 
 class Scores(NamedTuple):
@@ -18,6 +19,43 @@ class Scores(NamedTuple):
 
     loss: Float64[Tensor, " P"]
     accuracy: Float64[Tensor, " P"]
+
+
+def _kind(like: Mapping[str, Any]) -> tuple[str, dict[str, Any], str, int | None]:
+    """Architecture and head of a row, which may come without its weights."""
+    return architecture_of({"weights": None, **like})
+
+
+def check_images(like: Mapping[str, Any], images: Tensor, labels: Tensor | None = None) -> None:
+    """Refuse images that networks of a row's architecture do not take, and labels that are not one an image.
+
+    Raises:
+        ZooError: for other channels, or another number of labels than of images.
+    """
+    model: Any = skeleton(*_kind(like))
+    channels = model.patch_embed.proj.in_channels
+    if images.ndim != 4 or images.shape[1] != channels:
+        raise ZooError(
+            f"the images are {list(images.shape)}, and networks like {like.get('model_id', 'the row')} take"
+            f" [N, {channels}, H, W]: take the images of its dataset, Zoo.probes({str(like.get('dataset'))!r})"
+        )
+    if labels is not None and len(labels) != len(images):
+        raise ZooError(f"{len(images)} images have {len(labels)} labels: give one label an image")
+
+
+def check_vectors(like: Mapping[str, Any], *vectors: Tensor) -> None:
+    """Refuse vectors that are not weights of a row's architecture and head.
+
+    Raises:
+        ZooError: for another number of weights.
+    """
+    wanted = layout_of(*_kind(like)).num_parameters
+    for vector in vectors:
+        if vector.shape != (wanted,):
+            raise ZooError(
+                f"weights of shape {list(vector.shape)} do not fit {like.get('model_id', 'the row')}, whose"
+                f" architecture and head have [{wanted}]: take models of one architecture and head"
+            )
 
 
 def candidate_rows(weights: Float[Tensor, "P D"], like: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
@@ -54,6 +92,7 @@ def candidate_logits(
         >>> candidate_logits(torch.stack([vector, 0.9 * vector]), row, torch.zeros(4, 1, 16, 16)).shape
         torch.Size([2, 4, 10])
     """
+    check_images(like, images)
     return Population.from_rows(candidate_rows(weights, like), device)(images)
 
 
@@ -66,6 +105,7 @@ def candidate_scores(
     device: str | torch.device = "cpu",
 ) -> Scores:
     """Loss and accuracy of networks of the architecture and head of a row, with other weights."""
+    check_images(like, images, labels)
     logits = candidate_logits(weights, like, images, device=device)
     place = labels.to(logits.device)
     return Scores(cross_entropy(logits, place).double(), accuracy(logits, place).double())

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from vitzoo_hf import schema
+from vitzoo_hf.apply.destinations import check_folder, made_manifest
 from vitzoo_hf.rebuild import VerifiedRow
 from vitzoo_hf.zoo import Zoo
 from vitzoo_hf.zoo_folder import Rows, write_zoo
@@ -67,11 +68,11 @@ def write_derived(zoo: Zoo, rows: Sequence[Mapping[str, Any]], folder: str | Pat
     Args:
         zoo: of the sources.
         rows: of `derived_row`.
-        folder: the new zoo; a zoo that is there is replaced.
+        folder: the new zoo; an earlier one of the kind that is there is replaced.
         kind: what the rows are, such as `soups`: ends the new zoo's name.
 
     Raises:
-        ZooError: if the folder cannot be written.
+        ZooError: as `check_folder`.
     """
     members = {split: [row for row in rows if row["split"] == split] for split in schema.SPLITS}
     splits = {
@@ -94,9 +95,9 @@ def write_streamed(zoo: Zoo, splits: Mapping[str, Rows], datasets: set[str], fol
     probes = {
         role: [row for row in zoo.probe_rows(role) if row["dataset"] in datasets] for role in ("selection", "test")
     }
-    manifest = {name: value for name, value in zoo.manifest.items() if name != "files"}
-    manifest |= {"name": f"{manifest['name']}-{kind}", "blueprint_fingerprint": None, "missing_runs": {}}
-    manifest |= {f"{kind}_of": zoo.manifest["blueprint_fingerprint"]}
+    check_folder(Path(folder), zoo, f"{kind}_of")
+    manifest = made_manifest(zoo, f"{kind}_of")
+    manifest |= {"name": f"{manifest['name']}-{kind}", "missing_runs": {}}
     write_zoo(Path(folder), manifest, splits, probes, zoo.blueprint_text)
     return Path(folder)
 

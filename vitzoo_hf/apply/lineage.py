@@ -15,6 +15,8 @@ from jaxtyping import Int64
 from vitzoo_hf.apply.lineage_costs import TrunkMeasures, measure_trunks, mother_costs, mother_distances
 from vitzoo_hf.apply.lineage_scores import Truth, baselines, forest_scores, truth_of
 from vitzoo_hf.apply.lineage_trees import (
+    FAR_SHARE,
+    far_children,
     hubs,
     is_sibling,
     minimum_arborescence,
@@ -24,6 +26,7 @@ from vitzoo_hf.apply.lineage_trees import (
     star,
     ward_trees,
 )
+from vitzoo_hf.console import counted
 from vitzoo_hf.flatten import is_head
 from vitzoo_hf.schema import ZooError, did_you_mean
 from vitzoo_hf.weight_columns import WeightColumns
@@ -91,6 +94,7 @@ def recover_lineage(
     precision: str = "float32",
     device: str | torch.device = "cpu",
     num_workers: int = 1,
+    verify: bool = True,
     progress: bool = True,
 ) -> Forest:
     """The forest of a zoo's models from their weights.
@@ -98,7 +102,8 @@ def recover_lineage(
     Args:
         zoo: the models; a filtered zoo is taken as it is. Models of different trunks are of different trees.
         method: "hubs": trees around hubs, each a star about its likeliest root. That fits zoos in which children are
-            not parents themselves. "spanning": the same trees, in each the minimum spanning tree away from that root.
+            not parents themselves and each root has children: a root without any comes out as a child.
+            "spanning": the same trees, in each the minimum spanning tree away from that root.
             "mother": MoTHer as published, Ward's clusters and a minimum arborescence of distance and kurtosis in
             each; "mother-reversed" with the opposite rule of kurtosis. "candidates": the nearest of the
             models that are known to be roots. See `lineage_trees` and `lineage_costs`.
@@ -107,11 +112,12 @@ def recover_lineage(
         precision: weights are first rounded to float32 (as they are), bfloat16 or float16.
         device: where weights are compared.
         num_workers: threads that read.
+        verify: compare every row with its hash when it is first read.
         progress: show bars.
 
     Raises:
-        ZooError: if the zoo is empty, there cannot be so many trees, an argument does not fit the method, or
-            weights are not finite.
+        ZooError: if the zoo is empty, there cannot be so many trees, an argument does not fit the method, a row
+            is damaged, or weights are not finite.
 
     Example:
         >>> forest = recover_lineage(Zoo.sample(), progress=False)
@@ -125,6 +131,7 @@ def recover_lineage(
         raise ZooError(f"trees={trees}, but there are {len(groups)} kinds of trunks: filter by `architecture` first")
     for layouts in groups:
         columns = zoo.filter(layout=layouts).weight_columns(device=device, num_workers=num_workers)
+        columns = columns.verified() if verify else columns
         measures = measure_trunks(columns, precision=precision, progress=progress)
         known = None if candidates is None else np.isin(measures.model_ids, list(candidates))
         parts.append(forest_of(measures, columns, method, trees=trees, known=known, precision=precision))
@@ -162,6 +169,12 @@ def forest_of(
         orphans = _orphan_trees(distance, tree, parent)
     notes = []
     twins = int((np.triu(distance == 0, 1)).any(0).sum())
+    if method in ("hubs", "spanning") and (far := int(far_children(distance, tree, parent).sum())):
+        notes.append(
+            f"{counted(far, 'child', 'children')} as far from the root as roots are from each other (at least "
+            f"{FAR_SHARE:g} times the median distance of roots): possibly roots without children of their own, which "
+            f"method {method} cannot find"
+        )
     if twins:
         notes.append(f"{twins} trunks equal an earlier one: which came first is not in the weights")
     return Forest(measures.model_ids, tree, parent, method, orphans, notes)
@@ -175,8 +188,13 @@ def check_arguments(zoo: Zoo, method: str, trees: int | None, candidates: Collec
         raise ZooError(f"unknown method {method!r}: {did_you_mean(method, METHODS)}")
     if trees is not None and not 1 <= trees <= len(zoo):
         raise ZooError(f"trees={trees}; expected 1 to {len(zoo)}, the number of models")
-    if (candidates is None) == (method == "candidates"):
-        raise ZooError('candidates are given for method="candidates", and for no other')
+    if method == "candidates" and candidates is None:
+        raise ZooError(
+            'method "candidates" needs candidates, the models that are known to be roots: give their ids, or on the '
+            "command line --candidates COLUMN=VALUE, such as stage=pretrain"
+        )
+    if method != "candidates" and candidates is not None:
+        raise ZooError(f'method {method!r} makes no use of candidates: drop them, or take method "candidates"')
     if candidates is not None and (unknown := sorted(set(candidates) - set(zoo.model_ids))):
         raise ZooError(f"candidate {unknown[0]!r} is not among the models: {did_you_mean(unknown[0], zoo.model_ids)}")
     if method == "candidates" and trees is not None:

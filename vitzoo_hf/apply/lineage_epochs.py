@@ -42,7 +42,12 @@ def order_along_path(
 
 
 def order_epochs(
-    zoo: Zoo, *, device: str | torch.device = "cpu", num_workers: int = 1, progress: bool = True
+    zoo: Zoo,
+    *,
+    device: str | torch.device = "cpu",
+    num_workers: int = 1,
+    verify: bool = True,
+    progress: bool = True,
 ) -> pd.DataFrame:
     """The order of every run's checkpoints by their weights, beside the true one.
 
@@ -51,14 +56,14 @@ def order_epochs(
 
     Args:
         zoo: several epochs of some runs; runs of fewer than three are left out.
-        device, num_workers, progress: see `recover_lineage`.
+        device, num_workers, verify, progress: see `recover_lineage`.
 
     Returns:
         One row a run and way: `run_id`, `knowledge`, `weights` (trunk or all), `checkpoints`, and `kendall_tau`, of
         -1 (reversed) to 1 (right); NaN where all checkpoints are equal.
 
     Raises:
-        ZooError: if no run has three checkpoints.
+        ZooError: if no run has three checkpoints, or a row is damaged.
     """
     index = zoo.to_pandas()
     rows: list[dict[str, Any]] = []
@@ -73,6 +78,7 @@ def order_epochs(
             known = isinstance(parent, str) and parent in ids
             members = [*epochs, *([parent] if known else [])]
             columns = zoo.filter(model_id=members).weight_columns(device=device, num_workers=num_workers)
+            columns = columns.verified() if verify else columns
             squared, lengths, order = _distances(columns, trunk_places(columns.layout))
             own = [row for row, model_id in enumerate(order) if model_id in epochs]
             true = np.array([epochs[order[row]] for row in own])
@@ -80,6 +86,7 @@ def order_epochs(
             if known:
                 ways.append(("start known", "trunk", squared[order.index(parent)][own]))
             columns = zoo.filter(model_id=list(epochs)).weight_columns(device=device, num_workers=num_workers)
+            columns = columns.verified() if verify else columns
             squared, lengths, order = _distances(columns, [slice(0, columns.layout.num_parameters)])
             ways.append(("nothing known", "all", order_along_path(squared, lengths)))
             rows += [

@@ -10,6 +10,7 @@ from scipy.optimize import linear_sum_assignment
 from sklearn.metrics import adjusted_rand_score
 
 from vitzoo_hf.apply.lineage_trees import renumbered
+from vitzoo_hf.factors import run_of
 
 DRAWS = 400
 SCORES = (
@@ -44,7 +45,7 @@ def truth_of(index: pd.DataFrame) -> Truth | None:
     """The forest that `parent_id` tells of; None where no model has a parent.
 
     Models belong to one tree if `run_id` or `parent_id` connects them, also by a model that is not among them: epochs
-    of one run are of one tree.
+    of one run are of one tree, and its children with them, whichever of its epochs are there.
 
     Args:
         index: rows of `Zoo.to_pandas()`: `model_id`, `run_id`, `parent_id`.
@@ -65,6 +66,7 @@ def truth_of(index: pd.DataFrame) -> Truth | None:
         leader[find(f"run {run_id}")] = find(f"model {model_id}")
         if parent_id:
             leader[find(f"model {parent_id}")] = find(f"model {model_id}")
+            leader[find(f"run {run_of(parent_id)}")] = find(f"model {model_id}")
     groups = np.array([find(f"model {model_id}") for model_id in index["model_id"]])
     return Truth(renumbered(groups), parent)
 

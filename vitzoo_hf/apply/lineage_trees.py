@@ -14,6 +14,7 @@ from scipy.spatial.distance import squareform
 MOST_TREES = 50
 NEAREST = 6
 SIBLING_COSINE = 0.25
+FAR_SHARE = 0.9
 
 
 def minimum_arborescence(cost: Float64[np.ndarray, "P P"]) -> Int64[np.ndarray, " P"]:
@@ -236,6 +237,30 @@ def is_sibling(distance: Float64[np.ndarray, "M M"], root: int) -> bool:
     cosine = away[:, None] ** 2 + away[None] ** 2 - distance[np.ix_(others, others)] ** 2
     cosine /= 2 * away[:, None] * away[None]
     return bool(cosine[np.triu_indices(len(others), 1)].mean() > SIBLING_COSINE)
+
+
+def far_children(
+    distance: Float64[np.ndarray, "P P"], tree: Int64[np.ndarray, " P"], parent: Int64[np.ndarray, " P"]
+) -> Bool[np.ndarray, " P"]:
+    """Models as far from the root of their tree as roots are from each other, so that they may be roots themselves.
+
+    As far is at least 0.9 times the median distance of two roots; with one tree there is no such distance, and the
+    answer is no for all.
+
+    Example:
+        >>> points = np.array([0.0, 1.0, 10.0, 21.0])
+        >>> tree, parent = np.array([0, 0, 1, 1]), np.array([-1, 0, -1, 2])
+        >>> far_children(np.abs(points[:, None] - points), tree, parent).tolist()
+        [False, False, False, True]
+    """
+    roots = np.flatnonzero(parent < 0)
+    if len(roots) < 2:
+        return np.zeros(len(parent), dtype=bool)
+    between = distance[np.ix_(roots, roots)][np.triu_indices(len(roots), 1)]
+    root_of = np.zeros(int(tree.max()) + 1, np.int64)
+    root_of[tree[roots]] = roots
+    far = distance[np.arange(len(parent)), root_of[tree]] >= FAR_SHARE * np.median(between)
+    return far & (parent >= 0)
 
 
 def nearest_candidates(

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.func import functional_call
 from torch.nn import functional
 
-from vitzoo_hf.apply.candidates import candidate_scores
+from vitzoo_hf.apply.candidates import candidate_scores, check_images, check_vectors
 from vitzoo_hf.flatten import unflatten
 from vitzoo_hf.rebuild import architecture_of, usable_device
 from vitzoo_hf.schema import ZooError
@@ -76,18 +76,28 @@ def barrier(values: Float64[Tensor, " T"], positions: Float64[Tensor, " T"]) -> 
 
 
 def mode_connectivity(errors: Float64[Tensor, " T"]) -> float:
-    """The measure ½ (e(0) + e(1)) − e(t*), with t* where the error is farthest from the means of ends.
+    """The measure ½ (e(0) + e(1)) − e(t*), with t* where the error is farthest from the mean of the ends.
 
-    Source: Yang et al. 2021.
+    Source: Yang et al. 2021. t* is looked for between the ends, which are both equally far from their mean, so that
+    the measure does not change when the ends change places; of points equally far, the one of higher error counts.
 
     Below 0 there is a barrier, at 0 the ends are connected, above 0 the path goes through better networks.
+
+    Args:
+        errors: at positions along a path, both ends among them.
+
+    Raises:
+        ZooError: for fewer than 3, of which none is between the ends.
 
     Example:
         >>> mode_connectivity(torch.tensor([0.25, 0.75, 0.25]).double())
         -0.5
     """
-    middle = (errors[0] + errors[-1]) / 2
-    return float(middle - errors[(errors - middle).abs().argmax()])
+    if len(errors) < 3:
+        raise ZooError(f"{len(errors)} errors have none between the ends of a path: give at least 3")
+    rises = errors[1:-1] - (errors[0] + errors[-1]) / 2
+    farthest = rises[rises.abs() == rises.abs().max()].max()
+    return -float(farthest)
 
 
 def straight_points(
@@ -133,7 +143,7 @@ def path_scores(
         device: where the networks run.
 
     Raises:
-        ZooError: for fewer than 3 points.
+        ZooError: for fewer than 3 points, weights of another length than those of `like`, or images it does not take.
 
     Example:
         >>> from vitzoo_hf.zoo import Zoo
@@ -145,6 +155,7 @@ def path_scores(
         (torch.Size([5]), True)
     """
     where = positions(points)
+    check_vectors(like, *(vector for vector in (first, last, control) if vector is not None))
     step = max(1, TOGETHER // len(first))
     parts = []
     for some in where.split(step):
@@ -189,10 +200,13 @@ def train_bezier(
         float32, on the CPU.
 
     Raises:
-        ZooError: if there is no image, or the device is not here.
+        ZooError: if there is no image or one that `like` does not take, weights have another length than its own, or
+            the device is not here.
     """
     if not len(images):
         raise ZooError("a Bézier curve is trained on images; none were given")
+    check_images(like, images, labels)
+    check_vectors(like, first, last)
     place, kind = usable_device(device), architecture_of(like)
     model, layout = skeleton(*kind), layout_of(*kind)
     ends = [vector.detach().to(place, torch.float32) for vector in (first, last)]

@@ -12,7 +12,7 @@ from sklearn.model_selection import GroupKFold
 
 from vitzoo_hf.apply.property_features import WEIGHT_FEATURES, Features, table_features
 from vitzoo_hf.apply.property_models import check_model, prepare, ridge_predictions, tree_predictions
-from vitzoo_hf.apply.property_probing import measured_features, probing_features
+from vitzoo_hf.apply.property_probing import measured_features, probing_features, probing_images
 from vitzoo_hf.apply.property_scores import intervals, scores
 from vitzoo_hf.apply.property_targets import (
     SPLITS,
@@ -24,6 +24,7 @@ from vitzoo_hf.apply.property_targets import (
     targets_of,
 )
 from vitzoo_hf.evaluate import common_dataset
+from vitzoo_hf.factors import same_groups
 from vitzoo_hf.progress import progress_bar
 from vitzoo_hf.rebuild import usable_device
 from vitzoo_hf.schema import ZooError, did_you_mean
@@ -36,6 +37,7 @@ ABOUT = ("target", "rows", "features", "num_features", "model", "split", "metric
 MEASURED = ("value", "low", "high", "shuffled", "shuffled_low", "shuffled_high", "n_train", "n_test", "n_groups")
 COLUMNS = (*ABOUT, *MEASURED)
 MOST_FOLDS = 5
+LARGEST_SEED = 2**32 - 1
 _Batch = list[tuple[Target, Float64[np.ndarray, "S M"]]]
 
 
@@ -61,6 +63,8 @@ class Plan:
         if self.repeats < 1 or self.shuffles < 0 or self.resamples < 1:
             told = f"repeats is {self.repeats}, shuffles {self.shuffles} and resamples {self.resamples}"
             raise ZooError(f"{told}; expected at least 1, 0 and 1")
+        if not 0 <= self.seed <= LARGEST_SEED:
+            raise ZooError(f"seed is {self.seed}; expected a whole number from 0 to {LARGEST_SEED}")
 
 
 def predict_properties(
@@ -102,7 +106,8 @@ def predict_properties(
     Returns:
         One row a target, features, model, split and metric: `value` with the ends of its 95 % interval, mean and 5th
         and 95th percentile of what shuffled labels give, the mean number of rows trained on, of rows predicted and of
-        their groups. A class that one group alone has is left out of that split.
+        their groups. A class that one group alone has is left out of that split. `attrs["notes"]` says in
+        sentences what was left out.
 
     Raises:
         ZooError: for names that are unknown, a zoo with one run or none, features that are not finite.
@@ -116,6 +121,8 @@ def predict_properties(
     _check(models, splits)
     chosen, table = predicted_models(zoo)
     wanted = targets_of(table, None if targets is None else list(targets))
+    _splits_that_differ(table, splits)
+    check_features(chosen, table, features, seed=seed)
     options: dict[str, Any] = {"device": device, "num_workers": num_workers, "progress": progress}
     given = [features_of(chosen, table, each, seed=seed, **options) for each in features]
     return cross_validated(table, wanted, given, plan, models=models, splits=splits, progress=progress)
@@ -146,6 +153,7 @@ def cross_validated(
         ZooError: for names that are unknown, or if no target is in two groups.
     """
     _check(models, splits)
+    splits, notes = _splits_that_differ(table, splits)
     found: list[dict[str, Any]] = []
     jobs = [(split, each, model) for split in splits for each in features for model in models]
     with progress_bar("predicting", "fit", shown=progress, total=len(jobs)) as bar:
@@ -158,9 +166,30 @@ def cross_validated(
     if not found:
         raise ZooError("no target is in two groups of any split: give a zoo with more runs or lineages")
     order = [target.name for target in targets]
+    if plan.shuffles:
+        notes += _without_control(table, targets)
     result = pd.DataFrame(found)[list(COLUMNS)]
     place = result["target"].map(order.index)
-    return result.iloc[np.lexsort([np.arange(len(result)), result["rows"], place])].reset_index(drop=True)
+    result = result.iloc[np.lexsort([np.arange(len(result)), result["rows"], place])].reset_index(drop=True)
+    result.attrs["notes"] = notes
+    return result
+
+
+def _splits_that_differ(table: pd.DataFrame, splits: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The splits without that by lineage where it equals that by run, and a note of it."""
+    if "lineage" not in splits or not same_groups(table["run_id"], table["lineage"]):
+        return list(splits), []
+    told = "no two of these runs are of one lineage, as far as `parent_id` tells, so split lineage equals split run"
+    if set(splits) == {"lineage"}:
+        raise ZooError(f"{told}: ask for split run")
+    return [split for split in splits if split != "lineage"], [f"{told} and is left out"]
+
+
+def _without_control(table: pd.DataFrame, targets: Sequence[Target]) -> list[str]:
+    """A note for each target whose values cannot go from run to run."""
+    lacking = [f"{target.name} of {target.rows} rows" for target in targets if shuffled(target, table, 0) is None]
+    why = "has no shuffled control: no two runs are kept at the same epochs"
+    return [f"{name} {why}" for name in lacking]
 
 
 def _check(models: Sequence[str], splits: Sequence[str]) -> None:
@@ -168,6 +197,29 @@ def _check(models: Sequence[str], splits: Sequence[str]) -> None:
         check_model(model)
     for split in splits:
         column_of(split)
+
+
+def check_features(zoo: Zoo, table: pd.DataFrame, features: Sequence[str | Features], *, seed: int = 0) -> None:
+    """Raise ZooError for features that cannot be had of these models, before any is taken."""
+    for each in features:
+        if isinstance(each, Features):
+            each.of(list(table["model_id"]))
+        elif each not in FEATURES:
+            raise ZooError(f"unknown features {each!r}: {did_you_mean(each, FEATURES)}")
+        else:
+            _check_log(table, each)
+    probing = [each for each in features if isinstance(each, str) and each in PROBES]
+    if probing:
+        try:
+            probing_images(zoo, common_dataset(table), max(PROBES[each] for each in probing), seed)
+        except ZooError as error:
+            raise ZooError(f"{error}: leave out features {', '.join(probing)}, which need them") from None
+
+
+def _check_log(table: pd.DataFrame, name: str) -> None:
+    for column in LOG.get(name, ()):
+        if table[column].isna().any():
+            raise ZooError(f"column {column!r} has no value for some models: leave features {name!r} out")
 
 
 def features_of(
@@ -201,9 +253,7 @@ def features_of(
     if name == "constant":
         return table_features(name, table.set_index("model_id")[[]])
     if name in LOG:
-        for column in LOG[name]:
-            if table[column].isna().any():
-                raise ZooError(f"column {column!r} has no value for some models: leave features {name!r} out")
+        _check_log(table, name)
         return table_features(name, table.set_index("model_id")[list(LOG[name])].astype(float))
     raise ZooError(f"unknown features {name!r}: {did_you_mean(name, FEATURES)}")
 
@@ -236,9 +286,9 @@ def _evaluated(
 
 
 def _labels(target: Target, table: pd.DataFrame, plan: Plan, repeat: int) -> Float64[np.ndarray, "S M"]:
-    """The true values, and below them shuffled ones."""
+    """The true values, and below them shuffled ones; those of a target that cannot be shuffled alone."""
     fakes = [shuffled(target, table, [plan.seed, repeat, draw]) for draw in range(plan.shuffles)]
-    return np.stack([target.values, *fakes])
+    return np.stack([target.values, *(fake for fake in fakes if fake is not None)])
 
 
 def _held_out(

@@ -96,7 +96,7 @@ def table_features(name: str, table: pd.DataFrame) -> Features:
 
 
 def statistics_features(
-    zoo: Zoo, *, device: str | torch.device = "cpu", num_workers: int = 1, progress: bool = False
+    zoo: Zoo, *, device: str | torch.device = "cpu", num_workers: int = 1, verify: bool = True, progress: bool = False
 ) -> Features:
     """Seven numbers of each tensor of the trunk: mean, variance, and quantiles 0, 1/4, 1/2, 3/4 and 1.
 
@@ -106,10 +106,11 @@ def statistics_features(
         zoo: models of one trunk.
         device: where the weights are taken.
         num_workers: threads that read.
+        verify: compare every row with its hash when it is first read.
         progress: show a bar.
 
     Raises:
-        ZooError: if there is no model, trunks differ, or weights are not finite.
+        ZooError: if there is no model, trunks differ, a row is damaged, or weights are not finite.
 
     Example:
         >>> found = statistics_features(Zoo.sample())
@@ -124,11 +125,12 @@ def statistics_features(
         return {name: values[:, number] for number, name in enumerate(layout.names)}
 
     columns = zoo.weight_columns(device=device, num_workers=num_workers)
+    columns = columns.verified() if verify else columns
     return _by_rows("statistics", STATISTICS, columns, statistics, progress)
 
 
 def spectra_features(
-    zoo: Zoo, *, device: str | torch.device = "cpu", num_workers: int = 1, progress: bool = False
+    zoo: Zoo, *, device: str | torch.device = "cpu", num_workers: int = 1, verify: bool = True, progress: bool = False
 ) -> Features:
     """Of each matrix of the trunk, the three largest singular values, the first the spectral norm, and stable rank.
 
@@ -151,12 +153,13 @@ def spectra_features(
         return found
 
     columns = zoo.weight_columns(device=device, num_workers=num_workers)
+    columns = columns.verified() if verify else columns
     names = (*(f"singular_value_{place}" for place in range(1, TOP_SINGULAR_VALUES + 1)), "stable_rank")
     return _by_rows("spectra", names, columns, spectra, progress)
 
 
 def norm_features(
-    zoo: Zoo, *, device: str | torch.device = "cpu", num_workers: int = 1, progress: bool = False
+    zoo: Zoo, *, device: str | torch.device = "cpu", num_workers: int = 1, verify: bool = True, progress: bool = False
 ) -> Features:
     """One number: the Euclidean norm of the weights of the trunk. What any other feature of weights has to beat."""
 
@@ -164,6 +167,7 @@ def norm_features(
         return {"trunk": weights.double().norm(dim=1, keepdim=True)}
 
     columns = zoo.weight_columns(device=device, num_workers=num_workers)
+    columns = columns.verified() if verify else columns
     return _by_rows("norm", ("norm",), columns, norm, progress)
 
 
@@ -173,6 +177,7 @@ def flat_features(
     components: int = COMPONENTS,
     device: str | torch.device = "cpu",
     num_workers: int = 1,
+    verify: bool = True,
     progress: bool = False,
 ) -> Features:
     """The flat weights of the trunk, turned into coordinates of the space that the models themselves span.
@@ -187,6 +192,7 @@ def flat_features(
         components: principal components kept, of the models that are trained on.
         device: where the products are taken.
         num_workers: threads that read.
+        verify: compare every row with its hash when it is first read.
         progress: show a bar.
 
     Example:
@@ -194,6 +200,7 @@ def flat_features(
         (8, 7)
     """
     columns = zoo.weight_columns(device=device, num_workers=num_workers)
+    columns = columns.verified() if verify else columns
     trunk = [place for name, place in columns.layout.items() if not is_head(name)]
     count = len(columns.model_ids)
     gram = torch.zeros(count, count, dtype=torch.float64, device=columns.device)

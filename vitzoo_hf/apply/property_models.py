@@ -94,7 +94,15 @@ def ridge_predictions(
         groups: of the training rows; rows of a group are never on both sides.
         blocks: columns of one number share a penalty, that with the least squared error: the classes of one target.
         shares: penalties to choose from.
+
+    Raises:
+        ZooError: if all training rows are of one group.
     """
+    if len(np.unique(groups)) < 2:
+        raise ZooError(
+            "ridge chooses its penalty over training runs, so at least three runs are needed, here two, "
+            "or but one outside a lineage: give a zoo with more runs, or choose another model"
+        )
     errors = torch.zeros(len(shares), int(blocks.max()) + 1, dtype=torch.float64, device=train.device)
     columns = torch.from_numpy(blocks).to(train.device)
     folds = GroupKFold(min(INNER_FOLDS, len(np.unique(groups))))

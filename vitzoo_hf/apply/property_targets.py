@@ -1,6 +1,7 @@
 """What is predicted of models, which models must stay together, and labels shuffled between those.
 
-Tables of the config `index`. A lineage is a pre-trained run with all that was fine-tuned from it, however indirectly.
+Tables of the config `index`. A lineage is a pre-trained run with all that was fine-tuned from it, however indirectly;
+pre-trained runs that start from the same weights are of one lineage.
 """
 
 from dataclasses import dataclass, replace
@@ -58,7 +59,8 @@ def predicted_models(zoo: Zoo) -> tuple[Zoo, pd.DataFrame]:
     if index.empty:
         raise ZooError("there is no model to predict anything of: the filter matches none")
     dataset = common_dataset(index)
-    index["lineage"] = lineages(index)
+    whole = zoo.unfiltered.to_pandas()
+    index["lineage"] = index["run_id"].map(dict(zip(whole["run_id"], lineages(whole), strict=True)))
     rows = records(index.drop(columns="lineage"))
     chosen = [row["dataset"] == dataset and is_classifier(row, zoo.manifest) for row in rows]
     if not any(chosen):
@@ -69,6 +71,9 @@ def predicted_models(zoo: Zoo) -> tuple[Zoo, pd.DataFrame]:
 
 def lineages(index: pd.DataFrame) -> list[str]:
     """The run at the root of each row's ancestry; a parent that the table lacks ends the walk.
+
+    Roots of equal initial weights, of equal `weights_sha256` at epoch 0 where the table has that column and those
+    rows, are one lineage, by the name of the first: flat weights of the children of one tell those of the other.
 
     Example:
         >>> index = pd.DataFrame({"run_id": ["a", "b", "c"], "parent_id": [None, "a@9", "b@9"]})
@@ -91,7 +96,17 @@ def lineages(index: pd.DataFrame) -> list[str]:
             if seen[-1] in seen[:-1]:
                 raise ZooError(f"run {run!r} descends from itself: column parent_id is damaged")
         roots.append(seen[-1])
-    return roots
+    twin = _first_of_equal_starts(index, set(roots))
+    return [twin.get(root, root) for root in roots]
+
+
+def _first_of_equal_starts(index: pd.DataFrame, roots: set[str]) -> dict[str, str]:
+    """Root -> the first root with the same weights at epoch 0."""
+    if not {"epoch", "weights_sha256"} <= set(index.columns):
+        return {}
+    starts = index[(index["epoch"] == 0) & index["run_id"].isin(roots) & index["weights_sha256"].notna()]
+    first = starts.groupby("weights_sha256")["run_id"].first()
+    return dict(zip(starts["run_id"], starts["weights_sha256"].map(first), strict=True))
 
 
 def targets_of(table: pd.DataFrame, names: list[str] | None = None) -> list[Target]:
@@ -172,12 +187,13 @@ def column_of(split: str) -> str:
     return "run_id" if split == "run" else "lineage"
 
 
-def shuffled(target: Target, table: pd.DataFrame, seed: Any) -> Float64[np.ndarray, " M"]:
+def shuffled(target: Target, table: pd.DataFrame, seed: Any) -> Float64[np.ndarray, " M"] | None:
     """The target's values given to other models: a control that keeps what no prediction should profit from.
 
     What is the same in a whole lineage is permuted between lineages, what is the same in a run between runs. What
     changes within runs goes from run to run, epoch by epoch, among runs kept at the same epochs: a shuffled accuracy
-    still grows with the epoch. What changes alike in all runs, as the epoch itself, is permuted within each run.
+    still grows with the epoch. What changes alike in all runs, as the epoch itself, is permuted within each run. None
+    where values would go between runs, and no two runs are kept at the same epochs.
     """
     random = np.random.default_rng(seed)
     rows = table.iloc[target.places]
@@ -190,9 +206,12 @@ def shuffled(target: Target, table: pd.DataFrame, seed: Any) -> Float64[np.ndarr
     frame = pd.DataFrame(
         {"run": rows["run_id"].to_numpy(), "epoch": rows["epoch"].to_numpy(), "value": target.values}
     )
-    if (frame.groupby("epoch")["value"].nunique() == 1).all():
+    shared = frame.groupby("epoch")["run"].nunique().max() > 1
+    if target.name == "epoch" or (shared and (frame.groupby("epoch")["value"].nunique() == 1).all()):
         return frame.groupby("run")["value"].transform(random.permutation).to_numpy(np.float64)
     frame["kept"] = frame.groupby("run")["epoch"].transform(lambda epochs: str(sorted(epochs)))
+    if (frame.groupby("kept")["run"].nunique() == 1).all():
+        return None
     found = frame["value"].to_numpy(copy=True)
     for _, alike in frame.groupby("kept"):
         by_run = alike.sort_values("epoch").groupby("run").indices

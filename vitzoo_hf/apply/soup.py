@@ -107,11 +107,15 @@ def weighted_sums(
         device: where sums are taken.
 
     Raises:
-        ZooError: for an unknown row, rows of several layouts, or a weight that is not finite.
+        ZooError: for an unknown row, unequal numbers of coefficients, rows of several layouts, or a weight that is
+            not finite.
     """
     unknown = coefficients.keys() - set(zoo.model_ids)
     if unknown:
         raise ZooError(f"{zoo.name} has no model {min(unknown)!r} to average")
+    counts = {len(shares) for shares in coefficients.values()}
+    if len(counts) > 1:
+        raise ZooError(f"models have {min(counts)} to {max(counts)} coefficients: give each as many, one a sum")
     place, totals = usable_device(device), torch.empty(0)
     for row in zoo.filter(model_id=list(coefficients)).rows():
         vector, shares = weights_on(row, place), coefficients[row["model_id"]]
@@ -165,7 +169,7 @@ def greedy_soup(
         device: where models run.
 
     Raises:
-        ZooError: as `check_ingredients`; for a weight that is not finite.
+        ZooError: as `check_ingredients`; for a weight that is not finite, or a candidate without an accuracy.
 
     Example:
         >>> zoo = Zoo.sample().filter(stage="finetune", head="linear")
@@ -177,6 +181,12 @@ def greedy_soup(
     place = usable_device(device)
     if accuracies is None:
         accuracies = single_accuracies(zoo, images, labels, device=place)
+    missing = [model_id for model_id in zoo.model_ids if model_id not in accuracies]
+    if missing:
+        raise ZooError(
+            f"{len(missing)} of {len(zoo)} candidates have no accuracy, {missing[0]} the first: give that of every"
+            " candidate, or leave `accuracies` out to have them measured"
+        )
     order = sorted(zoo.model_ids, key=lambda model_id: -accuracies[model_id])
     first = zoo.row(order[0])
     total = weights_on(first, place).double()

@@ -95,8 +95,8 @@ def compare_soups(
         best single, and `over_ensemble`, …, soup less ensemble, with 95 % intervals over resampled test images.
 
     Raises:
-        ZooError: for an unknown column or method; a group of several heads or datasets; models without a classifier;
-            a zoo without selection images; if no group has two models.
+        ZooError: for an unknown column or method, or a seed below 0; a group of several heads or datasets; models
+            without a classifier; a zoo without selection images; if no group has two models.
 
     Example:
         >>> zoo = Zoo.sample().filter(stage="finetune")
@@ -104,9 +104,7 @@ def compare_soups(
         >>> list(found.table["method"])
         ['uniform', 'greedy', 'uniform', 'greedy']
     """
-    for method in methods:
-        if method not in METHODS:
-            raise ZooError(f"unknown method {method!r}: {did_you_mean(method, METHODS)}")
+    _check_options(methods, seed)
     groups, left_out = soup_groups(zoo, by)
     wanted = zoo.filter(model_id=[model_id for _, model_ids in groups for model_id in model_ids])
     batches = _held_out(wanted)
@@ -124,6 +122,14 @@ def compare_soups(
                     found.append(_measured(soup, group, members, outputs, seed, device))
                     bar.update(1)
     return Comparison(pd.DataFrame([line for _, line in found]), [soup for soup, _ in found], left_out)
+
+
+def _check_options(methods: Sequence[str], seed: int) -> None:
+    for method in methods:
+        if method not in METHODS:
+            raise ZooError(f"unknown method {method!r}: {did_you_mean(method, METHODS)}")
+    if seed < 0:
+        raise ZooError(f"seed {seed}: expected 0 or more")
 
 
 def soup_groups(zoo: Zoo, by: Sequence[str]) -> tuple[list[tuple[dict[str, Any], list[str]]], dict[str, str]]:

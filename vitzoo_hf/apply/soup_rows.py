@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from vitzoo_hf.apply.derived_rows import derived_row, write_derived
+from vitzoo_hf.apply.destinations import check_folder
 from vitzoo_hf.apply.soup import Soup
 from vitzoo_hf.row_tables import records
 from vitzoo_hf.schema import ZooError
@@ -47,13 +48,14 @@ def write_soups(zoo: Zoo, rows: Sequence[Mapping[str, Any]], folder: str | Path)
     Args:
         zoo: of the ingredients.
         rows: of `soup_row`.
-        folder: the new zoo; a zoo that is there is replaced.
+        folder: the new zoo; earlier soups that are there are replaced.
 
     Raises:
-        ZooError: if there is no row, two have one id, or the folder cannot be written.
+        ZooError: if there is no row, two have one id, or as `check_folder`.
     """
     if not rows:
         raise ZooError("there is no soup to write")
+    check_folder(Path(folder), zoo, "soups_of")
     ids = [row["model_id"] for row in rows]
     twice = sorted({model_id for model_id in ids if ids.count(model_id) > 1})
     if twice:

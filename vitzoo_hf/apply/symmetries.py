@@ -298,6 +298,8 @@ def transform_residual(tensors: Tensors, residual: Float64[Tensor, "d d"]) -> No
     order = order_of(residual)
     if order is None:
         _check_constant_norms(tensors)
+    elif torch.equal(order, torch.arange(len(order))):
+        return
     for name, axis in channel_axes(tensors).items():
         tensor = tensors[name]
         if order is not None:
