@@ -65,7 +65,10 @@ def test_diversity_and_nearest_distances_are_those_of_cdist():
     pairs = [float((a[i] - a[j]).norm()) for i in range(5) for j in range(i)]
     others = [float((b[i] - b[j]).norm()) for i in range(7) for j in range(i)]
     assert metrics.diversity(a, b) == pytest.approx(np.mean(pairs) / np.mean(others))
-    torch.testing.assert_close(metrics.nearest_distances(a, b), torch.cdist(a, b).min(1).values)
+    found, expected = metrics.nearest(a, b), torch.cdist(a, b).min(1)
+    torch.testing.assert_close(found.distance, expected.values)
+    assert torch.equal(found.position, expected.indices)
+    assert metrics.nearest(b[2:3], b) == (torch.tensor([0.0]).double(), torch.tensor([2]))
     assert metrics.diversity(a[:1].expand(5, -1), a) == 0
 
 

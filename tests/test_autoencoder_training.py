@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from vitzoo_hf.apply.autoencoder import training
 from vitzoo_hf.apply.autoencoder.behaviour import Networks
 from vitzoo_hf.apply.autoencoder.model import Sizes
 from vitzoo_hf.apply.autoencoder.recipe import ARMS, AutoencoderRecipe
@@ -69,6 +70,23 @@ def test_training_lowers_the_loss_and_decoded_models_come_nearer(zoo):
         decoded = trained.decode(latents)
     assert latents.shape == (len(vectors), trained.tokenizer.num_tokens, 4)
     assert (decoded - vectors).norm() < (vectors - trained.scaling.mean).norm()
+
+
+def test_a_step_without_a_finite_gradient_changes_nothing_and_is_counted(zoo, monkeypatch):
+    calls, told, real = [], {}, training.structural_loss
+
+    def broken(*arguments, **options):
+        calls.append(1)
+        return real(*arguments, **options) * (torch.nan if len(calls) == 3 else 1)
+
+    def keep(step, losses):
+        told[step] = losses
+
+    monkeypatch.setattr(training, "structural_loss", broken)
+    trained = train_autoencoder(zoo, SMALL.arm("S"), on_step=keep)
+    assert [told[step]["skipped"] for step in range(1, 7)] == [0, 0, 1, 0, 0, 0]
+    assert sum(entry["skipped"] for entry in trained.history) == 1
+    assert all(value.isfinite().all() for value in trained.model.state_dict().values())
 
 
 class StopError(Exception):

@@ -1,12 +1,8 @@
 """Memory stays where it is however large the zoo: forty models of ViT-S size are written, streamed and rebuilt."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
+from peak_memory import peak_mb
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 ROW = 88_202_656
 LIMIT_MB = (3 * ROW + 1_000_000_000) / 1e6
 
@@ -21,7 +17,7 @@ STEPS = {
 }
 
 PROGRAM = """
-import resource, sys
+import sys
 from pathlib import Path
 from datasets import load_dataset
 import side_by_side
@@ -31,27 +27,12 @@ from vitzoo_hf.zoo import Zoo
 
 folder = Path(sys.argv[1])
 {step}
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3)
 """
 
 
 @pytest.mark.slow
 def test_forty_large_models_need_no_more_memory_than_three(tmp_path):
-    peaks = {}
-    for name, step in STEPS.items():
-        result = subprocess.run(
-            [sys.executable, "-c", PROGRAM.format(step=step), tmp_path / "zoo"],
-            env={
-                "PYTHONPATH": f"{BENCHMARKS}:{BENCHMARKS.parent}",
-                "HF_HOME": str(tmp_path),
-                "PATH": "/usr/bin:/bin",
-            },
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert result.returncode == 0, f"{name}: {result.stderr}"
-        peaks[name] = float(result.stdout)
+    peaks = {name: peak_mb(PROGRAM.format(step=step), tmp_path, tmp_path / "zoo") for name, step in STEPS.items()}
     print(peaks)
     del peaks["stream with datasets"]  # not ours
     assert max(peaks.values()) < LIMIT_MB, peaks

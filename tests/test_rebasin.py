@@ -3,14 +3,12 @@
 import json
 import re
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from peak_memory import peak_mb
 from vit_weights import logits_of, vit_row
 
 from vitzoo_hf.apply.barriers import LADDER, Variant, pair_barriers, sample_pairs, summary
@@ -25,9 +23,8 @@ from vitzoo_hf.schema import ZooError
 from vitzoo_hf.verify import verify
 from vitzoo_hf.zoo import Zoo
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 CHOSEN = {"stage": "finetune", "is_final": True, "head": "mlp"}
-LIMIT_MB, LIMIT_SECONDS = 4000, 300
+LIMIT_MB = 4000
 
 
 @pytest.fixture(scope="module")
@@ -289,7 +286,7 @@ def test_the_gpu_aligns_as_the_cpu_does(tuned):
 
 
 PROGRAM = """
-import resource, sys, time
+import sys
 from pathlib import Path
 import side_by_side
 from vitzoo_hf.apply.rebasin import rebasin_zoo
@@ -297,26 +294,12 @@ from vitzoo_hf.zoo import Zoo
 
 folder = Path(sys.argv[1])
 side_by_side.random_zoo(folder / "zoo", side_by_side.VIT_S, 20)
-start, zoo = time.process_time(), Zoo(folder / "zoo")
+zoo = Zoo(folder / "zoo")
 families = ("mlp", "heads", "maps", "residual")
 rebasin_zoo(zoo, zoo.model_ids[0], folder / "out", families=families, sweeps=1, progress=False)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3, time.process_time() - start)
 """
 
 
 @pytest.mark.slow
 def test_twenty_large_models_are_aligned_within_4_gb(tmp_path):
-    environment = {
-        "PYTHONPATH": f"{BENCHMARKS}:{BENCHMARKS.parent}",
-        "HF_HOME": str(tmp_path),
-        "OMP_NUM_THREADS": "1",
-        "PATH": "/usr/bin:/bin",
-    }
-    result = subprocess.run(
-        [sys.executable, "-c", PROGRAM, tmp_path], env=environment, capture_output=True, text=True, check=False
-    )
-    assert result.returncode == 0, result.stderr
-    peak, seconds = map(float, result.stdout.split())
-    print(f"{peak:.0f} MB, {seconds:.0f} s of processor time")
-    assert peak < LIMIT_MB
-    assert seconds < LIMIT_SECONDS
+    assert peak_mb(PROGRAM, tmp_path, tmp_path) < LIMIT_MB

@@ -1,12 +1,19 @@
-"""What the README of the desk zoo says is what its tables hold."""
+"""What the READMEs say of zoos that were made is what their tables hold."""
 
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
-DESK = Path(__file__).parent.parent / "results" / "desk"
-README = " ".join((DESK / "README.md").read_text(encoding="utf-8").split())
+RESULTS = Path(__file__).parent.parent / "results"
+DESK = RESULTS / "desk"
+
+
+def words(file: Path) -> str:
+    return " ".join(file.read_text(encoding="utf-8").split())
+
+
+README, TOP = words(DESK / "README.md"), words(RESULTS.parent / "README.md")
 
 
 @pytest.fixture(scope="module")
@@ -57,3 +64,93 @@ def test_pairs_of_like_and_unlike():
     assert f"agree no more ({agreement[True]:.3f}) than children of two ({agreement[False]:.3f})" in README
     optimizer = levels["optimizer", "agreement"]
     assert f"with the same optimizer ({optimizer[True]:.2f} against {optimizer[False]:.2f})" in README
+
+
+def signed(value: float, digits: int = 2) -> str:
+    return f"{value:+.{digits}f}".replace("-", "−")
+
+
+def test_lineage_in_the_readme():
+    found = {}
+    for zoo in ("desk", "mini"):
+        table = pd.read_csv(RESULTS / "lineage" / f"{zoo}.csv")
+        found[zoo] = table[table["case"] == "final"].set_index(["method", "trees_given", "score"]).sort_index()
+    hubs = [found[zoo].loc[("hubs", False)] for zoo in ("desk", "mini")]
+    for score in ("tree_accuracy", "edge_precision", "edge_recall", "direction_accuracy"):
+        assert [float(table.loc[score, "value"]) for table in hubs] == [1, 1]
+    chance = {
+        score: " and ".join(f"{table.loc[score, 'chance']:.3f}" for table in hubs)
+        for score in ("tree_accuracy", "edge_precision", "direction_accuracy")
+    }
+    assert f"tree accuracy is 1.000 on both (chance {chance['tree_accuracy']})" in TOP
+    assert f"directed edges 1.000 (chance {chance['edge_precision']})" in TOP
+    assert f"direction 1.000 (coin {chance['direction_accuracy']})" in TOP
+    edges = [found[zoo].loc[("mother", True, "edge_recall"), "value"] for zoo in ("desk", "mini")]
+    assert f"edges {edges[0]:.3f} and {edges[1]:.3f}: it joins siblings" in TOP
+
+
+def test_soups_in_the_readme():
+    table = pd.read_csv(RESULTS / "soup" / "soups_desk.csv")
+    of_parent = table[table["design"] == "one parent and head, all factors"].groupby("method")
+    accuracy, gain = of_parent["test_accuracy"].mean(), 100 * of_parent["gain"].mean()
+    assert f"test accuracy {accuracy['greedy']:.3f}, gain {gain['greedy']:.2f}" in TOP
+    assert f"learned soups gain {signed(gain['learned'])} points" in TOP
+    ensemble = of_parent["ensemble_test"].mean()["uniform"]
+    assert f"uniform ones reach {accuracy['uniform']:.3f}, the ensemble of all twelve {ensemble:.3f}" in TOP
+    gains = {}
+    for name in ("desk", "desk_every_epoch"):
+        epochs = pd.read_csv(RESULTS / "soup" / f"epoch_gains_{name}.csv")
+        gains[name] = epochs[epochs["stage"].isna()].set_index("average")
+    last, chosen = gains["desk"].loc["last 2"], gains["desk"].loc["chosen on selection"]
+    assert f"the last two lose {-100 * last['mean']:.2f} points over all {last['number']:.0f} runs" in TOP
+    interval = " to ".join(signed(100 * chosen[side]) for side in ("low", "high"))
+    assert f"averages gain {signed(100 * chosen['mean'])} ({interval}; median 0" in TOP
+    every = gains["desk_every_epoch"].loc["last 2"]
+    interval = " to ".join(signed(100 * every[side]) for side in ("low", "high"))
+    assert f"every epoch kept gain {signed(100 * every['mean'])} ({interval};" in TOP
+
+
+def test_rebasin_in_the_readme():
+    summary = pd.read_csv(RESULTS / "rebasin" / "desk_summary.csv").set_index(["rung", "by", "population"])
+    plain = [summary.loc[("none", "none", population)] for population in ("pretrained", "across")]
+    for row in plain:
+        assert f"{row['barrier']:.2f} (midpoint accuracy {row['midpoint_accuracy']:.2f})" in TOP or (
+            f"{row['barrier']:.2f} ({row['midpoint_accuracy']:.2f})" in TOP
+        )
+    for rung in ("mlp", "heads", "permutations", "maps", "residual", "invertible", "rotation"):
+        for by in ("weights", "activations"):
+            cells = []
+            for population in ("pretrained", "across"):
+                row = summary.loc[(rung, by, population)]
+                interval = " to ".join(signed(row[side]) for side in ("change_low", "change_high"))
+                cells.append(f"{row['barrier']:.2f}, {signed(row['change'])} ({interval})")
+            assert f"| {by} | {cells[0]} | {cells[1]} |" in TOP, rung
+
+
+def test_properties_in_the_readme():
+    table = pd.read_csv(RESULTS / "properties" / "desk.csv")
+    chosen = table[(table["target"] == "test_accuracy") & (table["rows"] == "all") & (table["metric"] == "r2")]
+    ridge = chosen[chosen["model"] == "ridge"].set_index(["features", "split"])
+    run, lineage = (ridge.loc[("statistics", split)] for split in ("run", "lineage"))
+    told = [f"{row['value']:.2f} ({row['low']:.2f}–{row['high']:.2f})" for row in (run, lineage)]
+    assert f"has R² {told[0]} from statistics for unseen runs" in TOP
+    assert f"shuffled labels have {run['shuffled']:.2f}, but {told[1]} for unseen lineages" in TOP
+    flat, probing = (
+        [ridge.loc[(name, split), "value"] for split in ("run", "lineage")] for name in ("flat", "probing_16")
+    )
+    assert f"Flat weights fall from {flat[0]:.2f} to {flat[1]:.2f}" in TOP
+    assert f"has {probing[0]:.2f} and {probing[1]:.2f}**" in TOP
+
+
+def test_autoencoder_and_arithmetic_in_the_readme():
+    table = pd.read_csv(RESULTS / "autoencoder" / "shared_arms.csv")
+    test = table[table["split"] == "test"].set_index(["arm", "method"])
+    s, sb = (test.loc[(arm, "autoencoder")] for arm in ("S", "S+B"))
+    assert f"on {100 * s['agreement']:.1f} % of images, S+B on {100 * sb['agreement']:.1f} %" in TOP
+    assert f"is {s['rank_correlation']:.2f} and {sb['rank_correlation']:.2f}" in TOP
+    near, pca = (test.loc[("S", method), "agreement"] for method in ("nearest training model", "pca"))
+    assert f"training model agrees on {100 * near:.1f} %, PCA on {100 * pca:.1f} %" in TOP
+    additions = pd.read_csv(RESULTS / "arithmetic" / "additions_desk.csv")
+    loss = -100 * additions["gain"].mean()
+    assert f"is {loss:.1f} points" in TOP
+    assert f"{len(additions)} pairs) below the better child" in TOP

@@ -10,6 +10,7 @@ from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
 from vitzoo_hf.apply.property_features import Features
+from vitzoo_hf.behavior import accuracy, cross_entropy
 from vitzoo_hf.outputs_cache import digest_of
 from vitzoo_hf.population import Population
 from vitzoo_hf.progress import progress_bar
@@ -50,7 +51,8 @@ def probing_features(
         (6, 40)
     """
     images, _ = probing_images(zoo, dataset, num_images, seed)
-    probabilities, model_ids = _probabilities(zoo, images, device, progress)
+    logits, model_ids = _logits(zoo, images, device, progress)
+    probabilities = logits.softmax(-1).numpy()
     classes = probabilities.shape[2]
     names = tuple(f"image {image} class {label}" for image in range(num_images) for label in range(classes))
     return Features(f"probing_{num_images}", model_ids, probabilities.reshape(len(model_ids), -1), names)
@@ -73,12 +75,9 @@ def measured_features(
         ('accuracy', 'cross-entropy')
     """
     images, labels = probing_images(zoo, dataset, num_images, seed)
-    probabilities, model_ids = _probabilities(zoo, images, device, progress)
-    right = (probabilities.argmax(2) == labels.numpy()).mean(1)
-    of_label = np.take_along_axis(probabilities, labels.numpy()[None, :, None], 2)[..., 0]
-    loss = -np.log(of_label.clip(1e-12)).mean(1)
-    values = np.stack([right, loss], 1)
-    return Features(f"measured_{num_images}", model_ids, values, ("accuracy", "cross-entropy"))
+    logits, model_ids = _logits(zoo, images, device, progress)
+    values = torch.stack([accuracy(logits, labels).double(), cross_entropy(logits, labels).double()], 1)
+    return Features(f"measured_{num_images}", model_ids, values.numpy(), ("accuracy", "cross-entropy"))
 
 
 def probing_images(
@@ -101,9 +100,9 @@ def probing_images(
     return images[chosen], labels[chosen]
 
 
-def _probabilities(
+def _logits(
     zoo: Zoo, images: Float[Tensor, "N C H W"], device: str | torch.device, progress: bool
-) -> tuple[Float64[np.ndarray, "P N K"], tuple[str, ...]]:
+) -> tuple[Float64[Tensor, "P N K"], tuple[str, ...]]:
     """Of every model on every image, some models at a time."""
     ids = zoo.model_ids
     largest = max(zoo.to_pandas()["num_parameters"])
@@ -113,8 +112,8 @@ def _probabilities(
         for first in range(0, len(ids), size):
             chunk = ids[first : first + size]
             population = Population.from_rows(zoo.filter(model_id=chunk).rows(), device)
-            found.append(population(images).double().softmax(-1).cpu().numpy())
+            found.append(population(images).double().cpu())
             bar.update(len(chunk))
     if len({part.shape[2] for part in found}) > 1:
         raise ZooError("models differ in the number of classes: filter by `dataset`")
-    return np.concatenate(found), tuple(ids)
+    return torch.cat(found), tuple(ids)

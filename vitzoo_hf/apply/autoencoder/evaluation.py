@@ -153,8 +153,7 @@ def _untrained(trained: Trained) -> Trained:
 
 
 def _nearest(originals: _Originals) -> Float[Tensor, "P D"]:
-    far = torch.cdist(originals.vectors.double(), originals.training.double())
-    return originals.training[far.argmin(1)]
+    return originals.training[metrics.nearest(originals.vectors, originals.training).position]
 
 
 def _pca(originals: _Originals, numbers: int) -> Float[Tensor, "P D"]:
@@ -194,7 +193,7 @@ def _measured(
         "specificity_high": high,
         "rank_correlation": metrics.rank_correlation(right, original_right),
         "diversity": metrics.diversity(vectors, originals.vectors),
-        "nearest_training": float(metrics.nearest_distances(vectors, originals.training).mean()),
+        "nearest_training": float(metrics.nearest(vectors, originals.training).distance.mean()),
         "shared_errors": float(errors.nanmean()),
     }
     models = {

@@ -5,6 +5,8 @@ as in Meynent et al. 2025; specificity, rank correlation and diversity are there
 prototype that is good at the task but not the model that went in.
 """
 
+from typing import NamedTuple
+
 import torch
 from jaxtyping import Bool, Float, Float64, Int64
 from scipy.stats import spearmanr
@@ -12,8 +14,6 @@ from torch import Tensor
 
 from vitzoo_hf.apply.autoencoder.tokens import Tokenizer
 from vitzoo_hf.weightspace import weight_distances
-
-BLOCK = 64
 
 
 def layer_r2(
@@ -90,13 +90,18 @@ def _mean_distance(weights: Float[Tensor, "P D"]) -> Float64[Tensor, ""]:
     return weight_distances(weights.cpu())[above].mean()
 
 
-def nearest_distances(weights: Float[Tensor, "P D"], training: Float[Tensor, "Q D"]) -> Float64[Tensor, " P"]:
-    """L2 distance of each model to the nearest training model."""
-    found = []
-    for part in weights.double().split(BLOCK):
-        far = torch.stack([(training.double() - row).square().sum(1) for row in part])
-        found.append(far.min(1).values.sqrt())
-    return torch.cat(found)
+class Nearest(NamedTuple):
+    """The nearest training model of each model: L2 distance, and its position."""
+
+    distance: Float64[Tensor, " P"]
+    position: Int64[Tensor, " P"]
+
+
+def nearest(weights: Float[Tensor, "P D"], training: Float[Tensor, "Q D"]) -> Nearest:
+    """The nearest training model of each model, by differences taken in float64: copies are exactly 0 away."""
+    far = torch.stack([(training.double() - row).square().sum(1) for row in weights.double()])
+    least = far.min(1)
+    return Nearest(least.values.sqrt(), least.indices)
 
 
 def shared_errors(

@@ -18,11 +18,12 @@ from vitzoo_hf.apply.autoencoder.sampling import decoded, encoded
 from vitzoo_hf.apply.autoencoder.trained import Trained
 from vitzoo_hf.apply.candidates import candidate_scores
 from vitzoo_hf.apply.derived_rows import derived_row, write_streamed
+from vitzoo_hf.apply.destinations import check_folder
 from vitzoo_hf.checkpoint import write_atomically
 from vitzoo_hf.row_tables import records
 from vitzoo_hf.schema import ZooError
 from vitzoo_hf.zoo import Zoo
-from vitzoo_hf.zoo_folder import Rows, refuse_to_replace
+from vitzoo_hf.zoo_folder import Rows
 
 NUMBERS_AT_ONCE, MODELS_AT_ONCE = 2**24, 64
 
@@ -110,7 +111,7 @@ def write_reconstructions(
     Args:
         zoo: of the originals.
         trained: the autoencoder.
-        folder: the new zoo; a zoo that is there is replaced.
+        folder: the new zoo; earlier reconstructions that are there are replaced.
         latents: decoded in place of those of the rows: model id of a row of the zoo -> latents.
         device: where reconstructions are measured.
         on_models: as for `encode_rows`.
@@ -120,9 +121,9 @@ def write_reconstructions(
         `test_accuracy`, `test_accuracy_original`; results are null where the zoo has no test images.
 
     Raises:
-        ZooError: if a model has another layout, latents name no row, or the folder cannot be written.
+        ZooError: if a model has another layout, latents name no row, or as `check_folder`.
     """
-    refuse_to_replace(folder)
+    check_folder(folder, zoo, "reconstructions_of")
     if latents is not None:
         unknown = sorted(set(latents) - set(zoo.model_ids))
         if unknown:

@@ -15,10 +15,11 @@ from vitzoo_hf.apply.autoencoder.sampling import Score, bootstrapped, sample
 from vitzoo_hf.apply.autoencoder.trained import Trained
 from vitzoo_hf.apply.candidates import candidate_scores
 from vitzoo_hf.apply.derived_rows import derived_row, write_derived
+from vitzoo_hf.apply.destinations import check_folder
 from vitzoo_hf.row_tables import records
 from vitzoo_hf.schema import ZooError
+from vitzoo_hf.weightspace import weight_distances
 from vitzoo_hf.zoo import Zoo
-from vitzoo_hf.zoo_folder import refuse_to_replace
 
 
 class Generated(NamedTuple):
@@ -92,15 +93,15 @@ def write_samples(
         zoo: filtered to the prompts; models of the train split are the anchors. All are held in memory. Its selection
             images choose, its test images are reported on.
         trained: the autoencoder.
-        folder: the new zoo; a zoo that is there is replaced.
+        folder: the new zoo; earlier samples that are there are replaced.
         how: 50 models, of which the best 10 are kept, by default.
         device: where models are measured.
 
     Raises:
         ZooError: as `sample` and `bootstrapped`; if the anchors differ in layout or dataset, the zoo has no selection
-            images, or the folder cannot be written.
+            images, or as `check_folder`.
     """
-    refuse_to_replace(folder)
+    check_folder(folder, zoo, "samples_of")
     how = how or Sampling()
     anchors = zoo.filter(split="train")
     check_layout(anchors, trained)
@@ -130,13 +131,13 @@ def write_samples(
         name = f"sample-{how.mode}-s{how.seed}-{number}"
         made.append(derived_row(anchors, index, name, vector, provenance, test_loss=loss, test_accuracy=right))
     write_derived(anchors, made, folder, "samples")
-    far = torch.cdist(weights.double(), training.double())
+    near = metrics.nearest(weights, training)
     columns = {
         "model_id": [row["model_id"] for row in made],
         "selection_accuracy": selection,
         "test_accuracy": accuracies,
-        "nearest": [rows[place]["model_id"] for place in far.argmin(1).tolist()],
-        "nearest_distance": far.min(1).values.tolist(),
+        "nearest": [rows[place]["model_id"] for place in near.position.tolist()],
+        "nearest_distance": near.distance.tolist(),
     }
     return Generated(pd.DataFrame(columns), _diversity(weights, training), _apart(training), _median_accuracy(index))
 
@@ -147,7 +148,7 @@ def _diversity(weights: Float[Tensor, "P D"], training: Float[Tensor, "Q D"]) ->
 
 def _apart(training: Float[Tensor, "Q D"]) -> float:
     """Mean distance of a model to the nearest other one."""
-    far = torch.cdist(training.double(), training.double()).fill_diagonal_(float("inf"))
+    far = weight_distances(training).fill_diagonal_(float("inf"))
     return float(far.min(1).values.mean())
 
 

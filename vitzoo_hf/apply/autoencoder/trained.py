@@ -42,7 +42,7 @@ class Trained:
         model: the transformer.
         loss: with the scales of the first batch.
         step: steps made.
-        history: losses, every some steps.
+        history: losses, every some steps; `dropped` networks and `skipped` steps are counted since the entry before.
     """
 
     recipe: AutoencoderRecipe

@@ -30,6 +30,8 @@ from vitzoo_hf.zoo import Zoo
 
 RISE, START, END = 0.3, 1 / 25, 1e-4 / 25
 SAVE_EVERY, NOTE_EVERY = 200, 20
+LOST = ("dropped", "skipped")
+"""Decoded networks left out of the behavioural loss, and steps without a finite gradient."""
 STATISTICS_NUMBERS = 2**24
 
 
@@ -78,15 +80,18 @@ def train_autoencoder(
         resume(folder / FILE, trained, optimizer, stream)
     queries = _queries(train, trained, place) if trained.loss.shares["behaviour"] else None
     trained.model.train()
+    lost = dict.fromkeys(LOST, 0.0)
     for batch in _endless(stream):
         if trained.step >= recipe.steps:
             break
         losses = _step(trained, optimizer, batch["weights"], batch["model_id"], queries)
         trained.step += 1
         on_step(trained.step, losses)
+        lost = {name: number + losses[name] for name, number in lost.items()}
         last = trained.step == recipe.steps
         if trained.step % NOTE_EVERY == 0 or trained.step == 1 or last:
-            trained.history.append({"step": float(trained.step)} | losses)
+            trained.history.append({"step": float(trained.step)} | losses | lost)
+            lost = dict.fromkeys(LOST, 0.0)
         if folder is not None and (trained.step % SAVE_EVERY == 0 or last):
             save(folder / FILE, trained, optimizer, stream)
     trained.model.eval()
@@ -147,7 +152,7 @@ def _step(
     model_ids: list[str],
     queries: Queries | None,
 ) -> dict[str, float]:
-    """One step; returns the losses."""
+    """One step, which changes nothing where the gradient is not finite; returns the losses and what was lost."""
     recipe, model, tokenizer = trained.recipe, trained.model, trained.tokenizer
     entropy = np.random.SeedSequence([recipe.seed, trained.step]).generate_state(1, np.uint64)
     generator = torch.Generator().manual_seed(int(entropy[0] >> np.uint64(1)))
@@ -164,10 +169,9 @@ def _step(
         decoded[-1] = decoded[-1].float()
     mask = tokenizer.mask.to(vectors.device)
     parts = {"structure": structural_loss(torch.cat(decoded), torch.cat(inputs), mask, normalise=recipe.normalise)}
-    found: dict[str, float] = {}
+    dropped = 0
     if queries is not None:
         parts["behaviour"], dropped = _behaviour(trained, torch.cat(decoded), model_ids * count, queries, generator)
-        found["dropped"] = float(dropped)
     if trained.loss.contrast:
         first, second = (model.project(values).float() for values in latents)
         parts["contrast"] = contrastive_loss(first, second)
@@ -182,7 +186,8 @@ def _step(
             group["lr"] = recipe.lr * one_cycle(trained.step / recipe.steps)
         optimizer.step()
     values = {name: float(value.detach()) for name, value in parts.items()}
-    return values | found | {"loss": float(loss.detach()), "gradient": float(norm)}
+    values |= {"loss": float(loss.detach()), "gradient": float(norm)}
+    return values | {"dropped": float(dropped), "skipped": float(not norm.isfinite())}
 
 
 def _behaviour(
