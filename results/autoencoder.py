@@ -1,8 +1,10 @@
 """Arms of the weight autoencoder on a population: trained, measured, drawn, into the folder beside this script.
 
-python results/autoencoder.py ZOO NAME --runs FOLDER [--arms S S+B] [--rates 2e-3] [--seeds 0 1 2] [--scaling entry]
+python results/autoencoder.py ZOO NAME --runs FOLDER [--arms S S+B] [--rates 2e-3] [--seeds 0 1 2]
+python results/autoencoder.py ZOO NAME --runs FOLDER --variants all|NAME... [--rates 2e-3] [--seeds 0]
 
-ZOO is a population made by `autoencoder/NAME.yaml`. What FOLDER holds already is not trained again; an interrupted
+ZOO is a population made by `autoencoder/NAME.yaml`; `aligned` is `independent` after `vitzoo rebasin`.
+What FOLDER holds already is not trained again; an interrupted
 training continues. Two processes of one thread each share the cells.
 """
 
@@ -20,7 +22,19 @@ from matplotlib import rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from vitzoo_hf.apply.autoencoder.grid import AUTOENCODER, HISTORY, MODELS, Cell, cells, chosen_rates, measure_cell
+from vitzoo_hf.apply.autoencoder.grid import (
+    AUTOENCODER,
+    HISTORY,
+    MODELS,
+    VARIANTS,
+    Cell,
+    Judge,
+    cells,
+    chosen_rates,
+    measure_cell,
+    read_table,
+    variants,
+)
 from vitzoo_hf.apply.autoencoder.recipe import ARMS, AutoencoderRecipe
 from vitzoo_hf.environment import describe
 from vitzoo_hf.figure_style import PALETTE, PERCENT, STYLE, heading
@@ -36,27 +50,39 @@ def main() -> None:
     parser.add_argument("name")
     parser.add_argument("--runs", type=Path, required=True)
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
-    parser.add_argument("--rates", nargs="+", type=float, default=[1e-3, 2e-3, 4e-3])
+    parser.add_argument("--rates", nargs="+", type=float, default=[1e-3, 3e-3])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--scaling", default="entry")
     parser.add_argument("--steps", type=int, default=AutoencoderRecipe().steps)
+    parser.add_argument("--variants", nargs="+", default=[], help="ablations at the first of the rates, or all")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--draw-only", action="store_true", help="tables and figures of the cells that are finished")
     arguments = parser.parse_args()
     recipe = replace(AutoencoderRecipe(), scaling=arguments.scaling, steps=arguments.steps)
-    planned = list(cells(recipe, arguments.arms, arguments.rates, arguments.seeds))
+    if arguments.variants:
+        names = list(VARIANTS) if arguments.variants == ["all"] else arguments.variants
+        planned = list(variants(replace(recipe, lr=arguments.rates[0]), names, arguments.seeds))
+    else:
+        planned = list(cells(recipe, arguments.arms, arguments.rates, arguments.seeds))
     if not arguments.draw_only:
-        jobs = [(arguments.zoo, cell, arguments.runs) for cell in planned]
-        with multiprocessing.get_context("spawn").Pool(arguments.processes) as pool:
+        jobs = [(cell, arguments.runs) for cell in planned]
+        started = (prepare, (arguments.zoo,))
+        with multiprocessing.get_context("spawn").Pool(arguments.processes, *started) as pool:
             for name, seconds in pool.imap_unordered(run, jobs, chunksize=1):
                 print(f"{name}: done after {seconds:.0f} s", flush=True)
     write(arguments.name, arguments.runs, Zoo(arguments.zoo))
 
 
-def run(job: tuple[Path, Cell, Path]) -> tuple[str, float]:
-    """Train and measure one cell in one thread."""
+def prepare(zoo: Path) -> None:
+    """Each process has a judge of its own, which measures the baselines once."""
+    global judge
     torch.set_num_threads(1)
-    zoo, cell, folder = job
+    judge = Judge(population(zoo))
+
+
+def run(job: tuple[Cell, Path]) -> tuple[str, float]:
+    """Train and measure one cell in one thread."""
+    cell, folder = job
     start = time.perf_counter()
 
     def tell(step: int, losses: dict[str, float]) -> None:
@@ -64,7 +90,7 @@ def run(job: tuple[Path, Cell, Path]) -> tuple[str, float]:
             left = (time.perf_counter() - start) / step * (cell.recipe.steps - step)
             print(f"{cell.name}: step {step}, loss {losses['loss']:.4g}, {left:.0f} s left", flush=True)
 
-    measure_cell(population(zoo), cell, folder, on_step=tell)
+    measure_cell(judge, cell, folder, on_step=tell)
     return cell.name, time.perf_counter() - start
 
 
@@ -78,38 +104,33 @@ def write(name: str, runs: Path, zoo: Zoo) -> None:
     (HERE / "figures").mkdir(parents=True, exist_ok=True)
     table = gathered(runs, "measures.csv")
     rates = chosen_rates(table)
-    table["chosen"] = table["lr"] == table["arm"].map(rates)
-    order = ["split", "method", "arm", "lr", "seed"]
-    table.sort_values(order).to_csv(HERE / f"{name}_arms.csv", index=False, float_format="%.6g")
-    history, models = gathered(runs, HISTORY), gathered(runs, MODELS)
+    table["chosen"] = (table["variant"] == "") & (table["lr"] == table["arm"].map(rates))
+    table = table.sort_values(["variant", "split", "method", "arm", "lr", "seed"])
+    table[table["variant"] == ""].to_csv(HERE / f"{name}_arms.csv", index=False, float_format="%.6g")
+    if (table["variant"] != "").any():
+        table[table["variant"] != ""].to_csv(HERE / f"{name}_variants.csv", index=False, float_format="%.6g")
+    history, models = (of_grid(gathered(runs, file), rates) for file in (HISTORY, MODELS))
     history.to_csv(HERE / f"{name}_history.csv", index=False, float_format="%.6g")
-    kept = models["lr"] == models["arm"].map(rates)
-    models = models[kept & (models["method"] == AUTOENCODER) & (models["split"] == "test")]
+    models = models[(models["method"] == AUTOENCODER) & (models["split"] == "test")]
     models.to_csv(HERE / f"{name}_models.csv", index=False, float_format="%.6g")
-    history = history[history["lr"] == history["arm"].map(rates)]
     figures = {"accuracy": draw_accuracy(models), "agreement": draw_agreement(models), "losses": draw_losses(history)}
     for kind, figure in figures.items():
         FigureCanvasAgg(figure)
         figure.savefig(HERE / "figures" / f"{name}_{kind}.png", dpi=110)
     write_provenance(name, zoo)
-    columns = [
-        "arm",
-        "lr",
-        "seed",
-        "r2",
-        "accuracy_good",
-        "agreement",
-        "retention",
-        "specificity",
-        "rank_correlation",
-    ]
+    columns = ["arm", "variant", "lr", "seed", "r2", "accuracy_good", "agreement", "retention", "specificity"]
     shown = table[(table["split"] == "test") & (table["method"] == AUTOENCODER)]
-    print(shown[[*columns, "diversity", "failures"]].to_string(index=False))
+    print(shown[[*columns, "rank_correlation", "diversity", "failures"]].to_string(index=False))
+
+
+def of_grid(table: pd.DataFrame, rates: dict[str, float]) -> pd.DataFrame:
+    """Rows of the grid's cells at the chosen learning rates."""
+    return table[(table["variant"] == "") & (table["lr"] == table["arm"].map(rates))]
 
 
 def gathered(runs: Path, file: str) -> pd.DataFrame:
     """One table of all cells."""
-    return pd.concat([pd.read_csv(path) for path in sorted(runs.glob(f"*/{file}"))], ignore_index=True)
+    return pd.concat([read_table(path) for path in sorted(runs.glob(f"*/{file}"))], ignore_index=True)
 
 
 def panels(table: pd.DataFrame, title: str, told: str) -> tuple[Figure, dict]:

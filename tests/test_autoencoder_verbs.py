@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from vitzoo_hf.apply.autoencoder.grid import Cell, cells, chosen_rates, measure_cell
+from vitzoo_hf.apply.autoencoder.grid import Cell, Judge, cells, chosen_rates, measure_cell
 from vitzoo_hf.apply.autoencoder.model import Sizes
 from vitzoo_hf.apply.autoencoder.recipe import AutoencoderRecipe
 from vitzoo_hf.apply.autoencoder.rows import encode_rows, read_latents
@@ -159,8 +159,8 @@ def test_a_cell_is_measured_once_on_validation_and_test_models(zoo, tmp_path, mo
     sizes = Sizes(width=16, latent=4, heads=2, blocks=1)
     cell = Cell("S", AutoencoderRecipe(steps=4, batch_size=2, sizes=sizes).arm("S"))
     steps: list[int] = []
-    first = measure_cell(zoo, cell, tmp_path, on_step=lambda step, losses: steps.append(step))
-    again = measure_cell(zoo, cell, tmp_path, on_step=lambda step, losses: steps.append(step))
+    first = measure_cell(Judge(zoo), cell, tmp_path, on_step=lambda step, losses: steps.append(step))
+    again = measure_cell(Judge(zoo), cell, tmp_path, on_step=lambda step, losses: steps.append(step))
     assert steps == [1, 2, 3, 4]
     pd.testing.assert_frame_equal(first.replace("", np.nan), again.replace("", np.nan), check_dtype=False)
     assert set(first["method"]) >= {"autoencoder", "constant best", "untrained", "pca"}

@@ -13,8 +13,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from vitzoo_hf.apply.autoencoder import metrics
-from vitzoo_hf.apply.autoencoder.model import WeightAutoencoder
-from vitzoo_hf.apply.autoencoder.trained import Trained
+from vitzoo_hf.apply.autoencoder.trained import Trained, untrained_model
 from vitzoo_hf.apply.candidates import candidate_logits
 from vitzoo_hf.schema import ZooError
 from vitzoo_hf.zoo import Zoo
@@ -60,8 +59,21 @@ class Reconstruction:
 
 
 @dataclass(frozen=True)
-class _Originals:
-    """Held-out models: weights, predictions and which are good."""
+class HeldOut:
+    """Models of a split and what they predict, which all ways to decode are judged on.
+
+    Attributes:
+        row: one of them, for the architecture.
+        model_ids: P names.
+        vectors: their weights.
+        training: weights of the training models.
+        predictions: of the originals on test images.
+        labels: of the test images.
+        images: test images.
+        good: the better half on selection images.
+        chance: one over the classes.
+        best: position of the best training model on selection images.
+    """
 
     row: Mapping[str, Any]
     model_ids: list[str]
@@ -73,64 +85,79 @@ class _Originals:
     good: Tensor
     chance: float
     best: int
-    """Position of the best training model on selection images."""
+
+    @classmethod
+    def of(cls, zoo: Zoo, split: str = "test", device: str = "cpu") -> "HeldOut":
+        """Those of a zoo.
+
+        Raises:
+            ZooError: if the split holds fewer than four models, or models differ in dataset.
+        """
+        held, train = zoo.filter(split=split), zoo.filter(split="train")
+        if len(held) < 4:
+            raise ZooError(f"{len(held)} models in split {split!r}; reconstructions are judged on at least 4")
+        datasets = sorted({*held.index["dataset"], *train.index["dataset"]})
+        if len(datasets) > 1:
+            raise ZooError(f"models of {', '.join(datasets)}: no images test all of them; filter by dataset or stage")
+        rows = list(held.rows())
+        vectors, training = (torch.stack(list(_vectors(part))) for part in (rows, train.rows()))
+        selection, selection_labels = zoo.probes(datasets[0], "selection")
+        images, labels = zoo.probes(datasets[0])
+
+        def accuracy(weights: Tensor) -> Tensor:
+            logits = candidate_logits(weights, rows[0], selection, device=device).cpu()
+            return (logits.argmax(2) == selection_labels).double().mean(1)
+
+        logits = candidate_logits(vectors, rows[0], images, device=device).cpu()
+        ranked = accuracy(vectors)
+        return cls(
+            row=rows[0],
+            model_ids=[row["model_id"] for row in rows],
+            vectors=vectors,
+            training=training,
+            predictions=logits.argmax(2),
+            labels=labels,
+            images=images,
+            good=ranked >= ranked.median(),
+            chance=1 / logits.shape[2],
+            best=int(accuracy(training).argmax()),
+        )
 
 
 def evaluate_autoencoder(
     zoo: Zoo, trained: Trained, *, split: str = "test", device: str = "cpu"
 ) -> list[Reconstruction]:
-    """The autoencoder, then its baselines, on the models of a split.
-
-    Baselines: `constant best`, the training model that is best on selection images; `mean weights` of training
-    models; `nearest training model`; `untrained`, the autoencoder before its first step; `pca` of as many numbers as
-    the latents, or as training models allow.
+    """The autoencoder, then its baselines, on the models of a split; see `reconstructed` and `baselines`.
 
     Raises:
         ZooError: if the split holds fewer than four models, or models differ in dataset.
     """
-    originals = _originals(zoo, split, device)
-    untrained = _untrained(trained)
+    held = HeldOut.of(zoo, split, device)
+    return [reconstructed(held, trained, device), *baselines(held, trained, device)]
+
+
+def reconstructed(held: HeldOut, trained: Trained, device: str = "cpu") -> Reconstruction:
+    """The autoencoder."""
+    return _measured("autoencoder", _through(trained, held.vectors, device), held, trained, device)
+
+
+def baselines(held: HeldOut, trained: Trained, device: str = "cpu") -> list[Reconstruction]:
+    """Ways to decode that take no training.
+
+    `constant best`, the training model that is best on selection images; `mean weights` of training models; `nearest
+    training model`; `untrained`, the autoencoder before its first step; `pca` of as many numbers as the latents, or
+    as training models allow.
+    """
+    model = untrained_model(trained.tokenizer, trained.recipe, trained.components)
+    untrained = replace(trained, model=model.to(trained.model.index_table.device))
     decoded = {
-        "autoencoder": _through(trained, originals.vectors, device),
-        "constant best": originals.training[originals.best].expand_as(originals.vectors),
-        "mean weights": originals.training.mean(0).expand_as(originals.vectors),
-        "nearest training model": _nearest(originals),
-        "untrained": _through(untrained, originals.vectors, device),
-        "pca": _pca(originals, trained.tokenizer.num_tokens * trained.recipe.sizes.latent),
+        "constant best": held.training[held.best].expand_as(held.vectors),
+        "mean weights": held.training.mean(0).expand_as(held.vectors),
+        "nearest training model": held.training[metrics.nearest(held.vectors, held.training).position],
+        "untrained": _through(untrained, held.vectors, device),
+        "pca": _pca(held, trained.tokenizer.num_tokens * trained.recipe.sizes.latent),
     }
-    return [_measured(name, vectors, originals, trained, device) for name, vectors in decoded.items()]
-
-
-def _originals(zoo: Zoo, split: str, device: str) -> _Originals:
-    held, train = zoo.filter(split=split), zoo.filter(split="train")
-    if len(held) < 4:
-        raise ZooError(f"{len(held)} models in split {split!r}; reconstructions are judged on at least 4")
-    datasets = sorted({*held.index["dataset"], *train.index["dataset"]})
-    if len(datasets) > 1:
-        raise ZooError(f"models of {', '.join(datasets)}: no images test all of them; filter by dataset or stage")
-    rows = list(held.rows())
-    vectors, training = (torch.stack(list(_vectors(part))) for part in (rows, train.rows()))
-    selection, selection_labels = zoo.probes(datasets[0], "selection")
-    images, labels = zoo.probes(datasets[0])
-
-    def accuracy(weights: Tensor) -> Tensor:
-        logits = candidate_logits(weights, rows[0], selection, device=device).cpu()
-        return (logits.argmax(2) == selection_labels).double().mean(1)
-
-    logits = candidate_logits(vectors, rows[0], images, device=device).cpu()
-    ranked = accuracy(vectors)
-    return _Originals(
-        row=rows[0],
-        model_ids=[row["model_id"] for row in rows],
-        vectors=vectors,
-        training=training,
-        predictions=logits.argmax(2),
-        labels=labels,
-        images=images,
-        good=ranked >= ranked.median(),
-        chance=1 / logits.shape[2],
-        best=int(accuracy(training).argmax()),
-    )
+    return [_measured(name, vectors, held, trained, device) for name, vectors in decoded.items()]
 
 
 def _vectors(rows: Any) -> Iterator[Tensor]:
@@ -144,60 +171,46 @@ def _through(trained: Trained, vectors: Float[Tensor, "P D"], device: str) -> Fl
         return torch.cat([trained.decode(trained.encode(part.to(device))).cpu() for part in vectors.split(BATCH)])
 
 
-def _untrained(trained: Trained) -> Trained:
-    """As it was before the first step."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(trained.recipe.seed)
-        model = WeightAutoencoder(trained.tokenizer, trained.recipe.sizes)
-    return replace(trained, model=model.to(trained.model.index_table.device))
-
-
-def _nearest(originals: _Originals) -> Float[Tensor, "P D"]:
-    return originals.training[metrics.nearest(originals.vectors, originals.training).position]
-
-
-def _pca(originals: _Originals, numbers: int) -> Float[Tensor, "P D"]:
+def _pca(held: HeldOut, numbers: int) -> Float[Tensor, "P D"]:
     """Projection on the first principal components of training models."""
-    mean = originals.training.double().mean(0)
-    _, _, axes = torch.linalg.svd(originals.training.double() - mean, full_matrices=False)
-    kept = axes[: min(numbers, len(originals.training) - 1)]
-    return ((originals.vectors.double() - mean) @ kept.T @ kept + mean).float()
+    mean = held.training.double().mean(0)
+    _, _, axes = torch.linalg.svd(held.training.double() - mean, full_matrices=False)
+    kept = axes[: min(numbers, len(held.training) - 1)]
+    return ((held.vectors.double() - mean) @ kept.T @ kept + mean).float()
 
 
 def _measured(
-    name: str, vectors: Float[Tensor, "P D"], originals: _Originals, trained: Trained, device: str
+    name: str, vectors: Float[Tensor, "P D"], held: HeldOut, trained: Trained, device: str
 ) -> Reconstruction:
-    predictions = candidate_logits(vectors, originals.row, originals.images, device=device).cpu().argmax(2)
-    right, original_right = (
-        (found == originals.labels).double().mean(1) for found in (predictions, originals.predictions)
-    )
-    good = originals.good
-    own = metrics.own_agreement(predictions, originals.predictions)
-    specific = metrics.specificity(predictions[good], originals.predictions[good])
+    predictions = candidate_logits(vectors, held.row, held.images, device=device).cpu().argmax(2)
+    right, original_right = ((found == held.labels).double().mean(1) for found in (predictions, held.predictions))
+    good = held.good
+    own = metrics.own_agreement(predictions, held.predictions)
+    specific = metrics.specificity(predictions[good], held.predictions[good])
     low, high = _interval(specific)
-    mean = originals.training.double().mean(0)
-    layers = metrics.layer_r2(vectors, originals.vectors, _layer_means(mean, trained), trained.tokenizer)
-    errors = metrics.shared_errors(predictions, originals.predictions, originals.labels)
+    mean = held.training.double().mean(0)
+    layers = metrics.layer_r2(vectors, held.vectors, _layer_means(mean, trained), trained.tokenizer)
+    errors = metrics.shared_errors(predictions, held.predictions, held.labels)
     values = {
-        "r2": _total_r2(vectors, originals.vectors, _layer_means(mean, trained)),
-        "r2_beyond_mean": _total_r2(vectors, originals.vectors, mean),
+        "r2": _total_r2(vectors, held.vectors, _layer_means(mean, trained)),
+        "r2_beyond_mean": _total_r2(vectors, held.vectors, mean),
         "accuracy": float(right.mean()),
         "accuracy_original": float(original_right.mean()),
         "accuracy_good": float(right[good].mean()),
         "accuracy_good_original": float(original_right[good].mean()),
         "agreement": float(own.mean()),
         "agreement_good": float(own[good].mean()),
-        "retention": float(metrics.retention(right[good], original_right[good], originals.chance)),
+        "retention": float(metrics.retention(right[good], original_right[good], held.chance)),
         "specificity": float(specific.mean()),
         "specificity_low": low,
         "specificity_high": high,
         "rank_correlation": metrics.rank_correlation(right, original_right),
-        "diversity": metrics.diversity(vectors, originals.vectors),
-        "nearest_training": float(metrics.nearest(vectors, originals.training).distance.mean()),
+        "diversity": metrics.diversity(vectors, held.vectors),
+        "nearest_training": float(metrics.nearest(vectors, held.training).distance.mean()),
         "shared_errors": float(errors.nanmean()),
     }
     models = {
-        "model_id": originals.model_ids,
+        "model_id": held.model_ids,
         "accuracy": right.tolist(),
         "accuracy_original": original_right.tolist(),
         "agreement": own.tolist(),

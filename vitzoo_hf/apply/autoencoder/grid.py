@@ -5,17 +5,17 @@ in the mean over seeds; what is reported is the test split.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from vitzoo_hf.apply.autoencoder.evaluation import Reconstruction, evaluate_autoencoder
+from vitzoo_hf.apply.autoencoder.evaluation import HeldOut, Reconstruction, baselines, reconstructed
 from vitzoo_hf.apply.autoencoder.recipe import AutoencoderRecipe
-from vitzoo_hf.apply.autoencoder.trained import load_autoencoder
+from vitzoo_hf.apply.autoencoder.trained import Trained, load_autoencoder
 from vitzoo_hf.apply.autoencoder.training import train_autoencoder
-from vitzoo_hf.schema import ZooError
+from vitzoo_hf.schema import ZooError, did_you_mean
 from vitzoo_hf.zoo import Zoo
 
 SPLITS = ("validation", "test")
@@ -31,15 +31,24 @@ class Cell:
     Attributes:
         arm: a name of `recipe.ARMS`.
         recipe: with the shares of the arm, its learning rate and its seed.
+        variant: what is otherwise than in the grid, such as `queries 16`; empty for the grid itself.
     """
 
     arm: str
     recipe: AutoencoderRecipe
+    variant: str = ""
 
     @property
     def name(self) -> str:
         """Of its folder."""
-        return f"{self.arm}-lr{self.recipe.lr:g}-s{self.recipe.seed}"
+        variant = "-" + self.variant.replace(" ", "_") if self.variant else ""
+        return f"{self.arm}-lr{self.recipe.lr:g}-s{self.recipe.seed}{variant}"
+
+    @property
+    def labels(self) -> dict[str, Any]:
+        """Columns that tell its rows from those of other cells."""
+        recipe = self.recipe
+        return {"arm": self.arm, "variant": self.variant, "lr": recipe.lr, "seed": recipe.seed, "steps": recipe.steps}
 
 
 def cells(
@@ -65,50 +74,117 @@ def cells(
                 yield Cell(arm, replace(recipe, lr=rate, seed=seed, noise=noise).arm(arm))
 
 
+@dataclass
+class Judge:
+    """Judges the cells of a grid; what does not depend on the cell is measured once.
+
+    Attributes:
+        zoo: one population with train, validation and test models.
+        device: where.
+    """
+
+    zoo: Zoo
+    device: str = "cpu"
+    _held: dict[str, HeldOut] = field(default_factory=dict)
+    _baselines: dict[tuple[Any, ...], list[Reconstruction]] = field(default_factory=dict)
+
+    def __call__(self, trained: Trained, split: str) -> list[Reconstruction]:
+        """The autoencoder, then its baselines, on the models of a split."""
+        if split not in self._held:
+            self._held[split] = HeldOut.of(self.zoo, split, self.device)
+        held, recipe = self._held[split], trained.recipe
+        key = (split, recipe.seed, recipe.sizes, recipe.scaling, recipe.token_width, recipe.dense)
+        if key not in self._baselines:
+            self._baselines[key] = baselines(held, trained, self.device)
+        return [reconstructed(held, trained, self.device), *self._baselines[key]]
+
+
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "structure 0.02": ("S+B", {"structure": 0.02}),
+    "structure 0.3": ("S+B", {"structure": 0.3}),
+    "structure 0.5": ("S+B", {"structure": 0.5}),
+    "structure 0.8": ("S+B", {"structure": 0.8}),
+    "queries 16": ("S+B", {"queries": 16}),
+    "queries 256": ("S+B", {"queries": 256}),
+    "noise queries": ("S+B", {"query_images": "noise"}),
+    "distillation": ("S+B", {"behaviour": "distillation"}),
+    "logits": ("S+B", {"behaviour": "logits"}),
+    "warm-up 0.5": ("S+B", {"warmup": 0.5}),
+    "latent 5": ("S+B", {"sizes": {"latent": 5}}),
+    "latent 15": ("S+B", {"sizes": {"latent": 15}}),
+    "scaling layer": ("S+B", {"scaling": "layer"}),
+    "no linear map": ("S+B", {"sizes": {"linear": False}}),
+    "S, no linear map": ("S", {"sizes": {"linear": False}}),
+    "B, no linear map": ("B", {"sizes": {"linear": False}}),
+}
+"""Ablations: what each changes in the recipe of an arm."""
+
+
+def variants(recipe: AutoencoderRecipe, names: Sequence[str], seeds: Sequence[int]) -> Iterator[Cell]:
+    """Cells that differ from those of an arm in one thing.
+
+    Raises:
+        ZooError: for an unknown variant.
+
+    Example:
+        >>> [cell.name for cell in variants(AutoencoderRecipe(), ["queries 16"], [0])]
+        ['S+B-lr0.002-s0-queries_16']
+    """
+    for seed in seeds:
+        for name in names:
+            if name not in VARIANTS:
+                raise ZooError(f"unknown variant {name!r}: {did_you_mean(name, VARIANTS)}")
+            arm, changes = VARIANTS[name]
+            sizes = replace(recipe.sizes, **changes.get("sizes", {}))
+            yield Cell(arm, replace(recipe.arm(arm), **changes | {"sizes": sizes, "seed": seed}), name)
+
+
 def measure_cell(
-    zoo: Zoo,
+    judge: Judge,
     cell: Cell,
     folder: Path,
     *,
-    device: str = "cpu",
     on_step: Callable[[int, dict[str, float]], None] = lambda step, losses: None,
 ) -> pd.DataFrame:
     """Train a cell and judge it, beside its baselines, on validation and test models; what is there is read.
 
     Args:
-        zoo: one population with train, validation and test models.
+        judge: of the population.
         cell: what to train.
         folder: of the grid; the cell gets a folder of its own there, with the autoencoder and four tables.
-        device: where.
         on_step: as for `train_autoencoder`.
 
     Returns:
-        A row a split and way to decode: `arm`, `lr`, `seed`, `steps`, `split`, `method`, all measures, and
+        A row a split and way to decode: `arm`, `variant`, `lr`, `seed`, `steps`, `split`, `method`, all measures, and
         `failures`, the signs of a prototype.
 
     Raises:
-        ZooError: as `train_autoencoder` and `evaluate_autoencoder`; or if the folder holds a cell of another recipe.
+        ZooError: as `train_autoencoder` and `HeldOut.of`; or if the folder holds a cell of another recipe.
     """
     place = folder / cell.name
     if (place / MEASURES).is_file() and load_autoencoder(place).recipe == cell.recipe:
-        return pd.read_csv(place / MEASURES)
-    trained = train_autoencoder(zoo, cell.recipe, place, device=device, on_step=on_step)
-    key = {"arm": cell.arm, "lr": cell.recipe.lr, "seed": cell.recipe.seed, "steps": cell.recipe.steps}
+        return read_table(place / MEASURES)
+    trained = train_autoencoder(judge.zoo, cell.recipe, place, device=judge.device, on_step=on_step)
     measures: list[dict[str, Any]] = []
     models, layers = [], []
     for split in SPLITS:
-        found = evaluate_autoencoder(zoo, trained, split=split, device=device)
-        measures += [key | {"split": split} | row for row in _rows(found)]
+        found = judge(trained, split)
+        measures += [cell.labels | {"split": split} | row for row in _rows(found)]
         for each in found:
-            labels = key | {"split": split, "method": each.name}
+            labels = cell.labels | {"split": split, "method": each.name}
             layers += [labels | {"layer": layer, "r2": value} for layer, value in each.layers.items()]
             models.append(pd.DataFrame(each.models).assign(**labels))
-    pd.DataFrame(trained.history).assign(**key).to_csv(place / HISTORY, index=False)
+    pd.DataFrame(trained.history).assign(**cell.labels).to_csv(place / HISTORY, index=False)
     pd.concat(models).to_csv(place / MODELS, index=False)
     pd.DataFrame(layers).to_csv(place / LAYERS, index=False)
     table = pd.DataFrame(measures)
     table.to_csv(place / MEASURES, index=False)
     return table
+
+
+def read_table(file: Path) -> pd.DataFrame:
+    """A table of a cell; no variant and no failure are empty text."""
+    return pd.read_csv(file, keep_default_na=False, na_values=["nan"])
 
 
 def _rows(found: Sequence[Reconstruction]) -> Iterator[dict[str, Any]]:
@@ -130,10 +206,10 @@ def chosen_rates(table: pd.DataFrame) -> dict[str, float]:
     Example:
         >>> rows = [("S", 0.001, 0.8), ("S", 0.002, 0.9), ("B", 0.001, 0.2)]
         >>> table = pd.DataFrame(rows, columns=["arm", "lr", "agreement"])
-        >>> chosen_rates(table.assign(seed=0, split="validation", method="autoencoder"))
+        >>> chosen_rates(table.assign(variant="", seed=0, split="validation", method="autoencoder"))
         {'B': 0.001, 'S': 0.002}
     """
-    judged = table[(table["split"] == "validation") & (table["method"] == AUTOENCODER)]
+    judged = table[(table["split"] == "validation") & (table["method"] == AUTOENCODER) & (table["variant"] == "")]
     if judged.empty:
         raise ZooError("no learning rate can be chosen: the table has no autoencoder on validation models")
     means = judged.groupby(["arm", "lr"], as_index=False)["agreement"].mean()

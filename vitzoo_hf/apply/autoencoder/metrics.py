@@ -90,6 +90,9 @@ def _mean_distance(weights: Float[Tensor, "P D"]) -> Float64[Tensor, ""]:
     return weight_distances(weights.cpu())[above].mean()
 
 
+CLOSEST = 8
+
+
 class Nearest(NamedTuple):
     """The nearest training model of each model: L2 distance, and its position."""
 
@@ -98,10 +101,17 @@ class Nearest(NamedTuple):
 
 
 def nearest(weights: Float[Tensor, "P D"], training: Float[Tensor, "Q D"]) -> Nearest:
-    """The nearest training model of each model, by differences taken in float64: copies are exactly 0 away."""
-    far = torch.stack([(training.double() - row).square().sum(1) for row in weights.double()])
+    """The nearest training model of each model; copies are exactly 0 away.
+
+    Products in float64 find the closest few, differences decide between them.
+    """
+    ours, theirs = weights.double(), training.double()
+    few = torch.cdist(ours, theirs, compute_mode="use_mm_for_euclid_dist").topk(
+        min(CLOSEST, len(theirs)), largest=False
+    )
+    far = torch.stack([(theirs[chosen] - row).square().sum(1) for row, chosen in zip(ours, few.indices, strict=True)])
     least = far.min(1)
-    return Nearest(least.values.sqrt(), least.indices)
+    return Nearest(least.values.sqrt(), few.indices.gather(1, least.indices[:, None])[:, 0])
 
 
 def shared_errors(

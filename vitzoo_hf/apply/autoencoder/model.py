@@ -2,7 +2,9 @@
 
 Encoder: token -> width, plus position -> blocks -> latent numbers a token. Decoder: the same the other way round.
 Positions are three learned tables: of the token's index, its layer and its role. Sequences longer than a window are
-taken in windows with a halo of context on both sides (SANE, Schürholt et al. 2024).
+taken in windows with a halo of context on both sides (SANE, Schürholt et al. 2024). Beside each transformer may go a
+linear map of each layer's tokens, which begins at the principal components of training tokens; the transformers then
+begin at nothing.
 """
 
 from collections.abc import Iterator
@@ -31,16 +33,18 @@ class Sizes:
         projection: outputs of the projection head of the contrastive loss.
         window: tokens that are encoded or decoded together; 0 takes all.
         halo: tokens of context on each side of a window.
+        linear: put a linear map of each layer's tokens beside each transformer.
     """
 
     width: int = 48
     latent: int = 10
-    heads: int = 4
+    heads: int = 2
     blocks: int = 2
     hidden: int = 4
     projection: int = 30
     window: int = 0
     halo: int = 0
+    linear: bool = True
 
     def __post_init__(self) -> None:
         for name in ("width", "latent", "heads", "blocks", "hidden", "projection"):
@@ -60,6 +64,7 @@ class WeightAutoencoder(nn.Module):
     Args:
         tokenizer: of the models.
         sizes: of the autoencoder.
+        components: where linear maps begin, see `components.layer_components`; 0 if not given.
 
     Example:
         >>> from vitzoo_hf.zoo import Zoo
@@ -75,9 +80,12 @@ class WeightAutoencoder(nn.Module):
     layers: Tensor
     roles: Tensor
 
-    def __init__(self, tokenizer: Tokenizer, sizes: Sizes) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, sizes: Sizes, components: Float[Tensor, "G T latent"] | None = None
+    ) -> None:
         super().__init__()
         self.sizes = sizes
+        self.lengths = tokenizer.lengths
         N, T = tokenizer.num_tokens, tokenizer.width
         self.register_buffer("padding", ~tokenizer.mask, persistent=False)
         self.register_buffer("layers", tokenizer.layers, persistent=False)
@@ -101,20 +109,34 @@ class WeightAutoencoder(nn.Module):
         self.apply(_initialise)
         for table in (self.index_table, self.layer_table, self.role_table):
             nn.init.normal_(table, std=INIT_STD)
+        if sizes.linear:
+            start = torch.zeros(len(self.lengths), T, sizes.latent) if components is None else components
+            self.down = nn.Parameter(start.clone())
+            self.up = nn.Parameter(start.mT.contiguous())
+            nn.init.zeros_(self.leave_encoder.weight)
+            nn.init.zeros_(self.leave_decoder.weight)
 
     def encode(self, tokens: Float[Tensor, "B N T"]) -> Float[Tensor, "B N latent"]:
         """Latents of models."""
-        inside = self.enter_encoder(tokens.masked_fill(self.padding, 0.0)) + self._positions()
-        return self.leave_encoder(self._through(self.encoder, inside))
+        held = tokens.masked_fill(self.padding, 0.0)
+        latents = self.leave_encoder(self._through(self.encoder, self.enter_encoder(held) + self._positions()))
+        return latents + self._by_layer(held, self.down) if self.sizes.linear else latents
 
     def decode(self, latents: Float[Tensor, "B N latent"]) -> Float[Tensor, "B N T"]:
         """Tokens of models."""
         inside = self.enter_decoder(latents) + self._positions()
-        return self.leave_decoder(self._through(self.decoder, inside)).masked_fill(self.padding, 0.0)
+        tokens = self.leave_decoder(self._through(self.decoder, inside))
+        if self.sizes.linear:
+            tokens = tokens + self._by_layer(latents, self.up)
+        return tokens.masked_fill(self.padding, 0.0)
 
     def project(self, latents: Float[Tensor, "B n latent"]) -> Float[Tensor, "B projection"]:
         """What the contrastive loss compares, of all tokens or of one window."""
         return self.projection(latents)
+
+    def _by_layer(self, values: Float[Tensor, "B N a"], maps: Float[Tensor, "G a b"]) -> Float[Tensor, "B N b"]:
+        parts = values.split(self.lengths, 1)
+        return torch.cat([part @ map for part, map in zip(parts, maps, strict=True)], 1)
 
     def _positions(self) -> Float[Tensor, "N width"]:
         return self.index_table + self.layer_table[self.layers] + self.role_table[self.roles]

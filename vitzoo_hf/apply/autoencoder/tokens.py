@@ -96,6 +96,12 @@ class Tokenizer:
         return self.places != PADDING
 
     @cached_property
+    def lengths(self) -> list[int]:
+        """Tokens of each layer and role, one behind the other; they sum to N."""
+        of_token = self.layers * len(self.role_names) + self.roles
+        return of_token.unique_consecutive(return_counts=True)[1].tolist()
+
+    @cached_property
     def groups(self) -> Int64[Tensor, " D"]:
         """The layer and role of each weight as one number, for statistics by layer."""
         of_token = self.layers * len(self.role_names) + self.roles

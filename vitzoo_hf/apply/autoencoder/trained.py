@@ -41,6 +41,7 @@ class Trained:
         scaling: of their weights.
         model: the transformer.
         loss: with the scales of the first batch.
+        components: where the linear maps of the model began, if it has any.
         step: steps made.
         history: losses, every some steps; `dropped` networks and `skipped` steps are counted since the entry before.
     """
@@ -51,6 +52,7 @@ class Trained:
     scaling: Scaling
     model: WeightAutoencoder
     loss: Composite
+    components: Float[Tensor, "G T latent"] | None = None
     step: int = 0
     history: list[dict[str, float]] = field(default_factory=list)
 
@@ -70,6 +72,15 @@ class Trained:
     def decode(self, latents: Float[Tensor, "B N latent"]) -> Float[Tensor, "B D"]:
         """Weights of models."""
         return self.scaling.restored(self.tokenizer.vectors(self.model.decode(latents)))
+
+
+def untrained_model(
+    tokenizer: Tokenizer, recipe: AutoencoderRecipe, components: Float[Tensor, "G T latent"] | None
+) -> WeightAutoencoder:
+    """The model of a recipe before its first step, by the recipe's seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)
+        return WeightAutoencoder(tokenizer, recipe.sizes, components)
 
 
 def load_autoencoder(folder: str | Path, *, device: str = "cpu") -> Trained:
@@ -102,13 +113,17 @@ def load_autoencoder(folder: str | Path, *, device: str = "cpu") -> Trained:
     size = torch.Size([networks.layout.num_parameters])
     if known != (recipe.fingerprint, networks.layout.fingerprint, size, size):
         raise ZooError(f"{file} is damaged: its recipe, networks and tensors do not belong together; train again")
-    return Trained(recipe, networks, tokenizer, scaling, model.to(place).eval(), loss, step, history)
+    components = tensors["scaling"].get("components")
+    model = model.to(place).eval()
+    return Trained(recipe, networks, tokenizer, scaling, model, loss, components, step, history)
 
 
 def save(file: Path, trained: Trained, optimizer: torch.optim.Optimizer, stream: Any) -> None:
     """Write an autoencoder with all that its use, and more training, takes; atomically."""
     tensors = {f"model.{name}": value for name, value in trained.model.state_dict().items()}
     tensors |= {"scaling.mean": trained.scaling.mean, "scaling.std": trained.scaling.std}
+    if trained.components is not None:
+        tensors["scaling.components"] = trained.components
     held = optimizer.state_dict()["state"]
     tensors |= {f"optimizer.{n}.{key}": value for n, entry in held.items() for key, value in entry.items()}
     record = {

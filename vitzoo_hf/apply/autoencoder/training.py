@@ -16,12 +16,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from vitzoo_hf.apply.autoencoder.behaviour import Networks
+from vitzoo_hf.apply.autoencoder.components import layer_components
 from vitzoo_hf.apply.autoencoder.losses import Composite, behavioural_loss, contrastive_loss, structural_loss
 from vitzoo_hf.apply.autoencoder.model import WeightAutoencoder
 from vitzoo_hf.apply.autoencoder.recipe import AutoencoderRecipe
 from vitzoo_hf.apply.autoencoder.scaling import Scaling
 from vitzoo_hf.apply.autoencoder.tokens import Tokenizer
-from vitzoo_hf.apply.autoencoder.trained import FILE, Trained, resume, save
+from vitzoo_hf.apply.autoencoder.trained import FILE, Trained, resume, save, untrained_model
 from vitzoo_hf.apply.autoencoder.views import random_views
 from vitzoo_hf.population import Population
 from vitzoo_hf.rebuild import usable_device
@@ -105,12 +106,16 @@ def _fresh(train: Zoo, recipe: AutoencoderRecipe, device: torch.device) -> Train
     networks = Networks.like(next(train.rows()))
     tokenizer = Tokenizer.of(networks.layout, width=recipe.token_width or None, dense=recipe.dense)
     together = max(1, min(256, STATISTICS_NUMBERS // networks.layout.num_parameters))
-    batches = (batch["weights"] for batch in train.stream(batch_size=together))
-    scaling = Scaling.fit(batches, tokenizer, recipe.scaling)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(recipe.seed)
-        model = WeightAutoencoder(tokenizer, recipe.sizes).to(device)
-    return Trained(recipe, networks, tokenizer, scaling, model, Composite(recipe.contrast, recipe.structure))
+
+    def batches() -> Iterator[Tensor]:
+        return (batch["weights"] for batch in train.stream(batch_size=together))
+
+    scaling, components = Scaling.fit(batches(), tokenizer, recipe.scaling), None
+    if recipe.sizes.linear:
+        components = layer_components(batches(), tokenizer, scaling, recipe.sizes.latent)
+    model = untrained_model(tokenizer, recipe, components).to(device)
+    loss = Composite(recipe.contrast, recipe.structure)
+    return Trained(recipe, networks, tokenizer, scaling, model, loss, components)
 
 
 def _optimizer(model: WeightAutoencoder, recipe: AutoencoderRecipe) -> torch.optim.AdamW:
