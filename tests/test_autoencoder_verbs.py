@@ -108,7 +108,7 @@ def test_samples_are_a_zoo_the_best_first(zoo, place, tiny_zoo, capsys):
     assert told["diversity"] == pytest.approx(float(np.mean(apart) / np.mean(known)), rel=1e-4)
     record = json.loads(made.row(made.model_ids[0])["provenance"])
     assert sorted(record["anchors"]) == sorted(zoo.filter(split="train").model_ids)
-    assert run(["sample", *given, "--out", str(place / "all"), "--keep", "0", "--quiet"]) == 0
+    assert run(["sample", *given, "--out", str(place / "all"), "--keep", "0", "--fine-tune", "1", "--quiet"]) == 0
     assert len(Zoo(place / "all")) == 6
 
 
@@ -130,6 +130,7 @@ def test_mistakes_are_one_line(place, tiny_zoo, tmp_path, capsys):
         (["sample", *own, *CHOSEN, "--out", str(tmp_path / "x"), "--keep", "-1"], "--keep -1"),
         (["sample", *own, *CHOSEN, "--out", str(tmp_path / "x"), "--count", "2"], "10 of 2 samples to keep"),
         (["sample", *own, *CHOSEN, "--out", str(tmp_path / "x"), "--keep", "0", "--rounds", "2"], "2 rounds need"),
+        (["sample", *own, *CHOSEN, "--out", str(tmp_path / "x"), "--fine-tune", "-1"], "--fine-tune -1"),
     ):
         assert run([arguments[0], str(tiny_zoo), *arguments[1:], "--quiet"]) == 1
         (line,) = capsys.readouterr().err.splitlines()
@@ -180,7 +181,8 @@ def test_rates_are_chosen_on_validation_models_alone():
         for seed in (0, 1)
         for split, value in zip(("validation", "test"), values, strict=True)
     ]
-    table = pd.DataFrame(rows, columns=["arm", "lr", "seed", "split", "agreement"]).assign(method="autoencoder")
+    table = pd.DataFrame(rows, columns=["arm", "lr", "seed", "split", "agreement"])
+    table = table.assign(method="autoencoder", variant="")
     assert chosen_rates(table) == {"S": 1e-3}
     with pytest.raises(ZooError, match="no autoencoder on validation models"):
         chosen_rates(table[table["split"] == "test"])

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from vitzoo_hf.images_spec import ImagesSpec, check_images
-from vitzoo_hf.located_yaml import Located, load_located
+from vitzoo_hf.located_yaml import Located, load_located, parse_located
 from vitzoo_hf.recipe import CHOICES, Recipe
 from vitzoo_hf.schema import SPLITS, STAGES, ZooError, did_you_mean, fingerprint, model_id, split_of
 
@@ -82,7 +82,16 @@ class Blueprint:
                 raise ZooError(
                     f"unknown blueprint {str(source)!r}: {did_you_mean(str(source), known)}, or a .yaml file"
                 )
-        return _parse(load_located(path))
+        return _parse(load_located(path), path.read_text(encoding="utf-8"))
+
+    @classmethod
+    def parse(cls, text: str) -> "Blueprint":
+        """A blueprint from its text, such as `Zoo.blueprint_text`.
+
+        Raises:
+            ZooError: as `load`.
+        """
+        return _parse(parse_located(text, Path("blueprint.yaml")), text)
 
     @property
     def fingerprint(self) -> str:
@@ -105,7 +114,7 @@ FACTOR_KINDS = {str: "string", float: "float", int: "int", bool: "bool"}
 BLUEPRINTS = Path(__file__).parent / "blueprints"
 
 
-def _parse(root: Located) -> Blueprint:
+def _parse(root: Located, text: str) -> Blueprint:
     root.only("name", "description", "architecture", "images", "stages", "splits")
     architecture = root.get("architecture")
     architecture.only("name", "args")
@@ -133,7 +142,7 @@ def _parse(root: Located) -> Blueprint:
         runs=runs,
         factor_types=_factor_types(runs),
         splits=splits,
-        text=_without_paths(root.path.read_text(encoding="utf-8"), images),
+        text=_without_paths(text, images),
     )
 
 

@@ -105,9 +105,20 @@ def load_located(path: Path) -> Located:
         ZooError: if it cannot be read, is not YAML, or repeats a key.
     """
     try:
-        node = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+        text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ZooError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
+    return parse_located(text, path)
+
+
+def parse_located(text: str, path: Path) -> Located:
+    """YAML from a text; messages name the path.
+
+    Raises:
+        ZooError: if it is not YAML, or repeats a key.
+    """
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.YAMLError as error:
         raise ZooError(f"{path.name} is not valid YAML: {' '.join(str(error).split())}") from None
     if node is None:

@@ -22,6 +22,7 @@ def sample(
     count: int = 50,
     keep: Keep = 10,
     rounds: int = 1,
+    fine_tune: int = 0,
     mode: Mode = "joint",
     bandwidth: float = 0.2,
     seed: int = 0,
@@ -41,19 +42,24 @@ def sample(
         out: Folder for the zoo of samples and the table.
         count: Models a round.
         rounds: More than one bootstraps: the models kept are the prompts of the next round.
+        fine_tune: Epochs to train those kept on, on the training images of the zoo's blueprint.
         mode: A model's tokens around one prompt; each token around its own; each number around its own.
         bandwidth: Standard deviation of the kernel, in deviations of a latent number over the prompts.
         seed: Of the draw.
         device: cpu or cuda.
     """
+    from vitzoo_hf.apply.autoencoder.fine_tuning import FineTuning
     from vitzoo_hf.apply.autoencoder.sampled_rows import Sampling, write_samples
     from vitzoo_hf.apply.autoencoder.trained import load_autoencoder
 
     if keep < 0:
         raise ZooError(f"--keep {keep}: expected a number of models, or 0 for all")
+    if fine_tune < 0:
+        raise ZooError(f"--fine-tune {fine_tune}: expected a number of epochs, or 0 for none")
+    tuning = FineTuning(fine_tune, seed=seed) if fine_tune else None
     trained = load_autoencoder(autoencoder, device=device)
     how = Sampling(count, keep or None, rounds, mode, bandwidth, seed)
-    found = write_samples(open_zoo(zoo, where), trained, out, how, device=device)
+    found = write_samples(open_zoo(zoo, where), trained, out, how, tuning=tuning, device=device)
     found.table.to_csv(out / "samples.csv", index=False)
     facts = {"diversity": found.diversity, "prompts_nearest_distance": found.anchors_nearest_distance}
     facts |= {"prompts_median_test_accuracy": found.anchors_test_accuracy}

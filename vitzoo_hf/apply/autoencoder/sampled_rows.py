@@ -10,6 +10,7 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 from vitzoo_hf.apply.autoencoder import metrics
+from vitzoo_hf.apply.autoencoder.fine_tuning import FineTuning, fine_tuned, training_images
 from vitzoo_hf.apply.autoencoder.rows import check_layout, results_on_test_images
 from vitzoo_hf.apply.autoencoder.sampling import Score, bootstrapped, sample
 from vitzoo_hf.apply.autoencoder.trained import Trained
@@ -85,7 +86,13 @@ class Sampling:
 
 
 def write_samples(
-    zoo: Zoo, trained: Trained, folder: Path, how: Sampling | None = None, *, device: str = "cpu"
+    zoo: Zoo,
+    trained: Trained,
+    folder: Path,
+    how: Sampling | None = None,
+    *,
+    tuning: FineTuning | None = None,
+    device: str = "cpu",
 ) -> Generated:
     """Sample around the training models of a zoo, keep the best by selection images, write them as a zoo.
 
@@ -95,11 +102,12 @@ def write_samples(
         trained: the autoencoder.
         folder: the new zoo; earlier samples that are there are replaced.
         how: 50 models, of which the best 10 are kept, by default.
-        device: where models are measured.
+        tuning: train those that are kept on, on the training images of the zoo's blueprint.
+        device: where models are measured and trained on.
 
     Raises:
         ZooError: as `sample` and `bootstrapped`; if the anchors differ in layout or dataset, the zoo has no selection
-            images, or as `check_folder`.
+            images, or as `check_folder`, `training_images` and `fine_tuned`.
     """
     check_folder(folder, zoo, "samples_of")
     how = how or Sampling()
@@ -116,11 +124,15 @@ def write_samples(
     def score(vectors: Float[Tensor, "P D"]) -> Float64[Tensor, " P"]:
         return candidate_scores(vectors, rows[0], images, labels, device=device).accuracy.cpu()
 
+    learned = training_images(zoo, datasets[0]) if tuning else None
     weights = how.draw(trained, training, score)
+    if tuning and learned:
+        *_, weights = fine_tuned(trained.networks, weights, *learned, tuning, device=device)
     selection = score(weights).tolist()
     losses, accuracies = results_on_test_images(anchors, weights, [rows[0]] * len(weights), device)
     record: dict[str, Any] = {
         "sampled": asdict(how),
+        "fine_tuned": asdict(tuning) if tuning else None,
         "autoencoder": trained.fingerprint,
         "anchors": [row["model_id"] for row in index],
         "chosen_on": {"dataset": datasets[0], "role": "selection", "images": len(labels)} if how.keep else None,
@@ -131,15 +143,17 @@ def write_samples(
         name = f"sample-{how.mode}-s{how.seed}-{number}"
         made.append(derived_row(anchors, index, name, vector, provenance, test_loss=loss, test_accuracy=right))
     write_derived(anchors, made, folder, "samples")
+    columns = {"model_id": [row["model_id"] for row in made], "selection_accuracy": selection}
+    table = pd.DataFrame(columns | {"test_accuracy": accuracies} | _nearest(weights, training, rows))
+    return Generated(table, _diversity(weights, training), _apart(training), _median_accuracy(index))
+
+
+def _nearest(
+    weights: Float[Tensor, "P D"], training: Float[Tensor, "Q D"], rows: list[dict[str, Any]]
+) -> dict[str, list[Any]]:
     near = metrics.nearest(weights, training)
-    columns = {
-        "model_id": [row["model_id"] for row in made],
-        "selection_accuracy": selection,
-        "test_accuracy": accuracies,
-        "nearest": [rows[place]["model_id"] for place in near.position.tolist()],
-        "nearest_distance": near.distance.tolist(),
-    }
-    return Generated(pd.DataFrame(columns), _diversity(weights, training), _apart(training), _median_accuracy(index))
+    names = [rows[place]["model_id"] for place in near.position.tolist()]
+    return {"nearest": names, "nearest_distance": near.distance.tolist()}
 
 
 def _diversity(weights: Float[Tensor, "P D"], training: Float[Tensor, "Q D"]) -> float:
