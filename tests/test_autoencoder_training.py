@@ -1,5 +1,7 @@
 """Views, recipes and training of the weight autoencoder."""
 
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -162,3 +164,49 @@ def test_recipes_are_read_with_the_line_of_a_mistake(tmp_path):
             AutoencoderRecipe.load(file)
     with pytest.raises(ZooError, match=r"unknown arm 'SB'"):
         AutoencoderRecipe().arm("SB")
+
+
+COMPILED = """
+import sys
+from dataclasses import replace
+import torch
+from vitzoo_hf.apply.autoencoder.model import Sizes, WeightAutoencoder
+from vitzoo_hf.apply.autoencoder.recipe import AutoencoderRecipe
+from vitzoo_hf.apply.autoencoder.training import train_autoencoder
+from vitzoo_hf.zoo import Zoo
+
+graphs = []
+def traced(graph, inputs):
+    graphs.append(graph)
+    return graph.forward
+def compiled(self):
+    self._compiled_call_impl = torch.compile(self._call_impl, fullgraph=True, backend=traced)
+WeightAutoencoder.compile = compiled
+zoo = Zoo(sys.argv[1]).filter(stage="finetune", head="mlp")
+sizes = Sizes(width=16, latent=4, heads=2, blocks=1, projection=5)
+recipe = AutoencoderRecipe(views=("mlp", "heads"), queries=8, pool=40, steps=6, batch_size=2, sizes=sizes).arm("C+S+B")
+plain, found = (train_autoencoder(zoo, replace(recipe, compile=choice)) for choice in (False, True))
+assert len(graphs) == 1, len(graphs)
+for name, value in plain.model.state_dict().items():
+    torch.testing.assert_close(found.model.state_dict()[name], value, atol=1e-5, rtol=1e-4)
+"""
+
+
+def test_the_model_is_one_graph_for_the_compiler(tiny_zoo):
+    """In a process of its own, because the compiler does not see through the checks of shapes that tests add."""
+    subprocess.run([sys.executable, "-c", COMPILED, str(tiny_zoo)], check=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("changes", [{}, {"precision": "bfloat16", "compile": True}])
+def test_training_on_a_gpu_goes_as_on_the_cpu(zoo, tmp_path, changes):
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    ours = train_autoencoder(zoo, SMALL.arm("C+S+B"))
+    theirs = train_autoencoder(zoo, replace(SMALL, **changes).arm("C+S+B"), tmp_path, device="cuda")
+    assert theirs.model.index_table.is_cuda
+    for one, other in zip(ours.history, theirs.history, strict=True):
+        assert other["loss"] == pytest.approx(one["loss"], rel=0.05 if changes else 1e-3)
+    with torch.no_grad():
+        vectors = torch.stack([torch.from_numpy(row["weights"]) for row in zoo.rows()]).cuda()
+        assert theirs.decode(theirs.encode(vectors)).isfinite().all()

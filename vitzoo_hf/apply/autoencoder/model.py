@@ -111,10 +111,15 @@ class WeightAutoencoder(nn.Module):
             nn.init.normal_(table, std=INIT_STD)
         if sizes.linear:
             start = torch.zeros(len(self.lengths), T, sizes.latent) if components is None else components
-            self.down = nn.Parameter(start.clone())
+            self.down = nn.Parameter(start.clone(memory_format=torch.contiguous_format))
             self.up = nn.Parameter(start.mT.contiguous())
             nn.init.zeros_(self.leave_encoder.weight)
             nn.init.zeros_(self.leave_decoder.weight)
+
+    def forward(self, tokens: Float[Tensor, "B N T"]) -> tuple[Float[Tensor, "B N latent"], Float[Tensor, "B N T"]]:
+        """Latents of models, and what is decoded from them."""
+        latents = self.encode(tokens)
+        return latents, self.decode(latents)
 
     def encode(self, tokens: Float[Tensor, "B N T"]) -> Float[Tensor, "B N latent"]:
         """Latents of models."""

@@ -50,6 +50,7 @@ class AutoencoderRecipe:
         clip: largest norm of the gradient.
         seed: of initial weights, order, views and queries.
         precision: of the transformer: float32, or bfloat16 under autocast.
+        compile: train through `torch.compile`; worth its start, half a minute, on a GPU.
         sizes: of the transformer.
     """
 
@@ -73,6 +74,7 @@ class AutoencoderRecipe:
     clip: float = 1.0
     seed: int = 0
     precision: str = "float32"
+    compile: bool = False
     sizes: Sizes = field(default_factory=Sizes)
 
     def __post_init__(self) -> None:

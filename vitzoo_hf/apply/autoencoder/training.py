@@ -81,6 +81,8 @@ def train_autoencoder(
         resume(folder / FILE, trained, optimizer, stream)
     queries = _queries(train, trained, place) if trained.loss.shares["behaviour"] else None
     trained.model.train()
+    if recipe.compile:
+        trained.model.compile()
     lost = dict.fromkeys(LOST, 0.0)
     for batch in _endless(stream):
         if trained.step >= recipe.steps:
@@ -169,9 +171,9 @@ def _step(
         noise = torch.randn(scaled.shape, generator=generator).to(scaled.device) if recipe.noise else 0.0
         inputs.append(tokenizer.tokens(scaled + recipe.noise * noise))
         with torch.autocast(scaled.device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16"):
-            latents.append(model.encode(inputs[-1]))
-            decoded.append(model.decode(latents[-1]))
-        decoded[-1] = decoded[-1].float()
+            encoded, reconstructed = model(inputs[-1])
+        latents.append(encoded)
+        decoded.append(reconstructed.float())
     mask = tokenizer.mask.to(vectors.device)
     parts = {"structure": structural_loss(torch.cat(decoded), torch.cat(inputs), mask, normalise=recipe.normalise)}
     dropped = 0
