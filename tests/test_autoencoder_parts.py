@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -29,7 +30,7 @@ ODD = {
     "registers": {"reg_tokens": 2},
     "no qkv bias": {"qkv_bias": False},
 }
-SMALL = Sizes(width=16, latent=3, heads=2, blocks=1, projection=5)
+SMALL = Sizes(width=16, latent=3, heads=2, blocks=1, projection=5, linear=False)
 
 
 def layout_of_vit(head="linear", **changes) -> Layout:
@@ -136,10 +137,13 @@ def test_what_no_training_model_varies_is_left_as_it_is(layout):
         Scaling.fit([vectors], tokenizer, "rows")
 
 
-@pytest.fixture(scope="module")
-def autoencoder(layout) -> WeightAutoencoder:
+@pytest.fixture(scope="module", params=[False, True], ids=["transformers", "linear maps beside them"])
+def autoencoder(layout, request) -> WeightAutoencoder:
     torch.manual_seed(0)
-    return WeightAutoencoder(Tokenizer.of(layout), SMALL).eval()
+    model = WeightAutoencoder(Tokenizer.of(layout), replace(SMALL, linear=request.param)).eval()
+    for last in (model.leave_encoder, model.leave_decoder):
+        torch.nn.init.normal_(last.weight, std=0.02)
+    return model
 
 
 def test_a_model_is_encoded_alike_alone_and_among_others(layout, autoencoder):

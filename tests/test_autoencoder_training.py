@@ -184,7 +184,8 @@ def compiled(self):
 WeightAutoencoder.compile = compiled
 zoo = Zoo(sys.argv[1]).filter(stage="finetune", head="mlp")
 sizes = Sizes(width=16, latent=4, heads=2, blocks=1, projection=5)
-recipe = AutoencoderRecipe(views=("mlp", "heads"), queries=8, pool=40, steps=6, batch_size=2, sizes=sizes).arm("C+S+B")
+recipe = AutoencoderRecipe(views=("mlp", "heads"), queries=8, pool=40, steps=6, batch_size=2, sizes=sizes)
+recipe = recipe.arm("C+S+B")
 plain, found = (train_autoencoder(zoo, replace(recipe, compile=choice)) for choice in (False, True))
 assert len(graphs) == 1, len(graphs)
 for name, value in plain.model.state_dict().items():

@@ -64,7 +64,7 @@ class WeightAutoencoder(nn.Module):
     Args:
         tokenizer: of the models.
         sizes: of the autoencoder.
-        components: where linear maps begin, see `components.layer_components`; 0 if not given.
+        components: where linear maps begin, see `components.layer_components`; at random if not given.
 
     Example:
         >>> from vitzoo_hf.zoo import Zoo
@@ -110,7 +110,7 @@ class WeightAutoencoder(nn.Module):
         for table in (self.index_table, self.layer_table, self.role_table):
             nn.init.normal_(table, std=INIT_STD)
         if sizes.linear:
-            start = torch.zeros(len(self.lengths), T, sizes.latent) if components is None else components
+            start = torch.randn(len(self.lengths), T, sizes.latent) / T**0.5 if components is None else components
             self.down = nn.Parameter(start.clone(memory_format=torch.contiguous_format))
             self.up = nn.Parameter(start.mT.contiguous())
             nn.init.zeros_(self.leave_encoder.weight)
