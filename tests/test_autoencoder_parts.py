@@ -189,7 +189,7 @@ def test_windows_with_all_tokens_in_sight_are_the_whole_sequence(layout):
     tokens = tokenizer.tokens(torch.randn(2, layout.num_parameters))
     outputs, weights = {}, None
     for window, halo in ((0, 0), (1000, 0), (20, 0), (20, tokenizer.num_tokens)):
-        sizes = Sizes(width=16, latent=3, heads=2, blocks=1, window=window, halo=halo)
+        sizes = Sizes(width=16, latent=3, heads=2, blocks=1, window=window, halo=halo, linear=False)
         model = WeightAutoencoder(tokenizer, sizes).eval()
         held = {name: 10 * value for name, value in model.state_dict().items() if not name.startswith("projection")}
         weights = weights or held
