@@ -131,8 +131,8 @@ class AutoencoderRecipe:
 
     @property
     def fingerprint(self) -> str:
-        """Changes with any setting."""
-        return fingerprint(asdict(self))
+        """Changes with any setting but `compile`, which changes how fast it is trained, not what."""
+        return fingerprint({name: value for name, value in asdict(self).items() if name != "compile"})
 
 
 def _read(name: str, node: Located, kind: Any) -> Any:
