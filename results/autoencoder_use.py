@@ -21,7 +21,7 @@ from vitzoo_hf.apply.autoencoder import metrics
 from vitzoo_hf.apply.autoencoder.behaviour import Networks
 from vitzoo_hf.apply.autoencoder.fine_tuning import FineTuning, fine_tuned, training_images
 from vitzoo_hf.apply.autoencoder.grid import chosen_rates
-from vitzoo_hf.apply.autoencoder.rows import encode_rows
+from vitzoo_hf.apply.autoencoder.rows import POOLS, encode_rows
 from vitzoo_hf.apply.autoencoder.sampling import sample
 from vitzoo_hf.apply.autoencoder.trained import Trained, load_autoencoder, untrained_model
 from vitzoo_hf.apply.candidates import candidate_logits
@@ -130,15 +130,15 @@ def properties(zoo: Zoo, cells: dict[tuple[str, int], Trained]) -> pd.DataFrame:
     held = zoo.filter(split="test")
     given = list(FEATURES)
     for (arm, seed), trained in cells.items():
-        given.append(
-            table_features(f"{arm}, seed {seed}", encode_rows(held, trained).embeddings.set_index("model_id"))
-        )
+        for pool in POOLS:
+            table = encode_rows(held, trained, pool=pool).embeddings.set_index("model_id")
+            given.append(table_features(f"{arm} by {pool}, seed {seed}", table))
         if arm == "S+B":
             start = untrained_model(trained.tokenizer, trained.recipe, trained.components)
             trained.model.load_state_dict(start.state_dict())
-            given.append(
-                table_features(f"untrained, seed {seed}", encode_rows(held, trained).embeddings.set_index("model_id"))
-            )
+            for pool in POOLS:
+                table = encode_rows(held, trained, pool=pool).embeddings.set_index("model_id")
+                given.append(table_features(f"untrained by {pool}, seed {seed}", table))
     found = predict_properties(held, targets=TARGETS, features=given, splits=["run"], shuffles=5)
     parts = found["features"].str.extract(r"^(?P<features>.*?)(?:, seed (?P<seed>\d+))?$")
     return found.assign(features=parts["features"], seed=parts["seed"])

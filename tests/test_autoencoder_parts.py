@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from vitzoo_hf.apply.autoencoder.behaviour import Networks
 from vitzoo_hf.apply.autoencoder.losses import Composite, behavioural_loss, contrastive_loss, structural_loss
-from vitzoo_hf.apply.autoencoder.model import Sizes, WeightAutoencoder, embedding, windows
+from vitzoo_hf.apply.autoencoder.model import Sizes, WeightAutoencoder, embedding, embedding_by_layer, windows
 from vitzoo_hf.apply.autoencoder.scaling import Scaling
 from vitzoo_hf.apply.autoencoder.tokens import Tokenizer
 from vitzoo_hf.flatten import Layout, flatten, unflatten
@@ -218,6 +218,18 @@ def test_a_model_is_embedded_as_the_mean_of_its_tokens(layout, autoencoder):
     latents = autoencoder.encode(Tokenizer.of(layout).tokens(torch.randn(2, layout.num_parameters)))
     assert torch.equal(embedding(latents), latents.mean(1))
     assert autoencoder.project(latents).shape == (2, 5)
+
+
+def test_an_embedding_by_layer_holds_mean_and_deviation_of_each(layout, autoencoder):
+    tokenizer = Tokenizer.of(layout)
+    latents = autoencoder.encode(tokenizer.tokens(torch.randn(3, layout.num_parameters))).detach()
+    found = embedding_by_layer(latents, tokenizer.lengths).numpy().reshape(3, len(tokenizer.lengths), 2, -1)
+    start = 0
+    for layer, length in enumerate(tokenizer.lengths):
+        rows = latents[:, start : start + length].double().numpy()
+        np.testing.assert_allclose(found[:, layer, 0], rows.mean(1), rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(found[:, layer, 1], rows.std(1), rtol=1e-4, atol=1e-5)
+        start += length
 
 
 def test_structural_loss_is_that_of_numpy(layout):

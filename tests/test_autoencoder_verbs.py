@@ -60,6 +60,8 @@ def test_embeddings_are_means_over_tokens_and_features_of_properties(zoo, place,
     assert run(["encode", str(tiny_zoo), *given, *CHOSEN]) == 0
     assert json.loads(capsys.readouterr().out)["numbers"] == 4
     pd.testing.assert_frame_equal(pd.read_parquet(place / "again.parquet"), table, check_dtype=False)
+    assert run(["encode", str(tiny_zoo), *given, "--pool", "layers", *CHOSEN]) == 0
+    assert json.loads(capsys.readouterr().out)["numbers"] == 8 * len(trained.tokenizer.lengths)
 
 
 def test_reconstructions_are_a_zoo_that_says_where_it_is_from(zoo, place, tiny_zoo, capsys):

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 from shlex import quote
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 
@@ -13,6 +13,7 @@ from vitzoo_hf.schema import ZooError
 Train = Annotated[
     str | None, Parameter(help="Train first, by this recipe: a YAML file, or default; continues what is there.")
 ]
+Pool = Literal["mean", "layers"]
 Arm = Annotated[str | None, Parameter(help="With --train: the loss, S, B, S+B, C+S, C+B or C+S+B.")]
 
 
@@ -23,6 +24,7 @@ def encode(
     train: Train = None,
     arm: Arm = None,
     out: Path | None = None,
+    pool: Pool = "mean",
     latents: Path | None = None,
     where: Where = None,
     device: str = "cpu",
@@ -37,6 +39,7 @@ def encode(
         zoo: Folder, dataset id, or `sample`.
         autoencoder: Folder of the autoencoder.
         out: Table of embeddings, .csv or .parquet; AUTOENCODER/embeddings.csv by default.
+        pool: An embedding is the mean over all tokens, or mean and deviation over those of each layer.
         latents: Also write all latents into this .safetensors file, for `vitzoo decode --latents`.
         device: cpu or cuda.
     """
@@ -54,7 +57,7 @@ def encode(
         _train(opened, train, arm, autoencoder, device, shown=shown)
     trained = load_autoencoder(autoencoder, device=device)
     with progress_bar("encoding", "model", shown=shown, total=len(opened)) as bar:
-        found = encode_rows(opened, trained, latents=latents is not None, on_models=bar.update)
+        found = encode_rows(opened, trained, pool=pool, latents=latents is not None, on_models=bar.update)
     table.parent.mkdir(parents=True, exist_ok=True)
     if table.suffix == ".csv":
         found.embeddings.to_csv(table, index=False)

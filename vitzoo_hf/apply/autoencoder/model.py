@@ -157,8 +157,19 @@ class WeightAutoencoder(nn.Module):
 
 
 def embedding(latents: Float[Tensor, "B N latent"]) -> Float[Tensor, "B latent"]:
-    """One vector a model: the mean over its tokens."""
+    """One vector a model: the mean over its tokens, as published (SANE)."""
     return latents.mean(1)
+
+
+def embedding_by_layer(latents: Float[Tensor, "B N latent"], lengths: list[int]) -> Float[Tensor, "B E"]:
+    """One vector a model: mean and deviation of each latent number over the tokens of each layer, `E = 2 G latent`.
+
+    Args:
+        latents: of models.
+        lengths: tokens of each of the G layers, `Tokenizer.lengths`.
+    """
+    parts = latents.split(lengths, 1)
+    return torch.cat([value for part in parts for value in (part.mean(1), part.std(1, correction=0))], 1)
 
 
 def windows(length: int, window: int, halo: int) -> Iterator[tuple[slice, slice]]:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from vitzoo_hf import schema
-from vitzoo_hf.apply.autoencoder.model import embedding
+from vitzoo_hf.apply.autoencoder.model import embedding, embedding_by_layer
 from vitzoo_hf.apply.autoencoder.sampling import decoded, encoded
 from vitzoo_hf.apply.autoencoder.trained import Trained
 from vitzoo_hf.apply.candidates import candidate_scores
@@ -21,10 +21,11 @@ from vitzoo_hf.apply.derived_rows import derived_row, write_streamed
 from vitzoo_hf.apply.destinations import check_folder
 from vitzoo_hf.checkpoint import write_atomically
 from vitzoo_hf.row_tables import records
-from vitzoo_hf.schema import ZooError
+from vitzoo_hf.schema import ZooError, did_you_mean
 from vitzoo_hf.zoo import Zoo
 from vitzoo_hf.zoo_folder import Rows
 
+POOLS = ("mean", "layers")
 NUMBERS_AT_ONCE, MODELS_AT_ONCE = 2**24, 64
 
 
@@ -32,7 +33,7 @@ class Encoded(NamedTuple):
     """Models as an autoencoder encodes them.
 
     Attributes:
-        embeddings: `model_id`, then `z0`, `z1`, …: the mean of each latent number over the tokens of a model.
+        embeddings: `model_id`, then `z0`, `z1`, …
         latents: model id -> latents, empty unless asked for.
     """
 
@@ -41,19 +42,27 @@ class Encoded(NamedTuple):
 
 
 def encode_rows(
-    zoo: Zoo, trained: Trained, *, latents: bool = False, on_models: Callable[[int], object] = lambda done: None
+    zoo: Zoo,
+    trained: Trained,
+    *,
+    pool: str = "mean",
+    latents: bool = False,
+    on_models: Callable[[int], object] = lambda done: None,
 ) -> Encoded:
     """Encode every row of a zoo.
 
     Args:
         zoo: of models of the autoencoder's layout.
         trained: the autoencoder.
+        pool: `mean` over all tokens, or `layers`, mean and deviation over those of each layer.
         latents: keep all latents, from which models can be decoded, besides the embeddings.
         on_models: called with the number of models of each batch, once it is encoded.
 
     Raises:
-        ZooError: if a model has another layout, or there is no model.
+        ZooError: if a model has another layout, there is no model, or `pool` is unknown.
     """
+    if pool not in POOLS:
+        raise ZooError(f"unknown embedding {pool!r}: {did_you_mean(pool, POOLS)}")
     check_layout(zoo, trained)
     kept: dict[str, Tensor] = {}
     ids: list[str] = []
@@ -62,7 +71,7 @@ def encode_rows(
         found = encoded(trained, torch.stack([torch.from_numpy(row["weights"]) for row in batch]))
         names = [row["model_id"] for row in batch]
         ids += names
-        vectors.append(embedding(found))
+        vectors.append(embedding(found) if pool == "mean" else embedding_by_layer(found, trained.tokenizer.lengths))
         if latents:
             kept |= dict(zip(names, found, strict=True))
         on_models(len(batch))
