@@ -25,6 +25,7 @@ from matplotlib.figure import Figure
 from vitzoo_hf.apply.autoencoder.grid import (
     AUTOENCODER,
     HISTORY,
+    LAYERS,
     MODELS,
     VARIANTS,
     Cell,
@@ -113,6 +114,9 @@ def write(name: str, runs: Path, zoo: Zoo) -> None:
     history.to_csv(HERE / f"{name}_history.csv", index=False, float_format="%.6g")
     models = models[(models["method"] == AUTOENCODER) & (models["split"] == "test")]
     models.to_csv(HERE / f"{name}_models.csv", index=False, float_format="%.6g")
+    layers = of_grid(gathered(runs, LAYERS), rates)
+    layers = layers[(layers["method"] == AUTOENCODER) & (layers["split"] == "test")]
+    layers.to_csv(HERE / f"{name}_layers.csv", index=False, float_format="%.6g")
     figures = {"accuracy": draw_accuracy(models), "agreement": draw_agreement(models), "losses": draw_losses(history)}
     for kind, figure in figures.items():
         FigureCanvasAgg(figure)

@@ -10,6 +10,7 @@ import torch
 from vitzoo_hf.apply.autoencoder import training
 from vitzoo_hf.apply.autoencoder.behaviour import Networks
 from vitzoo_hf.apply.autoencoder.model import Sizes
+from vitzoo_hf.apply.autoencoder.queries import query_images
 from vitzoo_hf.apply.autoencoder.recipe import ARMS, AutoencoderRecipe
 from vitzoo_hf.apply.autoencoder.training import train_autoencoder
 from vitzoo_hf.apply.autoencoder.views import random_views
@@ -211,3 +212,24 @@ def test_training_on_a_gpu_goes_as_on_the_cpu(zoo, tmp_path, changes):
     with torch.no_grad():
         vectors = torch.stack([torch.from_numpy(row["weights"]) for row in zoo.rows()]).cuda()
         assert theirs.decode(theirs.encode(vectors)).isfinite().all()
+
+
+def test_queries_are_selection_images_shifted_ones_or_noise(zoo):
+    dataset = zoo.index["dataset"][0]
+    selection = zoo.probes(dataset, "selection")[0]
+    few = replace(SMALL, pool=12, seed=3)
+
+    def drawn(kind):
+        return query_images(zoo, dataset, replace(few, query_images=kind))
+
+    plain, soft, noise = drawn("data"), drawn("contrast:5"), drawn("noise")
+    assert plain.shape == soft.shape == noise.shape == (12, *selection.shape[1:])
+    assert torch.cdist(plain.flatten(1), selection.flatten(1)).min(1).values.max() == 0
+    assert torch.cdist(noise.flatten(1), selection.flatten(1)).min() > 1
+    assert 0.1 < (soft.std() / plain.std()) < 0.3
+    assert noise.min() >= plain.min() and noise.max() <= plain.max()
+    assert torch.equal(drawn("gaussian_noise:2"), drawn("gaussian_noise:2"))
+    with pytest.raises(ZooError, match="unknown corruption 'datta'"):
+        replace(few, query_images="datta")
+    with pytest.raises(ZooError, match="severity '9' of contrast"):
+        replace(few, query_images="contrast:9")

@@ -48,18 +48,19 @@ def image_sets(
         raise ZooError(f"{zoo.name} does not say how images of {dataset!r} are prepared")
     if data is None:
         normalised, labels = zoo.probes(dataset, "test")
-        mean, std = _statistics(record)
+        mean, std = statistics_of(record)
         plain, name = (normalised * std + mean).clamp(0, 1), dataset
     else:
         pixels, labels = _of_source(data, record, dataset)
         plain, name = pixels.float() / 255, data
-    mean, std = _statistics(record)
+    mean, std = statistics_of(record)
     sets = {name: plain}
     sets |= {f"{name}, {kind} {severity}": corrupted(plain, kind, severity, seed=seed) for kind, severity in chosen}
     return {title: ((images - mean) / std, labels) for title, images in sets.items()}
 
 
-def _statistics(record: dict[str, Any]) -> tuple[Tensor, Tensor]:
+def statistics_of(record: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of a dataset's channels `[C or 1, 1, 1]`, by its record in the manifest."""
     mean, std = (torch.tensor(record[name], dtype=torch.float32).view(-1, 1, 1) for name in ("mean", "std"))
     return mean, std
 

@@ -107,6 +107,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "queries 16": ("S+B", {"queries": 16}),
     "queries 256": ("S+B", {"queries": 256}),
     "noise queries": ("S+B", {"query_images": "noise"}),
+    "queries of low contrast": ("S+B", {"query_images": "contrast:5"}),
+    "blurred queries": ("S+B", {"query_images": "gaussian_blur:5"}),
     "distillation": ("S+B", {"behaviour": "distillation"}),
     "logits": ("S+B", {"behaviour": "logits"}),
     "warm-up 0.5": ("S+B", {"warmup": 0.5}),

@@ -7,6 +7,7 @@ from typing import Any
 from vitzoo_hf.apply.autoencoder.losses import BEHAVIOURS
 from vitzoo_hf.apply.autoencoder.model import Sizes
 from vitzoo_hf.apply.autoencoder.scaling import CHOICES as SCALINGS
+from vitzoo_hf.corruptions import parse_corruption
 from vitzoo_hf.located_yaml import Located, load_located
 from vitzoo_hf.schema import ZooError, did_you_mean, fingerprint
 
@@ -41,7 +42,8 @@ class AutoencoderRecipe:
         views: families of symmetries that views of a model are drawn from: mlp, heads.
         noise: standard deviation of what is added to scaled weights of a view.
         queries: images on which outputs are compared in each step.
-        query_images: `data`, the zoo's selection images, or `noise`, uniform in the range of pixels.
+        query_images: `data`, the zoo's selection images; a corruption of them, such as `contrast:5`; or `noise`,
+            uniform in the range of pixels.
         pool: images that queries are drawn from.
         steps: of the optimiser, AdamW with one cycle of the learning rate.
         batch_size: models a step.
@@ -81,12 +83,13 @@ class AutoencoderRecipe:
         choices = {
             "behaviour": BEHAVIOURS,
             "scaling": SCALINGS,
-            "query_images": QUERIES,
             "precision": PRECISIONS,
         }
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise ZooError(f"unknown {name} {getattr(self, name)!r}: {did_you_mean(getattr(self, name), known)}")
+        if self.query_images not in QUERIES:
+            parse_corruption(self.query_images)
         for view in self.views:
             if view not in VIEWS:
                 raise ZooError(f"unknown family of views {view!r}: {did_you_mean(view, VIEWS)}")

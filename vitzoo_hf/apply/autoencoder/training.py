@@ -6,7 +6,6 @@ same weights, bit for bit, as one that was not.
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +18,12 @@ from vitzoo_hf.apply.autoencoder.behaviour import Networks
 from vitzoo_hf.apply.autoencoder.components import layer_components
 from vitzoo_hf.apply.autoencoder.losses import Composite, behavioural_loss, contrastive_loss, structural_loss
 from vitzoo_hf.apply.autoencoder.model import WeightAutoencoder
+from vitzoo_hf.apply.autoencoder.queries import Queries, query_outputs
 from vitzoo_hf.apply.autoencoder.recipe import AutoencoderRecipe
 from vitzoo_hf.apply.autoencoder.scaling import Scaling
 from vitzoo_hf.apply.autoencoder.tokens import Tokenizer
 from vitzoo_hf.apply.autoencoder.trained import FILE, Trained, resume, save, untrained_model
 from vitzoo_hf.apply.autoencoder.views import random_views
-from vitzoo_hf.population import Population
 from vitzoo_hf.rebuild import usable_device
 from vitzoo_hf.schema import ZooError
 from vitzoo_hf.zoo import Zoo
@@ -34,19 +33,6 @@ SAVE_EVERY, NOTE_EVERY = 200, 20
 LOST = ("dropped", "skipped")
 """Decoded networks left out of the behavioural loss, and steps without a finite gradient."""
 STATISTICS_NUMBERS = 2**24
-
-
-@dataclass(frozen=True)
-class Queries:
-    """Images that decoded networks are compared on, and what the originals make of them.
-
-    Attributes:
-        patches: of the pool.
-        logits: of every training model on the pool, by its id.
-    """
-
-    patches: Float[Tensor, "Q t c"]
-    logits: dict[str, Float[Tensor, "Q K"]]
 
 
 def train_autoencoder(
@@ -79,7 +65,7 @@ def train_autoencoder(
     stream = train.stream(batch_size=recipe.batch_size, shuffle=True, seed=recipe.seed, device=device)
     if folder is not None:
         resume(folder / FILE, trained, optimizer, stream)
-    queries = _queries(train, trained, place) if trained.loss.shares["behaviour"] else None
+    queries = query_outputs(train, trained, place) if trained.loss.shares["behaviour"] else None
     trained.model.train()
     if recipe.compile:
         trained.model.compile()
@@ -130,26 +116,6 @@ def _optimizer(model: WeightAutoencoder, recipe: AutoencoderRecipe) -> torch.opt
 def _endless(stream: Any) -> Iterator[dict[str, Any]]:
     while True:
         yield from stream
-
-
-def _queries(train: Zoo, trained: Trained, device: torch.device) -> Queries:
-    """The pool of query images, and the originals' outputs on it, computed once."""
-    recipe = trained.recipe
-    datasets = sorted(set(train.index["dataset"]))
-    if len(datasets) > 1:
-        raise ZooError(
-            f"these models were trained on {datasets}, so no images are queries for all: filter by dataset"
-        )
-    images, _ = train.probes(datasets[0], "selection")
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(recipe.seed))
-    images = images[order[: recipe.pool]].to(device)
-    if recipe.query_images == "noise":
-        generator = torch.Generator().manual_seed(recipe.seed)
-        low, high = float(images.min()), float(images.max())
-        images = (low + (high - low) * torch.rand(images.shape, generator=generator)).to(device)
-    population = Population.from_rows(train.rows(), device)
-    logits = dict(zip(population.model_ids, population(images), strict=True))
-    return Queries(trained.networks.patches(images), logits)
 
 
 def _step(
