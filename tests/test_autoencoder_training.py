@@ -224,10 +224,11 @@ def test_queries_are_selection_images_shifted_ones_or_noise(zoo):
 
     plain, soft, noise = drawn("data"), drawn("contrast:5"), drawn("noise")
     assert plain.shape == soft.shape == noise.shape == (12, *selection.shape[1:])
-    assert torch.cdist(plain.flatten(1), selection.flatten(1)).min(1).values.max() == 0
+    assert torch.cdist(plain.flatten(1), selection.flatten(1)).min(1).values.max() < 0.01
     assert torch.cdist(noise.flatten(1), selection.flatten(1)).min() > 1
     assert 0.1 < (soft.std() / plain.std()) < 0.3
-    assert noise.min() >= plain.min() and noise.max() <= plain.max()
+    assert noise.min() >= plain.min()
+    assert noise.max() <= plain.max()
     assert torch.equal(drawn("gaussian_noise:2"), drawn("gaussian_noise:2"))
     with pytest.raises(ZooError, match="unknown corruption 'datta'"):
         replace(few, query_images="datta")
