@@ -12,7 +12,9 @@ from vitzoo_hf.apply.autoencoder.behaviour import Networks
 from vitzoo_hf.apply.autoencoder.model import Sizes
 from vitzoo_hf.apply.autoencoder.queries import query_images
 from vitzoo_hf.apply.autoencoder.recipe import ARMS, AutoencoderRecipe
+from vitzoo_hf.apply.autoencoder.trained import load_autoencoder
 from vitzoo_hf.apply.autoencoder.training import train_autoencoder
+from vitzoo_hf.apply.autoencoder.vectors import check_finite, vectors_of
 from vitzoo_hf.apply.autoencoder.views import random_views
 from vitzoo_hf.schema import ZooError
 from vitzoo_hf.zoo import Zoo
@@ -121,7 +123,7 @@ def test_interrupted_training_ends_in_the_same_weights(zoo, tmp_path, monkeypatc
 
 def test_another_recipe_and_a_damaged_checkpoint_are_refused(zoo, tmp_path):
     train_autoencoder(zoo, SMALL.arm("S"), tmp_path)
-    with pytest.raises(ZooError, match="holds an autoencoder of another recipe or layout"):
+    with pytest.raises(ZooError, match="holds an autoencoder of another recipe"):
         train_autoencoder(zoo, SMALL.arm("S+B"), tmp_path)
     (tmp_path / "autoencoder.safetensors").write_bytes(b"short")
     with pytest.raises(ZooError, match="is damaged: delete it, and train again"):
@@ -234,3 +236,84 @@ def test_queries_are_selection_images_shifted_ones_or_noise(zoo):
         replace(few, query_images="datta")
     with pytest.raises(ZooError, match="severity '9' of contrast"):
         replace(few, query_images="contrast:9")
+
+
+def test_contrast_of_long_sequences_compares_windows(zoo):
+    sizes = replace(SMALL.sizes, window=8, halo=1)
+    trained = train_autoencoder(zoo, replace(SMALL, sizes=sizes).arm("C+S"))
+    assert trained.step == SMALL.steps
+    assert trained.model.seen == 8 < trained.tokenizer.num_tokens
+
+
+def test_batches_of_one_model_are_left_out_of_contrast(zoo):
+    models = zoo.filter(split="train").model_ids
+    three = zoo.filter(model_id=models[:3])
+    assert train_autoencoder(three, replace(SMALL, batch_size=2).arm("C+S")).step == SMALL.steps
+    with pytest.raises(ZooError, match="one training model"):
+        train_autoencoder(zoo.filter(model_id=models[:1]), SMALL.arm("C+S"))
+    with pytest.raises(ZooError, match="set batch_size to 2"):
+        replace(SMALL, batch_size=1).arm("C+S")
+
+
+def test_what_leaves_nothing_to_learn_is_refused_before_any_step(zoo):
+    wide = replace(SMALL, sizes=replace(SMALL.sizes, latent=99))
+    with pytest.raises(ZooError, match="99 latent numbers for tokens of"):
+        train_autoencoder(zoo, wide)
+    one = zoo.filter(model_id=zoo.filter(split="train").model_ids[:1])
+    with pytest.raises(ZooError, match="1 training models do not differ"):
+        train_autoencoder(one, SMALL)
+
+
+def test_a_weight_that_is_not_finite_is_refused_by_the_name_of_its_model():
+    vectors = torch.zeros(3, 4)
+    vectors[1, 2] = float("inf")
+    with pytest.raises(ZooError, match="b has weights that are NaN or infinite"):
+        check_finite(vectors, ["a", "b", "c"])
+    with pytest.raises(ZooError, match="no model among those chosen"):
+        vectors_of([])
+
+
+def test_a_folder_is_written_before_the_first_step(zoo, tmp_path):
+    def stop(step, losses):
+        raise StopError
+
+    with pytest.raises(StopError):
+        train_autoencoder(zoo, SMALL, tmp_path / "a", on_step=stop)
+    assert load_autoencoder(tmp_path / "a").step == 0
+    (tmp_path / "file").write_text("no folder")
+    steps = []
+    with pytest.raises(OSError, match="file"):
+        train_autoencoder(zoo, SMALL, tmp_path / "file" / "b", on_step=lambda step, losses: steps.append(step))
+    assert steps == []
+
+
+def test_a_checkpoint_says_what_is_otherwise(zoo, tmp_path):
+    train_autoencoder(zoo, SMALL, tmp_path)
+    with pytest.raises(ZooError, match=r"another recipe \(lr, seed\)"):
+        train_autoencoder(zoo, replace(SMALL, lr=0.5, seed=9), tmp_path)
+    fewer = zoo.filter(model_id=zoo.model_ids[:-1])
+    with pytest.raises(ZooError, match="was trained on other models"):
+        train_autoencoder(fewer, SMALL, tmp_path)
+
+
+def test_a_changed_bit_of_a_tensor_is_noticed(zoo, tmp_path):
+    train_autoencoder(zoo, SMALL, tmp_path)
+    file = tmp_path / "autoencoder.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 16
+    file.write_bytes(content)
+    with pytest.raises(ZooError, match="its tensors are not those that were written"):
+        load_autoencoder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lr": float("nan")}, "lr of the autoencoder is nan"),
+        ({"noise": float("nan")}, "noise of the autoencoder is nan"),
+        ({"seed": 2**70}, "it must be at most"),
+    ],
+)
+def test_settings_that_cannot_be_are_one_line(changes, message):
+    with pytest.raises(ZooError, match=message):
+        AutoencoderRecipe(**changes)

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from vitzoo_hf.launch import Summary
     from vitzoo_hf.zoo import Zoo
 
-CONTINUED = ("train", "evaluate", "pack", "convert", "push", "quickstart", "export")
+CONTINUED = ("train", "evaluate", "pack", "convert", "push", "quickstart", "export", "encode")
 """Verbs that keep what they had done when they are interrupted."""
 
 app = App(

@@ -44,7 +44,7 @@ def decode(
     if json:
         print_json({"zoo": str(out), "table": table_records(table)})
         return
-    means = table[["r2", "test_accuracy", "test_accuracy_original"]].astype(float).mean()
+    means = table[["r2_beyond_mean", "test_accuracy", "test_accuracy_original"]].astype(float).mean()
     print_table([{"models": len(table)} | {f"mean {name}": float(value) for name, value in means.items()}])
     print(f"{len(table)} reconstructions in {out}; accuracy alone does not tell one from a good prototype")
     if not quiet:

@@ -52,13 +52,15 @@ def encode(
         raise ZooError(f"--out {table}: expected a name that ends in .csv or .parquet")
     if arm is not None and train is None:
         raise ZooError("--arm chooses the loss of a training: give --train too, or leave it out")
+    if latents is not None and latents.resolve() == (autoencoder / "autoencoder.safetensors").resolve():
+        raise ZooError(f"--latents {latents} is the file of the autoencoder: name another")
+    table.parent.mkdir(parents=True, exist_ok=True)
     opened, shown = open_zoo(zoo, where), not (json or quiet)
     if train is not None:
         _train(opened, train, arm, autoencoder, device, shown=shown)
     trained = load_autoencoder(autoencoder, device=device)
     with progress_bar("encoding", "model", shown=shown, total=len(opened)) as bar:
         found = encode_rows(opened, trained, pool=pool, latents=latents is not None, on_models=bar.update)
-    table.parent.mkdir(parents=True, exist_ok=True)
     if table.suffix == ".csv":
         found.embeddings.to_csv(table, index=False)
     else:

@@ -98,8 +98,8 @@ class Located:
 KINDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
 
 
-def load_located(path: Path) -> Located:
-    """Read a YAML file.
+def load_located(path: Path, kind: str = "the blueprint") -> Located:
+    """Read a YAML file; messages call it what it should be.
 
     Raises:
         ZooError: if it cannot be read, is not YAML, or repeats a key.
@@ -108,11 +108,11 @@ def load_located(path: Path) -> Located:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ZooError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
-    return parse_located(text, path)
+    return parse_located(text, path, kind)
 
 
-def parse_located(text: str, path: Path) -> Located:
-    """YAML from a text; messages name the path.
+def parse_located(text: str, path: Path, kind: str = "the blueprint") -> Located:
+    """YAML from a text; messages name the path and what it should be.
 
     Raises:
         ZooError: if it is not YAML, or repeats a key.
@@ -122,9 +122,9 @@ def parse_located(text: str, path: Path) -> Located:
     except yaml.YAMLError as error:
         raise ZooError(f"{path.name} is not valid YAML: {' '.join(str(error).split())}") from None
     if node is None:
-        raise ZooError(f"{path.name} is empty; expected a blueprint")
+        raise ZooError(f"{path.name} is empty; expected {kind.replace('the ', 'a ')}")
     try:
-        return _locate(node, path, "the blueprint", 1)
+        return _locate(node, path, kind, 1)
     except RecursionError:
         raise ZooError(f"{path.name} is not valid YAML: a value contains itself") from None
 

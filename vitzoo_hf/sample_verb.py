@@ -11,7 +11,7 @@ from vitzoo_hf.options import Json, Quiet, Where, open_zoo, table_records
 from vitzoo_hf.schema import ZooError
 
 Mode = Literal["joint", "token", "number"]
-Keep = Annotated[int, Parameter(help="The best by selection images are kept; 0 keeps all, unchosen.")]
+Keep = Annotated[int, Parameter(help="The best by selection images are kept, at most COUNT; 0 keeps all, unchosen.")]
 
 
 def sample(
@@ -58,7 +58,7 @@ def sample(
         raise ZooError(f"--fine-tune {fine_tune}: expected a number of epochs, or 0 for none")
     tuning = FineTuning(fine_tune, seed=seed) if fine_tune else None
     trained = load_autoencoder(autoencoder, device=device)
-    how = Sampling(count, keep or None, rounds, mode, bandwidth, seed)
+    how = Sampling(count, min(keep, count) or None, rounds, mode, bandwidth, seed)
     found = write_samples(open_zoo(zoo, where), trained, out, how, tuning=tuning, device=device)
     found.table.to_csv(out / "samples.csv", index=False)
     facts = {"diversity": found.diversity, "prompts_nearest_distance": found.anchors_nearest_distance}

@@ -104,8 +104,15 @@ def candidate_scores(
     *,
     device: str | torch.device = "cpu",
 ) -> Scores:
-    """Loss and accuracy of networks of the architecture and head of a row, with other weights."""
+    """Loss and accuracy of networks of the architecture and head of a row, with other weights.
+
+    Raises:
+        ZooError: as `candidate_logits`; or if outputs of a network are not finite.
+    """
     check_images(like, images, labels)
     logits = candidate_logits(weights, like, images, device=device)
+    broken = ~logits.isfinite().all(2).all(1)
+    if broken.any():
+        raise ZooError(f"network {int(broken.int().argmax())} of {len(weights)} gives NaN or infinite outputs")
     place = labels.to(logits.device)
     return Scores(cross_entropy(logits, place).double(), accuracy(logits, place).double())

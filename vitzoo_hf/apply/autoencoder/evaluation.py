@@ -4,7 +4,7 @@ Good models are the better half of the held-out ones by their accuracy on select
 test images.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,11 +14,30 @@ from torch import Tensor
 
 from vitzoo_hf.apply.autoencoder import metrics
 from vitzoo_hf.apply.autoencoder.trained import Trained, untrained_model
+from vitzoo_hf.apply.autoencoder.vectors import vectors_of
 from vitzoo_hf.apply.candidates import candidate_logits
-from vitzoo_hf.schema import ZooError
+from vitzoo_hf.schema import SPLITS, ZooError, did_you_mean
 from vitzoo_hf.zoo import Zoo
 
 LEAST_DIVERSITY, LEAST_CORRELATION = 0.7, 0.9
+MEASURES = {
+    "r2": "1 - squared error of weights over their spread about the mean of each layer",
+    "r2_beyond_mean": "the same about the mean of each weight over training models",
+    "accuracy": "mean over reconstructions",
+    "accuracy_original": "mean over originals",
+    "accuracy_good": "mean over reconstructions of good originals",
+    "accuracy_good_original": "mean over good originals",
+    "agreement": "share of images on which a reconstruction predicts as its original",
+    "agreement_good": "the same over good originals",
+    "retention": "(accuracy - chance) over that of good originals; NaN if those are at chance",
+    "specificity": "agreement with the own original less that with the other good ones",
+    "specificity_low": "lower end of its 95 % interval over models",
+    "specificity_high": "upper end",
+    "rank_correlation": "Spearman's, of accuracies of reconstructions and originals",
+    "diversity": "mean distance of pairs of reconstructions over that of pairs of originals",
+    "nearest_training": "mean L2 distance of a reconstruction to the nearest training model",
+    "shared_errors": "images that both get wrong over images that either gets wrong",
+}
 BATCH = 64
 
 
@@ -28,7 +47,7 @@ class Reconstruction:
 
     Attributes:
         name: `autoencoder` or a baseline.
-        values: measure -> value; see `MEASURES`.
+        values: measure -> value; `MEASURES` says what each is.
         layers: role and layer -> R², against the mean of the layer over training models.
         models: column -> a value a model: `model_id`, `accuracy`, `accuracy_original`, `agreement`, `good`.
     """
@@ -45,15 +64,15 @@ class Reconstruction:
             constant: the baseline that decodes the best training model always.
         """
         found, ours = [], self.values
-        if ours["agreement"] <= constant.values["agreement"]:
+        if not ours["agreement"] > constant.values["agreement"]:
             found.append(
                 f"agreement {ours['agreement']:.3f} is not above a constant's {constant.values['agreement']:.3f}"
             )
-        if ours["specificity_low"] <= 0:
+        if not ours["specificity_low"] > 0:
             found.append(f"specificity {ours['specificity']:.3f} is not told from 0")
-        if ours["rank_correlation"] < LEAST_CORRELATION:
+        if not ours["rank_correlation"] >= LEAST_CORRELATION:
             found.append(f"rank correlation {ours['rank_correlation']:.2f} is below {LEAST_CORRELATION}")
-        if ours["diversity"] < LEAST_DIVERSITY:
+        if not ours["diversity"] >= LEAST_DIVERSITY:
             found.append(f"diversity {ours['diversity']:.2f} is below {LEAST_DIVERSITY}")
         return found
 
@@ -93,14 +112,18 @@ class HeldOut:
         Raises:
             ZooError: if the split holds fewer than four models, or models differ in dataset.
         """
+        if split not in SPLITS:
+            raise ZooError(f"unknown split {split!r}: {did_you_mean(split, SPLITS)}")
         held, train = zoo.filter(split=split), zoo.filter(split="train")
         if len(held) < 4:
             raise ZooError(f"{len(held)} models in split {split!r}; reconstructions are judged on at least 4")
+        if len(train) == 0:
+            raise ZooError("no training models among those chosen, which baselines are made of: give the whole zoo")
         datasets = sorted({*held.index["dataset"], *train.index["dataset"]})
         if len(datasets) > 1:
             raise ZooError(f"models of {', '.join(datasets)}: no images test all of them; filter by dataset or stage")
         rows = list(held.rows())
-        vectors, training = (torch.stack(list(_vectors(part))) for part in (rows, train.rows()))
+        vectors, training = vectors_of(rows), vectors_of(train.rows())
         selection, selection_labels = zoo.probes(datasets[0], "selection")
         images, labels = zoo.probes(datasets[0])
 
@@ -160,11 +183,6 @@ def baselines(held: HeldOut, trained: Trained, device: str = "cpu") -> list[Reco
     return [_measured(name, vectors, held, trained, device) for name, vectors in decoded.items()]
 
 
-def _vectors(rows: Any) -> Iterator[Tensor]:
-    for row in rows:
-        yield torch.from_numpy(row["weights"])
-
-
 def _through(trained: Trained, vectors: Float[Tensor, "P D"], device: str) -> Float[Tensor, "P D"]:
     trained.model.eval()
     with torch.no_grad():
@@ -200,7 +218,7 @@ def _measured(
         "accuracy_good_original": float(original_right[good].mean()),
         "agreement": float(own.mean()),
         "agreement_good": float(own[good].mean()),
-        "retention": float(metrics.retention(right[good], original_right[good], held.chance)),
+        "retention": _retention(right[good], original_right[good], held.chance),
         "specificity": float(specific.mean()),
         "specificity_low": low,
         "specificity_high": high,
@@ -217,6 +235,10 @@ def _measured(
         "good": good.tolist(),
     }
     return Reconstruction(name, values, dict(zip(_layer_names(trained), layers.tolist(), strict=True)), models)
+
+
+def _retention(decoded: Float[Tensor, " P"], original: Float[Tensor, " P"], chance: float) -> float:
+    return float(metrics.retention(decoded, original, chance)) if original.mean() > chance else float("nan")
 
 
 def _layer_means(mean: Float[Tensor, " D"], trained: Trained) -> Float[Tensor, " D"]:

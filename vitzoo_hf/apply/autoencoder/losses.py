@@ -16,6 +16,7 @@ from vitzoo_hf.schema import ZooError
 
 BEHAVIOURS = ("softmax", "distillation", "logits")
 SOFTENING = 2.0
+LEAST_SCALE = 1e-11
 
 
 def structural_loss(
@@ -141,7 +142,7 @@ class Composite:
         """The sum; the first call sets the scales of the parts it is given.
 
         Raises:
-            ZooError: if a part that counts is missing, or is 0 or not finite when it sets its scale.
+            ZooError: if a part that counts is missing, or is rounding alone or not finite when it sets its scale.
         """
         total: Tensor = torch.zeros(())
         for name, share in self.shares.items():
@@ -152,8 +153,13 @@ class Composite:
             value = parts[name]
             if name not in self.scales:
                 scale = float(value.detach())
-                if not 0 < scale < float("inf"):
+                if not scale < float("inf"):
                     raise ZooError(f"the first {name} loss is {scale:g}; it cannot set a scale")
+                if scale < LEAST_SCALE:
+                    raise ZooError(
+                        f"the first {name} loss is {scale:g}, rounding alone: before any step, what is decoded is"
+                        " what went in; take fewer latent numbers a token"
+                    )
                 self.scales[name] = scale
             total = total.to(value.device) + share * value / self.scales[name]
         return total

@@ -96,10 +96,10 @@ class WeightAutoencoder(nn.Module):
         self.enter_encoder, self.leave_encoder = nn.Linear(T, sizes.width), nn.Linear(sizes.width, sizes.latent)
         self.enter_decoder, self.leave_decoder = nn.Linear(sizes.latent, sizes.width), nn.Linear(sizes.width, T)
         self.encoder, self.decoder = _transformer(sizes), _transformer(sizes)
-        seen = min(N, sizes.window) if sizes.window else N
+        self.seen = min(N, sizes.window) if sizes.window else N
         self.projection = nn.Sequential(
             nn.Flatten(),
-            nn.Linear(seen * sizes.latent, sizes.projection, bias=False),
+            nn.Linear(self.seen * sizes.latent, sizes.projection, bias=False),
             nn.LayerNorm(sizes.projection),
             nn.ReLU(),
             nn.Linear(sizes.projection, sizes.projection, bias=False),

@@ -24,6 +24,7 @@ ARMS = {
 VIEWS = ("mlp", "heads")
 QUERIES = ("data", "noise")
 PRECISIONS = ("float32", "bfloat16")
+LARGEST_SEED = 2**63 - 1
 
 
 @dataclass(frozen=True)
@@ -93,17 +94,23 @@ class AutoencoderRecipe:
         for view in self.views:
             if view not in VIEWS:
                 raise ZooError(f"unknown family of views {view!r}: {did_you_mean(view, VIEWS)}")
+        if self.seed > LARGEST_SEED:
+            raise ZooError(f"seed of the autoencoder is {self.seed}; it must be at most {LARGEST_SEED}")
         for name in ("queries", "pool", "steps", "batch_size", "lr", "clip"):
-            if getattr(self, name) <= 0:
+            if not getattr(self, name) > 0:
                 raise ZooError(f"{name} of the autoencoder is {getattr(self, name)}; it must be positive")
         for name in ("contrast", "structure", "warmup"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ZooError(f"{name} of the autoencoder is {getattr(self, name)}; it must lie between 0 and 1")
         for name in ("noise", "weight_decay", "token_width", "seed"):
-            if getattr(self, name) < 0:
+            if not getattr(self, name) >= 0:
                 raise ZooError(f"{name} of the autoencoder is {getattr(self, name)}; it must not be negative")
         if self.contrast and not self.views and not self.noise:
-            raise ZooError("contrast needs two different views: set views or noise")
+            raise ZooError(
+                "contrast needs two different views: set views: [mlp, heads], or noise: 0.1, in the recipe"
+            )
+        if self.contrast and self.batch_size < 2:
+            raise ZooError("contrast needs other models in a batch: set batch_size to 2 or more")
 
     @classmethod
     def load(cls, path: str | Path) -> "AutoencoderRecipe":
@@ -112,7 +119,7 @@ class AutoencoderRecipe:
         Raises:
             ZooError: naming file and line of a setting that is unknown or cannot be.
         """
-        root = load_located(Path(path))
+        root = load_located(Path(path), "the recipe")
         types = {entry.name: entry.type for entry in fields(cls)}
         root.only(*types)
         values = {name: _read(name, node, types[name]) for name, node in root.items()}

@@ -16,6 +16,7 @@ from vitzoo_hf import schema
 from vitzoo_hf.apply.autoencoder.model import embedding, embedding_by_layer
 from vitzoo_hf.apply.autoencoder.sampling import decoded, encoded
 from vitzoo_hf.apply.autoencoder.trained import Trained
+from vitzoo_hf.apply.autoencoder.vectors import vectors_of
 from vitzoo_hf.apply.candidates import candidate_scores
 from vitzoo_hf.apply.derived_rows import derived_row, write_streamed
 from vitzoo_hf.apply.destinations import check_folder
@@ -68,7 +69,7 @@ def encode_rows(
     ids: list[str] = []
     vectors = []
     for batch in _batches(zoo.rows(), trained):
-        found = encoded(trained, torch.stack([torch.from_numpy(row["weights"]) for row in batch]))
+        found = encoded(trained, vectors_of(batch))
         names = [row["model_id"] for row in batch]
         ids += names
         vectors.append(embedding(found) if pool == "mean" else embedding_by_layer(found, trained.tokenizer.lengths))
@@ -101,9 +102,14 @@ def read_latents(file: Path, trained: Trained) -> dict[str, Float[Tensor, "N lat
         raise ZooError(f"cannot read {file} as latents: `vitzoo encode ZOO --latents FILE` writes them") from None
     shape = (trained.tokenizer.num_tokens, trained.recipe.sizes.latent)
     wrong = [name for name, values in latents.items() if tuple(values.shape) != shape]
+    if source is None:
+        raise ZooError(
+            f"{file} does not say whose latents it holds: when you change them, save the metadata of"
+            " `vitzoo encode --latents` with them, save_file(latents, FILE, {'autoencoder': …})"
+        )
     if source != trained.fingerprint or wrong:
         raise ZooError(f"{file} holds latents of another autoencoder: encode the zoo again")
-    return latents
+    return {name: values.float() for name, values in latents.items()}
 
 
 def write_reconstructions(
@@ -126,7 +132,7 @@ def write_reconstructions(
         on_models: as for `encode_rows`.
 
     Returns:
-        `model_id`, `original`, `r2` (against the mean of training models by the scaling), `test_loss` in nats,
+        `model_id`, `original`, `r2_beyond_mean` (about the mean of the scaling), `test_loss` in nats,
         `test_accuracy`, `test_accuracy_original`; results are null where the zoo has no test images.
 
     Raises:
@@ -165,7 +171,7 @@ def _reconstructed(
     fingerprint: str,
     device: str,
 ) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-    originals = torch.stack([torch.from_numpy(row["weights"]) for row in batch])
+    originals = vectors_of(batch)
     ids = [row["model_id"] for row in batch]
     found = encoded(trained, originals) if latents is None else torch.stack([latents[name] for name in ids])
     weights = decoded(trained, found)
@@ -194,7 +200,7 @@ def _reconstructed(
             {
                 "model_id": made["model_id"],
                 "original": row["model_id"],
-                "r2": float(1 - error / spread) if spread else np.nan,
+                "r2_beyond_mean": float(1 - error / spread) if spread else np.nan,
                 "test_loss": loss,
                 "test_accuracy": accuracy,
                 "test_accuracy_original": row["test_accuracy"],

@@ -14,6 +14,7 @@ from vitzoo_hf.apply.autoencoder.fine_tuning import FineTuning, fine_tuned, trai
 from vitzoo_hf.apply.autoencoder.rows import check_layout, results_on_test_images
 from vitzoo_hf.apply.autoencoder.sampling import Score, bootstrapped, sample
 from vitzoo_hf.apply.autoencoder.trained import Trained
+from vitzoo_hf.apply.autoencoder.vectors import vectors_of
 from vitzoo_hf.apply.candidates import candidate_scores
 from vitzoo_hf.apply.derived_rows import derived_row, write_derived
 from vitzoo_hf.apply.destinations import check_folder
@@ -63,6 +64,8 @@ class Sampling:
     def __post_init__(self) -> None:
         if self.keep is not None and not 1 <= self.keep <= self.count:
             raise ZooError(f"{self.keep} of {self.count} samples to keep: expected 1 to {self.count}")
+        if self.rounds < 1:
+            raise ZooError(f"{self.rounds} rounds of sampling: expected at least one")
         if self.keep is None and self.rounds > 1:
             raise ZooError(f"{self.rounds} rounds need a number of models to keep, the anchors of the next round")
 
@@ -112,13 +115,15 @@ def write_samples(
     check_folder(folder, zoo, "samples_of")
     how = how or Sampling()
     anchors = zoo.filter(split="train")
+    if len(anchors) == 0:
+        raise ZooError(f"{zoo.name} has no training models among those chosen, which prompts are: loosen the filter")
     check_layout(anchors, trained)
     index = records(anchors.to_pandas())
     datasets = sorted({row["dataset"] for row in index})
     if len(datasets) > 1:
         raise ZooError(f"anchors of {', '.join(datasets)}: samples need one task, filter by dataset")
     rows = list(anchors.rows())
-    training = torch.stack([torch.from_numpy(row["weights"]) for row in rows])
+    training = vectors_of(rows)
     images, labels = anchors.probes(datasets[0], "selection")
 
     def score(vectors: Float[Tensor, "P D"]) -> Float64[Tensor, " P"]:
@@ -128,6 +133,7 @@ def write_samples(
     weights = how.draw(trained, training, score)
     if tuning and learned:
         *_, weights = fine_tuned(trained.networks, weights, *learned, tuning, device=device)
+        weights = weights[score(weights).argsort(descending=True)] if how.keep else weights
     selection = score(weights).tolist()
     losses, accuracies = results_on_test_images(anchors, weights, [rows[0]] * len(weights), device)
     record: dict[str, Any] = {

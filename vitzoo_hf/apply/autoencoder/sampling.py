@@ -56,7 +56,7 @@ def sample(
         raise ZooError(f"unknown mode {mode!r}: {did_you_mean(mode, MODES)}")
     if len(anchors) < 2:
         raise ZooError(f"{len(anchors)} anchors; a density over latents needs at least two")
-    if count < 1 or bandwidth < 0:
+    if count < 1 or not 0 <= bandwidth < float("inf"):
         raise ZooError(f"{count} samples of bandwidth {bandwidth}: expected at least one, and no negative bandwidth")
     latents = encoded(trained, anchors)
     spread = latents.std(0)

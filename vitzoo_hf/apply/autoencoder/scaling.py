@@ -36,7 +36,7 @@ class Scaling:
                 models, and divide by the deviation of what is left, layer by layer.
 
         Raises:
-            ZooError: for an unknown choice, or no models.
+            ZooError: for an unknown choice, no models, or `entry` of models that do not differ.
         """
         D = tokenizer.layout.num_parameters
         if how not in CHOICES:
@@ -70,6 +70,8 @@ class Scaling:
             variance, mean = of_layer(variance + (mean - centre).square()), centre
         else:
             variance = of_layer(variance)
+            if not variance.any():
+                raise ZooError(f"the {count} training models do not differ in any weight: there is nothing to learn")
         std = variance.sqrt()
         smallest = torch.finfo(torch.float32).eps * mean.abs().clamp(min=1e-12)
         return cls(mean.float(), torch.where(std > smallest, std, 1.0).float())

@@ -59,7 +59,8 @@ class Tokenizer:
 
         Args:
             layout: names as timm gives them.
-            width: T; longer rows are cut into several tokens. By default the longest row, or 64 if dense.
+            width: T, at most the longest row; longer ones are cut into several tokens. By default the longest
+                row, or 64 if dense.
             dense: cut the numbers of a layer without regard to its rows.
 
         Raises:
@@ -68,9 +69,10 @@ class Tokenizer:
         parts = list(_parts(layout))
         if not parts:
             raise ZooError("a layout without tensors has no tokens")
-        T = width if width is not None else DENSE_WIDTH if dense else max(part.rows.shape[1] for part in parts)
-        if T < 1:
+        if width is not None and width < 1:
             raise ZooError(f"tokens of width {width}; it must be at least 1")
+        longest = max(part.rows.numel() if dense else part.rows.shape[1] for part in parts)
+        T = min(longest, width or (DENSE_WIDTH if dense else longest))
         names = tuple(dict.fromkeys(part.role for part in parts))
         places, layers, roles = [], [], []
         for part in parts:

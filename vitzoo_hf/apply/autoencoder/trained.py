@@ -5,6 +5,7 @@ in the metadata: recipe, architecture of the networks, layout, steps, scales of 
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -139,6 +140,7 @@ def save(file: Path, trained: Trained, optimizer: torch.optim.Optimizer, stream:
     }
     file.parent.mkdir(parents=True, exist_ok=True)
     plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    record["digest"] = _digest(plain)
     write_atomically(file, lambda temporary: save_file(plain, temporary, {"record": json.dumps(record)}))
 
 
@@ -153,9 +155,13 @@ def resume(file: Path, trained: Trained, optimizer: torch.optim.Optimizer, strea
     record, parts = _read(file)
     if (record["fingerprint"], record["layout"]) != (trained.recipe.fingerprint, trained.networks.layout.fingerprint):
         raise ZooError(
-            f"{file} holds an autoencoder of another recipe or layout: choose another folder, or delete it"
+            f"{file} holds an autoencoder of another {_difference(record, trained)}: choose another folder, or"
+            " delete it"
         )
-    stream.load_state_dict(record["stream"])
+    try:
+        stream.load_state_dict(record["stream"])
+    except ZooError:
+        raise ZooError(f"{file} was trained on other models: choose another folder, or delete it") from None
     trained.model.load_state_dict(parts["model"])
     device = trained.model.index_table.device
     state: dict[int, dict[str, Tensor]] = {}
@@ -165,6 +171,18 @@ def resume(file: Path, trained: Trained, optimizer: torch.optim.Optimizer, strea
     optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
     trained.step, trained.history = record["step"], record["history"]
     trained.loss.scales |= record["scales"]
+
+
+def _difference(record: Mapping[str, Any], trained: Trained) -> str:
+    """What a checkpoint's recipe has otherwise, or that its layout is another."""
+    ours, theirs = json.loads(json.dumps(asdict(trained.recipe))), record["recipe"]
+    differing = [name for name in ours if ours[name] != theirs.get(name)]
+    return f"recipe ({', '.join(differing)})" if differing else "layout"
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    held = {name: schema.weights_sha256(value.flatten().float().numpy()) for name, value in sorted(tensors.items())}
+    return schema.fingerprint(held)
 
 
 def _read(file: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
@@ -178,6 +196,8 @@ def _read(file: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
         raise ZooError(f"{file} is damaged: delete it, and train again") from None
     if not isinstance(record, dict) or record.get("kind") != KIND:
         raise ZooError(f"{file} is no autoencoder of this library, or of an older version: train again")
+    if record.get("digest", _digest(tensors)) != _digest(tensors):
+        raise ZooError(f"{file} is damaged: its tensors are not those that were written; train again")
     parts: dict[str, dict[str, Tensor]] = {name: {} for name in ("model", "optimizer", "scaling")}
     for name, value in tensors.items():
         part, _, rest = name.partition(".")

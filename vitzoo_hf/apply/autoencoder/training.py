@@ -5,6 +5,7 @@ same weights, bit for bit, as one that was not.
 """
 
 import math
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from vitzoo_hf.apply.autoencoder.recipe import AutoencoderRecipe
 from vitzoo_hf.apply.autoencoder.scaling import Scaling
 from vitzoo_hf.apply.autoencoder.tokens import Tokenizer
 from vitzoo_hf.apply.autoencoder.trained import FILE, Trained, resume, save, untrained_model
+from vitzoo_hf.apply.autoencoder.vectors import check_finite
 from vitzoo_hf.apply.autoencoder.views import random_views
 from vitzoo_hf.rebuild import usable_device
 from vitzoo_hf.schema import ZooError
@@ -30,6 +32,7 @@ from vitzoo_hf.zoo import Zoo
 
 RISE, START, END = 0.3, 1 / 25, 1e-4 / 25
 SAVE_EVERY, NOTE_EVERY = 200, 20
+SAVE_SECONDS = 30.0
 LOST = ("dropped", "skipped")
 """Decoded networks left out of the behavioural loss, and steps without a finite gradient."""
 STATISTICS_NUMBERS = 2**24
@@ -60,19 +63,27 @@ def train_autoencoder(
     train = zoo.filter(split="train")
     if len(train) == 0:
         raise ZooError(f"{zoo.name} has no training models among those chosen: loosen the filter, or give it splits")
+    if recipe.contrast and len(train) < 2:
+        raise ZooError(
+            "contrast compares models, and one training model is chosen: loosen the filter, or leave it out"
+        )
     trained = _fresh(train, recipe, place)
     optimizer = _optimizer(trained.model, recipe)
     stream = train.stream(batch_size=recipe.batch_size, shuffle=True, seed=recipe.seed, device=device)
     if folder is not None:
         resume(folder / FILE, trained, optimizer, stream)
+    if folder is not None and trained.step == 0:
+        save(folder / FILE, trained, optimizer, stream)
     queries = query_outputs(train, trained, place) if trained.loss.shares["behaviour"] else None
     trained.model.train()
     if recipe.compile:
         trained.model.compile()
     lost = dict.fromkeys(LOST, 0.0)
-    for batch in _endless(stream):
+    saved = time.monotonic()
+    for batch in _endless(stream, least=2 if recipe.contrast else 1):
         if trained.step >= recipe.steps:
             break
+        check_finite(batch["weights"], batch["model_id"])
         losses = _step(trained, optimizer, batch["weights"], batch["model_id"], queries)
         trained.step += 1
         on_step(trained.step, losses)
@@ -81,8 +92,10 @@ def train_autoencoder(
         if trained.step % NOTE_EVERY == 0 or trained.step == 1 or last:
             trained.history.append({"step": float(trained.step)} | losses | lost)
             lost = dict.fromkeys(LOST, 0.0)
-        if folder is not None and (trained.step % SAVE_EVERY == 0 or last):
+        due = trained.step % SAVE_EVERY == 0 or time.monotonic() - saved > SAVE_SECONDS
+        if folder is not None and (due or last):
             save(folder / FILE, trained, optimizer, stream)
+            saved = time.monotonic()
     trained.model.eval()
     return trained
 
@@ -96,7 +109,15 @@ def _fresh(train: Zoo, recipe: AutoencoderRecipe, device: torch.device) -> Train
     together = max(1, min(256, STATISTICS_NUMBERS // networks.layout.num_parameters))
 
     def batches() -> Iterator[Tensor]:
-        return (batch["weights"] for batch in train.stream(batch_size=together))
+        for batch in train.stream(batch_size=together):
+            check_finite(batch["weights"], batch["model_id"])
+            yield batch["weights"]
+
+    if recipe.sizes.linear and recipe.sizes.latent >= tokenizer.width:
+        raise ZooError(
+            f"{recipe.sizes.latent} latent numbers for tokens of {tokenizer.width}: linear maps would copy them, and"
+            " there is nothing to learn; take fewer, or set linear: false"
+        )
 
     scaling, components = Scaling.fit(batches(), tokenizer, recipe.scaling), None
     if recipe.sizes.linear:
@@ -113,9 +134,10 @@ def _optimizer(model: WeightAutoencoder, recipe: AutoencoderRecipe) -> torch.opt
     return torch.optim.AdamW(groups, lr=recipe.lr)
 
 
-def _endless(stream: Any) -> Iterator[dict[str, Any]]:
+def _endless(stream: Any, least: int) -> Iterator[dict[str, Any]]:
+    """Batches of at least so many models, epoch after epoch."""
     while True:
-        yield from stream
+        yield from (batch for batch in stream if len(batch["model_id"]) >= least)
 
 
 def _step(
@@ -146,7 +168,8 @@ def _step(
     if queries is not None:
         parts["behaviour"], dropped = _behaviour(trained, torch.cat(decoded), model_ids * count, queries, generator)
     if trained.loss.contrast:
-        first, second = (model.project(values).float() for values in latents)
+        seen = _window(trained, generator)
+        first, second = (model.project(values[:, seen]).float() for values in latents)
         parts["contrast"] = contrastive_loss(first, second)
     loss = trained.loss(parts)
     if queries is not None and trained.step < recipe.warmup * recipe.steps:
@@ -161,6 +184,13 @@ def _step(
     values = {name: float(value.detach()) for name, value in parts.items()}
     values |= {"loss": float(loss.detach()), "gradient": float(norm)}
     return values | {"dropped": float(dropped), "skipped": float(not norm.isfinite())}
+
+
+def _window(trained: Trained, generator: torch.Generator) -> slice:
+    """The tokens that contrast compares: all, or as many as a window holds, from a place drawn for the step."""
+    seen, N = trained.model.seen, trained.tokenizer.num_tokens
+    start = int(torch.randint(N - seen + 1, (1,), generator=generator)) if seen < N else 0
+    return slice(start, start + seen)
 
 
 def _behaviour(
