@@ -114,22 +114,15 @@ def write_samples(
     """
     check_folder(folder, zoo, "samples_of")
     how = how or Sampling()
-    anchors = zoo.filter(split="train")
-    if len(anchors) == 0:
-        raise ZooError(f"{zoo.name} has no training models among those chosen, which prompts are: loosen the filter")
-    check_layout(anchors, trained)
-    index = records(anchors.to_pandas())
-    datasets = sorted({row["dataset"] for row in index})
-    if len(datasets) > 1:
-        raise ZooError(f"anchors of {', '.join(datasets)}: samples need one task, filter by dataset")
-    rows = list(anchors.rows())
+    anchors, dataset = _prompts(zoo, trained)
+    index, rows = records(anchors.to_pandas()), list(anchors.rows())
     training = vectors_of(rows)
-    images, labels = anchors.probes(datasets[0], "selection")
+    images, labels = anchors.probes(dataset, "selection")
 
     def score(vectors: Float[Tensor, "P D"]) -> Float64[Tensor, " P"]:
         return candidate_scores(vectors, rows[0], images, labels, device=device).accuracy.cpu()
 
-    learned = training_images(zoo, datasets[0]) if tuning else None
+    learned = training_images(zoo, dataset) if tuning else None
     weights = how.draw(trained, training, score)
     if tuning and learned:
         *_, weights = fine_tuned(trained.networks, weights, *learned, tuning, device=device)
@@ -141,7 +134,7 @@ def write_samples(
         "fine_tuned": asdict(tuning) if tuning else None,
         "autoencoder": trained.fingerprint,
         "anchors": [row["model_id"] for row in index],
-        "chosen_on": {"dataset": datasets[0], "role": "selection", "images": len(labels)} if how.keep else None,
+        "chosen_on": {"dataset": dataset, "role": "selection", "images": len(labels)} if how.keep else None,
     }
     made = []
     for number, (vector, chosen, loss, right) in enumerate(zip(weights, selection, losses, accuracies, strict=True)):
@@ -152,6 +145,18 @@ def write_samples(
     columns = {"model_id": [row["model_id"] for row in made], "selection_accuracy": selection}
     table = pd.DataFrame(columns | {"test_accuracy": accuracies} | _nearest(weights, training, rows))
     return Generated(table, _diversity(weights, training), _apart(training), _median_accuracy(index))
+
+
+def _prompts(zoo: Zoo, trained: Trained) -> tuple[Zoo, str]:
+    """The training models of a zoo, and the one dataset they were trained on."""
+    anchors = zoo.filter(split="train")
+    if len(anchors) == 0:
+        raise ZooError(f"{zoo.name} has no training models among those chosen, which prompts are: loosen the filter")
+    check_layout(anchors, trained)
+    datasets = sorted(set(anchors.index["dataset"]))
+    if len(datasets) > 1:
+        raise ZooError(f"anchors of {', '.join(datasets)}: samples need one task, filter by dataset")
+    return anchors, datasets[0]
 
 
 def _nearest(
