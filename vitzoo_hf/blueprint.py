@@ -2,7 +2,7 @@
 
 A blueprint declares one architecture, the images, a pre-training stage and a fine-tuning stage. Each stage has
 `settings` (the same for all its runs) and `factors`, a grid whose combinations are its runs; or `variants`, a list
-of such pairs. Every pre-training run becomes the parent of one run for each fine-tuning combination. A fine-tuned
+of such pairs. `replicas` makes that many runs of each combination, with seeds of their own. Every pre-training run becomes the parent of one run for each fine-tuning combination. A fine-tuned
 model inherits its parent's factors: its `regime` is that of its pre-training. Nothing is trained or loaded here.
 """
 
@@ -17,6 +17,8 @@ from vitzoo_hf.images_spec import ImagesSpec, check_images
 from vitzoo_hf.located_yaml import Located, load_located
 from vitzoo_hf.recipe import CHOICES, Recipe
 from vitzoo_hf.schema import SPLITS, STAGES, ZooError, did_you_mean, fingerprint, model_id, split_of
+from vitzoo_hf.world import CHOICES as WORLD_CHOICES
+from vitzoo_hf.world import SHARES, Learner, World
 
 ID_PARTS: dict[str, Callable[[Any], str]] = {
     "regime": lambda value: {"supervised": "sl", "contrastive": "cl"}[value],
@@ -30,7 +32,10 @@ ID_PARTS: dict[str, Callable[[Any], str]] = {
 
 @dataclass(frozen=True)
 class Run:
-    """One training: what `train.py` needs, plus its place in the zoo."""
+    """One training: what `train.py` needs, plus its place in the zoo.
+
+    `world` and `learner` are those of a run that draws training images of its own, else None.
+    """
 
     run_id: str
     stage: str
@@ -41,6 +46,8 @@ class Run:
     recipe: Recipe
     factors: dict[str, Any]
     split: str
+    world: World | None = None
+    learner: Learner | None = None
 
     @property
     def parent_run(self) -> str | None:
@@ -92,6 +99,8 @@ class Blueprint:
         decides["images"] = {name: spec.decides() for name, spec in self.images.items()}
         for run, entry in zip(self.runs, decides["runs"], strict=True):
             entry["recipe"] = run.recipe.decides
+            if run.world is None:
+                del entry["world"], entry["learner"]
         return fingerprint(decides)
 
     @property
@@ -125,6 +134,7 @@ def _parse(root: Located) -> Blueprint:
     if not parents:
         raise stages.error("a blueprint needs a `pretrain` stage")
     runs = _fill_factors((*parents, *children))
+    images = {key: _with_worlds(key, spec, runs) for key, spec in images.items()}
     return Blueprint(
         name=root.get("name").typed(str),
         architecture=architecture.get("name").typed(str),
@@ -140,18 +150,18 @@ def _parse(root: Located) -> Blueprint:
 def _stage_runs(
     stage: str, node: Located, images: Mapping[str, ImagesSpec], parents: list[Run], splits: dict[str, Any]
 ) -> Iterator[Run]:
-    node.only("images", "epochs", "keep_epochs", "settings", "factors", "variants")
+    node.only("images", "epochs", "keep_epochs", "settings", "factors", "variants", "replicas")
     dataset = node.get("images").typed(str)
     if dataset not in images:
         raise node.get("images").error(f"unknown images {dataset!r}: {did_you_mean(dataset, images)}")
     epochs = node.get("epochs").typed(int)
     keep = _kept(node, epochs)
     shares = {split: splits[split] for split in SPLITS}
-    combinations = list(_combinations(stage, node))
-    varied = list(dict.fromkeys(name for factors, _, _ in combinations for name in factors))
+    combinations = list(_combinations(stage, node, images[dataset].is_world))
+    varied = list(dict.fromkeys(name for combination in combinations for name in combination[0]))
     seen: set[str] = set()
     for parent in parents if stage == "finetune" else (None,):
-        for factors, recipe, place in combinations:
+        for factors, (recipe, world, learner), place in combinations:
             if recipe.warmup_epochs >= epochs:
                 raise place.error(f"warmup_epochs is {recipe.warmup_epochs:g}; it must be below epochs = {epochs}")
             own = "-".join(_id_part(name, value) for name, value in factors.items())
@@ -166,27 +176,62 @@ def _stage_runs(
                 epochs=epochs,
                 keep_epochs=keep,
                 recipe=recipe,
-                factors=_inherit({name: getattr(recipe, name) for name in varied}, parent),
+                factors=_inherit({name: _value_of(name, recipe, world, learner) for name in varied}, parent),
                 split=split_of(run_id, group, fractions=shares, seed=splits["seed"]),
+                world=world,
+                learner=learner,
             )
 
 
-def _combinations(stage: str, node: Located) -> Iterator[tuple[dict[str, Any], Recipe, Located]]:
-    """Factors, recipe and place in the file of every combination of a stage."""
+Settings = tuple[Recipe, World | None, Learner | None]
+
+
+def _value_of(name: str, *holders: Any) -> Any:
+    """What the first of recipe, world and learner that has this setting says."""
+    return next((getattr(holder, name) for holder in holders if hasattr(holder, name)), None)
+
+
+def _with_worlds(name: str, spec: ImagesSpec, runs: tuple[Run, ...]) -> ImagesSpec:
+    """With the distributions that runs on a world draw from, whatever their role and number of images."""
+    worlds = (run.world for run in runs if run.images == name and run.world is not None)
+    plain = dict.fromkeys(replace(world, role="target", num_images=0, nominal=0) for world in worlds)
+    return replace(spec, worlds=tuple(plain))
+
+
+def _combinations(stage: str, node: Located, is_world: bool) -> Iterator[tuple[dict[str, Any], Settings, Located]]:
+    """Factors, settings and place in the file of every combination of a stage."""
     if "variants" in node and "factors" in node:
         raise node.get("variants").error("a stage has either factors or variants, not both")
     common = _settings(node.get("settings")) if "settings" in node else {}
+    seeds = itertools.count()
     for variant in node.get("variants").sequence() if "variants" in node else [node]:
         own = {}
         if variant is not node:
-            variant.only("factors", "settings")
+            variant.only("factors", "settings", "replicas")
             own = _settings(variant.get("settings")) if "settings" in variant else {}
         grid = variant.get("factors")
-        for factors in _expand(grid):
+        for factors in _replicated(_expand(grid), variant, seeds):
             both = sorted(set(factors) & (set(common) | set(own)))
             if both:
                 raise grid.error(f"{both[0]!r} is both a setting and a factor of this stage: keep one of the two")
-            yield factors, _recipe(stage, common | own | factors, grid), grid
+            yield factors, _built(stage, common | own | factors, is_world, grid), grid
+
+
+def _replicated(
+    combinations: Iterator[dict[str, Any]], node: Located, seeds: Iterator[int]
+) -> Iterator[dict[str, Any]]:
+    """Each combination as often as `replicas` says, with the next seeds of the stage."""
+    if "replicas" not in node:
+        yield from combinations
+        return
+    count = node.get("replicas").typed(int)
+    if count < 1:
+        raise node.get("replicas").error(f"replicas is {count}; it must be positive")
+    for factors in combinations:
+        if "seed" in factors:
+            raise node.get("replicas").error("replicas have seeds of their own: drop the factor seed")
+        for _ in range(count):
+            yield factors | {"seed": next(seeds)}
 
 
 def _inherit(factors: dict[str, Any], parent: Run | None) -> dict[str, Any]:
@@ -201,7 +246,12 @@ def _fill_factors(runs: tuple[Run, ...]) -> tuple[Run, ...]:
     """Give every run a value for each factor of the zoo: where its stage does not vary it, what its recipe says."""
     names = list(dict.fromkeys(name for run in runs for name in run.factors))
     return tuple(
-        replace(run, factors={name: run.factors.get(name, getattr(run.recipe, name, None)) for name in names})
+        replace(
+            run,
+            factors={
+                name: run.factors.get(name, _value_of(name, run.recipe, run.world, run.learner)) for name in names
+            },
+        )
         for run in runs
     )
 
@@ -228,33 +278,55 @@ def _settings(node: Located) -> dict[str, Any]:
 
 
 RECIPE_TYPES: dict[str, Any] = {entry.name: entry.type for entry in fields(Recipe)}
+WORLD_TYPES: dict[str, Any] = {entry.name: entry.type for entry in (*fields(World), *fields(Learner))}
+SETTING_TYPES = RECIPE_TYPES | WORLD_TYPES
+KNOWN = CHOICES | WORLD_CHOICES
 
 
 def _known_setting(name: str, node: Located) -> None:
-    if name not in RECIPE_TYPES:
-        raise node.error(f"unknown setting or factor {name!r}: {did_you_mean(name, RECIPE_TYPES)}")
+    if name not in SETTING_TYPES:
+        raise node.error(f"unknown setting or factor {name!r}: {did_you_mean(name, SETTING_TYPES)}")
 
 
 def _setting(name: str, node: Located) -> Any:
-    value = node.typed(RECIPE_TYPES[name])
-    if name in CHOICES and value not in CHOICES[name]:
-        raise node.error(f"unknown {name} {value!r}: {did_you_mean(str(value), CHOICES[name])}")
+    value = node.typed(SETTING_TYPES[name])
+    if name in KNOWN and value not in KNOWN[name]:
+        raise node.error(f"unknown {name} {value!r}: {did_you_mean(str(value), KNOWN[name])}")
     if isinstance(value, float | int) and value < 0:
         raise node.error(f"{name} is {value}; it must not be negative")
-    if name in ("lr", "batch_size", "temperature", "head_hidden", "projection_dim", "accumulate") and value == 0:
+    if name in POSITIVE and value == 0:
         raise node.error(f"{name} is 0; it must be positive")
-    if name in ("label_smoothing", "random_erase", "momentum") and value > 1:
+    if name in ("label_smoothing", "random_erase", "momentum", *SHARES) and value > 1:
         raise node.error(f"{name} is {value}; it must lie between 0 and 1")
     return value
 
 
-def _recipe(stage: str, values: Mapping[str, Any], node: Located) -> Recipe:
-    """The recipe, refused if its parts contradict each other."""
-    recipe = Recipe(**values)
-    for message, broken in recipe.contradictions(stage).items():
+POSITIVE = ("lr", "batch_size", "temperature", "head_hidden", "projection_dim", "accumulate", "num_images", "clip_norm")
+
+
+def _built(stage: str, values: Mapping[str, Any], is_world: bool, node: Located) -> Settings:
+    """Recipe, and on a world its distribution and learner, refused if their parts contradict each other."""
+    recipe, world, learner = (
+        kind(**{entry.name: values[entry.name] for entry in fields(kind) if entry.name in values})
+        for kind in (Recipe, World, Learner)
+    )
+    of_worlds = [name for name in values if name in WORLD_TYPES]
+    contradictions = recipe.contradictions(stage) | {
+        f"{of_worlds[0] if of_worlds else ''} is a setting of worlds: set `world` of the images": not is_world
+        and bool(of_worlds)
+    }
+    if is_world:
+        contradictions |= world.contradictions | learner.contradictions(world, recipe.batch_size)
+        contradictions["runs on a world are supervised, in float32, without mixing, erasing or accumulation"] = (
+            recipe.regime != "supervised"
+            or recipe.precision != "float32"
+            or recipe.accumulate > 1
+            or bool(recipe.mixup or recipe.cutmix or recipe.random_erase)
+        )
+    for message, broken in contradictions.items():
         if broken:
             raise node.error(f"{message} (in the combination {dict(values)})")
-    return recipe
+    return (recipe, world, learner) if is_world else (recipe, None, None)
 
 
 def _kept(node: Located, epochs: int) -> tuple[int, ...]:
@@ -284,7 +356,7 @@ def _parse_splits(root: Located) -> dict[str, Any]:
 
 
 def _record(kind: type, node: Located, **defaults: Any) -> Any:
-    types = {entry.name: entry.type for entry in fields(kind)}
+    types = {entry.name: entry.type for entry in fields(kind) if not entry.metadata}
     node.only(*types)
     values = defaults | {name: entry.typed(types[name]) for name, entry in node.items()}
     for entry in fields(kind):
@@ -318,4 +390,4 @@ def _check_id(run_id: str, seen: set[str], node: Located) -> None:
 
 
 def _factor_types(runs: tuple[Run, ...]) -> dict[str, str]:
-    return {name: FACTOR_KINDS[RECIPE_TYPES[name.removeprefix("parent_")]] for run in runs for name in run.factors}
+    return {name: FACTOR_KINDS[SETTING_TYPES[name.removeprefix("parent_")]] for run in runs for name in run.factors}
