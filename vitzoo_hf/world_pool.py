@@ -154,7 +154,7 @@ class WorldPool:
 
     def probes(self, part: str, count: int) -> Draw:
         """`count` images, equally many from each world of the blueprint."""
-        rng = np.random.default_rng([self.spec.split_seed, 2, sum(map(ord, part))])
+        rng = np.random.default_rng([self.spec.split_seed, 2, list(self.parts).index(part)])
         worlds = self.spec.worlds or (World(),)
         shares = [count // len(worlds) + (number < count % len(worlds)) for number in range(len(worlds))]
         draws = [self.draw(part, world, share, rng) for world, share in zip(worlds, shares, strict=True)]
