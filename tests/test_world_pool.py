@@ -52,7 +52,7 @@ def test_label_shape_group_and_colour_have_their_joint_distribution(pool, world,
     draw = pool.training_draw(replace(world, role=role), Learner(), seed=3)
     seen = torch.stack([draw.labels, pool.shapes[draw.positions], draw.groups, draw.colours])
     cells = list(itertools.product((0, 1), repeat=4))
-    observed = [int((seen.T == torch.tensor(cell)).all(1).sum()) for cell in cells]
+    observed = [int((torch.tensor(cell) == seen.T).all(1).sum()) for cell in cells]
     expected = [
         N
         * (world.label_ratio if y else 1 - world.label_ratio)

@@ -2,8 +2,9 @@
 
 A blueprint declares one architecture, the images, a pre-training stage and a fine-tuning stage. Each stage has
 `settings` (the same for all its runs) and `factors`, a grid whose combinations are its runs; or `variants`, a list
-of such pairs. `replicas` makes that many runs of each combination, with seeds of their own. Every pre-training run becomes the parent of one run for each fine-tuning combination. A fine-tuned
-model inherits its parent's factors: its `regime` is that of its pre-training. Nothing is trained or loaded here.
+of such pairs. `replicas` makes that many runs of each combination, with seeds of their own. Every pre-training run
+becomes the parent of one run for each fine-tuning combination. A fine-tuned model inherits its parent's factors: its
+`regime` is that of its pre-training. Nothing is trained or loaded here.
 """
 
 import itertools
@@ -15,10 +16,12 @@ from typing import Any
 
 from vitzoo_hf.images_spec import ImagesSpec, check_images
 from vitzoo_hf.located_yaml import Located, load_located
-from vitzoo_hf.recipe import CHOICES, Recipe
+from vitzoo_hf.recipe import CHOICES as CHOICES
+from vitzoo_hf.recipe import Recipe
 from vitzoo_hf.schema import SPLITS, STAGES, ZooError, did_you_mean, fingerprint, model_id, split_of
-from vitzoo_hf.world import CHOICES as WORLD_CHOICES
-from vitzoo_hf.world import SHARES, Learner, World
+from vitzoo_hf.settings import RECIPE_TYPES as RECIPE_TYPES
+from vitzoo_hf.settings import SETTING_TYPES, Settings, built, known_setting, setting, settings_of
+from vitzoo_hf.world import Learner, World
 
 ID_PARTS: dict[str, Callable[[Any], str]] = {
     "regime": lambda value: {"supervised": "sl", "contrastive": "cl"}[value],
@@ -85,7 +88,7 @@ class Blueprint:
         if path.suffix not in (".yaml", ".yml"):
             path = BLUEPRINTS / f"{source}.yaml"
             if not path.is_file():
-                known = sorted(file.stem for file in BLUEPRINTS.glob("*.yaml"))
+                known = sorted(str(file.relative_to(BLUEPRINTS))[:-5] for file in BLUEPRINTS.rglob("*.yaml"))
                 raise ZooError(
                     f"unknown blueprint {str(source)!r}: {did_you_mean(str(source), known)}, or a .yaml file"
                 )
@@ -183,9 +186,6 @@ def _stage_runs(
             )
 
 
-Settings = tuple[Recipe, World | None, Learner | None]
-
-
 def _value_of(name: str, *holders: Any) -> Any:
     """What the first of recipe, world and learner that has this setting says."""
     return next((getattr(holder, name) for holder in holders if hasattr(holder, name)), None)
@@ -202,19 +202,19 @@ def _combinations(stage: str, node: Located, is_world: bool) -> Iterator[tuple[d
     """Factors, settings and place in the file of every combination of a stage."""
     if "variants" in node and "factors" in node:
         raise node.get("variants").error("a stage has either factors or variants, not both")
-    common = _settings(node.get("settings")) if "settings" in node else {}
+    common = settings_of(node.get("settings")) if "settings" in node else {}
     seeds = itertools.count()
     for variant in node.get("variants").sequence() if "variants" in node else [node]:
         own = {}
         if variant is not node:
             variant.only("factors", "settings", "replicas")
-            own = _settings(variant.get("settings")) if "settings" in variant else {}
+            own = settings_of(variant.get("settings")) if "settings" in variant else {}
         grid = variant.get("factors")
         for factors in _replicated(_expand(grid), variant, seeds):
             both = sorted(set(factors) & (set(common) | set(own)))
             if both:
                 raise grid.error(f"{both[0]!r} is both a setting and a factor of this stage: keep one of the two")
-            yield factors, _built(stage, common | own | factors, is_world, grid), grid
+            yield factors, built(stage, common | own | factors, is_world, grid), grid
 
 
 def _replicated(
@@ -259,8 +259,8 @@ def _fill_factors(runs: tuple[Run, ...]) -> tuple[Run, ...]:
 def _expand(grid: Located) -> Iterator[dict[str, Any]]:
     values: dict[str, list[Any]] = {}
     for name, node in grid.items():
-        _known_setting(name, node)
-        values[name] = [_setting(name, entry) for entry in (node.sequence() if node.is_sequence else [node])]
+        known_setting(name, node)
+        values[name] = [setting(name, entry) for entry in (node.sequence() if node.is_sequence else [node])]
         if not values[name]:
             raise node.error(f"factor {name!r} has no value")
         if len(set(values[name])) < len(values[name]):
@@ -269,64 +269,6 @@ def _expand(grid: Located) -> Iterator[dict[str, Any]]:
         raise grid.error("a stage needs at least one factor: its runs are told apart by their factors")
     for combination in itertools.product(*values.values()):
         yield dict(zip(values, combination, strict=True))
-
-
-def _settings(node: Located) -> dict[str, Any]:
-    for name, value in node.items():
-        _known_setting(name, value)
-    return {name: _setting(name, value) for name, value in node.items()}
-
-
-RECIPE_TYPES: dict[str, Any] = {entry.name: entry.type for entry in fields(Recipe)}
-WORLD_TYPES: dict[str, Any] = {entry.name: entry.type for entry in (*fields(World), *fields(Learner))}
-SETTING_TYPES = RECIPE_TYPES | WORLD_TYPES
-KNOWN = CHOICES | WORLD_CHOICES
-
-
-def _known_setting(name: str, node: Located) -> None:
-    if name not in SETTING_TYPES:
-        raise node.error(f"unknown setting or factor {name!r}: {did_you_mean(name, SETTING_TYPES)}")
-
-
-def _setting(name: str, node: Located) -> Any:
-    value = node.typed(SETTING_TYPES[name])
-    if name in KNOWN and value not in KNOWN[name]:
-        raise node.error(f"unknown {name} {value!r}: {did_you_mean(str(value), KNOWN[name])}")
-    if isinstance(value, float | int) and value < 0:
-        raise node.error(f"{name} is {value}; it must not be negative")
-    if name in POSITIVE and value == 0:
-        raise node.error(f"{name} is 0; it must be positive")
-    if name in ("label_smoothing", "random_erase", "momentum", *SHARES) and value > 1:
-        raise node.error(f"{name} is {value}; it must lie between 0 and 1")
-    return value
-
-
-POSITIVE = ("lr", "batch_size", "temperature", "head_hidden", "projection_dim", "accumulate", "num_images", "clip_norm")
-
-
-def _built(stage: str, values: Mapping[str, Any], is_world: bool, node: Located) -> Settings:
-    """Recipe, and on a world its distribution and learner, refused if their parts contradict each other."""
-    recipe, world, learner = (
-        kind(**{entry.name: values[entry.name] for entry in fields(kind) if entry.name in values})
-        for kind in (Recipe, World, Learner)
-    )
-    of_worlds = [name for name in values if name in WORLD_TYPES]
-    contradictions = recipe.contradictions(stage) | {
-        f"{of_worlds[0] if of_worlds else ''} is a setting of worlds: set `world` of the images": not is_world
-        and bool(of_worlds)
-    }
-    if is_world:
-        contradictions |= world.contradictions | learner.contradictions(world, recipe.batch_size)
-        contradictions["runs on a world are supervised, in float32, without mixing, erasing or accumulation"] = (
-            recipe.regime != "supervised"
-            or recipe.precision != "float32"
-            or recipe.accumulate > 1
-            or bool(recipe.mixup or recipe.cutmix or recipe.random_erase)
-        )
-    for message, broken in contradictions.items():
-        if broken:
-            raise node.error(f"{message} (in the combination {dict(values)})")
-    return (recipe, world, learner) if is_world else (recipe, None, None)
 
 
 def _kept(node: Located, epochs: int) -> tuple[int, ...]:

@@ -63,8 +63,9 @@ def launch(
         blueprint: what to train.
         folder: gets one folder a run.
         workers: processes; by default one a core, or one for a CUDA device.
-        stack: runs of one shape that a worker may train together; by default one on a CPU, 32 that draw images of
-            their own, and on a CUDA device as many as its free memory holds, up to 32. Models other than plain ViTs train one by one.
+        stack: runs of one shape that a worker may train together; by default one on a CPU, or 32 that draw images of
+            their own, and on a CUDA device as many as its free memory holds, up to 32. Models other than plain ViTs
+            train one by one.
         device: where to train.
         progress: show a bar of epochs with the time left.
 

@@ -161,7 +161,9 @@ def _together(blueprint: Blueprint, runs: Sequence[Run]) -> bool:
     if runs[0].world is None:
         return len(runs) > 1 and stackable(blueprint) and is_plain_recipe(runs[0].recipe)
     if not stackable(blueprint):
-        raise ZooError(f"{runs[0].run_id} draws its own images, which only plain ViTs do: choose such an architecture")
+        raise ZooError(
+            f"{runs[0].run_id} draws its own images, which only plain ViTs do: choose such an architecture"
+        )
     return True
 
 

@@ -1,7 +1,7 @@
 """Images whose shape, style, colour and label are drawn from a `World`, by position in one pool of grey images.
 
-The pool is parted once: the victim's images, of which targets are trained; the adversary's, of which shadows are; query
-and test images. What a run draws depends on its world and its seed alone, never on the runs beside it.
+The pool is parted once: the victim's images, of which targets are trained; the adversary's, of which shadows are;
+query and test images. What a run draws depends on its world and its seed alone, never on the runs beside it.
 """
 
 import hashlib

@@ -211,7 +211,8 @@ class WorldTrainer(StackedTrainer):
 
 
 def _draw(pool: WorldPool, run: Run) -> Draw:
-    assert run.world is not None and run.learner is not None
+    assert run.world is not None
+    assert run.learner is not None
     return pool.training_draw(run.world, run.learner, run.recipe.seed)
 
 
