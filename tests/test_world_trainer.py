@@ -11,6 +11,7 @@ from vitzoo_hf.blueprint import Blueprint
 from vitzoo_hf.checkpoint import RunFolder
 from vitzoo_hf.flatten import flatten
 from vitzoo_hf.images import load_images
+from vitzoo_hf.objectives import derive_seed
 from vitzoo_hf.rebuild import reconstruct
 from vitzoo_hf.schema import ZooError
 from vitzoo_hf.stacked import groups, train_stacked
@@ -53,7 +54,9 @@ LABEL_RATIOS = "label_ratio: [0.3, 0.7], role: [target, shadow]"
 @pytest.fixture
 def make(tmp_path: Path):
     def make(settings: str = "", factors: str = LABEL_RATIOS, *changes: tuple[str, str]) -> Blueprint:
-        settings = ", ".join(part for part in (settings, "" if "num_images" in settings else ENVIRONMENTS) if part)
+        settings = ", ".join(
+            part for part in (settings, "" if "num_images" in settings + factors else ENVIRONMENTS) if part
+        )
         text = TEXT.replace("SETTINGS", settings).replace("FACTORS", factors)
         for old, new in changes:
             assert old in text
@@ -218,8 +221,8 @@ def test_outputs_of_the_causal_learner_do_not_depend_on_colour(make, tmp_path, l
             trainer.vit({name: value[None] for name, value in tensors.items()}, trainer.vit.patches(colour)).logits
             for colour in (pixels, with_other_colours(pixels))
         ]
-        difference = float((both[0] - both[1]).abs().max())
-        assert difference < 1e-5 if learner == "causal" else difference > 0.05
+        difference = float((both[0] - both[1]).abs().max() / both[0].std(1).mean())
+        assert difference < 1e-4 if learner == "causal" else difference > 0.05
 
 
 def test_a_stopped_run_keeps_its_weights_and_tells_its_steps(make, tmp_path):
@@ -317,3 +320,57 @@ def test_replicas_have_seeds_of_their_own(make):
     zoo = make("", LABEL_RATIOS, ("replicas: 1", "replicas: 3"))
     assert [run.recipe.seed for run in zoo.runs] == list(range(12))
     assert [run.factors["label_ratio"] for run in zoo.runs[:7]] == [0.3] * 6 + [0.7]
+
+
+PRIVATE = "learner: dp-sgd, num_images: 240, batch_size: 24, noise_multiplier: 0, clip_norm: 1000, optimizer: sgd"
+
+
+def test_private_training_without_noise_or_clipping_is_sgd_on_poisson_samples(make, tmp_path):
+    pytest.importorskip("opacus", reason="opacus is an extra: pip install 'vitzoo-hf[privacy]'")
+    zoo = make(PRIVATE, "label_ratio: [0.5]", ("batch_size: 24, ", ""), ("lr: 0.003", "lr: 0.1"))
+    (run,) = zoo.runs
+    train_stacked(zoo, [run], tmp_path)
+    images = load_images("digits", zoo.images["digits"])
+    draw = images.pool.training_draw(run.world, run.learner, run.recipe.seed)
+    inputs = images.normalize(images.pool.images(draw))
+    model = initial_model(zoo, run, images, tmp_path).train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    sizes = []
+    for epoch in (1, 2, 3):
+        generator = torch.Generator().manual_seed(derive_seed(0, "poisson", epoch))
+        for _ in range(5):
+            chosen = torch.rand(240, generator=generator) < 0.1
+            sizes.append(int(chosen.sum()))
+            optimizer.zero_grad()
+            (cross_entropy(model(inputs[chosen]), draw.labels[chosen], reduction="sum") / 24).backward()
+            optimizer.step()
+    assert len(set(sizes)) > 3
+    torch.testing.assert_close(
+        weights(tmp_path, run.run_id, 3), flatten(model.state_dict()).double(), atol=1e-5, rtol=1e-4
+    )
+
+
+def test_private_gradients_are_clipped_and_noisy_and_the_budget_is_counted(make, tmp_path):
+    """With all gradients longer than the norm, a step is at most clip_norm times images in length."""
+    pytest.importorskip("opacus", reason="opacus is an extra: pip install 'vitzoo-hf[privacy]'")
+    moved = {}
+    for noise, clip in ((0, 1e-3), (1.0, 1e-3)):
+        text = PRIVATE.replace(
+            "noise_multiplier: 0, clip_norm: 1000", f"noise_multiplier: {noise}, clip_norm: {clip}"
+        )
+        zoo = make(text, "label_ratio: [0.5]", ("batch_size: 24, ", ""), ("lr: 0.003", "lr: 1"))
+        (run,) = zoo.runs
+        if noise:
+            for folder in ("first", "second"):
+                train_stacked(zoo, [run], tmp_path / folder)
+            first, second = (weights(tmp_path / folder, run.run_id, 3) for folder in ("first", "second"))
+            assert torch.equal(first, second)
+            spent = [results(tmp_path / "first", run.run_id, epoch)["epsilon"] for epoch in (0, 1, 3)]
+            assert spent[0] == 0 < spent[1] < spent[2] < 20
+        else:
+            train_stacked(zoo, [run], tmp_path / "clipped")
+        folder = tmp_path / ("first" if noise else "clipped")
+        moved[noise] = weights(folder, run.run_id, 3) - weights(folder, run.run_id, 0)
+    assert 0 < float(moved[0].norm()) < 15 * 1e-3 * 48 / 24
+    noise_alone = (moved[1.0] - moved[0]).std()
+    assert float(noise_alone) == pytest.approx(1e-3 / 24 * math.sqrt(15), rel=0.1)

@@ -31,10 +31,12 @@ TRAINED_ON = {
     "trained_images": "int",
     "trained_distinct_images": "int",
     "trained_steps": "int",
+    "trained_epsilon": "float",
     "trained_environments": "string",
     "trained_sha256": "string",
 }
-"""Columns of runs on a world: images drawn, how many differ, optimiser steps, images by environment, their hash."""
+"""Columns of runs on a world: images drawn, how many differ, optimiser steps, privacy spent, images by environment,
+and a hash of the images."""
 
 
 def pack(blueprint: Blueprint, runs: Path, folder: Path, *, dtype: str = "float32", progress: bool = True) -> Path:
@@ -147,7 +149,7 @@ def _rows(blueprint: Blueprint, members: Iterable[Run], runs: Path, dtype: str) 
                 "head_hidden": head_hidden(run.recipe),
                 **{f"factor_{name}": run.factors[name] for name in blueprint.factor_types},
                 **{f"factor_{name}": value for name, value in drawn.items()},
-                **({"factor_trained_steps": int(results.get("steps") or 0)} if run.world else {}),
+                **_made(run, results),
                 **{name: results.get(name) for name in schema.RESULTS},
                 "num_parameters": layout.num_parameters,
                 "layout": layout.fingerprint,
@@ -176,6 +178,13 @@ def _drawn(blueprint: Blueprint, run: Run) -> dict[str, Any]:
         "trained_environments": "+".join(map(str, record["images_by_environment"])),
         "trained_sha256": record["positions_sha256"],
     }
+
+
+def _made(run: Run, results: Mapping[str, Any]) -> dict[str, Any]:
+    """Of `TRAINED_ON`, what training recorded."""
+    if run.world is None:
+        return {}
+    return {"factor_trained_steps": int(results["steps"]), "factor_trained_epsilon": results.get("epsilon")}
 
 
 def finite_weights(vector: Tensor, model_id: str) -> np.ndarray:

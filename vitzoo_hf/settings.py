@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import fields
-from typing import Any
+from typing import Any, TypeVar
 
 from vitzoo_hf.located_yaml import Located
 from vitzoo_hf.recipe import CHOICES, Recipe
@@ -58,29 +58,46 @@ POSITIVE = (
     "projection_dim",
     "accumulate",
     "num_images",
+    "clip_norm",
 )
 
 
 def built(stage: str, values: Mapping[str, Any], is_world: bool, node: Located) -> Settings:
-    """Recipe, and on a world its distribution and learner, refused if their parts contradict each other."""
-    recipe, world, learner = (
-        kind(**{entry.name: values[entry.name] for entry in fields(kind) if entry.name in values})
-        for kind in (Recipe, World, Learner)
-    )
-    of_worlds = [name for name in values if name in WORLD_TYPES]
-    contradictions = recipe.contradictions(stage) | {
-        f"{of_worlds[0] if of_worlds else ''} is a setting of worlds: set `world` of the images": not is_world
-        and bool(of_worlds)
-    }
+    """Recipe, and on a world its distribution and learner.
+
+    Raises:
+        ZooError: if their parts contradict each other, or settings of a world come without one.
+    """
+    recipe = Recipe(**{name: value for name, value in values.items() if name in RECIPE_TYPES})
+    contradictions = recipe.contradictions(stage)
+    world: World | None = None
+    learner: Learner | None = None
     if is_world:
+        world, learner = (_part(World, values), _part(Learner, values))
         contradictions |= world.contradictions | learner.contradictions(world, recipe.batch_size)
-        contradictions["runs on a world are supervised, in float32, without mixing, erasing or accumulation"] = (
-            recipe.regime != "supervised"
-            or recipe.precision != "float32"
-            or recipe.accumulate > 1
-            or bool(recipe.mixup or recipe.cutmix or recipe.random_erase)
-        )
+        contradictions |= _contradictions_with_worlds(recipe, learner)
+    else:
+        name = next((name for name in values if name in WORLD_TYPES), None)
+        contradictions[f"{name} is a setting of worlds: set `world` of the images"] = name is not None
     for message, broken in contradictions.items():
         if broken:
             raise node.error(f"{message} (in the combination {dict(values)})")
-    return (recipe, world, learner) if is_world else (recipe, None, None)
+    return recipe, world, learner
+
+
+Part = TypeVar("Part", World, Learner)
+
+
+def _part(kind: type[Part], values: Mapping[str, Any]) -> Part:
+    return kind(**{entry.name: values[entry.name] for entry in fields(kind) if entry.name in values})
+
+
+def _contradictions_with_worlds(recipe: Recipe, learner: Learner) -> dict[str, bool]:
+    mixes = bool(recipe.mixup or recipe.cutmix or recipe.random_erase)
+    plain = recipe.regime == "supervised" and recipe.precision == "float32" and recipe.accumulate == 1
+    penalised = learner.learner in ("irm", "irm-product")
+    return {
+        "runs on a world are supervised, in float32, without mixing, erasing or accumulation": mixes or not plain,
+        f"learner {learner.learner} takes labels as they are: drop label_smoothing": penalised
+        and bool(recipe.label_smoothing),
+    }

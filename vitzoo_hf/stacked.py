@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vitzoo_hf.blueprint import Blueprint, Recipe, Run
 from vitzoo_hf.checkpoint import RunFolder
 from vitzoo_hf.flatten import Layout
-from vitzoo_hf.images import load_images
+from vitzoo_hf.images import ImageSet, load_images
 from vitzoo_hf.pixels import PreparedImages
+from vitzoo_hf.private_trainer import PrivateTrainer
 from vitzoo_hf.schema import ZooError
 from vitzoo_hf.stacked_trainer import StackedTrainer
 from vitzoo_hf.stacked_vit import trainable_vit
@@ -48,7 +49,8 @@ def shape_of(run: Run) -> tuple[Any, ...]:
     if run.world is None or run.learner is None:
         return alike
     learner = replace(run.learner, stop_loss=0.0)
-    return (*alike, learner, learner.steps(run.world, run.recipe.batch_size), learner.blocks(run.world))
+    alone = run.run_id if learner.learner == "dp-sgd" else None
+    return (*alike, alone, learner, learner.steps(run.world, run.recipe.batch_size), learner.blocks(run.world))
 
 
 def groups(runs: Sequence[Run], most: int) -> list[tuple[Run, ...]]:
@@ -248,15 +250,18 @@ def _begun(blueprint: Blueprint, members: Sequence[_Member], folder: Path, devic
     for member in members:
         member.place.check_images(images.digest)
     models = [initial_model(blueprint, member.run, images, folder) for member in members]
-    runs = [member.run for member in members]
-    trainer = (
-        StackedTrainer([run.recipe for run in runs], images, models, first.epochs, device)
-        if first.world is None
-        else WorldTrainer(runs, images, models, device)
-    )
+    trainer = _trainer([member.run for member in members], images, models, device)
     if done:
         trainer.resume([member.resume for member in members], done)
     return trainer
+
+
+def _trainer(runs: list[Run], images: ImageSet, models: list[nn.Module], device: str) -> StackedTrainer:
+    learner = runs[0].learner
+    if learner is None:
+        return StackedTrainer([run.recipe for run in runs], images, models, runs[0].epochs, device)
+    kind = PrivateTrainer if learner.learner == "dp-sgd" else WorldTrainer
+    return kind(runs, images, models, device)
 
 
 def _save(trainer: StackedTrainer, members: Sequence[_Member], epoch: int, saved: float) -> float:

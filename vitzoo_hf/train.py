@@ -127,7 +127,7 @@ def run_spec(blueprint: Blueprint, run: Run) -> dict[str, Any]:
         "stage": run.stage,
         "epochs": run.epochs,
         "keep_epochs": list(run.keep_epochs),
-        **({} if run.world is None else {"world": asdict(run.world), "learner": asdict(run.learner)}),
+        **{name: asdict(part) for name, part in (("world", run.world), ("learner", run.learner)) if part},
         "parent": {"id": run.parent_id, "fingerprint": run_spec(blueprint, parent)["fingerprint"]}
         if parent
         else None,

@@ -22,6 +22,7 @@ CHOICES = {
         "v-rex",
         "group-dro",
         "resample",
+        "dp-sgd",
     ),
     "resample_by": ("label", "group", "agreement"),
 }
@@ -103,7 +104,7 @@ class Learner:
     Attributes:
         learner: `erm`; `causal`, which sees no colour; `colour-randomised`, which sees each image in a colour drawn
             anew; `irm` (IRMv1, squared) and `irm-product` (the published estimate without bias); `v-rex`;
-            `group-dro`; `resample`, to a share that is public.
+            `group-dro`; `resample`, to a share that is public; `dp-sgd`, by opacus, one run at a time.
         epoch_steps: optimiser steps an epoch, whatever n; 0 makes an epoch one pass over the images.
         use_images: of the n drawn, how many to learn from; 0 for all.
         penalty_weight: of `irm`, `irm-product` and `v-rex`.
@@ -112,6 +113,8 @@ class Learner:
         resample_by: what `resample` equalises: label, group, or whether colour agrees with the label.
         resample_to: the public share of images that have it.
         stop_loss: a run ends after the first epoch whose mean training loss is below; 0 for never.
+        noise_multiplier: of `dp-sgd`: the noise's standard deviation, in units of `clip_norm`.
+        clip_norm: of `dp-sgd`: the largest norm that the gradient of one image keeps.
     """
 
     learner: str = "erm"
@@ -123,6 +126,8 @@ class Learner:
     resample_by: str = "label"
     resample_to: float = 0.5
     stop_loss: float = 0.0
+    noise_multiplier: float = 1.0
+    clip_norm: float = 1.0
 
     @property
     def by_environment(self) -> bool:
@@ -153,6 +158,8 @@ class Learner:
                 not self.epoch_steps and (learnt_from < batch_size or learnt_from % batch_size)
             ),
             f"use_images is {self.use_images}, more than num_images": self.use_images > world.num_images,
+            f"learner {self.learner} has no noise_multiplier or clip_norm": self.learner != "dp-sgd"
+            and (self.noise_multiplier, self.clip_norm) != (1.0, 1.0),
             "use_images and learners by environment cannot be had together": bool(self.use_images)
             and self.by_environment,
         }

@@ -156,7 +156,7 @@ class WorldPool:
         """`count` images, equally many from each world of the blueprint."""
         rng = np.random.default_rng([self.spec.split_seed, 2, list(self.parts).index(part)])
         worlds = self.spec.worlds or (World(),)
-        shares = [count // len(worlds) + (number < count % len(worlds)) for number in range(len(worlds))]
+        shares = probe_origins(count, len(worlds)).bincount(minlength=len(worlds)).tolist()
         draws = [self.draw(part, world, share, rng) for world, share in zip(worlds, shares, strict=True)]
         return Draw(*(torch.cat([getattr(draw, name) for draw in draws]) for name in Draw.__dataclass_fields__))
 
@@ -170,6 +170,15 @@ class WorldPool:
         for positions in self.parts.values():
             sha.update(positions.numpy().tobytes())
         return sha.digest()
+
+
+def probe_origins(count: int, worlds: int) -> Int64[Tensor, " n"]:
+    """The world that each query or test image of a zoo is drawn from: equally many, one world behind the other.
+
+    >>> probe_origins(5, 2)
+    tensor([0, 0, 0, 1, 1])
+    """
+    return (torch.arange(count) % worlds).sort().values
 
 
 def flipped(world: World) -> World:

@@ -3,13 +3,14 @@
 Reliance, not accuracy elsewhere, is what leakage of colour–label agreement should follow (Mahajan et al. 2021).
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from vitzoo_hf.apply.distribution_inference.world_queries import world_of
 from vitzoo_hf.behavior import accuracy
 from vitzoo_hf.population import Population
 from vitzoo_hf.progress import progress_bar
@@ -78,7 +79,7 @@ def world_behaviour(
     """
     import pandas
 
-    name = _world_of(zoo, dataset)
+    name = world_of(zoo, dataset)
     images, labels = zoo.probes(name, "test")
     sets = [images, recoloured(images)]
     has_flipped = f"{name}-flipped" in zoo.manifest["images"]
@@ -103,16 +104,6 @@ def world_behaviour(
             records.append(pandas.DataFrame({"model_id": ids} | columns))
             bar.update(len(rows))
     return pandas.concat(records, ignore_index=True)
-
-
-def _world_of(zoo: Zoo, dataset: str | None) -> str:
-    records: Mapping[str, Any] = zoo.manifest["images"]
-    known = [name for name, record in records.items() if "worlds" in record and not name.endswith("-flipped")]
-    if dataset is None and len(known) == 1:
-        return known[0]
-    if dataset not in known:
-        raise ZooError(f"{zoo.name} has these worlds: {known or 'none'}; given {dataset!r}: name one of them")
-    return str(dataset)
 
 
 def _chunks(zoo: Zoo, num_images: int) -> Iterator[list[dict[str, Any]]]:
