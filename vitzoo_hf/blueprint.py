@@ -16,10 +16,8 @@ from typing import Any
 
 from vitzoo_hf.images_spec import ImagesSpec, check_images
 from vitzoo_hf.located_yaml import Located, load_located
-from vitzoo_hf.recipe import CHOICES as CHOICES
 from vitzoo_hf.recipe import Recipe
 from vitzoo_hf.schema import SPLITS, STAGES, ZooError, did_you_mean, fingerprint, model_id, split_of
-from vitzoo_hf.settings import RECIPE_TYPES as RECIPE_TYPES
 from vitzoo_hf.settings import SETTING_TYPES, Settings, built, known_setting, setting, settings_of
 from vitzoo_hf.world import Learner, World
 

@@ -1,8 +1,8 @@
 """A model in training on a world by differentially private SGD: gradients of single images clipped, noise added.
 
 Clipping, noise and accounting are opacus's (`pip install 'vitzoo-hf[privacy]'`); batches are Poisson samples, as
-its accountant assumes. Noise comes from a seeded generator, so that runs can be repeated: this measures what noise does to
-leakage, and gives no guarantee for data that are secret.
+its accountant assumes. Noise comes from a seeded generator, so that runs can be repeated: this measures what noise
+does to leakage, and gives no guarantee for data that are secret.
 """
 
 from collections.abc import Sequence
