@@ -209,7 +209,8 @@ def with_other_colours(images: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("learner", ["causal", "erm"])
 def test_outputs_of_the_causal_learner_do_not_depend_on_colour(make, tmp_path, learner):
-    zoo = make(LEARNERS[learner] + (", " if LEARNERS[learner] else "") + "colour_agreement: 0.9, num_images: 240")
+    settings = LEARNERS[learner] + (", " if LEARNERS[learner] else "") + "colour_agreement: 0.9, num_images: 240"
+    zoo = make(settings, LABEL_RATIOS, ("lr: 0.003", "lr: 0.01"), ("epoch_steps: 5", "epoch_steps: 20"))
     train_stacked(zoo, zoo.runs, tmp_path)
     images = load_images("digits", zoo.images["digits"])
     pixels = images.normalize(images.part("test")[0])

@@ -23,6 +23,9 @@ from vitzoo_hf.stacked_vit import stacked_logits, stacked_patches
 from vitzoo_hf.trainer import learning_rate_share
 from vitzoo_hf.world_trainer import WorldTrainer
 
+MORE_ALPHAS = (1.005, 1.01, 1.02, 1.05, 128, 256, 512)
+"""Orders at which privacy is counted, beside those that opacus tries: for very little noise, and for much."""
+
 
 class PrivateTrainer(WorldTrainer):
     """One model in training by DP-SGD; the settings are `noise_multiplier` and `clip_norm` of its learner.
@@ -49,13 +52,19 @@ class PrivateTrainer(WorldTrainer):
         return self.recipe.batch_size / self.counts[0]
 
     @property
-    def epsilon(self) -> float:
-        """What the steps made so far have spent of the privacy budget, at delta = 1 / n, by Rényi accounting."""
+    def epsilon(self) -> float | None:
+        """What the steps made so far have spent of the privacy budget, at delta = 1 / n, by Rényi accounting.
+
+        None without noise, where there is no privacy to count.
+        """
         from opacus.accountants import RDPAccountant
 
+        noise, made = self.learner.noise_multiplier, self.steps_made()[0]
+        if noise == 0 or made == 0:
+            return None if made else 0.0
         accountant = RDPAccountant()
-        accountant.history = [(self.learner.noise_multiplier, self.sample_rate, self.optimizer.steps)]
-        return float(accountant.get_epsilon(1 / self.counts[0])) if self.optimizer.steps else 0.0
+        accountant.history = [(noise, self.sample_rate, made)]
+        return float(accountant.get_epsilon(1 / self.counts[0], alphas=[*accountant.DEFAULT_ALPHAS, *MORE_ALPHAS]))
 
     def train_epoch(self, epoch: int) -> list[int]:
         """The steps of an epoch, each on a Poisson sample; returns [0] if the model is no longer finite."""
