@@ -222,8 +222,8 @@ def test_outputs_of_the_causal_learner_do_not_depend_on_colour(make, tmp_path, l
             trainer.vit({name: value[None] for name, value in tensors.items()}, trainer.vit.patches(colour)).logits
             for colour in (pixels, with_other_colours(pixels))
         ]
-        difference = float((both[0] - both[1]).abs().max() / both[0].std(1).mean())
-        assert difference < 1e-4 if learner == "causal" else difference > 0.05
+        difference = float((both[0] - both[1]).abs().max())
+        assert difference < 2e-6 if learner == "causal" else difference > 0.05 * float(both[0].std(1).mean())
 
 
 def test_a_stopped_run_keeps_its_weights_and_tells_its_steps(make, tmp_path):
@@ -323,12 +323,12 @@ def test_replicas_have_seeds_of_their_own(make):
     assert [run.factors["label_ratio"] for run in zoo.runs[:7]] == [0.3] * 6 + [0.7]
 
 
-PRIVATE = "learner: dp-sgd, num_images: 240, batch_size: 24, noise_multiplier: 0, clip_norm: 1000, optimizer: sgd"
+PRIVATE = "learner: dp-sgd, num_images: 240, noise_multiplier: 0, clip_norm: 1000, optimizer: sgd"
 
 
 def test_private_training_without_noise_or_clipping_is_sgd_on_poisson_samples(make, tmp_path):
     pytest.importorskip("opacus", reason="opacus is an extra: pip install 'vitzoo-hf[privacy]'")
-    zoo = make(PRIVATE, "label_ratio: [0.5]", ("batch_size: 24, ", ""), ("lr: 0.003", "lr: 0.1"))
+    zoo = make(PRIVATE, "label_ratio: [0.5]", ("lr: 0.003", "lr: 0.1"))
     (run,) = zoo.runs
     train_stacked(zoo, [run], tmp_path)
     images = load_images("digits", zoo.images["digits"])
@@ -359,7 +359,7 @@ def test_private_gradients_are_clipped_and_noisy_and_the_budget_is_counted(make,
         text = PRIVATE.replace(
             "noise_multiplier: 0, clip_norm: 1000", f"noise_multiplier: {noise}, clip_norm: {clip}"
         )
-        zoo = make(text, "label_ratio: [0.5]", ("batch_size: 24, ", ""), ("lr: 0.003", "lr: 1"))
+        zoo = make(text, "label_ratio: [0.5]", ("lr: 0.003", "lr: 1"))
         (run,) = zoo.runs
         if noise:
             for folder in ("first", "second"):
