@@ -95,7 +95,7 @@ def make_plan(blueprint: Blueprint, *, workers: int | None = None, device: str =
 
 def _num_parameters(blueprint: Blueprint, run: Run) -> int:
     spec = blueprint.images[run.images]
-    classes = spec.classes or len(load_images(run.images, spec).class_names)
+    classes = spec.classes or (2 if spec.is_world else len(load_images(run.images, spec).class_names))
     args = architecture_args(blueprint, run, classes)
     return layout_of(blueprint.architecture, args, run.recipe.head, head_hidden(run.recipe)).num_parameters
 
