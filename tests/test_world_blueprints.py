@@ -23,7 +23,7 @@ SECRETS = {
     "null": "nominal",
     "smoke": "label_ratio",
 }
-CELLS = {"s1_bis_early_stop": "stop_loss", "s3_finite_data": "num_images"}
+CELLS = {"s1_bis_early_stop": "stop_loss", "s3_finite_data": "num_images", "dmi_irm_weights": "penalty_weight"}
 """Files of several cells, told apart by a factor."""
 UNEQUAL = ("sc_uncontrolled", "sc_unequal_steps", "sc_equal_steps")
 """Side channels left open on purpose."""
