@@ -5,7 +5,7 @@ import torch
 
 from vitzoo_hf import augment as steps
 from vitzoo_hf.augment import PLACED_CROP, POLICIES, augment, turned_hue
-from vitzoo_hf.blueprint import CHOICES
+from vitzoo_hf.recipe import CHOICES
 from vitzoo_hf.schema import ZooError
 from vitzoo_hf.vit import import_timm
 

@@ -31,13 +31,13 @@ def test_readme_blueprint_makes_six_models(tmp_path):
 
 
 def test_readme_lists_every_setting_source_and_verb():
-    from vitzoo_hf.blueprint import CHOICES, RECIPE_TYPES
     from vitzoo_hf.cli import app
     from vitzoo_hf.images import SOURCES
+    from vitzoo_hf.settings import KNOWN, SETTING_TYPES
 
-    for name in [*RECIPE_TYPES, *SOURCES]:
+    for name in [*SETTING_TYPES, *SOURCES]:
         assert f"`{name}`" in README, name
-    for choices in CHOICES.values():
+    for choices in KNOWN.values():
         assert f"({', '.join(choices)})" in README, choices
     verbs = {name for name in app if not name.startswith("-")}
     assert verbs == set(re.findall(r"^\| `vitzoo (\w+)", README, re.MULTILINE))

@@ -30,7 +30,8 @@ def augment(images: Batch, policy: str, *generators: torch.Generator, cropped: b
         policy: `none`; `crop` (random resized crop of 60–100 % of the area); `crop-flip` (8–100 %, horizontal
             flip, as in ImageNet training); `random-crop-flip` (the crop of preparation at a random place, flip),
             for images that are `cropped`; `random-crop-flip-rotate` (the same, then by up to 10 degrees, as the ViT
-            model zoo fine-tunes); `simclr` (Chen et al. 2020: 20–100 % crop, flip, colour jitter, greyscale, blur),
+            model zoo fine-tunes); `shift` (by whole pixels, up to an eighth of the side either way, black beyond);
+            `simclr` (Chen et al. 2020: 20–100 % crop, flip, colour jitter, greyscale, blur),
             in the strength that small images bear; `simclr-no-flip` for images whose mirror image means something
             else, such as digits; `simclr-imagenet` (flip, 8–100 % crop, jitter of brightness, contrast and
             saturation by half and of hue by a tenth, greyscale, 9×9 blur, as the ViT model zoo pre-trains).
@@ -100,6 +101,18 @@ def _rotate(images: Batch, *generators: torch.Generator) -> Batch:
     theta[:, 0, 1], theta[:, 1, 0] = -sine * height / width, sine * width / height
     grid = affine_grid(theta, list(images.shape), align_corners=False)
     return grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+
+
+def _shift(images: Batch, *generators: torch.Generator) -> Batch:
+    """By whole pixels, up to an eighth of the side either way; what comes into view is black."""
+    count, _, height, width = images.shape
+    most = max(height // 8, 1)
+    down, across = (_uniform(count, float(-most), most + 1.0, *generators).floor().long() for _ in range(2))
+    padded = pad(images, (most,) * 4)
+    rows = torch.arange(height, device=images.device) + most - down[:, None]
+    columns = torch.arange(width, device=images.device) + most - across[:, None]
+    picture = torch.arange(count, device=images.device)
+    return padded[picture[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
 def _jitter(images: Batch, *generators: torch.Generator) -> Batch:
@@ -209,6 +222,7 @@ def _simclr_imagenet(images: Batch, crop: Crop, *generators: torch.Generator) ->
 
 POLICIES: dict[str, Callable[..., Tensor]] = {
     "none": lambda images, crop, *generators: images,
+    "shift": lambda images, crop, *generators: _shift(images, *generators),
     "crop": _crop,
     "crop-flip": _crop_flip,
     "random-crop-flip": lambda images, crop, *generators: _flip(images, *generators),

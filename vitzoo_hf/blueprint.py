@@ -2,8 +2,9 @@
 
 A blueprint declares one architecture, the images, a pre-training stage and a fine-tuning stage. Each stage has
 `settings` (the same for all its runs) and `factors`, a grid whose combinations are its runs; or `variants`, a list
-of such pairs. Every pre-training run becomes the parent of one run for each fine-tuning combination. A fine-tuned
-model inherits its parent's factors: its `regime` is that of its pre-training. Nothing is trained or loaded here.
+of such pairs. `replicas` makes that many runs of each combination, with seeds of their own. Every pre-training run
+becomes the parent of one run for each fine-tuning combination. A fine-tuned model inherits its parent's factors: its
+`regime` is that of its pre-training. Nothing is trained or loaded here.
 """
 
 import itertools
@@ -15,8 +16,10 @@ from typing import Any
 
 from vitzoo_hf.images_spec import ImagesSpec, check_images
 from vitzoo_hf.located_yaml import Located, load_located, parse_located
-from vitzoo_hf.recipe import CHOICES, Recipe
+from vitzoo_hf.recipe import Recipe
 from vitzoo_hf.schema import SPLITS, STAGES, ZooError, did_you_mean, fingerprint, model_id, split_of
+from vitzoo_hf.settings import SETTING_TYPES, Settings, built, known_setting, setting, settings_of
+from vitzoo_hf.world import Learner, World
 
 ID_PARTS: dict[str, Callable[[Any], str]] = {
     "regime": lambda value: {"supervised": "sl", "contrastive": "cl"}[value],
@@ -30,7 +33,10 @@ ID_PARTS: dict[str, Callable[[Any], str]] = {
 
 @dataclass(frozen=True)
 class Run:
-    """One training: what `train.py` needs, plus its place in the zoo."""
+    """One training: what `train.py` needs, plus its place in the zoo.
+
+    `world` and `learner` are those of a run that draws training images of its own, else None.
+    """
 
     run_id: str
     stage: str
@@ -41,6 +47,8 @@ class Run:
     recipe: Recipe
     factors: dict[str, Any]
     split: str
+    world: World | None = None
+    learner: Learner | None = None
 
     @property
     def parent_run(self) -> str | None:
@@ -78,7 +86,7 @@ class Blueprint:
         if path.suffix not in (".yaml", ".yml"):
             path = BLUEPRINTS / f"{source}.yaml"
             if not path.is_file():
-                known = sorted(file.stem for file in BLUEPRINTS.glob("*.yaml"))
+                known = sorted(str(file.relative_to(BLUEPRINTS))[:-5] for file in BLUEPRINTS.rglob("*.yaml"))
                 raise ZooError(
                     f"unknown blueprint {str(source)!r}: {did_you_mean(str(source), known)}, or a .yaml file"
                 )
@@ -101,6 +109,8 @@ class Blueprint:
         decides["images"] = {name: spec.decides() for name, spec in self.images.items()}
         for run, entry in zip(self.runs, decides["runs"], strict=True):
             entry["recipe"] = run.recipe.decides
+            if run.world is None:
+                del entry["world"], entry["learner"]
         return fingerprint(decides)
 
     @property
@@ -134,6 +144,7 @@ def _parse(root: Located, text: str) -> Blueprint:
     if not parents:
         raise stages.error("a blueprint needs a `pretrain` stage")
     runs = _fill_factors((*parents, *children))
+    images = {key: _with_worlds(key, spec, runs) for key, spec in images.items()}
     return Blueprint(
         name=root.get("name").typed(str),
         architecture=architecture.get("name").typed(str),
@@ -149,18 +160,18 @@ def _parse(root: Located, text: str) -> Blueprint:
 def _stage_runs(
     stage: str, node: Located, images: Mapping[str, ImagesSpec], parents: list[Run], splits: dict[str, Any]
 ) -> Iterator[Run]:
-    node.only("images", "epochs", "keep_epochs", "settings", "factors", "variants")
+    node.only("images", "epochs", "keep_epochs", "settings", "factors", "variants", "replicas")
     dataset = node.get("images").typed(str)
     if dataset not in images:
         raise node.get("images").error(f"unknown images {dataset!r}: {did_you_mean(dataset, images)}")
     epochs = node.get("epochs").typed(int)
     keep = _kept(node, epochs)
     shares = {split: splits[split] for split in SPLITS}
-    combinations = list(_combinations(stage, node))
-    varied = list(dict.fromkeys(name for factors, _, _ in combinations for name in factors))
+    combinations = list(_combinations(stage, node, images[dataset].is_world))
+    varied = list(dict.fromkeys(name for combination in combinations for name in combination[0]))
     seen: set[str] = set()
     for parent in parents if stage == "finetune" else (None,):
-        for factors, recipe, place in combinations:
+        for factors, (recipe, world, learner), place in combinations:
             if recipe.warmup_epochs >= epochs:
                 raise place.error(f"warmup_epochs is {recipe.warmup_epochs:g}; it must be below epochs = {epochs}")
             own = "-".join(_id_part(name, value) for name, value in factors.items())
@@ -175,27 +186,59 @@ def _stage_runs(
                 epochs=epochs,
                 keep_epochs=keep,
                 recipe=recipe,
-                factors=_inherit({name: getattr(recipe, name) for name in varied}, parent),
+                factors=_inherit({name: _value_of(name, recipe, world, learner) for name in varied}, parent),
                 split=split_of(run_id, group, fractions=shares, seed=splits["seed"]),
+                world=world,
+                learner=learner,
             )
 
 
-def _combinations(stage: str, node: Located) -> Iterator[tuple[dict[str, Any], Recipe, Located]]:
-    """Factors, recipe and place in the file of every combination of a stage."""
+def _value_of(name: str, *holders: Any) -> Any:
+    """What the first of recipe, world and learner that has this setting says."""
+    return next((getattr(holder, name) for holder in holders if hasattr(holder, name)), None)
+
+
+def _with_worlds(name: str, spec: ImagesSpec, runs: tuple[Run, ...]) -> ImagesSpec:
+    """With the distributions that runs on a world draw from, whatever their role and number of images."""
+    worlds = (run.world for run in runs if run.images == name and run.world is not None)
+    plain = dict.fromkeys(replace(world, role="target", num_images=0, nominal=0) for world in worlds)
+    return replace(spec, worlds=tuple(plain))
+
+
+def _combinations(stage: str, node: Located, is_world: bool) -> Iterator[tuple[dict[str, Any], Settings, Located]]:
+    """Factors, settings and place in the file of every combination of a stage."""
     if "variants" in node and "factors" in node:
         raise node.get("variants").error("a stage has either factors or variants, not both")
-    common = _settings(node.get("settings")) if "settings" in node else {}
+    common = settings_of(node.get("settings")) if "settings" in node else {}
+    seeds = itertools.count()
     for variant in node.get("variants").sequence() if "variants" in node else [node]:
         own = {}
         if variant is not node:
-            variant.only("factors", "settings")
-            own = _settings(variant.get("settings")) if "settings" in variant else {}
+            variant.only("factors", "settings", "replicas")
+            own = settings_of(variant.get("settings")) if "settings" in variant else {}
         grid = variant.get("factors")
-        for factors in _expand(grid):
+        for factors in _replicated(_expand(grid), variant, seeds):
             both = sorted(set(factors) & (set(common) | set(own)))
             if both:
                 raise grid.error(f"{both[0]!r} is both a setting and a factor of this stage: keep one of the two")
-            yield factors, _recipe(stage, common | own | factors, grid), grid
+            yield factors, built(stage, common | own | factors, is_world, grid), grid
+
+
+def _replicated(
+    combinations: Iterator[dict[str, Any]], node: Located, seeds: Iterator[int]
+) -> Iterator[dict[str, Any]]:
+    """Each combination as often as `replicas` says, with the next seeds of the stage."""
+    if "replicas" not in node:
+        yield from combinations
+        return
+    count = node.get("replicas").typed(int)
+    if count < 1:
+        raise node.get("replicas").error(f"replicas is {count}; it must be positive")
+    for factors in combinations:
+        if "seed" in factors:
+            raise node.get("replicas").error("replicas have seeds of their own: drop the factor seed")
+        for _ in range(count):
+            yield factors | {"seed": next(seeds)}
 
 
 def _inherit(factors: dict[str, Any], parent: Run | None) -> dict[str, Any]:
@@ -210,7 +253,12 @@ def _fill_factors(runs: tuple[Run, ...]) -> tuple[Run, ...]:
     """Give every run a value for each factor of the zoo: where its stage does not vary it, what its recipe says."""
     names = list(dict.fromkeys(name for run in runs for name in run.factors))
     return tuple(
-        replace(run, factors={name: run.factors.get(name, getattr(run.recipe, name, None)) for name in names})
+        replace(
+            run,
+            factors={
+                name: run.factors.get(name, _value_of(name, run.recipe, run.world, run.learner)) for name in names
+            },
+        )
         for run in runs
     )
 
@@ -218,8 +266,8 @@ def _fill_factors(runs: tuple[Run, ...]) -> tuple[Run, ...]:
 def _expand(grid: Located) -> Iterator[dict[str, Any]]:
     values: dict[str, list[Any]] = {}
     for name, node in grid.items():
-        _known_setting(name, node)
-        values[name] = [_setting(name, entry) for entry in (node.sequence() if node.is_sequence else [node])]
+        known_setting(name, node)
+        values[name] = [setting(name, entry) for entry in (node.sequence() if node.is_sequence else [node])]
         if not values[name]:
             raise node.error(f"factor {name!r} has no value")
         if len(set(values[name])) < len(values[name]):
@@ -228,42 +276,6 @@ def _expand(grid: Located) -> Iterator[dict[str, Any]]:
         raise grid.error("a stage needs at least one factor: its runs are told apart by their factors")
     for combination in itertools.product(*values.values()):
         yield dict(zip(values, combination, strict=True))
-
-
-def _settings(node: Located) -> dict[str, Any]:
-    for name, value in node.items():
-        _known_setting(name, value)
-    return {name: _setting(name, value) for name, value in node.items()}
-
-
-RECIPE_TYPES: dict[str, Any] = {entry.name: entry.type for entry in fields(Recipe)}
-
-
-def _known_setting(name: str, node: Located) -> None:
-    if name not in RECIPE_TYPES:
-        raise node.error(f"unknown setting or factor {name!r}: {did_you_mean(name, RECIPE_TYPES)}")
-
-
-def _setting(name: str, node: Located) -> Any:
-    value = node.typed(RECIPE_TYPES[name])
-    if name in CHOICES and value not in CHOICES[name]:
-        raise node.error(f"unknown {name} {value!r}: {did_you_mean(str(value), CHOICES[name])}")
-    if isinstance(value, float | int) and value < 0:
-        raise node.error(f"{name} is {value}; it must not be negative")
-    if name in ("lr", "batch_size", "temperature", "head_hidden", "projection_dim", "accumulate") and value == 0:
-        raise node.error(f"{name} is 0; it must be positive")
-    if name in ("label_smoothing", "random_erase", "momentum") and value > 1:
-        raise node.error(f"{name} is {value}; it must lie between 0 and 1")
-    return value
-
-
-def _recipe(stage: str, values: Mapping[str, Any], node: Located) -> Recipe:
-    """The recipe, refused if its parts contradict each other."""
-    recipe = Recipe(**values)
-    for message, broken in recipe.contradictions(stage).items():
-        if broken:
-            raise node.error(f"{message} (in the combination {dict(values)})")
-    return recipe
 
 
 def _kept(node: Located, epochs: int) -> tuple[int, ...]:
@@ -293,7 +305,7 @@ def _parse_splits(root: Located) -> dict[str, Any]:
 
 
 def _record(kind: type, node: Located, **defaults: Any) -> Any:
-    types = {entry.name: entry.type for entry in fields(kind)}
+    types = {entry.name: entry.type for entry in fields(kind) if not entry.metadata}
     node.only(*types)
     values = defaults | {name: entry.typed(types[name]) for name, entry in node.items()}
     for entry in fields(kind):
@@ -327,4 +339,4 @@ def _check_id(run_id: str, seen: set[str], node: Located) -> None:
 
 
 def _factor_types(runs: tuple[Run, ...]) -> dict[str, str]:
-    return {name: FACTOR_KINDS[RECIPE_TYPES[name.removeprefix("parent_")]] for run in runs for name in run.factors}
+    return {name: FACTOR_KINDS[SETTING_TYPES[name.removeprefix("parent_")]] for run in runs for name in run.factors}

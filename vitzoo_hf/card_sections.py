@@ -90,7 +90,10 @@ def configs(facts: Facts, opened: str) -> str:
 
 def columns(facts: Facts, manifest: Mapping[str, Any]) -> str:
     """A table of the columns of a whole row."""
-    known = MEANINGS | {f"factor_{name}": "generating factor" for name in manifest["factors"]}
+    known = MEANINGS | {
+        f"factor_{name}": "recorded in training" if name.startswith("trained_") else "generating factor"
+        for name in manifest["factors"]
+    }
     rows = [
         [code(name), plain(kind), known.get(name) or plain(name.replace("_", " "))]
         for name, kind in facts.column_types().items()

@@ -27,6 +27,7 @@ from vitzoo_hf.pixels import Pixels, PreparedImages, Source, pixels_of
 from vitzoo_hf.preparation import normalize
 from vitzoo_hf.read_ahead import mapped_ahead
 from vitzoo_hf.schema import ZooError, did_you_mean
+from vitzoo_hf.world_pool import WorldPool
 
 ROLES = ("train", "selection", "test")
 FASHION_MNIST_FOLDER = Path("/usr/share/datasets/fashion-mnist")
@@ -41,6 +42,8 @@ class ImageSet:
         pixels: the images by position, prepared in memory or made on demand.
         labels: int64 `[N]`.
         splits: role (`train`, `selection`, `test`) -> positions, int64, ascending.
+        pool: of a world, what every run draws its training images from; the images are then examples of them
+            (`train`), the query images (`selection`) and the test images.
     """
 
     name: str
@@ -50,6 +53,7 @@ class ImageSet:
     class_names: tuple[str, ...]
     licence: str
     splits: dict[str, Tensor]
+    pool: WorldPool | None = None
 
     @property
     def images(self) -> UInt8[Tensor, "N C H W"]:
@@ -73,6 +77,8 @@ class ImageSet:
         """Changes with the images, their order, labels or class names; of images on demand, with their file sizes."""
         sha = hashlib.sha256(json.dumps(self.class_names).encode() + self.labels.numpy().tobytes())
         sha.update(self.pixels.signature())
+        if self.pool is not None:
+            sha.update(self.pool.signature())
         return sha.hexdigest()
 
     def positions(self, role: str) -> Int64[Tensor, " n"]:
@@ -108,9 +114,12 @@ def load_images(name: str, spec: ImagesSpec) -> ImageSet:
         ZooError: for an unknown source, or one that is not on this machine, with how to get it.
     """
     source = _read_source(spec)
-    if spec.classes not in (None, len(source.class_names)):
-        raise ZooError(f"images {name!r} have {len(source.class_names)} classes; the blueprint says {spec.classes}")
+    num_classes = 2 if spec.is_world else len(source.class_names)
+    if spec.classes not in (None, num_classes):
+        raise ZooError(f"images {name!r} have {num_classes} classes; the blueprint says {spec.classes}")
     splits = _split(source, spec)
+    if spec.is_world:
+        return _of_world(name, WorldPool.of(source, splits, spec), source)
     pixels = pixels_of(source, spec)
     for statistic in (spec.mean, spec.std):
         if isinstance(statistic, tuple) and len(statistic) != pixels.channels:
@@ -118,6 +127,21 @@ def load_images(name: str, spec: ImagesSpec) -> ImageSet:
                 f"images {name!r} have {pixels.channels} channels; mean or std has {len(statistic)} numbers"
             )
     return ImageSet(name, spec, pixels, source.labels, source.class_names, source.licence, splits)
+
+
+def _of_world(name: str, pool: WorldPool, source: Source) -> ImageSet:
+    """Images drawn from the worlds of a blueprint: some of the victim's, the query images, the test images."""
+    spec = pool.spec
+    counts = {"victim": spec.queries, "query": spec.queries, "test": spec.tests}
+    draws = [pool.probes(part, count) for part, count in counts.items()]
+    places = torch.arange(sum(counts.values())).split(list(counts.values()))
+    pixels = PreparedImages(torch.cat([pool.images(draw) for draw in draws]), spec)
+    labels = torch.cat([draw.labels for draw in draws])
+    names = source.class_names
+    half = pool.num_classes // 2
+    halves = (f"{names[0]} … {names[half - 1]}", f"{names[half]} … {names[-1]}")
+    splits = dict(zip(ROLES, places, strict=True))
+    return ImageSet(name, spec, pixels, labels, halves, source.licence, splits, pool)
 
 
 def _split(source: Source, spec: ImagesSpec) -> dict[str, Tensor]:

@@ -1,13 +1,20 @@
 """Which images a blueprint trains on and how they are prepared."""
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from vitzoo_hf.located_yaml import Located
 from vitzoo_hf.schema import did_you_mean
+from vitzoo_hf.world import World
 
-CHOICES = {"interpolation": ("bilinear", "bicubic"), "decode": ("auto", "once", "on_demand")}
-LATER = ("interpolation", "label", "decode")
+CHOICES = {
+    "interpolation": ("bilinear", "bicubic"),
+    "decode": ("auto", "once", "on_demand"),
+    "world": ("none", "two-colour"),
+    "style": ("rotated", "inverted", "thick", "classes"),
+}
+OF_WORLDS = ("world", "style", "region", "queries", "tests", "worlds")
+LATER = ("interpolation", "label", "decode", *OF_WORLDS)
 """Fields that blueprints did not have at first: at their default they change no fingerprint and no record."""
 
 
@@ -25,6 +32,13 @@ class ImagesSpec:
 
     `decode` says when: `once`, into memory; `on_demand`, for each batch, random crops being cut from the original
     image; `auto` is `once` unless the prepared images would take more than 4 GB.
+
+    `world: two-colour` makes a world of the images: grey becomes one of two colours, and the label is whether the
+    class is in the first or second half. Each run draws its own images, from `train` as a target or from `selection`
+    as a shadow, by settings of its own (`vitzoo_hf.world`). `style` makes images of group 1: rotated by 90 degrees,
+    inverted, thick, or of other `classes`; `region` are the classes whose labels `flip_rate` flips. Of the
+    adversary's images `queries` are kept from shadows, as the zoo's selection images; `tests` are the test images;
+    both are drawn equally from all `worlds` of the blueprint, which nobody writes by hand.
     """
 
     source: str
@@ -43,6 +57,17 @@ class ImagesSpec:
     interpolation: str = "bilinear"
     label: str | None = None
     decode: str = "auto"
+    world: str = "none"
+    style: str = "rotated"
+    region: int | tuple[int, ...] = ()
+    queries: int = 1024
+    tests: int = 2048
+    worlds: tuple[World, ...] = field(default=(), metadata={"derived": True})
+
+    @property
+    def is_world(self) -> bool:
+        """Whether each run draws training images of its own."""
+        return self.world != "none"
 
     def decides(self) -> dict[str, Any]:
         """What decides a weight, as JSON values: nothing that only this machine knows.
@@ -69,6 +94,7 @@ def check_images(spec: ImagesSpec, node: Located) -> None:
         ZooError: naming the place in the file.
     """
     counts = {"size": spec.size, "crop": spec.crop, "resize": spec.resize, "channels": spec.channels}
+    counts |= {"queries": spec.queries, "tests": spec.tests}
     for name, count in (counts | {"classes": spec.classes, "count": spec.count}).items():
         if count is not None and count < 1:
             raise node.error(f"{name} is {count}; it must be positive")
@@ -83,5 +109,7 @@ def check_images(spec: ImagesSpec, node: Located) -> None:
         value = getattr(spec, name)
         if value not in known:
             raise node.error(f"unknown {name} {value!r}: {did_you_mean(value, known)}")
+    if spec.is_world and spec.channels not in (None, 3):
+        raise node.error(f"channels is {spec.channels}; images of a world have 3")
     if not (0 < spec.selection < 1 and 0 < spec.test < 1 and spec.selection + spec.test < 1):
         raise node.error("selection and test are shares above 0 that leave images to train on")

@@ -25,6 +25,8 @@ from vitzoo_hf.schema import ZooError
 
 ATTEMPTS = 3
 MOST_STACKED = 32
+STACKED_ON_WORLDS = 32
+"""Runs on a world are small, and half of what they cost alone is the launching of operations."""
 MEMORY_SHARE = 0.5
 """Of a device's free memory, what a group of runs is planned to take."""
 
@@ -61,8 +63,9 @@ def launch(
         blueprint: what to train.
         folder: gets one folder a run.
         workers: processes; by default one a core, or one for a CUDA device.
-        stack: runs of one shape that a worker may train together; by default one on a CPU, and on a CUDA device as
-            many as its free memory holds, up to 32. Models other than plain ViTs train one by one.
+        stack: runs of one shape that a worker may train together; by default one on a CPU, or 32 that draw images of
+            their own, and on a CUDA device as many as its free memory holds, up to 32. Models other than plain ViTs
+            train one by one.
         device: where to train.
         progress: show a bar of epochs with the time left.
 
@@ -101,9 +104,9 @@ def default_workers(device: str) -> int:
 
 
 def default_stack(blueprint: Blueprint, device: str, workers: int) -> int:
-    """Runs that one of `workers` processes trains together: one on a CPU, where more gain nothing."""
+    """Runs that one of `workers` processes trains together: one on a CPU, but for runs on a world."""
     if not device.startswith("cuda"):
-        return 1
+        return STACKED_ON_WORLDS if any(run.world is not None for run in blueprint.runs) else 1
     import torch
 
     from vitzoo_hf.stacked import memory_of, stackable

@@ -6,6 +6,7 @@ folder appears complete or not at all.
 
 import io
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,21 @@ from vitzoo_hf.images import ImageSet, load_images
 from vitzoo_hf.schema import ZooError
 from vitzoo_hf.train import architecture_args, head_hidden, is_finished
 from vitzoo_hf.vit import layout_of
+from vitzoo_hf.world_pool import flipped
 from vitzoo_hf.zoo_folder import Rows, write_zoo
 
 MAX_PROBES = 20_000
 PROBES_AT_ONCE = 256
+TRAINED_ON = {
+    "trained_images": "int",
+    "trained_distinct_images": "int",
+    "trained_steps": "int",
+    "trained_epsilon": "float",
+    "trained_environments": "string",
+    "trained_sha256": "string",
+}
+"""Columns of runs on a world: images drawn, how many differ, optimiser steps, privacy spent, images by environment,
+and a hash of the images."""
 
 
 def pack(blueprint: Blueprint, runs: Path, folder: Path, *, dtype: str = "float32", progress: bool = True) -> Path:
@@ -118,6 +130,7 @@ def _rows(blueprint: Blueprint, members: Iterable[Run], runs: Path, dtype: str) 
         place = RunFolder(runs / run.run_id)
         args = schema.canonical_json(_architecture_args(blueprint, run))
         provenance = _provenance(blueprint, place.spec)
+        drawn = _drawn(blueprint, run)
         for epoch in run.keep_epochs:
             tensors, results = place.load_epoch(epoch)
             layout = Layout.of(tensors)
@@ -135,6 +148,8 @@ def _rows(blueprint: Blueprint, members: Iterable[Run], runs: Path, dtype: str) 
                 "head": run.recipe.head,
                 "head_hidden": head_hidden(run.recipe),
                 **{f"factor_{name}": run.factors[name] for name in blueprint.factor_types},
+                **{f"factor_{name}": value for name, value in drawn.items()},
+                **_made(run, results),
                 **{name: results.get(name) for name in schema.RESULTS},
                 "num_parameters": layout.num_parameters,
                 "layout": layout.fingerprint,
@@ -143,6 +158,33 @@ def _rows(blueprint: Blueprint, members: Iterable[Run], runs: Path, dtype: str) 
                 "provenance": provenance,
                 "weights": vector,
             }
+
+
+def _on_worlds(blueprint: Blueprint) -> bool:
+    return any(run.world is not None for run in blueprint.runs)
+
+
+def _drawn(blueprint: Blueprint, run: Run) -> dict[str, Any]:
+    """`TRAINED_ON` of a run, but for its steps; nothing in a zoo without worlds."""
+    if not _on_worlds(blueprint):
+        return {}
+    pool = load_images(run.images, blueprint.images[run.images]).pool
+    if run.world is None or run.learner is None or pool is None:
+        return dict.fromkeys(TRAINED_ON)
+    record = pool.training_draw(run.world, run.learner, run.recipe.seed).record()
+    return {
+        "trained_images": record["num_images"],
+        "trained_distinct_images": record["num_distinct_images"],
+        "trained_environments": "+".join(map(str, record["images_by_environment"])),
+        "trained_sha256": record["positions_sha256"],
+    }
+
+
+def _made(run: Run, results: Mapping[str, Any]) -> dict[str, Any]:
+    """Of `TRAINED_ON`, what training recorded."""
+    if run.world is None:
+        return {}
+    return {"factor_trained_steps": int(results["steps"]), "factor_trained_epsilon": results.get("epsilon")}
 
 
 def finite_weights(vector: Tensor, model_id: str) -> np.ndarray:
@@ -165,6 +207,7 @@ def _provenance(blueprint: Blueprint, spec: Mapping[str, Any]) -> str:
             "blueprint_fingerprint": blueprint.fingerprint,
             "run_fingerprint": spec["fingerprint"],
             "recipe": spec["recipe"],
+            **{name: spec[name] for name in ("world", "learner") if name in spec},
             "images": spec["images"],
             "epochs": spec["epochs"],
             "versions": spec["versions"],
@@ -175,11 +218,26 @@ def _provenance(blueprint: Blueprint, spec: Mapping[str, Any]) -> str:
 def _probes(blueprint: Blueprint, role: str) -> list[dict[str, Any]]:
     """Held-out images of every dataset that has few enough of them to travel with the zoo."""
     rows: list[dict[str, Any]] = []
-    for name in dict.fromkeys(run.images for run in blueprint.runs):
-        images = load_images(name, blueprint.images[name])
-        if len(images.splits[role]) <= MAX_PROBES:
+    for images in _image_sets(blueprint):
+        if len(images.splits[role]) <= MAX_PROBES and (role == "test" or not _is_flipped(blueprint, images)):
             rows += list(_probe_rows(images, role))
     return rows
+
+
+def _image_sets(blueprint: Blueprint) -> list[ImageSet]:
+    """Those that runs train on, and `NAME-flipped`, those of worlds with colours of their own in other colours."""
+    used = dict.fromkeys(run.images for run in blueprint.runs)
+    sets = [load_images(name, blueprint.images[name]) for name in used]
+    for name in used:
+        spec = blueprint.images[name]
+        if any(set(world.agreements) != {0.5} for world in spec.worlds):
+            others = tuple(dict.fromkeys(map(flipped, spec.worlds)))
+            sets.append(load_images(f"{name}-flipped", replace(spec, worlds=others)))
+    return sets
+
+
+def _is_flipped(blueprint: Blueprint, images: ImageSet) -> bool:
+    return images.name not in blueprint.images
 
 
 def _probe_rows(images: ImageSet, role: str) -> Iterator[dict[str, Any]]:
@@ -199,13 +257,12 @@ def _probe_rows(images: ImageSet, role: str) -> Iterator[dict[str, Any]]:
 
 
 def _manifest(blueprint: Blueprint, missing: Mapping[str, str]) -> dict[str, Any]:
-    used = dict.fromkeys(run.images for run in blueprint.runs)
     return {
         "format": schema.FORMAT_VERSION,
         "name": blueprint.name,
         "blueprint_fingerprint": blueprint.fingerprint,
-        "factors": blueprint.factor_types,
-        "images": {name: load_images(name, blueprint.images[name]).record for name in used},
+        "factors": blueprint.factor_types | (TRAINED_ON if _on_worlds(blueprint) else {}),
+        "images": {images.name: images.record for images in _image_sets(blueprint)},
         "splits": blueprint.splits,
         "missing_runs": dict(missing),
     }

@@ -95,7 +95,7 @@ def make_plan(blueprint: Blueprint, *, workers: int | None = None, device: str =
 
 def _num_parameters(blueprint: Blueprint, run: Run) -> int:
     spec = blueprint.images[run.images]
-    classes = spec.classes or len(load_images(run.images, spec).class_names)
+    classes = spec.classes or (2 if spec.is_world else len(load_images(run.images, spec).class_names))
     args = architecture_args(blueprint, run, classes)
     return layout_of(blueprint.architecture, args, run.recipe.head, head_hidden(run.recipe)).num_parameters
 
@@ -110,10 +110,16 @@ def _estimate(
         kind = (run.images, replace(run.recipe, seed=0, lr=1.0, weight_decay=0.0, momentum=0.0))
         if kind not in timed:
             timed[kind] = _seconds_per_image(blueprint, run, images[run.images][0], device)
-        total += timed[kind] * run.epochs * images[run.images][1]
+        total += timed[kind] * run.epochs * _images_per_epoch(run, images[run.images][1])
     missing = [name for name, (found, _) in images.items() if found.licence == STAND_IN]
     notes = [f"timed on random images for want of {name}, without reading files" for name in missing]
     return total, notes
+
+
+def _images_per_epoch(run: Run, count: int) -> int:
+    if run.world is None or run.learner is None:
+        return count
+    return run.learner.steps(run.world, run.recipe.batch_size) * run.recipe.batch_size
 
 
 def _images(name: str, spec: ImagesSpec) -> tuple[ImageSet, int]:

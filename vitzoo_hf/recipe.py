@@ -13,6 +13,7 @@ CHOICES = {
     "augmentation_reading": ("declared", "executed"),
     "augmentation": (
         "none",
+        "shift",
         "crop",
         "crop-flip",
         "random-crop-flip",

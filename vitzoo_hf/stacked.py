@@ -16,19 +16,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vitzoo_hf.blueprint import Blueprint, Recipe, Run
 from vitzoo_hf.checkpoint import RunFolder
 from vitzoo_hf.flatten import Layout
-from vitzoo_hf.images import load_images
+from vitzoo_hf.images import ImageSet, load_images
 from vitzoo_hf.pixels import PreparedImages
+from vitzoo_hf.private_trainer import PrivateTrainer
 from vitzoo_hf.schema import ZooError
 from vitzoo_hf.stacked_trainer import StackedTrainer
 from vitzoo_hf.stacked_vit import trainable_vit
 from vitzoo_hf.train import RESUME_SECONDS, holds_all, initial_model, opened, train_run
 from vitzoo_hf.trainer import NOT_FINITE, DivergedError, usable_resume
 from vitzoo_hf.vit import skeleton
+from vitzoo_hf.world_trainer import WorldTrainer
 
 OWN: dict[str, Any] = {
     "seed": 0,
@@ -43,7 +45,12 @@ OWN: dict[str, Any] = {
 
 def shape_of(run: Run) -> tuple[Any, ...]:
     """What runs must have alike to train together."""
-    return run.stage, run.images, run.epochs, run.keep_epochs, replace(run.recipe, **OWN)
+    alike = (run.stage, run.images, run.epochs, run.keep_epochs, replace(run.recipe, **OWN))
+    if run.world is None or run.learner is None:
+        return alike
+    learner = replace(run.learner, stop_loss=0.0)
+    alone = run.run_id if learner.learner == "dp-sgd" else None
+    return (*alike, alone, learner, learner.steps(run.world, run.recipe.batch_size), learner.blocks(run.world))
 
 
 def groups(runs: Sequence[Run], most: int) -> list[tuple[Run, ...]]:
@@ -126,7 +133,7 @@ def train_stacked(
         raise ZooError(f"{runs[0].run_id} and the other runs differ in shape: split them by `groups`")
     diverged: dict[str, str] = {}
     waiting: dict[int, list[_Member]] = {}
-    together = len(runs) > 1 and stackable(blueprint) and is_plain_recipe(runs[0].recipe)
+    together = _together(blueprint, runs)
     for run in runs:
         try:
             if not together:
@@ -147,6 +154,21 @@ def train_stacked(
     return diverged
 
 
+def _together(blueprint: Blueprint, runs: Sequence[Run]) -> bool:
+    """Whether runs of one shape train as a group; a run on a world does even alone.
+
+    Raises:
+        ZooError: for runs on a world whose models cannot.
+    """
+    if runs[0].world is None:
+        return len(runs) > 1 and stackable(blueprint) and is_plain_recipe(runs[0].recipe)
+    if not stackable(blueprint):
+        raise ZooError(
+            f"{runs[0].run_id} draws its own images, which only plain ViTs do: choose such an architecture"
+        )
+    return True
+
+
 def _train_members(
     blueprint: Blueprint,
     members: Sequence["_Member"],
@@ -158,10 +180,13 @@ def _train_members(
     """Train runs that all continue after epoch `done`: as a group, in halves where memory runs out, or one by one."""
     diverged: dict[str, str] = {}
     parts = [[member] for member in members]
-    if len(members) > 1 and _prepared(blueprint, members[0].run):
+    on_world = members[0].run.world is not None
+    if on_world or (len(members) > 1 and _prepared(blueprint, members[0].run)):
         try:
             return _train_group(blueprint, members, folder, device, done, on_epoch)
         except torch.OutOfMemoryError:
+            if len(members) == 1:
+                raise
             parts = [list(members[: len(members) // 2]), list(members[len(members) // 2 :])]
     for part in parts:
         remaining = [member.run for member in part]
@@ -225,10 +250,18 @@ def _begun(blueprint: Blueprint, members: Sequence[_Member], folder: Path, devic
     for member in members:
         member.place.check_images(images.digest)
     models = [initial_model(blueprint, member.run, images, folder) for member in members]
-    trainer = StackedTrainer([member.run.recipe for member in members], images, models, first.epochs, device)
+    trainer = _trainer([member.run for member in members], images, models, device)
     if done:
         trainer.resume([member.resume for member in members], done)
     return trainer
+
+
+def _trainer(runs: list[Run], images: ImageSet, models: list[nn.Module], device: str) -> StackedTrainer:
+    learner = runs[0].learner
+    if learner is None:
+        return StackedTrainer([run.recipe for run in runs], images, models, runs[0].epochs, device)
+    kind = PrivateTrainer if learner.learner == "dp-sgd" else WorldTrainer
+    return kind(runs, images, models, device)
 
 
 def _save(trainer: StackedTrainer, members: Sequence[_Member], epoch: int, saved: float) -> float:

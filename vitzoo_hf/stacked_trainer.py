@@ -119,11 +119,14 @@ class StackedTrainer:
         tensors = unflatten(self.weights, self.layout)
         changing = [tensors[name].requires_grad_() for name in self.trained.names]
         losses = self._losses(inputs, targets, tensors)
+        self._update(losses, changing, position)
+        return losses.detach()
+
+    def _update(self, losses: Float[Tensor, " G"], changing: list[Tensor], position: float) -> None:
         gradients = torch.autograd.grad(losses.sum(), changing)
         lr_scale = learning_rate_share(self.recipe, position, self.epochs)
         flat = torch.cat([gradient.flatten(1) for gradient in gradients], 1)
         self.optimizer.step(self._trained_weights, flat, lr_scale)
-        return losses.detach()
 
     def inputs(self, batch: Int64[Tensor, "G B"], draws: Draws) -> tuple[Float[Tensor, "G B2 C H W"], Tensor | None]:
         """What the models are fed, and their targets unless they learn from views: two views of B images, or B."""

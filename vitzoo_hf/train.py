@@ -48,6 +48,8 @@ def train_run(
         DivergedError: if the loss stops being finite; this is recorded, and the run is not tried again.
         ZooError: if the parent is missing, the images cannot be had, or the folder holds another training.
     """
+    if run.world is not None:
+        raise ZooError(f"{run.run_id} draws training images of its own: train it by `stacked.train_stacked`")
     place = opened(blueprint, run, folder)
     if holds_all(place, run):
         place.drop_resume()
@@ -125,6 +127,7 @@ def run_spec(blueprint: Blueprint, run: Run) -> dict[str, Any]:
         "stage": run.stage,
         "epochs": run.epochs,
         "keep_epochs": list(run.keep_epochs),
+        **{name: asdict(part) for name, part in (("world", run.world), ("learner", run.learner)) if part},
         "parent": {"id": run.parent_id, "fingerprint": run_spec(blueprint, parent)["fingerprint"]}
         if parent
         else None,
