@@ -187,5 +187,9 @@ def test_rates_are_chosen_on_validation_models_alone():
     table = pd.DataFrame(rows, columns=["arm", "lr", "seed", "split", "agreement"])
     table = table.assign(method="autoencoder", variant="")
     assert chosen_rates(table) == {"S": 1e-3}
+    lucky = table.assign(agreement=0.99, lr=2e-3, seed=7)
+    assert chosen_rates(pd.concat([table, lucky])) == {"S": 1e-3}
+    with pytest.raises(ZooError, match="no seed was trained at all of its rates"):
+        chosen_rates(pd.concat([table[table["lr"] == 1e-3], lucky]))
     with pytest.raises(ZooError, match="no autoencoder on validation models"):
         chosen_rates(table[table["split"] == "test"])

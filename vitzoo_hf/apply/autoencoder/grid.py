@@ -197,13 +197,15 @@ def _rows(found: Sequence[Reconstruction]) -> Iterator[dict[str, Any]]:
 
 
 def chosen_rates(table: pd.DataFrame) -> dict[str, float]:
-    """The learning rate of each arm, by the agreement of reconstructions of validation models, mean over seeds.
+    """The learning rate of each arm, by the agreement of reconstructions of validation models.
+
+    The mean over seeds that all rates of the arm have.
 
     Args:
         table: of all cells, as `measure_cell` gives it.
 
     Raises:
-        ZooError: if the table holds no autoencoder on validation models.
+        ZooError: if the table holds no autoencoder on validation models, or no seed has all rates of an arm.
 
     Example:
         >>> rows = [("S", 0.001, 0.8), ("S", 0.002, 0.9), ("B", 0.001, 0.2)]
@@ -214,6 +216,10 @@ def chosen_rates(table: pd.DataFrame) -> dict[str, float]:
     judged = table[(table["split"] == "validation") & (table["method"] == AUTOENCODER) & (table["variant"] == "")]
     if judged.empty:
         raise ZooError("no learning rate can be chosen: the table has no autoencoder on validation models")
-    means = judged.groupby(["arm", "lr"], as_index=False)["agreement"].mean()
-    best = means.loc[means.groupby("arm")["agreement"].idxmax()]
-    return dict(zip(best["arm"], best["lr"].astype(float), strict=True))
+    chosen: dict[str, float] = {}
+    for arm, part in judged.groupby("arm"):
+        agreements = part.pivot_table(index="seed", columns="lr", values="agreement").dropna()
+        if agreements.empty:
+            raise ZooError(f"no learning rate can be chosen for {arm}: no seed was trained at all of its rates")
+        chosen[str(arm)] = float(agreements.mean().idxmax())
+    return chosen
