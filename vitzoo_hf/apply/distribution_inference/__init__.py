@@ -1,0 +1,1 @@
+"""Distribution inference: what a model tells about the distribution that it was trained on."""

@@ -1,0 +1,140 @@
+"""Losses of learners that see environments: invariant risk minimisation, V-REx, GroupDRO.
+
+Pure, differentiable functions with a leading axis of models: M models are trained at once, each on E environments of
+n examples with K outputs. Sums over models are what a stack of models is trained on, since no two share a parameter.
+"""
+
+import torch
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor
+
+
+def scale_gradients(
+    outputs: Float[Tensor, "M E n"], targets: Float[Tensor, "M E n"], counted: Bool[Tensor, "M E n"] | None = None
+) -> Float[Tensor, "M E"]:
+    """Derivative by w at 1 of an environment's mean squared loss `(w f - y)^2`: `2 mean f (f - y)`.
+
+    Source: the dummy classifier of Arjovsky et al., "Invariant Risk Minimization", 2019, in closed form.
+
+    Args:
+        outputs: f, of M models on the n examples of E environments.
+        targets: y.
+        counted: examples that are there, where environments differ in size; all by default. An environment without
+            any has derivative 0.
+
+    Example:
+        >>> scale_gradients(torch.tensor([[[2.0, 1.0]]]), torch.tensor([[[1.0, 1.0]]]))
+        tensor([[2.]])
+    """
+    return _mean(2 * outputs * (outputs - targets), counted)
+
+
+def logit_scale_gradients(
+    logits: Float[Tensor, "M E n K"], labels: Int64[Tensor, "M E n"], counted: Bool[Tensor, "M E n"] | None = None
+) -> Float[Tensor, "M E"]:
+    """Derivative by w at 1 of an environment's mean cross-entropy of `w logits`: `mean sum_k (p_k - y_k) logit_k`.
+
+    Args:
+        logits: of M models on the n examples of E environments.
+        labels: from 0 to K - 1.
+        counted: examples that are there; all by default. An environment without any has derivative 0.
+
+    Example:
+        >>> logit_scale_gradients(torch.tensor([[[[0.0, 0.0]]]]), torch.tensor([[[1]]]))
+        tensor([[0.]])
+    """
+    expected = (logits.softmax(-1) * logits).sum(-1)
+    return _mean(expected - logits.gather(-1, labels[..., None])[..., 0], counted)
+
+
+def invariance_penalty(gradients: Float[Tensor, "M E"]) -> Float[Tensor, " M"]:
+    """IRMv1: the squared derivatives, summed over environments. Never negative.
+
+    Example:
+        >>> invariance_penalty(torch.tensor([[1.0, -2.0]]))
+        tensor([5.])
+    """
+    return gradients.square().sum(1)
+
+
+def invariance_product(first: Float[Tensor, "M E"], second: Float[Tensor, "M E"]) -> Float[Tensor, " M"]:
+    """IRMv1 without bias: products of derivatives on two halves of the examples, summed over environments.
+
+    It has no lower bound, so training with it can diverge: count the models that do, and report them.
+
+    Source: appendix of Arjovsky et al., 2019; used in the published experiment on causal learning.
+
+    Example:
+        >>> invariance_product(torch.tensor([[1.0, -2.0]]), torch.tensor([[1.0, 3.0]]))
+        tensor([-5.])
+    """
+    return (first * second).sum(1)
+
+
+def annealed(risks: Float[Tensor, " M"], penalties: Float[Tensor, " M"], weight: float | int) -> Float[Tensor, " M"]:
+    """Risk plus weighted penalty, divided by the weight where that is above 1, so that steps do not grow with it.
+
+    Source: the training loop of Arjovsky et al., 2019, where the weight is 1 for the first steps.
+
+    Raises:
+        ValueError: for a negative weight.
+
+    Example:
+        >>> annealed(torch.tensor([1.0]), torch.tensor([0.5]), 100.0)
+        tensor([0.5100])
+    """
+    if not weight >= 0:
+        raise ValueError(f"weight={weight}; expected 0 or more")
+    return (risks + weight * penalties) / max(weight, 1.0)
+
+
+def risk_variance(risks: Float[Tensor, "M E"], present: Bool[Tensor, "M E"] | None = None) -> Float[Tensor, " M"]:
+    """V-REx: variance of the risks over environments, divided by their number.
+
+    Source: Krueger et al., "Out-of-Distribution Generalization via Risk Extrapolation", 2021.
+
+    Args:
+        risks: mean loss of each model on each environment.
+        present: environments that a model is trained on; all by default.
+
+    Example:
+        >>> risk_variance(torch.tensor([[1.0, 3.0]]))
+        tensor([1.])
+    """
+    share = _shares(risks, present)
+    mean = (share * risks).sum(1, keepdim=True)
+    return (share * (risks - mean).square()).sum(1)
+
+
+def group_shares(
+    shares: Float[Tensor, "M E"], risks: Float[Tensor, "M E"], *, rate: float = 0.01
+) -> Float[Tensor, "M E"]:
+    """GroupDRO's next weights of environments: `q exp(rate * risk)`, normalised. The loss is `(q * risks).sum(1)`.
+
+    An environment that a model does not see keeps the weight 0 that it was given. There are no gradients through the
+    weights.
+
+    Source: Sagawa et al., "Distributionally Robust Neural Networks for Group Shifts", 2020.
+
+    Args:
+        shares: q, of which those of a model sum to 1.
+        risks: mean loss of each model on each environment.
+        rate: step size of the weights.
+
+    Example:
+        >>> group_shares(torch.tensor([[0.5, 0.5]]), torch.tensor([[0.0, 1.0]]), rate=1.0)
+        tensor([[0.2689, 0.7311]])
+    """
+    logits = shares.log() + rate * risks.detach().masked_fill(shares == 0, 0.0)
+    return logits.softmax(1)
+
+
+def _shares(risks: Float[Tensor, "M E"], present: Bool[Tensor, "M E"] | None) -> Float[Tensor, "M E"]:
+    held = torch.ones_like(risks) if present is None else present.to(risks.dtype)
+    return held / held.sum(1, keepdim=True)
+
+
+def _mean(values: Float[Tensor, "M E n"], counted: Bool[Tensor, "M E n"] | None) -> Float[Tensor, "M E"]:
+    if counted is None:
+        return values.mean(-1)
+    return values.masked_fill(~counted, 0.0).sum(-1) / counted.sum(-1).clamp(min=1)
