@@ -7,6 +7,7 @@ from torch.nn.functional import cross_entropy, mse_loss
 from vitzoo_hf.apply.distribution_inference.penalties import (
     annealed,
     group_shares,
+    half_scale_gradients,
     invariance_penalty,
     invariance_product,
     logit_scale_gradients,
@@ -68,6 +69,16 @@ def test_product_of_equal_halves_is_the_square_and_has_no_lower_bound(generator)
     gradients = torch.randn(M, E, generator=generator)
     torch.testing.assert_close(invariance_product(gradients, gradients), invariance_penalty(gradients))
     assert (invariance_product(gradients, -gradients) < 0).all()
+
+
+@pytest.mark.parametrize("size", [6, 7])
+def test_derivatives_on_halves_are_those_of_the_halves(generator, size):
+    outputs, targets = torch.randn(M, E, size, generator=generator), torch.randn(M, E, size, generator=generator)
+    order = torch.randperm(size, generator=generator)
+    first, second = half_scale_gradients(outputs, targets, order)
+    even, odd = order[::2], order[1::2]
+    torch.testing.assert_close(first, scale_gradients(outputs[..., even], targets[..., even]))
+    torch.testing.assert_close(second, scale_gradients(outputs[..., odd], targets[..., odd]))
 
 
 def test_penalty_vanishes_exactly_where_no_scale_is_better_in_any_environment():
