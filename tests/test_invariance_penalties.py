@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy, mse_loss
 
-from vitzoo_hf.apply.distribution_inference.penalties import (
+from vitzoo_hf.penalties import (
     annealed,
     group_shares,
     half_scale_gradients,

@@ -144,7 +144,7 @@ def train_mlps(
 
     Example:
         >>> x = torch.linspace(-1, 1, 64).expand(2, 1, -1)
-        >>> vectors = train_mlps(Widths(1, 8), x, 3 * x[:, 0], Training(lr=0.01, epochs=60))
+        >>> vectors = train_mlps(Widths(1, 8), x, 3 * x[:, 0], Training(lr=0.01, epochs=150))
         >>> bool((squared_error(mlp_outputs(vectors, Widths(1, 8), x), 3 * x[:, 0], 0) < 0.01).all())
         True
     """
@@ -176,16 +176,14 @@ def _train_group(
     done = vectors.clone()
     alive = torch.arange(len(vectors), device=vectors.device)
     optimizer = _Optimizer(training, vectors)
-    for first, places in _epochs(n, training, generator):
+    for order, steps in _epochs(n, training, generator):
         running = torch.zeros(len(alive), device=vectors.device)
-        for number, place in enumerate(places):
-            here = place.to(vectors.device)
-            x, y = (inputs, targets) if len(here) == n else (inputs[..., here], targets[:, here])
+        for x, y in _batches(inputs, targets, order, training.batch_size or n)[:steps]:
             weights = optimizer.vectors.detach().requires_grad_()
-            losses = loss(mlp_outputs(weights, widths, x), y, first + number)
+            losses = loss(mlp_outputs(weights, widths, x), y, optimizer.steps)
             (gradient,) = torch.autograd.grad(losses.sum(), weights)
             optimizer.step(gradient)
-            running += losses.detach() * (len(here) / n)
+            running += losses.detach() * (y.shape[1] / n)
         if training.stop_below is None:
             continue
         stopped = running < training.stop_below
@@ -202,16 +200,23 @@ def _train_group(
 
 def _epochs(
     n: int, training: Training, generator: torch.Generator
-) -> Iterator[tuple[int, tuple[Int64[Tensor, " b"], ...]]]:
-    """The first step of each epoch, and the examples of its batches."""
-    total, first = training.steps_for(n), 0
-    while first < total:
-        if training.batch_size is None or training.batch_size >= n:
-            places: tuple[Tensor, ...] = (torch.arange(n),)
-        else:
-            places = torch.randperm(n, generator=generator).split(training.batch_size)
-        yield first, places[: total - first]
-        first += len(places)
+) -> Iterator[tuple[Int64[Tensor, " n"] | None, int]]:
+    """The order of examples in each epoch, None where a batch is all of them, and the steps that are left."""
+    left = training.steps_for(n)
+    batches = math.ceil(n / (training.batch_size or n))
+    while left > 0:
+        yield (None if batches == 1 else torch.randperm(n, generator=generator)), left
+        left -= batches
+
+
+def _batches(
+    inputs: Float[Tensor, "M I n"], targets: Float[Tensor, "M n"], order: Int64[Tensor, " n"] | None, size: int
+) -> list[tuple[Tensor, Tensor]]:
+    """Inputs `[M, I, b]` and targets `[M, b]` of each batch."""
+    if order is None:
+        return [(inputs, targets)]
+    here = order.to(inputs.device)
+    return list(zip(inputs[..., here].split(size, 2), targets[:, here].split(size, 1), strict=True))
 
 
 class _Optimizer:

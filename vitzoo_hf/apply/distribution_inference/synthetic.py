@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from vitzoo_hf.apply.distribution_inference.penalties import (
+from vitzoo_hf.penalties import (
     annealed,
     half_scale_gradients,
     invariance_penalty,
@@ -86,7 +86,8 @@ def _teachers(seed: int) -> tuple[Tensor, Tensor]:
 def draw_environments(count: int, environments: int, rows: int, generator: torch.Generator) -> Samples:
     """Data sets over the first environments, as many examples of each, environment by environment.
 
-    `X1 ~ N(0, 1)`, `Y = X1 + N(0, 1)`, `X2 = Y + N(0, (0.5 + i)²)` in environment i: X1 is the cause of Y, X2 an effect.
+    `X1 ~ N(0, 1)`, `Y = X1 + N(0, 1)`, `X2 = Y + N(0, (0.5 + i)²)` in environment i: X1 is the cause of Y,
+    X2 an effect.
 
     Args:
         count: M.
@@ -108,7 +109,7 @@ def draw_environments(count: int, environments: int, rows: int, generator: torch
 
 @dataclass(frozen=True)
 class Learner:
-    """A way to train on environments: `erm` on cause and effect, `causal` on the cause alone, `irm`, `irm_squared`."""
+    """A way to train on environments: `causal` sees the cause alone, the others the effect too."""
 
     name: str
 
