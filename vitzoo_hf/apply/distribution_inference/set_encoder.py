@@ -21,7 +21,8 @@ from vitzoo_hf.schema import ZooError
 INSIDE, CODE = 64, 16
 PUBLISHED_CODE = 8
 DROPOUT = 0.2
-LR, WEIGHT_DECAY, BATCH = 1e-3, 1e-4, 64
+LR, WEIGHT_DECAY = 1e-3, 1e-4
+BATCHES, SMALLEST_BATCH, LARGEST_BATCH = 16, 8, 64
 MOST_EPOCHS, PATIENCE = 200, 12
 HELD_OUT = 0.1
 
@@ -149,7 +150,9 @@ def _fitted(
     if not shadows.views.sets or not targets.sets:
         raise ZooError("this attack reads weights as sets, which were not taken: give access to weights")
     if len(shadows.secrets) < FEWEST_SHADOWS:
-        raise ZooError(f"{len(shadows.secrets)} shadows are too few to learn from: expected at least {FEWEST_SHADOWS}")
+        raise ZooError(
+            f"{len(shadows.secrets)} shadows are too few to learn from: expected at least {FEWEST_SHADOWS}"
+        )
     known, seen = standardised_sets(shadows.views.sets, targets.sets)
     known, seen = ({name: each.to(device) for name, each in sets.items()} for sets in (known, seen))
     truth, centre, spread = _truth(shadows)
@@ -187,12 +190,13 @@ def _train(network: nn.Module, sets: Sets, truth: Tensor, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(truth), generator=generator)
     held, used = order[: math.ceil(HELD_OUT * len(order))], order[math.ceil(HELD_OUT * len(order)) :]
+    size = min(max(len(used) // BATCHES, SMALLEST_BATCH), LARGEST_BATCH)
     loss_of = nn.functional.mse_loss if truth.is_floating_point() else nn.functional.cross_entropy
     optimizer = torch.optim.Adam(network.parameters(), lr=LR, weight_decay=WEIGHT_DECAY, foreach=True)
     best, kept, waited = math.inf, copy.deepcopy(network.state_dict()), 0
     for _ in range(MOST_EPOCHS):
         network.train()
-        for batch in used[torch.randperm(len(used), generator=generator)].split(BATCH):
+        for batch in used[torch.randperm(len(used), generator=generator)].split(size):
             optimizer.zero_grad()
             loss_of(network(_at(sets, batch)), truth[batch.to(truth.device)]).backward()
             optimizer.step()

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from vitzoo_hf.apply.distribution_inference.stacked_mlps import Training, Widths, mlp_outputs, squared_error
 from vitzoo_hf.penalties import (
     annealed,
     half_scale_gradients,
@@ -21,7 +22,6 @@ from vitzoo_hf.penalties import (
     invariance_product,
     scale_gradients,
 )
-from vitzoo_hf.apply.distribution_inference.stacked_mlps import Training, Widths, mlp_outputs, squared_error
 
 INPUTS, SPREAD = 4, 2.0
 TEACHER = Widths(INPUTS, 32)

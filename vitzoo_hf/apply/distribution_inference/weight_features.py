@@ -21,6 +21,7 @@ TOP_SINGULAR_VALUES = 8
 WIDEST_ROW = 96
 WIDEST_VECTOR = 1024
 LARGEST_HEAD = 16_384
+MLP_NAMES = ("hidden.weight", "hidden.bias", "output.weight", "output.bias")
 BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")
 
 
@@ -65,7 +66,7 @@ def sorted_neurons(vectors: Float[Tensor, "M P"], layout: Layout) -> Float[Tenso
         ZooError: for any other layout.
 
     Example:
-        >>> layout = Layout(("hidden.weight", "hidden.bias", "output.weight", "output.bias"), ((2, 1), (2,), (1, 2), (1,)))
+        >>> layout = Layout(MLP_NAMES, ((2, 1), (2,), (1, 2), (1,)))
         >>> sorted_neurons(torch.tensor([[5.0, 1.0, 0.5, 0.1, 7.0, 8.0, 9.0]]), layout)
         tensor([[1.0000, 5.0000, 0.1000, 0.5000, 8.0000, 7.0000, 9.0000]])
     """
@@ -136,14 +137,21 @@ def vit_sets(vectors: Float[Tensor, "M D"], layout: Layout, heads: int) -> dict[
     return {name: torch.stack(rows, 1) for name, rows in sets.items()} | {"plain": torch.cat(plain, 1)}
 
 
-_IN_SETS = ("mlp.fc1.weight", "mlp.fc1.bias", "mlp.fc2.weight", "attn.qkv.weight", "attn.qkv.bias", "attn.proj.weight")
+_IN_SETS = (
+    "mlp.fc1.weight",
+    "mlp.fc1.bias",
+    "mlp.fc2.weight",
+    "attn.qkv.weight",
+    "attn.qkv.bias",
+    "attn.proj.weight",
+)
 
 
 def sketch(values: Float[Tensor, "*B r"], width: int) -> Float[Tensor, "*B w"]:
     """Values of the last axis summed into so many places with random signs, the same for every caller.
 
-    It keeps inner products in expectation (Charikar et al., "Finding frequent items in data streams", 2002). Axes that
-    are short enough stay as they are.
+    It keeps inner products in expectation (Charikar et al., "Finding frequent items in data streams", 2002). Axes
+    that are short enough stay as they are.
 
     Example:
         >>> sketch(torch.ones(2, 3), 8).shape, sketch(torch.ones(2, 30), 8).shape
@@ -206,12 +214,14 @@ def difference_components(
 
 
 def _of_mlp(layout: Layout) -> Layout:
-    if layout.names != ("hidden.weight", "hidden.bias", "output.weight", "output.bias"):
+    if layout.names != MLP_NAMES:
         raise ZooError(f"layout {layout.fingerprint} is not that of an MLP with one hidden layer")
     return layout
 
 
-def views_of_mlps(vectors: Float[Tensor, "M P"], layout: Layout) -> tuple[Mapping[str, np.ndarray], Mapping[str, Tensor]]:
+def views_of_mlps(
+    vectors: Float[Tensor, "M P"], layout: Layout
+) -> tuple[Mapping[str, np.ndarray], Mapping[str, Tensor]]:
     """Features and sets of small MLPs: `flat`, `sorted`, and the sets of the encoder."""
     features = {"flat": vectors.double().numpy(), "sorted": sorted_neurons(vectors, layout).double().numpy()}
     return features, mlp_sets(vectors, layout)
