@@ -31,7 +31,7 @@ def quick(monkeypatch):
 
 
 def test_cells_run_once_and_continue(tmp_path, quick):
-    cells = [Cell("A", 0.2), Cell("DMI", 0, True, learner="causal"), Cell("B", 50.0, number=True)]
+    cells = [Cell("A", 0.2), Cell("DMI", 0.0, True, learner="causal"), Cell("B", 50.0, number=True)]
     assert run_replication(cells, TINY, tmp_path, stop_after=-1) == 3
     assert run_replication(cells[:2], TINY, tmp_path) == 0
     kept = (tmp_path / "A_0.2_published_world0.csv").read_bytes()
@@ -63,8 +63,8 @@ def test_settings_are_those_published_and_mended():
     published, mended = setting_of(Cell("C", 512.0, number=True)), setting_of(Cell("C", 512.0, True, True))
     assert published.training.steps_for(512) == 320
     assert mended.training.steps_for(512) == 1280
-    assert setting_of(Cell("DMI", 0, learner="erm")).rows == (1536, 2048)
-    assert setting_of(Cell("DMI", 0, True, learner="erm")).rows == (2040, 2040)
+    assert setting_of(Cell("DMI", 0.0, learner="erm")).rows == (1536, 2048)
+    assert setting_of(Cell("DMI", 0.0, True, learner="erm")).rows == (2040, 2040)
     assert setting_of(Cell("B", 2.0, True, True)).widths.hidden == 2
     assert setting_of(Cell("B", 50.0, number=True)).training.stop_below == 50
 
@@ -72,7 +72,7 @@ def test_settings_are_those_published_and_mended():
 def test_unequal_cells_are_refused_but_where_they_are_published(monkeypatch):
     monkeypatch.setattr(replication_cells, "EQUAL_ROWS", (1536, 2048))
     with pytest.raises(ZooError, match="training examples differ"):
-        next(run_cell(Cell("DMI", 0, True, learner="causal"), TINY))
+        next(run_cell(Cell("DMI", 0.0, True, learner="causal"), TINY))
 
 
 def test_the_standard_tier_is_as_large_as_the_specification_says():

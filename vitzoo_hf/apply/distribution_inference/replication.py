@@ -32,12 +32,12 @@ def cells_of(tier: str) -> list[Cell]:
     """
     if tier not in TIERS:
         raise ZooError(f"unknown tier {tier!r}: {did_you_mean(tier, list(TIERS))}")
-    dmi = [Cell("DMI", 0, mended, learner=learner) for learner in ("erm", "causal") for mended in (False, True)]
+    dmi = [Cell("DMI", 0.0, mended, learner=learner) for learner in ("erm", "causal") for mended in (False, True)]
     if tier == "smoke":
         return [Cell("A", 0.0), Cell("A", 0.2), Cell("B", 50.0, number=True), *dmi[:2]]
     worlds = range(TIERS[tier].worlds)
-    dmi += [Cell("DMI", 0, mended, learner="irm") for mended in (False, True)]
-    needed, more = list(dmi), [Cell("DMI", 0, True, learner="irm_squared")]
+    dmi += [Cell("DMI", 0.0, mended, learner="irm") for mended in (False, True)]
+    needed, more = list(dmi), [Cell("DMI", 0.0, True, learner="irm_squared")]
     for world in worlds:
         for place in range(2):
             needed.append(Cell("A", EPSILONS[place], world=world))
@@ -101,11 +101,10 @@ def gather(cells: Sequence[Cell], runs: Path) -> pd.DataFrame:
         ZooError: if no cell is finished.
     """
     files = [runs / f"{cell.name}.csv" for cell in cells]
-    tables = [pd.read_csv(file, keep_default_na=False, na_values=["nan", ""]) for file in files if file.is_file()]
+    tables = [_read(file) for file in files if file.is_file()]
     if not tables:
         raise ZooError(f"no finished cell in {runs}: run some first")
     table = pd.concat(tables, ignore_index=True)
-    table["learner"] = table["learner"].fillna("")
     rows = []
     for key, group in table.groupby(KEYS, sort=False):
         kept = [np.load(runs / f"{cell}.npz")[key[-1]] for cell in group["cell"]]
@@ -122,6 +121,11 @@ def gather(cells: Sequence[Cell], runs: Path) -> pd.DataFrame:
             row[name] = group[name].mean()
         rows.append(row)
     return pd.DataFrame(rows)
+
+
+def _read(file: Path) -> pd.DataFrame:
+    text = dict.fromkeys(("learner", "diverged", "rows", "steps"), str)
+    return pd.read_csv(file, dtype=text, keep_default_na=False, na_values={"auc": "", "flipped_error": ""})
 
 
 @dataclass(frozen=True)
@@ -211,17 +215,17 @@ def _finite(table: pd.DataFrame) -> tuple[str, bool]:
 
 
 def _published(table: pd.DataFrame) -> tuple[str, bool]:
-    erm, white = (_value(table, "DMI", 0, attack, learner="erm") for attack in (BLACK, WHITE))
-    irm, causal = (_value(table, "DMI", 0, BLACK, learner=learner) for learner in ("irm", "causal"))
+    erm, white = (_value(table, "DMI", 0.0, attack, learner="erm") for attack in (BLACK, WHITE))
+    irm, causal = (_value(table, "DMI", 0.0, BLACK, learner=learner) for learner in ("irm", "causal"))
     told = f"ERM {erm:.3f} and {white:.3f}, IRM {irm:.3f}, causal {causal:.3f}"
     return told, erm >= 0.95 and white >= 0.85 and 0.65 <= irm <= 0.88 and causal <= 0.66
 
 
 def _equal(table: pd.DataFrame) -> tuple[str, bool]:
     erm, irm, causal = (
-        _value(table, "DMI", 0, BLACK, mended=True, learner=learner) for learner in ("erm", "irm", "causal")
+        _value(table, "DMI", 0.0, BLACK, mended=True, learner=learner) for learner in ("erm", "irm", "causal")
     )
-    white = _value(table, "DMI", 0, WHITE, mended=True, learner="causal")
+    white = _value(table, "DMI", 0.0, WHITE, mended=True, learner="causal")
     rows = table[(table["learner"] == "irm") & table["mended"]]
     told = f"causal {causal:.3f} and {white:.3f}, ERM {erm:.3f}, IRM {irm:.3f}, diverged {rows['diverged'].iloc[0]}"
     met = abs(causal - 0.5) <= 0.05 and abs(white - 0.5) <= 0.05 and erm >= 0.95 and 0.65 <= irm <= 0.90
@@ -230,7 +234,7 @@ def _equal(table: pd.DataFrame) -> tuple[str, bool]:
 
 def _flipped_errors(table: pd.DataFrame) -> tuple[str, bool]:
     found = {
-        learner: _value(table, "DMI", 0, BLACK, learner=learner, column="flipped_error")
+        learner: _value(table, "DMI", 0.0, BLACK, learner=learner, column="flipped_error")
         for learner in ANALYTIC_FLIPPED
     }
     met = all(abs(found[learner] / value - 1) <= 0.05 for learner, value in ANALYTIC_FLIPPED.items())

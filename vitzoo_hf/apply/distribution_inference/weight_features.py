@@ -167,7 +167,7 @@ def sketch(values: Float[Tensor, "*B r"], width: int) -> Float[Tensor, "*B w"]:
 
 
 def difference_components(
-    blocks: Iterable[Float[Tensor, "P c"]],
+    blocks: Iterable[Float[Tensor, "P _"]],
     shadows: Bool[Tensor, " P"],
     wanted: Int64[Tensor, " M"],
     bases: Int64[Tensor, " P"],

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +99,7 @@ def attack_zoo(
     index = index.set_index("model_id").loc[own.model_ids].reset_index()
     column = _column(index, secret)
     space, secrets = secret_of([_plain(value) for value in index[column]])
-    shadows = torch.from_numpy((index[_column(index, role)] == "shadow").to_numpy())
+    shadows = torch.from_numpy((index[_column(index, role)] == "shadow").to_numpy(copy=True))
     guards = _guards(index, column, role, secrets, shadows, space, unequal)
     options: dict[str, Any] = {"device": device, "progress": progress}
     asked, queries = None, None
@@ -113,8 +114,9 @@ def attack_zoo(
     rows, guesses = [], {"model_id": index["model_id"][seen_at.numpy()], column: index[column][seen_at.numpy()]}
     for name in names:
         repeats = range(seeds) if name in WITH_SEEDS else range(1)
-        outcome = play(known, targets, truth, OF_ZOOS[name], seeds=repeats)
-        rows.append(_row(name, access, space, truth, outcome) | {"shadow_value": _on_shadows(known, OF_ZOOS[name])})
+        attack = partial(set_encoder, device=device) if name == "set_encoder" else OF_ZOOS[name]
+        outcome = play(known, targets, truth, attack, seeds=repeats)
+        rows.append(_row(name, access, space, truth, outcome) | {"shadow_value": _on_shadows(known, attack)})
         guesses[name] = _told(space, outcome.guesses)
     table = pd.DataFrame(rows)
     best = table["shadow_value"].idxmax() if isinstance(space, ClassSecret) else table["shadow_value"].idxmin()
