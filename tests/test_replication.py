@@ -32,7 +32,7 @@ def quick(monkeypatch):
 
 def test_cells_run_once_and_continue(tmp_path, quick):
     cells = [Cell("A", 0.2), Cell("DMI", 0.0, True, learner="causal"), Cell("B", 50.0, number=True)]
-    assert run_replication(cells, TINY, tmp_path, stop_after=-1) == 3
+    assert run_replication(cells, TINY, tmp_path, stop_after=-1.0) == 3
     assert run_replication(cells[:2], TINY, tmp_path) == 0
     kept = (tmp_path / "A_0.2_published_world0.csv").read_bytes()
     assert run_replication(cells, TINY, tmp_path) == 0

@@ -43,8 +43,7 @@ def attack(
         role: Column that says target or shadow.
         access: What is seen of models; weights come with probabilities.
         attacks: threshold_test, per_point_threshold_test, kl_test, meta_classifier, ridge_on_outputs, head,
-            components, statistics, set_encoder, log_odds, flat_mlp; by default all but the last two that the access
-            allows.
+            components, statistics, set_encoder, log_odds, flat_mlp; by default those that fit, but the last two.
         queries: Selection images that models are asked about.
         seeds: Repetitions of attacks with randomness.
         unequal: Go on although models differ in more than their secret; the card says so.
@@ -54,24 +53,16 @@ def attack(
     """
     from vitzoo_hf.apply.distribution_inference.zoo_attacks import attack_zoo
 
-    check_least("--queries", queries, 1)
-    check_least("--seeds", seeds, 1)
-    if out is not None:
-        make_folder(out)
-    report = attack_zoo(
-        open_zoo(zoo, where),
-        secret,
-        role=role.removesuffix("=role"),
-        access=access,
-        attacks=attacks,
-        num_queries=queries,
-        seeds=seeds,
-        unequal=unequal,
-        seed=seed,
-        cache=cache or (None if out is None else out / CACHE),
-        device=device,
-        progress=not (json or quiet),
-    )
+    _check(queries, seeds, out)
+    options: dict[str, Any] = {
+        "role": role,
+        "access": access,
+        "attacks": attacks,
+        "num_queries": queries,
+        "seeds": seeds,
+    }
+    options |= {"unequal": unequal, "seed": seed, "cache": cache or (out and out / CACHE), "device": device}
+    report = attack_zoo(open_zoo(zoo, where), secret, progress=not (json or quiet), **options)
     if out is not None:
         _write(report, out)
     if json:
@@ -81,10 +72,15 @@ def attack(
     for name, told in report.facts["guards"].items():
         print(f"{name}: {told}")
     if not quiet:
-        kept = (
-            f"read {out / 'attack_card.md'}" if out else f"vitzoo attack {quote(zoo)} --secret {secret} --out FOLDER"
-        )
-        hint(f"Next: {kept}")
+        more = f"vitzoo attack {quote(zoo)} --secret {secret} --out FOLDER"
+        hint(f"Next: {more if out is None else f'read {out}/attack_card.md'}")
+
+
+def _check(queries: int, seeds: int, out: Path | None) -> None:
+    check_least("--queries", queries, 1)
+    check_least("--seeds", seeds, 1)
+    if out is not None:
+        make_folder(out)
 
 
 def _write(report: Any, out: Path) -> None:

@@ -68,7 +68,9 @@ def guess_by_mlp(
     from sklearn.neural_network import MLPClassifier, MLPRegressor
 
     known, seen = standardised(features, targets)
+    classes = len(shadows.secret.values) if isinstance(shadows.secret, ClassSecret) else 1
     options = {"hidden_layer_sizes": HIDDEN, "max_iter": MAX_EPOCHS, "early_stopping": True, "random_state": seed}
+    options["validation_fraction"] = max(0.1, classes / len(known))
     with warnings.catch_warnings():
         warnings.simplefilter("error", ConvergenceWarning)
         try:

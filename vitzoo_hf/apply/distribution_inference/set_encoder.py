@@ -8,7 +8,6 @@ import copy
 import math
 from collections.abc import Mapping
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -212,7 +211,7 @@ def _train(network: nn.Module, sets: Sets, truth: Tensor, seed: int) -> None:
     network.eval()
 
 
-def _truth(shadows: Shadows) -> tuple[Tensor, np.ndarray | Tensor, np.ndarray | Tensor]:
+def _truth(shadows: Shadows) -> tuple[Tensor, Tensor, Tensor]:
     """Classes; or numbers, standardised, with their mean and deviation."""
     if isinstance(shadows.secret, ClassSecret):
         return shadows.secrets, torch.tensor(0.0), torch.tensor(1.0)

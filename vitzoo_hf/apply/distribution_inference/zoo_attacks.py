@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vitzoo_hf.apply.distribution_inference.black_box import BLACK_BOX
-from vitzoo_hf.apply.distribution_inference.game import Attack, Outcome, Shadows, check_equal, play
+from vitzoo_hf.apply.distribution_inference.game import Attack, Outcome, Shadows, Views, check_equal, play
 from vitzoo_hf.apply.distribution_inference.metrics import leaked_samples, leaked_samples_of_errors
 from vitzoo_hf.apply.distribution_inference.secrets import ClassSecret, Secret, secret_of
 from vitzoo_hf.apply.distribution_inference.set_encoder import set_encoder
@@ -111,18 +111,35 @@ def attack_zoo(
     known_at, seen_at = shadows.nonzero()[:, 0], (~shadows).nonzero()[:, 0]
     known = Shadows(joined_views(asked, read, known_at), secrets[known_at], space, queries)
     targets, truth = joined_views(asked, read, seen_at), secrets[seen_at]
-    rows, guesses = [], {"model_id": index["model_id"][seen_at.numpy()], column: index[column][seen_at.numpy()]}
+    table, guesses = _played(names, known, targets, truth, access, seeds, device)
+    told = index.loc[seen_at.numpy(), ["model_id", column]].reset_index(drop=True)
+    facts = _facts(zoo, column, space, access, index, shadows, guards, num_queries, seeds)
+    return Report(table, facts, told.assign(**guesses))
+
+
+def _played(
+    names: Sequence[str],
+    known: Shadows,
+    targets: Views,
+    truth: Tensor,
+    access: str,
+    seeds: int,
+    device: str | torch.device,
+) -> tuple[pd.DataFrame, dict[str, list[Any]]]:
+    """A row an attack, the best on shadows marked, and the guesses of each."""
+    rows, guesses = [], {}
     for name in names:
         repeats = range(seeds) if name in WITH_SEEDS else range(1)
         attack = partial(set_encoder, device=device) if name == "set_encoder" else OF_ZOOS[name]
         outcome = play(known, targets, truth, attack, seeds=repeats)
-        rows.append(_row(name, access, space, truth, outcome) | {"shadow_value": _on_shadows(known, attack)})
-        guesses[name] = _told(space, outcome.guesses)
+        row = _row(name, access, known.secret, truth, outcome)
+        rows.append(row | {"shadow_value": _on_shadows(known, attack)})
+        guesses[name] = _told(known.secret, outcome.guesses)
     table = pd.DataFrame(rows)
-    best = table["shadow_value"].idxmax() if isinstance(space, ClassSecret) else table["shadow_value"].idxmin()
-    table["chosen"] = table.index == best
-    facts = _facts(zoo, column, space, access, index, shadows, guards, num_queries, seeds)
-    return Report(table, facts, pd.DataFrame(guesses))
+    values = table["shadow_value"] if isinstance(known.secret, ClassSecret) else -table["shadow_value"]
+    table["chosen"] = values == values.max()
+    table.loc[table.index[table["chosen"]][1:], "chosen"] = False
+    return table, guesses
 
 
 def _chosen(attacks: Sequence[str] | None, access: str) -> list[str]:
