@@ -7,6 +7,7 @@ classes where there are more; of a number they are regressions, as each says.
 import itertools
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -14,7 +15,7 @@ import torch
 from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
-from vitzoo_hf.apply.distribution_inference.game import Attack, Guesses, Queries, Shadows, Views
+from vitzoo_hf.apply.distribution_inference.game import Attack, Guesses, Kind, Queries, Shadows, Views
 from vitzoo_hf.apply.distribution_inference.meta_models import clamped, guess_by_mlp, guess_by_ridge
 from vitzoo_hf.apply.distribution_inference.secrets import ClassSecret
 from vitzoo_hf.schema import ZooError
@@ -119,7 +120,7 @@ def kl_test(shadows: Shadows, targets: Views, seed: int = 0) -> Guesses:
     queries = shadows.asked()
     between = _divergences(shadows.views, targets, queries)
     if not isinstance(shadows.secret, ClassSecret):
-        own = _divergences(shadows.views, _as_kind(shadows.views, targets), queries).mean(0)
+        own = _divergences(shadows.views, seen_like(shadows.views, targets.kind), queries).mean(0)
         return Guesses(clamped(shadows, _nearest(own, between.mean(0), shadows.secrets)))
     classes = len(shadows.secret.values)
     votes = torch.zeros(between.shape[2], classes, dtype=torch.float64)
@@ -162,10 +163,10 @@ def _flat(shadows: Shadows, targets: Views) -> tuple[np.ndarray, np.ndarray]:
     return own, seen
 
 
-def _as_kind(views: Views, like: Views) -> Views:
-    """The same models, seen as others are."""
-    if like.kind == "labels" and views.kind == "log_probabilities":
-        return Views(label_only(views.answers()), "labels")
+def seen_like(views: Views, kind: Kind) -> Views:
+    """The same models, but only their predicted classes where others are known by those alone."""
+    if kind == "labels" and views.kind == "log_probabilities" and views.outputs is not None:
+        return replace(views, outputs=label_only(views.outputs), kind="labels")
     return views
 
 
@@ -175,7 +176,7 @@ def _comparable(own: Views, targets: Views) -> Views:
     Raises:
         ZooError: if they cannot be.
     """
-    known = _as_kind(own, targets)
+    known = seen_like(own, targets.kind)
     if known.kind != targets.kind or known.answers().shape[1:] != targets.answers().shape[1:]:
         raise ZooError(
             f"shadows answer with {known.kind} {list(known.answers().shape[1:])}, targets with {targets.kind}"

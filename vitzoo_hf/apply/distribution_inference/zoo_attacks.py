@@ -11,8 +11,8 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from vitzoo_hf.apply.distribution_inference.black_box import BLACK_BOX
-from vitzoo_hf.apply.distribution_inference.game import Attack, Outcome, Shadows, Views, check_equal, play
+from vitzoo_hf.apply.distribution_inference.black_box import BLACK_BOX, seen_like
+from vitzoo_hf.apply.distribution_inference.game import Attack, Kind, Outcome, Shadows, Views, check_equal, play
 from vitzoo_hf.apply.distribution_inference.metrics import leaked_samples, leaked_samples_of_errors
 from vitzoo_hf.apply.distribution_inference.secrets import ClassSecret, Secret, secret_of
 from vitzoo_hf.apply.distribution_inference.set_encoder import set_encoder
@@ -104,13 +104,14 @@ def attack_zoo(
     options: dict[str, Any] = {"device": device, "progress": progress}
     asked, queries = None, None
     if any(name in BLACK_BOX for name in names):
-        asks = {"num_queries": num_queries, "seed": seed, "labels_only": access == "labels", "cache": cache}
+        asks: dict[str, Any] = {"num_queries": num_queries, "seed": seed, "cache": cache}
         asked, queries = zoo_outputs(own, **asks, **options)
     wanted = [READS[name] for name in names if name in READS]
     read = zoo_features(own, shadows, wanted, **options) if wanted else None
     known_at, seen_at = shadows.nonzero()[:, 0], (~shadows).nonzero()[:, 0]
     known = Shadows(joined_views(asked, read, known_at), secrets[known_at], space, queries)
     targets, truth = joined_views(asked, read, seen_at), secrets[seen_at]
+    targets = seen_like(targets, "labels") if access == "labels" else targets
     table, guesses = _played(names, known, targets, truth, access, seeds, device)
     told = index.loc[seen_at.numpy(), ["model_id", column]].reset_index(drop=True)
     facts = _facts(zoo, column, space, access, index, shadows, guards, num_queries, seeds)
@@ -133,7 +134,7 @@ def _played(
         attack = partial(set_encoder, device=device) if name == "set_encoder" else OF_ZOOS[name]
         outcome = play(known, targets, truth, attack, seeds=repeats)
         row = _row(name, access, known.secret, truth, outcome)
-        rows.append(row | {"shadow_value": _on_shadows(known, attack)})
+        rows.append(row | {"shadow_value": _on_shadows(known, attack, targets.kind)})
         guesses[name] = _told(known.secret, outcome.guesses)
     table = pd.DataFrame(rows)
     values = table["shadow_value"] if isinstance(known.secret, ClassSecret) else -table["shadow_value"]
@@ -258,14 +259,14 @@ def _leaked(space: Secret, truth: Tensor, outcome: Outcome) -> float | None:
     return leaked_samples_of_errors(truth[:, 0], outcome.guesses[:, 0])
 
 
-def _on_shadows(known: Shadows, attack: Attack) -> float:
+def _on_shadows(known: Shadows, attack: Attack, kind: Kind) -> float:
     """How well an attack does on every second shadow from the others: what attacks are to be chosen by."""
     order = torch.randperm(len(known.secrets), generator=torch.Generator().manual_seed(0))
     first, second = order[::2], order[1::2]
     half = Shadows(known.views.at(first), known.secrets[first], known.secret, known.queries)
     if len(first) < 8 or (isinstance(known.secret, ClassSecret) and len(half.secrets.unique()) < 2):
         return float("nan")
-    outcome = play(half, known.views.at(second), known.secrets[second], attack)
+    outcome = play(half, seen_like(known.views.at(second), kind), known.secrets[second], attack)
     return (outcome.accuracy if isinstance(known.secret, ClassSecret) else outcome.risk).mean
 
 

@@ -14,7 +14,6 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from vitzoo_hf.apply.distribution_inference.black_box import label_only
 from vitzoo_hf.apply.distribution_inference.game import Queries, Views
 from vitzoo_hf.apply.distribution_inference.weight_features import (
     difference_components,
@@ -50,7 +49,6 @@ def zoo_outputs(
     *,
     num_queries: int,
     seed: int,
-    labels_only: bool = False,
     cache: Path | None = None,
     device: str | torch.device = "cpu",
     progress: bool = False,
@@ -61,7 +59,6 @@ def zoo_outputs(
         zoo: classifiers of one data set, in the order of the views.
         num_queries: images drawn at random, at most.
         seed: that draws them.
-        labels_only: see predicted classes alone.
         cache: folder that keeps outputs; a temporary one by default.
         device: where models run.
         progress: show a bar.
@@ -86,8 +83,7 @@ def zoo_outputs(
     outputs = torch.stack(logits).log_softmax(2)
     if not outputs.isfinite().all():
         raise ZooError("outputs of some model are NaN or infinite: leave diverged models out by --where")
-    queries = Queries(torch.zeros(len(chosen), dtype=torch.int64), batch.labels)
-    return (Views(label_only(outputs), "labels") if labels_only else Views(outputs)), queries
+    return Views(outputs), Queries(torch.zeros(len(chosen), dtype=torch.int64), batch.labels)
 
 
 def zoo_features(
