@@ -16,9 +16,9 @@ SHOWN = {
 }
 PANELS = (
     ("A", False, "size of the change to the teacher (epsilon)", "source 1: E[Y|X]"),
-    ("A-bis", False, "training loss at which a model stops", "source 1: less is memorised to the right"),
-    ("B", False, "training loss at which a model stops", "source 2: worse fit to the right"),
-    ("C", False, "examples n, 20 epochs", "source 3 as published: steps grow with n"),
+    ("A-bis", False, "training loss at which a model stops", "source 1, stopped early"),
+    ("B", False, "training loss at which a model stops", "source 2: fitness"),
+    ("C", False, "examples n, 20 epochs", "source 3 as published"),
     ("C", True, "examples n, 1280 steps", "source 3, steps fixed"),
 )
 
@@ -65,7 +65,7 @@ def _learners(axis: Any, table: pd.DataFrame) -> None:
         names = [f"{row.learner}\n{'equal n' if row.mended else 'published'}" for row in rows.itertuples()]
         axis.bar(range(len(rows)), middle, yerr=[middle - low, high - middle], color=colours, ecolor=INK)
         axis.set_xticks(range(len(rows)), names, fontsize=6.5)
-    axis.set(title="membership of an environment, by learner")
+    axis.set(title="is an environment among the data")
 
 
 def advantages(rows: pd.DataFrame) -> tuple[pd.Series, pd.Series, pd.Series]:

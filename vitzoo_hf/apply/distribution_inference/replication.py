@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -81,7 +82,8 @@ def run_replication(
         for cell in todo:
             if time.perf_counter() - start > stop_after:
                 break
-            rows, losses = [], {}
+            rows: list[dict[str, Any]] = []
+            losses: dict[str, Any] = {}
             for row, outcome in run_cell(cell, sizes, device=device):
                 rows.append(row)
                 losses[row["attack"]] = outcome.losses.numpy()

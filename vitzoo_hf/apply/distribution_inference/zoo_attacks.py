@@ -237,7 +237,7 @@ def _differing(index: pd.DataFrame, column: str, role: str) -> list[str]:
 def _row(name: str, access: str, space: Secret, truth: Tensor, outcome: Outcome) -> dict[str, Any]:
     classes = isinstance(space, ClassSecret)
     value = outcome.accuracy if classes else outcome.risk
-    row = {
+    row: dict[str, Any] = {
         "attack": name,
         "access": "weights" if name in READS else "probabilities" if access == "weights" else access,
     }
