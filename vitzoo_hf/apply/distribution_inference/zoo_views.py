@@ -172,7 +172,7 @@ def _components(
     bases = [group.base for group in groups if group.base is not None]
     own = zoo.model_ids
     with_bases = zoo.unfiltered.filter(model_id=list(dict.fromkeys([*own, *bases])))
-    columns = with_bases.weight_columns(device=device)
+    columns = with_bases.weight_columns(device=device).verified()
     place = {model_id: number for number, model_id in enumerate(columns.model_ids)}
     of_base = torch.arange(len(place))
     for group in groups:
