@@ -59,17 +59,17 @@ def card_text(
     return card.content.rstrip("\n") + "\n"
 
 
-def template() -> str:
-    """The text of the card's template, from the installed package or from a checkout.
+def template(name: str = TEMPLATE) -> str:
+    """The text of a card's template, from the installed package or from a checkout.
 
     Raises:
         ZooError: if neither has it.
     """
     package = Path(__file__).parent
     for folder in (package, package.parent):
-        if (folder / "cards" / TEMPLATE).is_file():
-            return (folder / "cards" / TEMPLATE).read_text(encoding="utf-8")
-    raise ZooError(f"the template {package / 'cards' / TEMPLATE} is missing: install vitzoo-hf again")
+        if (folder / "cards" / name).is_file():
+            return (folder / "cards" / name).read_text(encoding="utf-8")
+    raise ZooError(f"the template {package / 'cards' / name} is missing: install vitzoo-hf again")
 
 
 def _default(facts: Facts, manifest: Mapping[str, Any], default: str | None) -> str:

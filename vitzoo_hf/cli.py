@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from cyclopts import App
 from cyclopts.exceptions import CycloptsError
 
+from vitzoo_hf.attack_verb import attack
 from vitzoo_hf.console import format_bytes, format_duration, hint, join, print_json, print_table
 from vitzoo_hf.decode_verb import decode
 from vitzoo_hf.encode_verb import encode
@@ -53,6 +54,7 @@ for verb in (
     encode,
     decode,
     sample,
+    attack,
 ):
     app.command(verb)
 

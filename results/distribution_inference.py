@@ -1,0 +1,57 @@
+"""Replicate the published synthetic tasks of distribution inference, and write tables, figures and criteria.
+
+python results/distribution_inference.py --tier smoke|standard [--only A A-bis B C DMI] [--runs FOLDER]
+
+Interrupted, the same command continues: a finished cell is a table in the folder of --runs and is not run again.
+"""
+
+import argparse
+import subprocess
+from pathlib import Path
+
+import torch
+
+from vitzoo_hf.apply.distribution_inference.plot_replication import plot_replication
+from vitzoo_hf.apply.distribution_inference.replication import TIERS, cells_of, criteria, gather, run_replication
+from vitzoo_hf.environment import describe
+
+HERE = Path(__file__).parent / "distribution_inference"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tier", choices=TIERS, default="smoke")
+    parser.add_argument("--only", nargs="*", default=[], help="experiments: A, A-bis, B, C, DMI")
+    parser.add_argument(
+        "--runs", type=Path, help="folder of finished cells; results/distribution_inference/runs-TIER"
+    )
+    parser.add_argument("--out", type=Path, default=HERE, help="folder of the tables and figures")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--stop-after", type=float, default=float("inf"), help="seconds after which no cell begins")
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    runs = given.runs or HERE / f"runs-{given.tier}"
+    cells = [cell for cell in cells_of(given.tier) if not given.only or cell.experiment in given.only]
+    options = {"device": given.device, "stop_after": given.stop_after, "progress": True}
+    left = run_replication(cells, TIERS[given.tier], runs, **options)
+    table = gather(cells, runs)
+    given.out.mkdir(parents=True, exist_ok=True)
+    stem = "replication" if given.tier == "standard" else f"replication_{given.tier}"
+    table["provenance"] = provenance()
+    table.to_csv(given.out / f"{stem}.csv", index=False, float_format="%.5g", lineterminator="\n")
+    plot_replication(table).savefig(given.out / f"{stem}.png", dpi=110)
+    for found in criteria(table):
+        verdict = {True: "met", False: "MISSED", None: "open"}[found.met]
+        print(f"{found.name} {verdict}: {found.expected}; {found.found}")
+    print(f"{left} cells left; {len(table)} rows in {given.out / stem}.csv")
+
+
+def provenance() -> str:
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE.parent, capture_output=True, text=True)
+    about = {key: str(value) for key, value in describe().items()}
+    told = ", ".join(f"{key} {about[key]}" for key in ("system", "cores", "python", "torch", "numpy"))
+    return f"{told}, commit {commit.stdout.strip()}"
+
+
+if __name__ == "__main__":
+    main()

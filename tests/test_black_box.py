@@ -1,0 +1,164 @@
+"""Attacks on outputs against closed forms, loops and every kind of secret."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from vitzoo_hf.apply.distribution_inference.black_box import (
+    BLACK_BOX,
+    _divergences,
+    _point_votes,
+    _share_above,
+    kl_test,
+    label_only,
+    loss_test,
+    qualities,
+    threshold_test,
+)
+from vitzoo_hf.apply.distribution_inference.game import Queries, Shadows, Views, play
+from vitzoo_hf.apply.distribution_inference.secrets import ClassSecret, NumberSecret
+from vitzoo_hf.schema import ZooError
+
+Q = 24
+
+
+def real_outputs(means, count_of, sigma, seed):
+    """Outputs `[M, Q, 1]` around the mean of each model's secret."""
+    generator = torch.Generator().manual_seed(seed)
+    noise = sigma * torch.randn(len(count_of), Q, generator=generator)
+    return Views((means[count_of][:, None] + noise)[..., None], "real")
+
+
+def asked(origins=None, labels=None, candidates=None):
+    return Queries(torch.zeros(Q, dtype=torch.int64) if origins is None else origins, labels, candidates)
+
+
+def test_kl_test_of_two_gaussians_has_its_closed_form():
+    """Shadows sit at the means, so the test takes the nearer mean: accuracy Phi(sqrt Q gap / (2 sigma))."""
+    means, sigma = torch.tensor([0.0, 0.3]), 1.0
+    secret = ClassSecret((0, 1))
+    secrets, truth = secret.even(40), secret.even(6000)
+    shadows = Shadows(real_outputs(means, secrets, 0.0, 1), secrets, secret, asked())
+    found = play(shadows, real_outputs(means, truth, sigma, 2), truth, kl_test).accuracy.mean
+    expected = 0.5 * (1 + math.erf(math.sqrt(Q) * 0.3 / (2 * sigma) / math.sqrt(2)))
+    assert found == pytest.approx(expected, abs=0.015)
+
+
+def test_divergences_are_kl_of_probabilities_and_of_normal_distributions():
+    generator = torch.Generator().manual_seed(0)
+    own, seen = (torch.randn(count, Q, 3, generator=generator).log_softmax(2) for count in (4, 5))
+    origins = torch.arange(2).repeat_interleave(Q // 2)
+    found = _divergences(Views(own), Views(seen), asked(origins))
+    f, g = (values.double().exp().clamp(1e-4, 1 - 1e-4).numpy() for values in (own, seen))
+    for origin in (0, 1):
+        here = origins.numpy() == origin
+        for i in range(4):
+            for t in range(5):
+                expected = (f[i, here] * np.log(f[i, here] / g[t, here])).sum(1).mean()
+                assert found[origin, i, t].item() == pytest.approx(expected, abs=1e-9)
+    reals = [torch.randn(count, Q, 1, generator=generator) for count in (4, 5)]
+    found = _divergences(Views(reals[0], "real"), Views(reals[1], "real"), asked())
+    expected = torch.distributions.kl_divergence(
+        torch.distributions.Normal(reals[0][1], 1.0), torch.distributions.Normal(reals[1][2], 1.0)
+    ).mean()
+    assert found[0, 1, 2].item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_votes_are_counted_over_all_pairs():
+    generator = torch.Generator().manual_seed(0)
+    first, second = (torch.randint(5, (n, 3), generator=generator).double() for n in (6, 7))
+    expected = []
+    for t in range(3):
+        pairs = [(a, b) for a in first[:, t].tolist() for b in second[:, t].tolist()]
+        expected.append(np.mean([(a > b) + 0.5 * (a == b) for a, b in pairs]))
+    assert _share_above(first, second).tolist() == pytest.approx(expected)
+
+
+def test_thresholds_are_those_of_a_search():
+    generator = torch.Generator().manual_seed(0)
+    second = torch.arange(14) % 2 == 1
+    own = torch.randn(14, 3, generator=generator, dtype=torch.float64) + torch.where(second, 1.0, 0.0)[:, None]
+    seen = torch.randn(50, 3, generator=generator, dtype=torch.float64)
+    votes = []
+    for point in range(3):
+        values = own[:, point].sort().values
+        best = (-1.0, 0.0, True)
+        for cut in ((values[1:] + values[:-1]) / 2).tolist():
+            for upper in (True, False):
+                right = ((own[:, point] > cut) == upper) == second
+                gain = right[second].double().mean().item() + right[~second].double().mean().item()
+                best = max(best, (gain, cut, upper), key=lambda each: each[0])
+        votes.append((seen[:, point] > best[1]) == best[2])
+    expected = torch.stack(votes).double().mean(0)
+    torch.testing.assert_close(_point_votes(own, second, seen, share=1.0), expected)
+
+
+def test_constant_statistics_do_not_vote():
+    second = torch.arange(20) % 2 == 1
+    own = torch.stack([torch.ones(20), second.double() + torch.linspace(0, 0.1, 20)], 1).double()
+    seen = torch.tensor([[1.0, 0.0], [1.0, 1.0]], dtype=torch.float64)
+    assert _point_votes(own, second, seen, share=1.0).tolist() == [0, 1]
+    assert _point_votes(own[:, :1], second, seen[:, :1], share=1.0).tolist() == [0.5, 0.5]
+
+
+def test_loss_test_takes_the_distribution_that_is_answered_best():
+    """Three candidate distributions, and no shadow needed."""
+    secret = ClassSecret(("a", "b", "c"))
+    origins = torch.arange(3).repeat_interleave(8)
+    labels = torch.randint(4, (Q,), generator=torch.Generator().manual_seed(0))
+    outputs = torch.full((3, Q, 4), -9.0)
+    for model in range(3):
+        right = origins == model
+        outputs[model, torch.arange(Q), torch.where(right, labels, (labels + 1) % 4)] = 0.0
+    queries = asked(origins, labels, torch.tensor([2, 0, 1]))
+    shadows = Shadows(Views(), torch.tensor([0, 1, 2]), secret, queries)
+    assert loss_test(shadows, Views(outputs.log_softmax(2))).secrets.tolist() == [2, 0, 1]
+    assert qualities(Views(outputs), queries).argmax(1).tolist() == [0, 1, 2]
+    with pytest.raises(ZooError, match="every candidate distribution"):
+        loss_test(replace(shadows, queries=replace(queries, candidates=None)), Views(outputs))
+
+
+def test_real_outputs_are_judged_by_squared_error():
+    truth = torch.linspace(0, 1, Q)
+    outputs = torch.stack([truth, truth + 1])[..., None]
+    found = qualities(Views(outputs, "real"), asked(labels=truth))
+    torch.testing.assert_close(found, torch.tensor([[0.0], [-1.0]], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("name", [name for name in BLACK_BOX if name != "loss_test"])
+def test_three_classes_and_a_number_are_guessed(name):
+    generator = torch.Generator().manual_seed(0)
+    slope = torch.randn(Q, generator=generator)
+    truth = torch.zeros(Q)
+    for secret in (ClassSecret((0.0, 0.5, 1.0)), NumberSecret(((0.0, 1.0),))):
+        views, secrets = [], []
+        for count, seed in ((90, 1), (30, 2)):
+            drawn = secret.even(count)
+            scalar = drawn.float() / 2 if drawn.ndim == 1 else drawn[:, 0].float()
+            noise = 0.05 * torch.randn(count, Q, generator=torch.Generator().manual_seed(seed))
+            views.append(Views((scalar[:, None] * slope + noise)[..., None], "real"))
+            secrets.append(drawn)
+        shadows = Shadows(views[0], secrets[0], secret, asked(labels=truth))
+        outcome = play(shadows, views[1], secrets[1], BLACK_BOX[name])
+        assert outcome.advantage > 0.7, outcome.advantage
+
+
+def test_label_only_hides_all_but_the_predicted_class():
+    outputs = torch.randn(3, Q, 4, generator=torch.Generator().manual_seed(0))
+    found = label_only(outputs)
+    assert torch.equal(found.argmax(2), outputs.argmax(2))
+    torch.testing.assert_close(found.exp().sum(2), torch.ones(3, Q))
+    assert torch.equal(label_only(found * 5), found)
+    secret = ClassSecret((0, 1))
+    secrets = secret.even(40)
+    own = torch.randn(40, Q, 4, generator=torch.Generator().manual_seed(1))
+    own[..., 0] += 4.0 * secrets[:, None]
+    shadows = Shadows(Views(own.log_softmax(2)), secrets, secret, asked(labels=torch.zeros(Q, dtype=torch.int64)))
+    seen = Views(label_only(own), "labels")
+    for attack in (kl_test, threshold_test):
+        assert play(shadows, seen, secrets, attack).accuracy.mean > 0.95
+    with pytest.raises(ZooError, match="ask both the same queries"):
+        threshold_test(shadows, Views(own[:, :5], "labels"))

@@ -1,0 +1,229 @@
+"""The game: an adversary with shadow models whose secrets it knows guesses the secrets of targets.
+
+An attack is a function of shadows, of what it sees of the targets, and of a seed. It never gets the targets' secrets,
+which `play` alone compares with its guesses. Guards refuse cells in which something else than the secret differs.
+"""
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float, Float64, Int64
+from torch import Tensor
+
+from vitzoo_hf.apply.distribution_inference.metrics import Interval, area_under_curve, nested_interval
+from vitzoo_hf.apply.distribution_inference.secrets import ClassSecret, Secret, advantage
+from vitzoo_hf.schema import ZooError
+
+Kind = Literal["log_probabilities", "labels", "real"]
+
+
+@dataclass(frozen=True, eq=False)
+class Queries:
+    """Inputs that models are asked about.
+
+    Attributes:
+        origins: the query set each of Q inputs is from; sets are numbered from 0.
+        labels: true classes `[Q]`, or true outputs of a regression `[Q]`; None where they are unknown.
+        candidates: the secret whose distribution a query set is drawn from, one a set, as secrets are stored; None
+            where sets are drawn from no candidate distribution.
+    """
+
+    origins: Int64[Tensor, " Q"]
+    labels: Tensor | None = None
+    candidates: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Views:
+    """What an adversary sees of M models.
+
+    Attributes:
+        outputs: on the queries: log-probabilities, or real outputs; None without black-box access.
+        kind: of the outputs; `labels` are log-probabilities made from predicted classes alone.
+        features: of the weights: name -> float64 `[M, F]`; empty without access to weights.
+        sets: of the weights for the set encoder: name -> tensor with M models on the first axis.
+    """
+
+    outputs: Float[Tensor, "M Q K"] | None = None
+    kind: Kind = "log_probabilities"
+    features: Mapping[str, Float64[np.ndarray, "M F"]] = field(default_factory=dict)
+    sets: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def answers(self) -> Float[Tensor, "M Q K"]:
+        """The outputs.
+
+        Raises:
+            ZooError: if the adversary has no access to them.
+        """
+        if self.outputs is None:
+            raise ZooError("this attack reads outputs of models, and there are none: give access to probabilities")
+        return self.outputs
+
+    def at(self, places: Int64[Tensor, " m"]) -> "Views":
+        """Some of the models."""
+        return replace(
+            self,
+            outputs=None if self.outputs is None else self.outputs[places],
+            features={name: values[places.numpy()] for name, values in self.features.items()},
+            sets={name: values[places] for name, values in self.sets.items()},
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Shadows:
+    """Models of the adversary's own, with their secrets, and all that it knows besides."""
+
+    views: Views
+    secrets: Tensor
+    secret: Secret
+    queries: Queries | None = None
+
+    def asked(self) -> Queries:
+        """The queries.
+
+        Raises:
+            ZooError: if there are none.
+        """
+        if self.queries is None:
+            raise ZooError("this attack needs the queries that outputs answer: give `queries`")
+        return self.queries
+
+    def permuted(self, seed: int) -> "Shadows":
+        """With secrets in random order: an attack that learns from these knows nothing."""
+        order = torch.randperm(len(self.secrets), generator=torch.Generator().manual_seed(seed))
+        return replace(self, secrets=self.secrets[order])
+
+
+@dataclass(frozen=True, eq=False)
+class Guesses:
+    """What an attack says of T targets.
+
+    Attributes:
+        secrets: int64 `[T]` for classes, float64 `[T, V]` for numbers.
+        scores: of a binary secret, larger for class 1; None where an attack has none.
+    """
+
+    secrets: Tensor
+    scores: Float64[Tensor, " T"] | None = None
+
+
+Attack = Callable[[Shadows, Views, int], Guesses]
+
+
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """How well an attack did.
+
+    Attributes:
+        losses: of each target under each seed: 1 for an error, or the absolute error.
+        prior_risk: what the best guess without a model loses.
+        auc: area under the curve of a binary secret, a value a seed; empty without scores.
+        guesses: of the first seed.
+    """
+
+    losses: Float64[Tensor, "S T"]
+    prior_risk: float
+    auc: tuple[float, ...]
+    guesses: Tensor
+
+    @property
+    def risk(self) -> Interval:
+        """Mean loss over seeds and targets."""
+        return nested_interval(self.losses[None])
+
+    @property
+    def accuracy(self) -> Interval:
+        """Share of targets guessed right; for classes."""
+        mean, low, high = self.risk
+        return Interval(1 - mean, 1 - high, 1 - low)
+
+    @property
+    def advantage(self) -> float:
+        """`1 - risk / prior risk`."""
+        return advantage(self.losses.mean().item(), self.prior_risk)
+
+
+def play(
+    shadows: Shadows, targets: Views, secrets: Tensor, attack: Attack, *, seeds: Sequence[int] = (0,)
+) -> Outcome:
+    """Let an attack guess, and compare.
+
+    Args:
+        shadows: what the adversary has.
+        targets: what it sees.
+        secrets: of the targets; the attack does not get them.
+        attack: to play.
+        seeds: of its repetitions.
+
+    Raises:
+        ZooError: from an attack that lacks access, or fits another kind of secret.
+    """
+    losses, areas, first = [], [], None
+    for seed in seeds:
+        guesses = attack(shadows, targets, seed)
+        losses.append(shadows.secret.losses(guesses.secrets, secrets))
+        first = guesses.secrets if first is None else first
+        if (
+            guesses.scores is not None
+            and isinstance(shadows.secret, ClassSecret)
+            and 0 < secrets.sum() < len(secrets)
+        ):
+            areas.append(area_under_curve(guesses.scores, secrets == 1))
+    assert first is not None
+    return Outcome(torch.stack(losses), shadows.secret.prior_risk, tuple(areas), first)
+
+
+def check_equal(what: str, values: Sequence[float | int], secrets: Tensor) -> None:
+    """Refuse a cell in which models differ in something that would give the secret away.
+
+    Args:
+        what: such as `training examples` or `optimiser steps`.
+        values: one a model.
+        secrets: of the models.
+
+    Raises:
+        ZooError: naming the values and two secrets that have them.
+
+    Example:
+        >>> check_equal("training examples", [2048, 2048], torch.tensor([0, 1]))
+    """
+    other = next((place for place, value in enumerate(values) if value != values[0]), None)
+    if other is not None:
+        raise ZooError(
+            f"{what} differ between models: {values[0]:g} with secret {secrets[0].tolist()}, {values[other]:g} with"
+            f" secret {secrets[other].tolist()}; make them equal, or attacks read that instead of the distribution"
+        )
+
+
+def check_disjoint(victims: Int64[Tensor, " n"], adversary: Int64[Tensor, " m"]) -> None:
+    """Refuse victims and an adversary that share examples.
+
+    Args:
+        victims: places in the source, of all data that targets are trained on.
+        adversary: places of all data that shadows are trained on.
+
+    Raises:
+        ZooError: with the number of shared examples and one of them.
+
+    Example:
+        >>> check_disjoint(torch.tensor([0, 1]), torch.tensor([2, 3]))
+    """
+    shared = victims[torch.isin(victims, adversary)].unique()
+    if len(shared):
+        raise ZooError(
+            f"{len(shared)} examples, such as number {int(shared[0])}, are in the data of targets and of shadows:"
+            " split the source between victim and adversary first"
+        )
+
+
+def indices_digest(indices: Int64[Tensor, " n"]) -> str:
+    """Hash of a set of examples, the same in any order, for records that must not name them.
+
+    >>> indices_digest(torch.tensor([2, 1])) == indices_digest(torch.tensor([1, 2]))
+    True
+    """
+    return hashlib.sha256(np.ascontiguousarray(indices.sort().values.numpy().astype("<i8")).tobytes()).hexdigest()

@@ -1,0 +1,184 @@
+"""What an adversary wants to know of a training distribution: one of k classes, a number, several numbers.
+
+Secrets of M models are one tensor: int64 `[M]` for classes, float64 `[M, V]` for V numbers.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float64, Int64
+from torch import Tensor
+
+from vitzoo_hf.schema import ZooError
+
+MAX_CLASSES = 12
+TOLERANCE = 1e-9
+
+
+@dataclass(frozen=True)
+class ClassSecret:
+    """One of k classes.
+
+    Attributes:
+        values: what the classes stand for, such as the ratios 0.3 and 0.5.
+        prior: probability of each; equal by default.
+
+    Raises:
+        ZooError: for fewer than two classes, or a prior that is none.
+
+    Example:
+        >>> secret = ClassSecret((0.3, 0.5))
+        >>> secret.prior_risk, secret.even(4).tolist()
+        (0.5, [0, 1, 0, 1])
+    """
+
+    values: tuple[Any, ...]
+    prior: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        if len(set(self.values)) < 2 or len(set(self.values)) != len(self.values):
+            raise ZooError(f"a secret with the classes {list(self.values)}: expected at least two, all different")
+        if not self.prior:
+            object.__setattr__(self, "prior", (1 / len(self.values),) * len(self.values))
+        wrong = len(self.prior) != len(self.values) or min(self.prior) < 0
+        if wrong or abs(sum(self.prior) - 1) > TOLERANCE:
+            raise ZooError(f"a prior {list(self.prior)} of {len(self.values)} classes: expected shares that sum to 1")
+
+    @property
+    def prior_risk(self) -> float:
+        """Share of errors of the best guess without a model."""
+        return 1 - max(self.prior)
+
+    def even(self, count: int) -> Int64[Tensor, " M"]:
+        """As many of each class as can be, in turn; for an equal prior."""
+        return torch.arange(count) % len(self.values)
+
+    def uniform(self, count: int, seed: int) -> Int64[Tensor, " M"]:
+        """Independent draws from the prior."""
+        generator = torch.Generator().manual_seed(seed)
+        return torch.multinomial(torch.tensor(self.prior), count, replacement=True, generator=generator)
+
+    def losses(self, guesses: Int64[Tensor, " M"], secrets: Int64[Tensor, " M"]) -> Float64[Tensor, " M"]:
+        """1 for an error, 0 else."""
+        return (guesses != secrets).double()
+
+
+@dataclass(frozen=True)
+class NumberSecret:
+    """V numbers, each in an interval.
+
+    Attributes:
+        bounds: lowest and highest value of each number.
+        levels: the values a number takes, each as likely, where it is not uniform in its interval.
+
+    Raises:
+        ZooError: for an empty interval, or levels outside of it.
+
+    Example:
+        >>> secret = NumberSecret(((0.0, 1.0),))
+        >>> secret.prior_risk, secret.even(4)[:, 0].tolist()
+        (0.25, [0.0, 0.25, 0.5, 0.75])
+    """
+
+    bounds: tuple[tuple[float, float], ...]
+    levels: tuple[tuple[float, ...], ...] | None = None
+
+    def __post_init__(self) -> None:
+        if not self.bounds or any(not low < high for low, high in self.bounds):
+            raise ZooError(f"a secret with the intervals {list(self.bounds)}: expected low < high for each number")
+        for (low, high), levels in zip(self.bounds, self.levels or (), strict=self.levels is not None):
+            if not levels or min(levels) < low or max(levels) > high:
+                raise ZooError(f"levels {list(levels)} of a number in {low:g} to {high:g}: expected values in there")
+
+    @property
+    def prior_risk(self) -> float:
+        """Mean absolute error of the best guess without a model, the median, over the numbers."""
+        if self.levels is None:
+            return sum(high - low for low, high in self.bounds) / (4 * len(self.bounds))
+        values = [torch.tensor(levels, dtype=torch.float64) for levels in self.levels]
+        return sum((each - each.median()).abs().mean().item() for each in values) / len(values)
+
+    def even(self, count: int) -> Float64[Tensor, "M 1"]:
+        """An even grid from the lowest value up to, but without, the highest; or the levels in turn.
+
+        Raises:
+            ZooError: for several numbers, which have no grid: draw them by `uniform`.
+        """
+        if len(self.bounds) != 1:
+            raise ZooError(f"an even grid of {len(self.bounds)} numbers: draw them by `uniform`")
+        if self.levels is not None:
+            levels = torch.tensor(self.levels[0], dtype=torch.float64)
+            return levels[torch.arange(count) % len(levels)][:, None]
+        low, high = self.bounds[0]
+        return low + (high - low) * torch.arange(count, dtype=torch.float64)[:, None] / count
+
+    def uniform(self, count: int, seed: int) -> Float64[Tensor, "M V"]:
+        """Independent draws from the prior."""
+        generator = torch.Generator().manual_seed(seed)
+        drawn = torch.rand(count, len(self.bounds), dtype=torch.float64, generator=generator)
+        columns = []
+        for number, (low, high) in enumerate(self.bounds):
+            if self.levels is None:
+                columns.append(low + (high - low) * drawn[:, number])
+                continue
+            levels = torch.tensor(self.levels[number], dtype=torch.float64)
+            columns.append(levels[(drawn[:, number] * len(levels)).long()])
+        return torch.stack(columns, 1)
+
+    def losses(self, guesses: Float64[Tensor, "M V"], secrets: Float64[Tensor, "M V"]) -> Float64[Tensor, " M"]:
+        """Absolute error, the mean over the numbers."""
+        return (guesses - secrets).abs().mean(1)
+
+
+Secret = ClassSecret | NumberSecret
+Secrets = Int64[Tensor, " M"] | Float64[Tensor, "M V"]
+
+
+def secret_of(values: Sequence[Any], *, as_classes: bool | None = None) -> tuple[Secret, Tensor]:
+    """The space of secrets that a column of values shows, and the secrets of its models.
+
+    Text, truth values and two different numbers are classes; more numbers are a number with these levels.
+
+    Args:
+        values: one a model, of shadows and targets together.
+        as_classes: decide otherwise.
+
+    Raises:
+        ZooError: for a missing value, fewer than two different ones, or more classes than can be told apart.
+
+    Example:
+        >>> secret, secrets = secret_of([0.3, 0.5, 0.3])
+        >>> secret.values, secrets.tolist()
+        ((0.3, 0.5), [0, 1, 0])
+    """
+    if any(value is None or value != value for value in values):
+        raise ZooError("some models have no secret: leave them out, such as by --where")
+    known = sorted(set(values))
+    if len(known) < 2:
+        raise ZooError(
+            f"every model has the secret {known[0]!r}: expected at least two different ones"
+            if known
+            else "there is no model with a secret"
+        )
+    numeric = all(isinstance(value, int | float) and not isinstance(value, bool) for value in known)
+    if as_classes if as_classes is not None else not numeric or len(known) == 2:
+        if len(known) > MAX_CLASSES:
+            raise ZooError(f"{len(known)} different secrets as classes: expected at most {MAX_CLASSES}")
+        return ClassSecret(tuple(known)), torch.tensor([known.index(value) for value in values])
+    if not numeric:
+        raise ZooError(f"secrets such as {known[0]!r} are no numbers: take them as classes")
+    numbers = torch.tensor(values, dtype=torch.float64)[:, None]
+    bounds = ((float(known[0]), float(known[-1])),)
+    return NumberSecret(bounds, (tuple(map(float, known)),)), numbers
+
+
+def advantage(risk: float, prior_risk: float) -> float:
+    """`1 - risk / prior risk`: 0 for the best guess without the model, 1 for an attack without errors.
+
+    Example:
+        >>> advantage(0.1, 0.5)  # of a balanced binary secret: twice the accuracy less 1
+        0.8
+    """
+    return 1 - risk / prior_risk

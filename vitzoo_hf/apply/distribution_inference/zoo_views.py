@@ -1,0 +1,234 @@
+"""What an adversary sees of a zoo: outputs of models on its selection images, and features of their weights.
+
+Outputs are kept in a cache by the hashes of weights and images. Weights are read model by model, and in blocks of
+columns for principal components, so that they need not fit into memory.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor
+
+from vitzoo_hf.apply.distribution_inference.game import Queries, Views
+from vitzoo_hf.apply.distribution_inference.weight_features import (
+    difference_components,
+    head_features,
+    last_layer,
+    tensor_features,
+    vit_sets,
+)
+from vitzoo_hf.flatten import Layout, is_head
+from vitzoo_hf.model_outputs import ImageBatch, run_models
+from vitzoo_hf.outputs_cache import OutputsCache
+from vitzoo_hf.progress import progress_bar
+from vitzoo_hf.rebuild import architecture_of
+from vitzoo_hf.row_tables import records
+from vitzoo_hf.schema import ZooError
+from vitzoo_hf.vit import is_plain, skeleton
+from vitzoo_hf.zoo import Zoo
+
+BATCH_BYTES = 2**26
+ROW_FEATURES = ("head", "head_bias", "statistics", "flat", "sets")
+
+
+@dataclass(frozen=True)
+class Group:
+    """Models fine-tuned from the same checkpoint, or from none."""
+
+    base: str | None
+    model_ids: tuple[str, ...]
+
+
+def zoo_outputs(
+    zoo: Zoo,
+    *,
+    num_queries: int,
+    seed: int,
+    cache: Path | None = None,
+    device: str | torch.device = "cpu",
+    progress: bool = False,
+) -> tuple[Views, Queries]:
+    """Log-probabilities of every model on the same selection images of the data set that they were trained on.
+
+    Args:
+        zoo: classifiers of one data set, in the order of the views.
+        num_queries: images drawn at random, at most.
+        seed: that draws them.
+        cache: folder that keeps outputs; a temporary one by default.
+        device: where models run.
+        progress: show a bar.
+
+    Raises:
+        ZooError: if models are of several data sets, carry no selection images, or differ in classes.
+    """
+    datasets = sorted(set(zoo.index["dataset"]))
+    if len(datasets) != 1:
+        raise ZooError(f"models are trained on {', '.join(datasets)}: choose one, such as by --where dataset=NAME")
+    images, labels = zoo.probes(datasets[0], "selection")
+    chosen = np.sort(np.random.default_rng(seed).permutation(len(images))[:num_queries])
+    batch = ImageBatch.of(images[chosen], labels[chosen])
+    rows = records(zoo.to_pandas())
+    batch.check_classes(rows)
+    with OutputsCache.opened(cache, "float32") as held:
+        options: dict[str, Any] = {"device": device, "precision": "float32", "progress": progress}
+        run_models(zoo, rows, {row["model_id"]: {batch} for row in rows}, held, **options)
+        logits = [held.read(row, batch.digest, "logits") for row in rows]
+    if len({each.shape[1] for each in logits}) > 1:
+        raise ZooError("models differ in the number of classes: attack those of one head")
+    outputs = torch.stack(logits).log_softmax(2)
+    if not outputs.isfinite().all():
+        raise ZooError("outputs of some model are NaN or infinite: leave diverged models out by --where")
+    return Views(outputs), Queries(torch.zeros(len(chosen), dtype=torch.int64), batch.labels)
+
+
+def zoo_features(
+    zoo: Zoo,
+    shadows: Bool[Tensor, " M"],
+    wanted: Sequence[str],
+    *,
+    device: str | torch.device = "cpu",
+    progress: bool = False,
+) -> Views:
+    """Features of weights less those of the checkpoint that models were fine-tuned from, where the zoo has it.
+
+    Heads are new at fine-tuning, so nothing is subtracted from them.
+
+    Args:
+        zoo: models of one layout, in the order of the views.
+        shadows: which of them are shadows, by which components are chosen.
+        wanted: of `head`, `head_bias`, `statistics`, `components`, `flat` and `sets`.
+        device: where features are taken.
+        progress: show a bar.
+
+    Raises:
+        ZooError: if layouts differ, a row is damaged, weights are not finite, or models are no plain ViTs (`sets`).
+    """
+    layouts = sorted(set(zoo.index["layout"]))
+    if len(layouts) != 1:
+        raise ZooError(
+            f"models have {len(layouts)} layouts; attacks on weights take one: choose by --where head=linear"
+        )
+    layout, model_ids = zoo.layouts[layouts[0]], zoo.model_ids
+    groups = groups_of(zoo)
+    found: dict[str, list[Tensor]] = {}
+    taken = [name for name in wanted if name in ROW_FEATURES]
+    heads = _heads(zoo) if "sets" in taken else 0
+    with progress_bar("reading weights", "model", shown=progress, total=len(model_ids) if taken else 0) as bar:
+        for group in groups if taken else ():
+            base = None if group.base is None else _base(zoo, group.base, layout).to(device)
+            for vectors in _batches(zoo, group, layout):
+                moved = vectors.to(device) if base is None else vectors.to(device) - base
+                for name, values in _row_features(moved, layout, taken, heads).items():
+                    found.setdefault(name, []).append(values.cpu())
+                bar.update(len(vectors))
+    place = {model_id: number for number, model_id in enumerate(each for group in groups for each in group.model_ids)}
+    order = torch.tensor([place[model_id] for model_id in model_ids])
+    joined = {name: torch.cat(parts)[order] for name, parts in found.items()}
+    sets = {name.removeprefix("sets "): values for name, values in joined.items() if name.startswith("sets ")}
+    features = {name: values.double().numpy() for name, values in joined.items() if not name.startswith("sets ")}
+    if "components" in wanted:
+        features["components"] = _components(zoo, groups, shadows, device, progress)
+    return Views(features=features, sets=sets)
+
+
+def groups_of(zoo: Zoo) -> list[Group]:
+    """Models by the checkpoint they were fine-tuned from, None where the zoo does not have it."""
+    there = set(zoo.unfiltered.model_ids)
+    members: dict[str | None, list[str]] = {}
+    for row in records(zoo.to_pandas()):
+        members.setdefault(row["parent_id"] if row["parent_id"] in there else None, []).append(row["model_id"])
+    return [Group(base, tuple(model_ids)) for base, model_ids in members.items()]
+
+
+def _row_features(
+    vectors: Float[Tensor, "B D"], layout: Layout, wanted: Sequence[str], heads: int
+) -> dict[str, Tensor]:
+    if not vectors.isfinite().all():
+        raise ZooError("weights of some model are NaN or infinite: leave diverged models out by --where")
+    found: dict[str, Tensor] = {}
+    for name in wanted:
+        if name == "head":
+            found[name] = head_features(vectors, layout)
+        elif name == "head_bias":
+            found[name] = last_layer(vectors, layout)[1]
+        elif name == "statistics":
+            found[name] = tensor_features(vectors, layout)
+        elif name == "flat":
+            found[name] = vectors
+        else:
+            found |= {f"sets {part}": values for part, values in vit_sets(vectors, layout, heads).items()}
+    return found
+
+
+def _components(
+    zoo: Zoo, groups: Sequence[Group], shadows: Bool[Tensor, " M"], device: str | torch.device, progress: bool
+) -> np.ndarray:
+    """Of differences, from blocks of columns of models and their checkpoints together."""
+    bases = [group.base for group in groups if group.base is not None]
+    own = zoo.model_ids
+    with_bases = zoo.unfiltered.filter(model_id=list(dict.fromkeys([*own, *bases])))
+    columns = with_bases.weight_columns(device=device).verified()
+    place = {model_id: number for number, model_id in enumerate(columns.model_ids)}
+    of_base = torch.arange(len(place))
+    for group in groups:
+        if group.base is not None:
+            for model_id in group.model_ids:
+                of_base[place[model_id]] = place[group.base]
+    wanted = torch.tensor([place[model_id] for model_id in own])
+    known = torch.zeros(len(place), dtype=torch.bool)
+    known[wanted[shadows]] = True
+
+    def blocks() -> Iterator[Tensor]:
+        with progress_bar("multiplying weights", "block", shown=progress, total=len(columns.blocks())) as bar:
+            for _, block in columns:
+                yield block
+                bar.update()
+
+    return difference_components(blocks(), known, wanted, of_base)
+
+
+def _base(zoo: Zoo, model_id: str, layout: Layout) -> Float[Tensor, " D"]:
+    """The trunk of a checkpoint in the layout of its children, zeros in place of their head."""
+    row = zoo.unfiltered.row(model_id)
+    held = dict(zip(zoo.layouts[row["layout"]].names, zoo.layouts[row["layout"]].shapes, strict=True))
+    places = dict(zoo.layouts[row["layout"]].items())
+    weights = torch.as_tensor(np.asarray(row["weights"]), dtype=torch.float32)
+    vector = torch.zeros(layout.num_parameters)
+    for (name, place), shape in zip(layout.items(), layout.shapes, strict=True):
+        if not is_head(name) and held.get(name) == shape:
+            vector[place] = weights[places[name]]
+        elif not is_head(name):
+            raise ZooError(f"{model_id} and its children differ in {name}: their trunks must be alike")
+    return vector
+
+
+def _batches(zoo: Zoo, group: Group, layout: Layout) -> Iterator[Float[Tensor, "B D"]]:
+    """Vectors of a group in its order, some at a time, each compared with its hash."""
+    size = max(1, BATCH_BYTES // (4 * layout.num_parameters))
+    batch: list[Tensor] = []
+    for row in zoo.filter(model_id=list(group.model_ids)).rows():
+        batch.append(torch.as_tensor(np.asarray(row["weights"]), dtype=torch.float32))
+        if len(batch) == size:
+            yield torch.stack(batch)
+            batch = []
+    if batch:
+        yield torch.stack(batch)
+
+
+def _heads(zoo: Zoo) -> int:
+    row: Mapping[str, Any] = next(zoo.filter(model_id=zoo.model_ids[:1]).rows())
+    model: Any = skeleton(*architecture_of(row))
+    if not is_plain(model):
+        raise ZooError(f"{row['model_id']} is no plain ViT, whose neurons and heads are known: leave set_encoder out")
+    return int(model.blocks[0].attn.num_heads)
+
+
+def joined_views(outputs: Views | None, weights: Views | None, places: Int64[Tensor, " m"]) -> Views:
+    """Outputs and features of some models as one view."""
+    seen, read = outputs or Views(), weights or Views()
+    return Views(seen.outputs, seen.kind, read.features, read.sets).at(places)
