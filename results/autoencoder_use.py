@@ -1,6 +1,6 @@
 """What autoencoders of a grid are good for: generated models, and properties predicted from embeddings.
 
-python results/autoencoder_use.py ZOO NAME --runs FOLDER [--arms S S+B]
+python results/autoencoder_use.py ZOO NAME --runs FOLDER [--arms S S+B] [--seeds 0 1 2]
 
 FOLDER is that of `results/autoencoder.py` for the same ZOO and NAME. Writes `NAME_generated.csv` and
 `NAME_properties.csv` into `autoencoder/`, and their figure.
@@ -40,6 +40,7 @@ def main() -> None:
     parser.add_argument("name")
     parser.add_argument("--runs", type=Path, required=True)
     parser.add_argument("--arms", nargs="+", default=["S", "S+B"])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--bandwidths", nargs="+", type=float, default=[0.2, 1.0])
     arguments = parser.parse_args()
     torch.set_num_threads(2)
@@ -48,7 +49,7 @@ def main() -> None:
         (arm, int(folder.name.rpartition("-s")[2])): load_autoencoder(folder)
         for arm in arguments.arms
         for folder in sorted(arguments.runs.glob(f"{arm}-lr{rates[arm]:g}-s*"))
-        if folder.name.rpartition("-s")[2].isdigit()
+        if folder.name.rpartition("-s")[2] in map(str, arguments.seeds)
     }
     prompts = Prompts(zoo)
     rows = [row for seed in sorted({seed for _, seed in cells}) for row in prompts.without_autoencoder(seed)]
