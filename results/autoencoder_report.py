@@ -46,6 +46,25 @@ a prototype in place of reconstructions, of which one is enough to fail: agreeme
 model, specificity not told from 0, rank correlation of accuracies below 0.9, diversity below 0.7.
 """
 
+CONCLUSIONS = """## What reproduces from the paper on ViTs, and what does not
+
+Meynent et al. 2025 measured convolutional networks from independent initial weights. On these ViTs:
+
+- Reproduces: structure is not enough. From independent initial weights S decodes networks that do not work,
+  whatever its R²; behaviour added to it agrees more, at a lower R², on all three populations; contrast changes
+  little on top; queries of noise, or of low contrast, give less than images of the data; the published recipe
+  without linear maps drifts to a prototype (diversity), as the published generated models do.
+- Does not: B alone is no constant predictor here. Weights are centred on their means over training models, and
+  from there, or from principal components, it finds its way. What is published of independent initial weights
+  is not reached by S+B alone either, at these sizes and steps: it fits its training models and not the others.
+  Alignment by symmetries is what lets it generalise.
+- Not better than simple decoders everywhere: on fine-tunes of one parent, global PCA and the nearest training
+  model agree more with the originals; on aligned models, a constant best model does.
+- Provenance: `provenance_*.json` name the commit that drew the tables; cells were trained at earlier commits of
+  the same day whose changes to training (compilation, windows in contrast, checks) do not touch what these
+  recipes compute.
+"""
+
 
 def main() -> None:
     parts = [INTRODUCTION]
@@ -57,6 +76,7 @@ def main() -> None:
         parts.append("\n".join(curve(pd.concat(curves))))
     for name in ("shared", "independent", "aligned"):
         parts += ["\n".join(lines) for lines in (generated(name), predicted(name)) if lines]
+    parts.append(CONCLUSIONS)
     (HERE / "README.md").write_text("\n\n".join(part.strip() for part in parts) + "\n")
 
 
@@ -157,6 +177,10 @@ def generated(name: str) -> list[str]:
     for (method, bandwidth), part in table.groupby(["method", "bandwidth"], dropna=False):
         width = "" if pd.isna(bandwidth) else f"{bandwidth:g}"
         lines.append(row(method, width, *(spread(part[column]) for column in columns)))
+    ours = table[(table["method"] == "S+B") & (table["bandwidth"] == table["bandwidth"].min())]
+    met = bool((ours["median_kept"] >= ours["zoo_median"] - 0.02).all() and (ours["diversity"] >= 0.3).all())
+    close = spread(ours["median_kept"])
+    lines.append("\n" + told(met, f"kept S+B samples: median {close}, diversity {spread(ours['diversity'])}"))
     return [*lines, f"\n![generated](figures/{name}_generated.png)"]
 
 
