@@ -188,10 +188,10 @@ def predicted(name: str) -> list[str]:
     if not (HERE / f"{name}_properties.csv").is_file():
         return []
     table = read(f"{name}_properties")
-    table = table[table["metric"] == "r2"]
+    table = table[(table["metric"] == "r2") & (table["rows"] == "all")]
     lines = [
         f"## `{name}`: properties of held-out models from embeddings\n",
-        "R² of ridge, cross-validated over runs of held-out models alone; in brackets shuffled labels.\n",
+        "R² of ridge, cross-validated over runs of held-out models alone; in brackets shuffled labels. Spread: seeds.\n",
         header("features", "numbers", *table["target"].unique()),
     ]
     for features, part in table.groupby("features"):
