@@ -161,6 +161,16 @@ def test_autoencoder_in_the_readme(population):
         assert f"| {population} | {name} | {shown} |" in TOP, name
 
 
+@pytest.mark.parametrize("population", ["independent", "aligned"])
+def test_autoencoder_of_a_higher_rate_in_the_readme(population):
+    table = pd.read_csv(RESULTS / "autoencoder" / f"{population}_variants.csv")
+    chosen = table["variant"].eq("latent 15") & table["split"].eq("test") & table["method"].eq("autoencoder")
+    found = table[chosen].iloc[0]
+    columns = ["agreement", "retention", "specificity", "rank_correlation", "diversity"]
+    shown = " | ".join(f"{found[column]:.3f}" for column in columns)
+    assert f"| {population} | S+B, 15 numbers a token | {shown} |" in TOP
+
+
 def test_autoencoder_claims_and_arithmetic_in_the_readme():
     table = pd.read_csv(RESULTS / "autoencoder" / "shared_arms.csv")
     ours = table[(table["split"] == "test") & table["chosen"] & (table["method"] == "autoencoder")]
