@@ -191,7 +191,7 @@ def predicted(name: str) -> list[str]:
     table = table[(table["metric"] == "r2") & (table["rows"] == "all")]
     lines = [
         f"## `{name}`: properties of held-out models from embeddings\n",
-        "R² of ridge, cross-validated over runs of held-out models alone; in brackets shuffled labels. Spread: seeds.\n",
+        "R² of ridge, cross-validated over runs of held-out models; in brackets shuffled labels. Spread: seeds.\n",
         header("features", "numbers", *table["target"].unique()),
     ]
     for features, part in table.groupby("features"):
