@@ -59,7 +59,8 @@ Meynent et al. 2025 measured convolutional networks from independent initial wei
   weights at a rate of 0.53 latent numbers a parameter: it fits its training models and not the others. Two things
   let it generalise, and add up: alignment by symmetries, and a higher rate (15 numbers a token, 0.79 a parameter).
 - Not better than simple decoders everywhere: on fine-tunes of one parent, global PCA and the nearest training
-  model agree more with the originals; on aligned models at the lower rate, a constant best model does.
+  model agree more with the originals; on aligned models, a constant best model does at the lower rate, and global
+  PCA is as good at the higher one.
 - Provenance: `provenance_*.json` name the commit that drew the tables; cells were trained at earlier commits of
   the same day whose changes to training (compilation, windows in contrast, checks) do not touch what these
   recipes compute.

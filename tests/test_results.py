@@ -169,6 +169,8 @@ def test_autoencoder_of_a_higher_rate_in_the_readme(population):
     columns = ["agreement", "retention", "specificity", "rank_correlation", "diversity"]
     shown = " | ".join(f"{found[column]:.3f}" for column in columns)
     assert f"| {population} | S+B, 15 numbers a token | {shown} |" in TOP
+    pca = table[table["variant"].eq("latent 15") & table["split"].eq("test") & table["method"].eq("pca")].iloc[0]
+    assert f"({100 * pca['agreement']:.0f} %, {100 * pca['retention']:.0f} %)" in TOP
 
 
 def test_autoencoder_claims_and_arithmetic_in_the_readme():
