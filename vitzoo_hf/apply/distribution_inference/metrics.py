@@ -61,7 +61,7 @@ def leaked_samples(accuracy: float, ratios: tuple[float, float]) -> float:
         return math.inf
     overlap = max(low / high, (1 - high) / (1 - low))
     gain = max(2 * accuracy - 1, 0.0)
-    return math.log(1 - gain**2) / math.log(overlap) if overlap > 0 else 0.0
+    return math.log(1 - gain**2) / math.log(overlap) if gain and overlap > 0 else 0.0
 
 
 def leaked_samples_of_errors(ratios: Float64[Tensor, " M"], guesses: Float64[Tensor, " M"]) -> float:
