@@ -116,7 +116,9 @@ def zoo_of(blueprint: str, folder: Path, workers: int) -> Zoo:
 
 def write(folder: Path) -> None:
     HERE.mkdir(exist_ok=True)
-    table = pd.concat([pd.read_csv(file) for file in sorted((folder / "cells").glob("*.csv"))], ignore_index=True)
+    files = sorted((folder / "cells").glob("*.csv"))
+    plain = {"keep_default_na": False, "na_values": [""]}  # a cell is called null
+    table = pd.concat([pd.read_csv(file, **plain) for file in files], ignore_index=True)
     table.to_csv(HERE / "worlds.csv", index=False, float_format="%.6g")
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=HERE, capture_output=True, text=True)
     record = {key: str(value) for key, value in describe().items()} | {"commit": commit.stdout.strip()}

@@ -191,9 +191,11 @@ def test_autoencoder_claims_and_arithmetic_in_the_readme():
 
 
 def test_distribution_inference_in_the_readme():
-    table = pd.read_csv(RESULTS / "distribution_inference" / "worlds.csv")
+    table = pd.read_csv(RESULTS / "distribution_inference" / "worlds.csv", keep_default_na=False)
     kl = table[(table["attack"] == "kl_test") & (table["access"] == "probabilities")].set_index("cell")["value"]
     assert f"in {kl['dmi_erm']:.3f} of the cases after ERM, {kl['dmi_causal']:.3f} after a causal" in TOP
     assert f"{kl['null']:.3f} where nothing differs" in TOP
     weights = table[(table["access"] == "weights") & table["cell"].eq("dmi_erm")]
-    assert (weights["low"] < 0.5).all()
+    assert (
+        weights.loc[weights["attack"].isin(["head", "components", "statistics", "set_encoder"]), "low"] < 0.5
+    ).all()
