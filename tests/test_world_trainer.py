@@ -375,3 +375,33 @@ def test_private_gradients_are_clipped_and_noisy_and_the_budget_is_counted(make,
     assert 0 < float(moved[0].norm()) < 15 * 1e-3 * 48 / 24
     noise_alone = (moved[1.0] - moved[0]).std()
     assert float(noise_alone) == pytest.approx(1e-3 / 24 * math.sqrt(15), rel=0.1)
+
+
+def test_shared_init_begins_every_run_at_the_same_weights(make, tmp_path):
+    for shared in (False, True):
+        zoo = make(f"shared_init: {str(shared).lower()}")
+        images = load_images("digits", zoo.images["digits"])
+        first, second = (flatten(initial_model(zoo, run, images, tmp_path).state_dict()) for run in zoo.runs[:2])
+        assert torch.equal(first, second) == shared
+
+
+FINETUNE = """\
+  finetune:
+    images: digits
+    epochs: 1
+    settings: {lr: 0.003, batch_size: 24, epoch_steps: 5, num_images: 240, shared_init: true}
+    factors: {role: [target, shadow]}
+    replicas: 1
+splits"""
+
+
+def test_shared_init_gives_fine_tuned_runs_one_head_on_their_checkpoint(make, tmp_path):
+    zoo = make("", "role: [target]", ("splits", FINETUNE))
+    parent, *children = zoo.runs
+    train_stacked(zoo, [parent], tmp_path)
+    images = load_images("digits", zoo.images["digits"])
+    states = [initial_model(zoo, run, images, tmp_path).state_dict() for run in children]
+    trained, _ = RunFolder(tmp_path / parent.run_id).load_epoch(3)
+    assert torch.equal(states[0]["head.weight"], states[1]["head.weight"])
+    assert not torch.equal(states[0]["head.weight"], trained["head.weight"])
+    assert torch.equal(states[0]["patch_embed.proj.weight"], trained["patch_embed.proj.weight"])

@@ -169,13 +169,14 @@ def initial_model(blueprint: Blueprint, run: Run, images: ImageSet, folder: Path
     """The model at epoch 0: seeded, with its parent's trunk if it has a parent."""
     args = fitting_args(blueprint, run, images)
     recipe = run.recipe
+    alike = run.learner is not None and run.learner.shared_init
     model = create(
         blueprint.architecture,
         args,
         head=recipe.head,
         head_hidden=head_hidden(recipe),
         init=recipe.init,
-        seed=derive_seed(recipe.seed, "init"),
+        seed=derive_seed(0 if alike else recipe.seed, "init"),
     )
     if run.parent_id and run.parent_run:
         parent = RunFolder(folder / run.parent_run)

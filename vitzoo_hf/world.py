@@ -105,6 +105,7 @@ class Learner:
         learner: `erm`; `causal`, which sees no colour; `colour-randomised`, which sees each image in a colour drawn
             anew; `irm` (IRMv1, squared) and `irm-product` (the published estimate without bias); `v-rex`;
             `group-dro`; `resample`, to a share that is public; `dp-sgd`, by opacus, one run at a time.
+        shared_init: all runs begin at the same weights: of the whole model, or of the head on their checkpoint.
         epoch_steps: optimiser steps an epoch, whatever n; 0 makes an epoch one pass over the images.
         use_images: of the n drawn, how many to learn from; 0 for all.
         penalty_weight: of `irm`, `irm-product` and `v-rex`.
@@ -118,6 +119,7 @@ class Learner:
     """
 
     learner: str = "erm"
+    shared_init: bool = False
     epoch_steps: int = 0
     use_images: int = 0
     penalty_weight: float = 0.0
