@@ -27,7 +27,7 @@ def report(folder, tmp_path_factory):
 
 def test_every_attack_plays_and_the_leak_is_found(report):
     table = report.table.set_index("attack")
-    assert set(table.index) == set(OF_ZOOS) - {"flat_mlp", "log_odds"}
+    assert set(table.index) == set(OF_ZOOS) - {"flat_mlp", "log_odds", "loss_test"}
     for name in ("kl_test", "per_point_threshold_test", "ridge_on_outputs"):
         assert table.loc[name, "value"] > 0.9, name
     assert table.loc["head", "value"] > 0.6  # twenty shadows are few for its two hundred features
@@ -118,6 +118,7 @@ def test_the_card_says_what_was_not_equal(tmp_path, tiny_zoo):
             "head reads weights, but access is labels",
         ),
         ({"secret": "number"}, "takes other values with other secrets"),
+        ({"secret": "label_ratio", "attacks": ["loss_test"]}, "needs a query set of every candidate"),
     ],
 )
 def test_mistakes_are_one_line(folder, options, message):

@@ -19,11 +19,13 @@ def attack(
     zoo: str,
     *,
     secret: str,
+    shadows: str | None = None,
     role: str = "role",
     access: Literal["weights", "probabilities", "labels"] = "weights",
     attacks: Attacks = None,
     queries: int = 512,
     seeds: int = 5,
+    shuffled: bool = False,
     unequal: bool = False,
     seed: int = 0,
     where: Where = None,
@@ -40,12 +42,14 @@ def attack(
     Args:
         zoo: Folder, dataset id, or `sample`.
         secret: Column of the property, such as label_ratio; two values are classes, more numbers are a number.
+        shadows: A zoo whose shadows are used instead, such as of another architecture; without access to weights.
         role: Column that says target or shadow.
         access: What is seen of models; weights come with probabilities.
-        attacks: threshold_test, per_point_threshold_test, kl_test, meta_classifier, ridge_on_outputs, head,
-            components, statistics, set_encoder, log_odds, flat_mlp; by default those that fit, but the last two.
+        attacks: loss_test, threshold_test, per_point_threshold_test, kl_test, meta_classifier, ridge_on_outputs,
+            head, components, statistics, set_encoder, log_odds, flat_mlp; by default all that fit but the last two.
         queries: Selection images that models are asked about.
         seeds: Repetitions of attacks with randomness.
+        shuffled: A control: secrets of shadows are shuffled, so that every attack is to be at chance.
         unequal: Go on although models differ in more than their secret; the card says so.
         out: Folder for attacks.csv, guesses.csv and attack_card.md.
         cache: Folder that keeps outputs; by default `.evaluation` in the folder of --out.
@@ -54,14 +58,9 @@ def attack(
     from vitzoo_hf.apply.distribution_inference.zoo_attacks import attack_zoo
 
     _check(queries, seeds, out)
-    options: dict[str, Any] = {
-        "role": role,
-        "access": access,
-        "attacks": attacks,
-        "num_queries": queries,
-        "seeds": seeds,
-    }
-    options |= {"unequal": unequal, "seed": seed, "cache": cache or (out and out / CACHE), "device": device}
+    options: dict[str, Any] = {"role": role, "access": access, "attacks": attacks, "num_queries": queries}
+    options |= {"seeds": seeds, "shuffled": shuffled, "unequal": unequal, "seed": seed, "device": device}
+    options |= {"shadows": shadows and open_zoo(shadows, None), "cache": cache or (out and out / CACHE)}
     report = attack_zoo(open_zoo(zoo, where), secret, progress=not (json or quiet), **options)
     if out is not None:
         _write(report, out)

@@ -123,12 +123,14 @@ class Outcome:
         prior_risk: what the best guess without a model loses.
         auc: area under the curve of a binary secret, a value a seed; empty without scores.
         guesses: of the first seed.
+        scores: of a binary secret, mean over seeds, larger for class 1; None where an attack has none.
     """
 
     losses: Float64[Tensor, "S T"]
     prior_risk: float
     auc: tuple[float, ...]
     guesses: Tensor
+    scores: Float64[Tensor, " T"] | None = None
 
     @property
     def risk(self) -> Interval:
@@ -162,11 +164,13 @@ def play(
     Raises:
         ZooError: from an attack that lacks access, or fits another kind of secret.
     """
-    losses, areas, first = [], [], None
+    losses, areas, scores, first = [], [], [], None
     for seed in seeds:
         guesses = attack(shadows, targets, seed)
         losses.append(shadows.secret.losses(guesses.secrets, secrets))
         first = guesses.secrets if first is None else first
+        if guesses.scores is not None:
+            scores.append(guesses.scores)
         if (
             guesses.scores is not None
             and isinstance(shadows.secret, ClassSecret)
@@ -174,7 +178,8 @@ def play(
         ):
             areas.append(area_under_curve(guesses.scores, secrets == 1))
     assert first is not None
-    return Outcome(torch.stack(losses), shadows.secret.prior_risk, tuple(areas), first)
+    mean = torch.stack(scores).mean(0) if scores else None
+    return Outcome(torch.stack(losses), shadows.secret.prior_risk, tuple(areas), first, mean)
 
 
 def check_equal(what: str, values: Sequence[float | int], secrets: Tensor) -> None:

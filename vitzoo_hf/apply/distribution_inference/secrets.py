@@ -60,6 +60,15 @@ class ClassSecret:
         generator = torch.Generator().manual_seed(seed)
         return torch.multinomial(torch.tensor(self.prior), count, replacement=True, generator=generator)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the secrets of models."""
+        return torch.int64
+
+    def encoded(self, value: Any) -> int | None:
+        """A value as it is stored, or None if it is none of the classes."""
+        return self.values.index(value) if value in self.values else None
+
     def losses(self, guesses: Int64[Tensor, " M"], secrets: Int64[Tensor, " M"]) -> Float64[Tensor, " M"]:
         """1 for an error, 0 else."""
         return (guesses != secrets).double()
@@ -126,6 +135,16 @@ class NumberSecret:
             levels = torch.tensor(self.levels[number], dtype=torch.float64)
             columns.append(levels[(drawn[:, number] * len(levels)).long()])
         return torch.stack(columns, 1)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the secrets of models."""
+        return torch.float64
+
+    def encoded(self, value: Any) -> tuple[float] | None:
+        """The value of a single number as it is stored, or None if it is no level that the number takes."""
+        known = self.levels is not None and len(self.bounds) == 1 and value in self.levels[0]
+        return (float(value),) if known else None
 
     def losses(self, guesses: Float64[Tensor, "M V"], secrets: Float64[Tensor, "M V"]) -> Float64[Tensor, " M"]:
         """Absolute error, the mean over the numbers."""

@@ -12,17 +12,17 @@ import torch
 from torch import Tensor
 
 from vitzoo_hf.apply.distribution_inference.black_box import BLACK_BOX, seen_like
-from vitzoo_hf.apply.distribution_inference.game import Attack, Kind, Outcome, Shadows, Views, check_equal, play
+from vitzoo_hf.apply.distribution_inference.game import Attack, Kind, Outcome, Queries, Shadows, Views, play
 from vitzoo_hf.apply.distribution_inference.metrics import leaked_samples, leaked_samples_of_errors
 from vitzoo_hf.apply.distribution_inference.secrets import ClassSecret, Secret, secret_of
 from vitzoo_hf.apply.distribution_inference.set_encoder import set_encoder
 from vitzoo_hf.apply.distribution_inference.white_box import WHITE_BOX
-from vitzoo_hf.apply.distribution_inference.zoo_views import joined_views, zoo_features, zoo_outputs
+from vitzoo_hf.apply.distribution_inference.zoo_guards import column_of, guards_of, plain, with_roles
+from vitzoo_hf.apply.distribution_inference.zoo_views import joined_views, zoo_features, zoo_outputs, zoo_queries
 from vitzoo_hf.schema import ZooError, did_you_mean
 from vitzoo_hf.zoo import Zoo
 
 ACCESS = ("weights", "probabilities", "labels")
-ROLES = ("target", "shadow")
 READS = {
     "log_odds": "head_bias",
     "head": "head",
@@ -34,14 +34,12 @@ READS = {
 """Attacks on weights -> the features they read."""
 
 OF_ZOOS: dict[str, Attack] = {
-    **{name: attack for name, attack in BLACK_BOX.items() if name != "loss_test"},
+    **BLACK_BOX,
     **{name: WHITE_BOX[name] for name in READS if name in WHITE_BOX},
     "set_encoder": set_encoder,
 }
 BY_DEFAULT = tuple(name for name in OF_ZOOS if name not in ("flat_mlp", "log_odds"))
 WITH_SEEDS = ("meta_classifier", "flat_mlp", "set_encoder")
-TRAINED = {"training examples": "factor_trained_images", "optimiser steps": "factor_trained_steps"}
-DATA_HASH = "factor_trained_sha256"
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +49,8 @@ class Report:
     Attributes:
         table: a row an attack.
         facts: of the game: secret, prior, access, knowledge, sizes, guards; for the card.
-        guesses: a row a target: its model, its secret, and the guess of each attack.
+        guesses: a row a target: its model, its secret, the guess of each attack, and as `ATTACK_score` its score,
+            larger for the second class, where it has one.
     """
 
     table: pd.DataFrame
@@ -63,11 +62,13 @@ def attack_zoo(
     zoo: Zoo,
     secret: str,
     *,
+    shadows: Zoo | None = None,
     role: str = "role",
     access: str = "weights",
     attacks: Sequence[str] | None = None,
     num_queries: int = 512,
     seeds: int = 5,
+    shuffled: bool = False,
     unequal: bool = False,
     seed: int = 0,
     cache: Path | None = None,
@@ -79,11 +80,13 @@ def attack_zoo(
     Args:
         zoo: final models are used; those without a role are left out.
         secret: column of the secret, with or without `factor_`; two values are classes, more numbers are a number.
+        shadows: a zoo whose shadows are used instead, such as of another architecture; without access to weights.
         role: column that says `target` or `shadow`.
         access: `weights`, with outputs besides; `probabilities`; or `labels`, predicted classes alone.
-        attacks: names; by default all that the access allows.
-        num_queries: selection images that models are asked about.
+        attacks: names; by default all that the access and the zoo allow.
+        num_queries: selection images that all are asked about: `zoo_views.zoo_queries`.
         seeds: of attacks with randomness.
+        shuffled: a control: secrets of shadows are shuffled, so that every attack is at chance.
         unequal: go on although training differs between secrets; the report says so.
         seed: of the queries.
         cache: folder that keeps outputs.
@@ -93,29 +96,72 @@ def attack_zoo(
     Raises:
         ZooError: for an unknown column, attack or access; too few models of a role; a guard that fails.
     """
-    names = _chosen(attacks, access)
-    index = _with_roles(zoo, role)
-    own = zoo.filter(model_id=list(index["model_id"]))
-    index = index.set_index("model_id").loc[own.model_ids].reset_index()
-    column = _column(index, secret)
-    space, secrets = secret_of([_plain(value) for value in index[column]])
-    shadows = torch.from_numpy((index[_column(index, role)] == "shadow").to_numpy(copy=True))
-    guards = _guards(index, column, role, secrets, shadows, space, unequal)
+    names = _chosen(attacks, access, shadows is not None)
+    cast = _cast(zoo, shadows, secret, role)
+    space, secrets = secret_of([plain(value) for value in cast.index[cast.column]])
+    guards = guards_of(cast.index, cast.column, role, secrets, cast.shadows, space, unequal)
     options: dict[str, Any] = {"device": device, "progress": progress}
     asked, queries = None, None
     if any(name in BLACK_BOX for name in names):
-        asks: dict[str, Any] = {"num_queries": num_queries, "seed": seed, "cache": cache}
-        asked, queries = zoo_outputs(own, **asks, **options)
+        batch, queries = zoo_queries(cast.zoos[-1], cast.column, space, num_queries=num_queries, seed=seed)
+        asked = Views(torch.cat([zoo_outputs(each, batch, cache=cache, **options) for each in cast.zoos]))
+    names = _fitting(names, attacks, queries)
     wanted = [READS[name] for name in names if name in READS]
-    read = zoo_features(own, shadows, wanted, **options) if wanted else None
-    known_at, seen_at = shadows.nonzero()[:, 0], (~shadows).nonzero()[:, 0]
-    known = Shadows(joined_views(asked, read, known_at), secrets[known_at], space, queries)
-    targets, truth = joined_views(asked, read, seen_at), secrets[seen_at]
+    read = zoo_features(cast.zoos[0], cast.shadows, wanted, **options) if wanted else None
+    known, targets = (joined_views(asked, read, mask.nonzero()[:, 0]) for mask in (cast.shadows, ~cast.shadows))
+    adversary = Shadows(known, secrets[cast.shadows], space, queries)
+    if shuffled:
+        adversary = adversary.permuted(seed)
+        guards["control"] = "secrets of shadows were shuffled: every attack is to be at chance"
     targets = seen_like(targets, "labels") if access == "labels" else targets
-    table, guesses = _played(names, known, targets, truth, access, seeds, device)
-    told = index.loc[seen_at.numpy(), ["model_id", column]].reset_index(drop=True)
-    facts = _facts(zoo, column, space, access, index, shadows, guards, num_queries, seeds)
+    table, guesses = _played(names, adversary, targets, secrets[~cast.shadows], access, seeds, device)
+    told = cast.index.loc[(~cast.shadows).numpy(), ["model_id", cast.column]].reset_index(drop=True)
+    facts = _facts(cast, space, access, guards, len(queries.origins) if queries else 0, seeds)
     return Report(table, facts, told.assign(**guesses))
+
+
+@dataclass(frozen=True, eq=False)
+class _Cast:
+    """Models that take part, in one order.
+
+    Attributes:
+        zoos: of all models; or that of shadows and that of targets.
+        index: a row a model, in the order of the zoos.
+        column: of the secret.
+        shadows: which models are.
+    """
+
+    zoos: tuple[Zoo, ...]
+    index: pd.DataFrame
+    column: str
+    shadows: Tensor
+
+
+def _cast(zoo: Zoo, shadows: Zoo | None, secret: str, role: str) -> _Cast:
+    index = zoo.to_pandas()
+    parts = [(zoo, index)]
+    if shadows is not None:
+        other = shadows.to_pandas()
+        parts = [(shadows, other[other[column_of(other, role)] == "shadow"])]
+        parts += [(zoo, index[index[column_of(index, role)] == "target"])]
+        if set(parts[0][1]["model_id"]) & set(parts[1][1]["model_id"]):
+            raise ZooError("a model is target and shadow: give a zoo of other models as shadows")
+    players = with_roles(pd.concat([rows for _, rows in parts], ignore_index=True), role)
+    zoos = tuple(
+        part.filter(model_id=list(rows["model_id"][rows["model_id"].isin(players["model_id"])]))
+        for part, rows in parts
+    )
+    order = [model_id for each in zoos for model_id in each.model_ids]
+    players = players.set_index("model_id").loc[order].reset_index()
+    is_shadow = torch.from_numpy((players[column_of(players, role)] == "shadow").to_numpy(copy=True))
+    return _Cast(zoos, players, column_of(players, secret), is_shadow)
+
+
+def _fitting(names: list[str], asked_for: Sequence[str] | None, queries: Queries | None) -> list[str]:
+    """Without the loss test by default where queries are of no candidate distribution."""
+    if asked_for or queries is None or queries.candidates is not None:
+        return names
+    return [name for name in names if name != "loss_test"]
 
 
 def _played(
@@ -136,6 +182,8 @@ def _played(
         row = _row(name, access, known.secret, truth, outcome)
         rows.append(row | {"shadow_value": _on_shadows(known, attack, targets.kind)})
         guesses[name] = _told(known.secret, outcome.guesses)
+        if outcome.scores is not None:
+            guesses[f"{name}_score"] = outcome.scores.tolist()
     table = pd.DataFrame(rows)
     values = table["shadow_value"] if isinstance(known.secret, ClassSecret) else -table["shadow_value"]
     table["chosen"] = values == values.max()
@@ -143,9 +191,11 @@ def _played(
     return table, guesses
 
 
-def _chosen(attacks: Sequence[str] | None, access: str) -> list[str]:
+def _chosen(attacks: Sequence[str] | None, access: str, of_another_zoo: bool) -> list[str]:
     if access not in ACCESS:
         raise ZooError(f"unknown access {access!r}: {did_you_mean(access, ACCESS)}")
+    if of_another_zoo and access == "weights":
+        raise ZooError("weights of shadows of another zoo do not compare: give access probabilities or labels")
     names = list(dict.fromkeys(attacks or ()))
     for name in names:
         if name not in OF_ZOOS:
@@ -153,85 +203,6 @@ def _chosen(attacks: Sequence[str] | None, access: str) -> list[str]:
         if name in READS and access != "weights":
             raise ZooError(f"attack {name} reads weights, but access is {access}: give --access weights")
     return names or [name for name in BY_DEFAULT if access == "weights" or name not in READS]
-
-
-def _column(index: pd.DataFrame, name: str) -> str:
-    for known in (name, f"factor_{name}"):
-        if known in index:
-            return known
-    raise ZooError(f"the zoo has no column {name!r}: {did_you_mean(name, list(index.columns))}")
-
-
-def _with_roles(zoo: Zoo, role: str) -> pd.DataFrame:
-    """The index of final targets and shadows."""
-    index = zoo.to_pandas()
-    column = _column(index, role)
-    found = index[index["is_final"] & index[column].isin(ROLES)]
-    counts = found[column].value_counts()
-    for name, least in (("target", 2), ("shadow", 8)):
-        if counts.get(name, 0) < least:
-            raise ZooError(
-                f"{counts.get(name, 0)} final models are a {name} by column {column}: expected at least {least};"
-                f" its values are {sorted(map(str, index[column].dropna().unique()))}"
-            )
-    return found
-
-
-def _plain(value: Any) -> Any:
-    return value.item() if isinstance(value, np.generic) else value
-
-
-def _guards(
-    index: pd.DataFrame, column: str, role: str, secrets: Tensor, shadows: Tensor, space: Secret, unequal: bool
-) -> dict[str, str]:
-    """What was compared, and how it came out.
-
-    Raises:
-        ZooError: if training data of the roles overlap; if training differs between secrets and `unequal` is not set.
-    """
-    told = {"targets' secrets": "never given to an attack; attacks are compared on shadows alone"}
-    if isinstance(space, ClassSecret):
-        for name, held in (("shadow", secrets[shadows]), ("target", secrets[~shadows])):
-            if len(held.unique()) < len(space.values):
-                raise ZooError(
-                    f"no {name} has some of the secrets {list(space.values)}: every role needs all of them"
-                )
-    for what, name in TRAINED.items():
-        if name not in index or index[name].isna().any():
-            told[what] = "not recorded in this zoo"
-            continue
-        try:
-            check_equal(what, index[name].tolist(), secrets)
-            told[what] = f"equal: {index[name].iloc[0]:g} for every model"
-        except ZooError as error:
-            if not unequal:
-                raise ZooError(f"{error}; --unequal goes on") from None
-            told[what] = f"NOT equal: {index[name].min():g} to {index[name].max():g}"
-    if DATA_HASH in index and index[DATA_HASH].notna().all():
-        parts = [set(index[DATA_HASH][mask.numpy()]) for mask in (shadows, ~shadows)]
-        if parts[0] & parts[1]:
-            raise ZooError(f"{len(parts[0] & parts[1])} training sets are those of a target and of a shadow")
-        told["training data"] = "no training set is that of a target and of a shadow"
-    else:
-        told["training data"] = "not recorded in this zoo"
-    differing = _differing(index, column, role)
-    if differing and not unequal:
-        raise ZooError(f"{differing[0]} takes other values with other secrets: filter by --where; --unequal goes on")
-    told["other factors"] = f"NOT alike: {', '.join(differing)}" if differing else "the same values with every secret"
-    return told
-
-
-def _differing(index: pd.DataFrame, column: str, role: str) -> list[str]:
-    """Other factors whose values depend on the secret; those that number the runs do not count."""
-    own = {column, _column(index, role)}
-    found = []
-    for name in [*index.filter(regex="^factor_"), "epoch", "architecture", "head"]:
-        if name in own or name.startswith("factor_trained_") or index[name].nunique() > len(index) / 4:
-            continue
-        values = [frozenset(part.dropna()) for _, part in index.groupby(column)[name]]
-        if len(set(values)) > 1:
-            found.append(str(name))
-    return found
 
 
 def _row(name: str, access: str, space: Secret, truth: Tensor, outcome: Outcome) -> dict[str, Any]:
@@ -277,21 +248,14 @@ def _told(space: Secret, guesses: Tensor) -> list[Any]:
 
 
 def _facts(
-    zoo: Zoo,
-    column: str,
-    space: Secret,
-    access: str,
-    index: pd.DataFrame,
-    shadows: Tensor,
-    guards: Mapping[str, str],
-    num_queries: int,
-    seeds: int,
+    cast: _Cast, space: Secret, access: str, guards: Mapping[str, str], num_queries: int, seeds: int
 ) -> dict[str, Any]:
-    kinds = [set(index["architecture_args"][mask.numpy()]) for mask in (shadows, ~shadows)]
+    architectures = cast.index["architecture"] + cast.index["architecture_args"]
+    kinds = [set(architectures[mask.numpy()]) for mask in (cast.shadows, ~cast.shadows)]
     classes = isinstance(space, ClassSecret)
     return {
-        "zoo": zoo.manifest["name"],
-        "secret": column,
+        "zoo": cast.zoos[-1].manifest["name"],
+        "secret": cast.column,
         "space": f"one of {', '.join(map(str, space.values))}"
         if isinstance(space, ClassSecret)
         else f"a number from {space.bounds[0][0]:g} to {space.bounds[0][1]:g}",
@@ -302,8 +266,8 @@ def _facts(
         "knowledge": "shadows of the same architecture, on data of the adversary"
         if kinds[0] == kinds[1]
         else "shadows of another architecture, on data of the adversary",
-        "targets": int((~shadows).sum()),
-        "shadows": int(shadows.sum()),
+        "targets": int((~cast.shadows).sum()),
+        "shadows": int(cast.shadows.sum()),
         "queries": num_queries,
         "seeds": seeds,
         "guards": dict(guards),

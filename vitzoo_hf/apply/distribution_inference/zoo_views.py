@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from vitzoo_hf.apply.distribution_inference.game import Queries, Views
+from vitzoo_hf.apply.distribution_inference.secrets import Secret
 from vitzoo_hf.apply.distribution_inference.weight_features import (
     difference_components,
     head_features,
@@ -30,6 +31,7 @@ from vitzoo_hf.rebuild import architecture_of
 from vitzoo_hf.row_tables import records
 from vitzoo_hf.schema import ZooError
 from vitzoo_hf.vit import is_plain, skeleton
+from vitzoo_hf.world_pool import probe_origins
 from vitzoo_hf.zoo import Zoo
 
 BATCH_BYTES = 2**26
@@ -44,34 +46,81 @@ class Group:
     model_ids: tuple[str, ...]
 
 
-def zoo_outputs(
-    zoo: Zoo,
-    *,
-    num_queries: int,
-    seed: int,
-    cache: Path | None = None,
-    device: str | torch.device = "cpu",
-    progress: bool = False,
-) -> tuple[Views, Queries]:
-    """Log-probabilities of every model on the same selection images of the data set that they were trained on.
+def zoo_queries(zoo: Zoo, column: str, secret: Secret, *, num_queries: int, seed: int) -> tuple[ImageBatch, Queries]:
+    """Selection images of the data set that models were trained on, drawn at random.
+
+    On a world whose distributions differ in the secret, a query set is drawn from each distribution that the secret
+    may have, and images of others are left out.
 
     Args:
-        zoo: classifiers of one data set, in the order of the views.
-        num_queries: images drawn at random, at most.
+        zoo: models of one data set.
+        column: of the secret.
+        secret: that may take some values.
+        num_queries: images at most, equally many of each query set as far as there are.
         seed: that draws them.
-        cache: folder that keeps outputs; a temporary one by default.
-        device: where models run.
-        progress: show a bar.
 
     Raises:
-        ZooError: if models are of several data sets, carry no selection images, or differ in classes.
+        ZooError: if models are of several data sets or carry no selection images; for fewer queries than sets.
     """
     datasets = sorted(set(zoo.index["dataset"]))
     if len(datasets) != 1:
         raise ZooError(f"models are trained on {', '.join(datasets)}: choose one, such as by --where dataset=NAME")
     images, labels = zoo.probes(datasets[0], "selection")
-    chosen = np.sort(np.random.default_rng(seed).permutation(len(images))[:num_queries])
-    batch = ImageBatch.of(images[chosen], labels[chosen])
+    origins, candidates = _origins(zoo.manifest["images"][datasets[0]], column, secret, len(labels))
+    if candidates is not None and num_queries < len(candidates):
+        raise ZooError(f"{num_queries} queries of {len(candidates)} distributions: ask at least one of each")
+    order = torch.from_numpy(np.random.default_rng(seed).permutation(len(labels)))
+    order = order[origins[order] >= 0]
+    chosen = order[_turn(origins[order]).argsort(stable=True)[:num_queries]].sort().values
+    return ImageBatch.of(images[chosen], labels[chosen]), Queries(origins[chosen], labels[chosen], candidates)
+
+
+def _origins(
+    record: Mapping[str, Any], column: str, secret: Secret, count: int
+) -> tuple[Int64[Tensor, " Q"], Tensor | None]:
+    """The query set of each selection image, -1 for none, and the secret of each set; all in one set of no world."""
+    worlds, name = record.get("worlds", ()), column.removeprefix("factor_")
+    known = [secret.encoded(world[name]) if name in world else None for world in worlds]
+    kept = [values for values in dict.fromkeys(known) if values is not None]
+    if len(kept) < 2:
+        return torch.zeros(count, dtype=torch.int64), None
+    sets = torch.tensor([-1 if values is None else kept.index(values) for values in known])
+    return sets[probe_origins(count, len(worlds))], torch.tensor(kept, dtype=secret.dtype)
+
+
+def _turn(origins: Int64[Tensor, " Q"]) -> Int64[Tensor, " Q"]:
+    """The number of each entry among those of its set.
+
+    >>> _turn(torch.tensor([0, 1, 0, 0, 1]))
+    tensor([0, 0, 1, 2, 1])
+    """
+    turn = torch.empty_like(origins)
+    for origin in origins.unique():
+        here = origins == origin
+        turn[here] = torch.arange(int(here.sum()))
+    return turn
+
+
+def zoo_outputs(
+    zoo: Zoo,
+    batch: ImageBatch,
+    *,
+    cache: Path | None = None,
+    device: str | torch.device = "cpu",
+    progress: bool = False,
+) -> Float[Tensor, "M Q K"]:
+    """Log-probabilities of every model on the same images.
+
+    Args:
+        zoo: classifiers, in the order of the outputs.
+        batch: images.
+        cache: folder that keeps outputs; a temporary one by default.
+        device: where models run.
+        progress: show a bar.
+
+    Raises:
+        ZooError: if models differ in classes or answer with NaN.
+    """
     rows = records(zoo.to_pandas())
     batch.check_classes(rows)
     with OutputsCache.opened(cache, "float32") as held:
@@ -83,7 +132,7 @@ def zoo_outputs(
     outputs = torch.stack(logits).log_softmax(2)
     if not outputs.isfinite().all():
         raise ZooError("outputs of some model are NaN or infinite: leave diverged models out by --where")
-    return Views(outputs), Queries(torch.zeros(len(chosen), dtype=torch.int64), batch.labels)
+    return outputs
 
 
 def zoo_features(
