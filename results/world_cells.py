@@ -27,42 +27,61 @@ from vitzoo_hf.zoo import Zoo
 
 HERE = Path(__file__).parent / "distribution_inference"
 LEARNERS = ("erm", "causal", "irm", "v_rex", "group_dro", "resample", "colour_randomised", "irm_product")
-CONTROLS = ("early_stop", "label_smoothing", "weight_decay")
+CONTROLS = ("early_stop", "label_smoothing", "weight_decay", "dp_sgd")
+OF_LABELS = ["kl_test", "meta_classifier"]
+OTHER = {"scratch": "other_architecture", "few_images": "few_images_other_architecture"}
+"""Label ratio cell -> blueprint of shadows of another architecture."""
 
 
 class Cell(NamedTuple):
-    """A blueprint, the column of the secret, what of it is kept, and whether training may differ between secrets."""
+    """A blueprint, the column of the secret, and how the game differs from the plain one.
+
+    Attributes:
+        blueprint: of targets, and of shadows by default.
+        secret: column.
+        kept: conditions on rows.
+        unequal: whether training may differ between secrets.
+        shadows: the blueprint of shadows of another architecture.
+        shuffled: whether shadows' secrets are, as a control.
+    """
 
     blueprint: str
     secret: str
-    kept: dict[str, Any]
+    kept: dict[str, Any] = {}
     unequal: bool = False
+    shadows: str | None = None
+    shuffled: bool = False
 
     @property
     def name(self) -> str:
-        return "-".join([self.blueprint, *(f"{key}={value}" for key, value in self.kept.items())]).replace(" ", "")
+        parts = [self.blueprint, *(f"{key.removeprefix('factor_')}={value}" for key, value in self.kept.items())]
+        parts += [f"shadows={self.shadows}"] if self.shadows else []
+        return "-".join([*parts, *(["shuffled"] if self.shuffled else [])]).replace(" ", "")
 
 
 def cells() -> Iterator[Cell]:
-    yield Cell("null", "nominal", {})
-    yield Cell("label_ratio_finetuned", "label_ratio", {})
-    yield Cell("label_ratio_scratch", "label_ratio", {})
-    for learner in LEARNERS[:2]:
-        yield Cell(f"dmi_{learner}", "last_environment", {})
+    yield Cell("null", "nominal")
+    yield Cell("null", "nominal", shuffled=True)
+    for kind in ("scratch", "finetuned", "own_heads", "few_images", "resampled"):
+        yield Cell(f"label_ratio_{kind}", "label_ratio")
+    yield Cell("label_ratio_scratch", "label_ratio", shuffled=True)
+    for kind in ("scratch", "few_images"):
+        yield Cell(f"label_ratio_{kind}", "label_ratio", shadows=f"label_ratio_{OTHER[kind]}")
+    yield Cell("colour_agreement", "colour_agreement")
+    for learner in (*LEARNERS, *CONTROLS):
+        yield Cell(f"dmi_{learner}", "last_environment")
     for rate in (0.02, 0.05, 0.1, 0.2):
         yield Cell("s1_region_rule", "flip_rate", {"factor_flip_rate": [0.0, rate]})
-    yield Cell("colour_agreement", "colour_agreement", {})
-    for learner in (*LEARNERS[2:], *CONTROLS):
-        yield Cell(f"dmi_{learner}", "last_environment", {})
-    yield Cell("label_ratio_resampled", "label_ratio", {})
-    for kind in ("uncontrolled", "equal_steps", "equalised"):
-        yield Cell(f"sc_{kind}", "num_images", {}, kind != "equalised")
     for level in (0.0, 0.25, 0.35, 0.45):
-        yield Cell("s1_bis_early_stop", "flip_rate", {"factor_stop_loss": level}, level > 0)
+        yield Cell("s1_bis_early_stop", "flip_rate", {"factor_stop_loss": level}, unequal=level > 0)
+    for kind in ("uncontrolled", "equal_steps", "equalised"):
+        yield Cell(f"sc_{kind}", "num_images", unequal=kind != "equalised")
     for capacity in ("linear", "narrow", "depth1", "full"):
-        yield Cell(f"s2_{capacity}", "group_ratio", {})
+        yield Cell(f"s2_{capacity}", "group_ratio")
     for count in (128, 512, 2048, 8192):
         yield Cell("s3_finite_data", "group_ratio", {"factor_num_images": count})
+    for weight in (1.0, 10.0, 100.0, 1000.0, 10000.0):
+        yield Cell("dmi_irm_weights", "last_environment", {"factor_penalty_weight": weight})
 
 
 def main() -> None:
@@ -71,7 +90,8 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=[], help="blueprints")
     parser.add_argument("--workers", type=int, default=2)
     arguments = parser.parse_args()
-    (arguments.folder / "cells").mkdir(parents=True, exist_ok=True)
+    for part in ("cells", "guesses"):
+        (arguments.folder / part).mkdir(parents=True, exist_ok=True)
     planned = [cell for cell in cells() if not arguments.only or cell.blueprint in arguments.only]
     start, made = time.perf_counter(), 0
     for number, cell in enumerate(planned):
@@ -88,21 +108,43 @@ def file_of(cell: Cell, folder: Path) -> Path:
 
 
 def measure(cell: Cell, folder: Path, workers: int) -> None:
-    zoo = zoo_of(cell.blueprint, folder, workers)
-    part = zoo.filter(is_final=True, **cell.kept)
-    report = attack_zoo(part, cell.secret, access="weights", unequal=cell.unequal)
-    labels = attack_zoo(part, cell.secret, access="labels", attacks=["kl_test"], unequal=cell.unequal)
-    roles = part.to_pandas()["factor_role"].value_counts()
-    targets = part.filter(factor_role="target")
-    about = {"cell": cell.name, "blueprint": cell.blueprint, "secret": cell.secret, **facts(targets)}
-    about |= {"targets": int(roles["target"]), "shadows": int(roles["shadow"])}
-    pd.concat([report.table, labels.table]).assign(**about).to_csv(file_of(cell, folder), index=False)
+    targets = zoo_of(cell.blueprint, folder, workers).filter(is_final=True, **cell.kept)
+    shadows = zoo_of(cell.shadows, folder, workers) if cell.shadows else None
+    game: dict[str, Any] = {"shadows": shadows, "unequal": cell.unequal, "shuffled": cell.shuffled}
+    game["cache"] = folder / "outputs"
+    seen = "probabilities" if cell.shadows else "weights"
+    reports = [attack_zoo(targets, cell.secret, access=seen, **game)]
+    reports += [attack_zoo(targets, cell.secret, access="labels", attacks=OF_LABELS, **game)]
+    about = {"cell": cell.name, "blueprint": cell.blueprint, "secret": cell.secret, "shuffled": cell.shuffled}
+    about |= {"knowledge": "other architecture" if cell.shadows else "same architecture"}
+    about |= {name: reports[0].facts[name] for name in ("targets", "shadows", "prior_risk")}
+    about |= {"diverged": diverged(cell, targets)} | facts(targets.filter(factor_role="target"))
+    reports[0].guesses.to_csv(folder / "guesses" / f"{cell.name}.csv", index=False)
+    pd.concat([report.table for report in reports]).assign(**about).to_csv(file_of(cell, folder), index=False)
+
+
+def diverged(cell: Cell, zoo: Zoo) -> int:
+    """Runs of the cell, of either role, that are not in the zoo: they are left out, not counted as guesses."""
+    lost = [
+        run
+        for run in Blueprint.load(f"distribution_inference/{cell.blueprint}").runs
+        if run.run_id in zoo.manifest["missing_runs"]
+    ]
+    known = {
+        name.removeprefix("factor_"): value if isinstance(value, list) else [value]
+        for name, value in cell.kept.items()
+    }
+    return sum(all(run.factors[name] in values for name, values in known.items()) for run in lost)
 
 
 def facts(targets: Zoo) -> dict[str, float]:
-    """Of targets, means: accuracy on test images, on flipped colours where there are any, reliance on colour."""
-    table = world_behaviour(targets)
-    return {name: float(table[name].mean()) for name in table.columns if name != "model_id"}
+    """Means over targets: accuracy on test images, in other colours where there are any, reliance on colour; losses."""
+    behaviour = world_behaviour(targets, progress=False)
+    index = targets.to_pandas()
+    found = {name: float(behaviour[name].mean()) for name in behaviour.columns if name != "model_id"}
+    trained = ("train_loss", "train_accuracy", "test_loss", "generalization_gap", "factor_trained_steps")
+    found |= {name.removeprefix("factor_"): float(index[name].mean()) for name in trained if name in index}
+    return found
 
 
 def zoo_of(blueprint: str, folder: Path, workers: int) -> Zoo:
