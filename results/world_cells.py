@@ -11,14 +11,16 @@ import argparse
 import json
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import pandas as pd
+from sklearn.metrics import roc_curve
 
 from vitzoo_hf.apply.distribution_inference.reliance import world_behaviour
-from vitzoo_hf.apply.distribution_inference.zoo_attacks import attack_zoo
+from vitzoo_hf.apply.distribution_inference.zoo_attacks import BY_DEFAULT, Report, attack_zoo
 from vitzoo_hf.blueprint import Blueprint
 from vitzoo_hf.environment import describe
 from vitzoo_hf.launch import launch
@@ -29,6 +31,8 @@ HERE = Path(__file__).parent / "distribution_inference"
 LEARNERS = ("erm", "causal", "irm", "v_rex", "group_dro", "resample", "colour_randomised", "irm_product")
 CONTROLS = ("early_stop", "label_smoothing", "weight_decay", "dp_sgd")
 OF_LABELS = ["kl_test", "meta_classifier"]
+WITH_SCORES = ("kl_test", "per_point_threshold_test", "threshold_test", "meta_classifier", "ridge_on_outputs")
+ROC_CELLS = ("dmi_erm", "dmi_irm", "dmi_resample", "dmi_causal", "label_ratio_few_images", "null")
 OTHER = {"scratch": "other_architecture", "few_images": "few_images_other_architecture"}
 """Label ratio cell -> blueprint of shadows of another architecture."""
 
@@ -47,7 +51,7 @@ class Cell(NamedTuple):
 
     blueprint: str
     secret: str
-    kept: dict[str, Any] = {}
+    kept: Mapping[str, Any] = MappingProxyType({})
     unequal: bool = False
     shadows: str | None = None
     shuffled: bool = False
@@ -113,14 +117,26 @@ def measure(cell: Cell, folder: Path, workers: int) -> None:
     game: dict[str, Any] = {"shadows": shadows, "unequal": cell.unequal, "shuffled": cell.shuffled}
     game["cache"] = folder / "outputs"
     seen = "probabilities" if cell.shadows else "weights"
-    reports = [attack_zoo(targets, cell.secret, access=seen, **game)]
+    more = ["flat_mlp"] if cell.blueprint.startswith("label_ratio") and not cell.shadows else []
+    names = [*BY_DEFAULT, *more] if more else None
+    reports = [attack_zoo(targets, cell.secret, access=seen, attacks=names, **game)]
     reports += [attack_zoo(targets, cell.secret, access="labels", attacks=OF_LABELS, **game)]
     about = {"cell": cell.name, "blueprint": cell.blueprint, "secret": cell.secret, "shuffled": cell.shuffled}
     about |= {"knowledge": "other architecture" if cell.shadows else "same architecture"}
     about |= {name: reports[0].facts[name] for name in ("targets", "shadows", "prior_risk")}
     about |= {"diverged": diverged(cell, targets)} | facts(targets.filter(factor_role="target"))
     reports[0].guesses.to_csv(folder / "guesses" / f"{cell.name}.csv", index=False)
-    pd.concat([report.table for report in reports]).assign(**about).to_csv(file_of(cell, folder), index=False)
+    table = pd.concat([with_r2(report) for report in reports])
+    table.assign(**about).to_csv(file_of(cell, folder), index=False)
+
+
+def with_r2(report: Report) -> pd.DataFrame:
+    """The table, with the share of the secret's variance over targets that an attack on a number explains."""
+    if report.facts["metric"] == "accuracy":
+        return report.table.assign(r2=None)
+    truth = report.guesses[report.facts["secret"]]
+    errors = report.guesses[report.table["attack"]].sub(truth, axis=0).pow(2).mean()
+    return report.table.assign(r2=(1 - errors / truth.var(ddof=0)).to_numpy())
 
 
 def diverged(cell: Cell, zoo: Zoo) -> int:
@@ -138,7 +154,7 @@ def diverged(cell: Cell, zoo: Zoo) -> int:
 
 
 def facts(targets: Zoo) -> dict[str, float]:
-    """Means over targets: accuracy on test images, in other colours where there are any, reliance on colour; losses."""
+    """Means over targets: accuracy on test images, also in other colours, reliance on colour, losses."""
     behaviour = world_behaviour(targets, progress=False)
     index = targets.to_pandas()
     found = {name: float(behaviour[name].mean()) for name in behaviour.columns if name != "model_id"}
@@ -162,10 +178,25 @@ def write(folder: Path) -> None:
     plain = {"keep_default_na": False, "na_values": [""]}  # a cell is called null
     table = pd.concat([pd.read_csv(file, **plain) for file in files], ignore_index=True)
     table.to_csv(HERE / "worlds.csv", index=False, float_format="%.6g")
+    roc(table, folder).to_csv(HERE / "roc.csv", index=False, float_format="%.4g")
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=HERE, capture_output=True, text=True)
     record = {key: str(value) for key, value in describe().items()} | {"commit": commit.stdout.strip()}
     (HERE / "worlds.json").write_text(json.dumps(record | {"date": time.strftime("%Y-%m-%d")}, indent=1) + "\n")
     print(table[["cell", "attack", "access", "value", "low", "high", "advantage"]].to_string(index=False))
+
+
+def roc(table: pd.DataFrame, folder: Path) -> pd.DataFrame:
+    """Points of the ROC curves of some cells, each of the attack on outputs that is best on held-out shadows."""
+    seen = table[(table["access"] == "probabilities") & table["attack"].isin(WITH_SCORES)]
+    parts = []
+    for cell, rows in seen[seen["cell"].isin(ROC_CELLS)].groupby("cell"):
+        attack = rows.set_index("attack")["shadow_value"].idxmax()
+        guesses = pd.read_csv(folder / "guesses" / f"{cell}.csv")
+        positive = guesses.iloc[:, 1] == guesses.iloc[:, 1].max()
+        false, true, _ = roc_curve(positive, guesses[f"{attack}_score"])
+        points = {"false_positive_rate": false, "true_positive_rate": true}
+        parts.append(pd.DataFrame({"cell": cell, "attack": attack} | points))
+    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
 
 
 if __name__ == "__main__":

@@ -1,5 +1,9 @@
 """Cells of the replication at sizes that take seconds, and its criteria on tables made by hand."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -142,3 +146,16 @@ def test_advantages_turn_errors_around():
     assert middle[1] == 0.5
     assert replication.BLACK in replication_cells.ATTACKS
     assert replication.WHITE in replication_cells.ATTACKS
+
+
+def test_the_smoke_tier_runs_by_its_command_and_continues(tmp_path):
+    script = Path(__file__).parents[1] / "results" / "distribution_inference.py"
+    command = [sys.executable, script, "--tier", "smoke", "--runs", tmp_path / "runs", "--out", tmp_path / "out"]
+    begun = subprocess.run([*command, "--stop-after", "0.01"], capture_output=True, text=True, check=True).stdout
+    assert "4 cells left" in begun
+    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "0 cells left" in told
+    assert "R9 met" in told
+    table = pd.read_csv(tmp_path / "out" / "replication_smoke.csv")
+    assert table["value"].between(0, 1).all()
+    assert table["provenance"].str.contains("torch").all()

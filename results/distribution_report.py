@@ -1,0 +1,268 @@
+"""Write criteria, figures and README of `distribution_inference/` from the tables beside it.
+
+python results/distribution_report.py
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pandas as pd
+from distribution_figures import plot_roc, plot_worlds
+from distribution_text import readme
+from scipy.stats import spearmanr
+
+from vitzoo_hf.apply.distribution_inference.replication import criteria
+
+HERE = Path(__file__).parent / "distribution_inference"
+RATES = (0.02, 0.05, 0.1, 0.2)
+COUNTS = (128, 512, 2048, 8192)
+LEARNERS = {
+    "dmi_erm": "ERM",
+    "dmi_label_smoothing": "label smoothing",
+    "dmi_weight_decay": "weight decay",
+    "dmi_early_stop": "early stopping",
+    "dmi_irm": "IRMv1, weight 100",
+    "dmi_irm_product": "IRMv1, product form",
+    "dmi_v_rex": "V-REx",
+    "dmi_group_dro": "GroupDRO",
+    "dmi_resample": "re-sampling to a public agreement",
+    "dmi_colour_randomised": "colours drawn anew",
+    "dmi_causal": "causal (no colour)",
+    "dmi_dp_sgd": "DP-SGD (negative control)",
+}
+
+
+class Verdict(NamedTuple):
+    """A criterion of the ViT tier, what was found, and whether it is met; None where cells are missing."""
+
+    name: str
+    expected: str
+    found: str
+    met: bool | None
+
+
+class Worlds:
+    """The table of cells of ViTs, asked by cell and attack."""
+
+    def __init__(self, table: pd.DataFrame) -> None:
+        self.table = table
+
+    def rows(self, cell: str, access: str = "probabilities") -> pd.DataFrame:
+        """Attacks of a cell with this access; KeyError for a cell that was not run."""
+        found = self.table[(self.table["cell"] == cell) & (self.table["access"] == access)]
+        if found.empty:
+            raise KeyError(cell)
+        return found.set_index("attack", drop=False)
+
+    def best(self, cell: str, access: str = "probabilities") -> pd.Series:
+        """The attack that does best on held-out shadows: never chosen by targets."""
+        rows = self.rows(cell, access)
+        rows = rows[rows["shadow_value"].notna()]
+        errors = rows["shadow_value"] * (1 if rows["metric"].iloc[0] == "mae" else -1)
+        return rows.loc[errors.idxmin()]
+
+
+def told(row: pd.Series) -> str:
+    """A value, its interval and its attack."""
+    return f"{row['value']:.3f} ({row['low']:.3f} to {row['high']:.3f}, {row['attack'].replace('_', ' ')})"
+
+
+def _null(worlds: Worlds) -> tuple[str, bool]:
+    cells = ["null", "null-shuffled", "label_ratio_scratch-shuffled"]
+    rows = pd.concat([worlds.rows(cell, access) for cell in cells for access in ("probabilities", "weights")])
+    outside = rows[(rows["low"] > 0.5) | (rows["high"] < 0.5)]
+    lost = ", ".join(f"{row['attack']} of {row['cell']} {row['value']:.3f}" for _, row in outside.iterrows())
+    return f"{len(rows) - len(outside)} of {len(rows)} intervals contain 0.5{lost and '; not: '}{lost}", outside.empty
+
+
+def _conditional(worlds: Worlds) -> tuple[str, bool]:
+    rows = [worlds.best(f"s1_region_rule-flip_rate=[0.0,{rate}]") for rate in RATES]
+    order = float(spearmanr(RATES, [row["value"] for row in rows]).statistic)
+    found = ", ".join(f"{row['value']:.3f} at {rate}" for rate, row in zip(RATES, rows, strict=True))
+    return f"{found}; Spearman {order:.2f}, lower end at 0.2 {rows[-1]['low']:.3f}", order >= 0.9 and rows[-1][
+        "low"
+    ] > 0.9
+
+
+def _memorised(worlds: Worlds) -> tuple[str, bool]:
+    fit, stopped = (worlds.best(f"s1_bis_early_stop-stop_loss={level}") for level in (0.0, 0.45))
+    lost = fit["accuracy"] - stopped["accuracy"]
+    return (
+        f"{told(fit)} trained to the end, {told(stopped)} stopped at loss 0.45, which costs {100 * lost:.1f} points"
+        " of accuracy",
+        fit["value"] - stopped["value"] >= 0.05,
+    )
+
+
+def _fitness(worlds: Worlds) -> tuple[str, bool]:
+    rows = {name: worlds.best(f"s2_{name}") for name in ("linear", "narrow", "depth1", "full")}
+    full = rows["full"]["advantage"]
+    least = max(row["advantage"] for name, row in rows.items() if name != "full")
+    found = ", ".join(f"{name} {row['advantage']:.2f}" for name, row in rows.items())
+    return f"advantage {found}", full <= 0.15 and least - full >= 0.15
+
+
+def _finite(worlds: Worlds) -> tuple[str, bool]:
+    rows = [worlds.best(f"s3_finite_data-num_images={count}") for count in COUNTS]
+    weights = [worlds.best(f"s3_finite_data-num_images={count}", "weights") for count in COUNTS]
+    found = ", ".join(f"{row['value']:.3f} at {count}" for count, row in zip(COUNTS, rows, strict=True))
+    besides = ", ".join(f"{row['value']:.3f}" for row in weights)
+    return f"outputs {found}; weights {besides}", rows[-1]["value"] >= 1.25 * rows[0]["value"]
+
+
+def _side_channel(worlds: Worlds) -> tuple[str, bool]:
+    open_, shut = worlds.best("sc_uncontrolled", "weights"), worlds.best("sc_equalised", "weights")
+    outputs = worlds.best("sc_equalised")
+    contain = all(row["low"] <= 0.5 <= row["high"] for row in (shut, outputs))
+    return f"weights {told(open_)}; equalised {told(shut)}, outputs {told(outputs)}", open_["low"] > 0.5 and contain
+
+
+def _label_ratio(worlds: Worlds) -> tuple[str, bool]:
+    parts, met = [], True
+    for cell in ("label_ratio_scratch", "label_ratio_few_images"):
+        rows = worlds.rows(cell)
+        kl, loss, threshold = (rows.loc[name, "value"] for name in ("kl_test", "loss_test", "threshold_test"))
+        met &= kl >= loss and kl >= threshold - 0.02 and worlds.best(cell)["value"] >= 0.8
+        leaked = rows.loc["kl_test", "n_leaked"]
+        found = f"KL {kl:.3f} (n_leaked {leaked:.3g}), loss {loss:.3f}, threshold {threshold:.3f}"
+        parts.append(f"{cell.replace('_', ' ')}: {found}")
+    return "; ".join(parts), bool(met)
+
+
+def _components(worlds: Worlds) -> tuple[str, bool]:
+    rows = worlds.rows("label_ratio_finetuned", "weights")
+    found, flat = (rows.loc[name, "value"] for name in ("components", "flat_mlp"))
+    others = {
+        name: worlds.rows(name, "weights").loc["components", "value"]
+        for name in ("label_ratio_own_heads", "label_ratio_scratch")
+    }
+    return (
+        f"components {found:.3f}, flat MLP {flat:.3f}; with a head of its own for every model"
+        f" {others['label_ratio_own_heads']:.3f}, from scratch {others['label_ratio_scratch']:.3f}",
+        found >= 0.8 and found >= flat,
+    )
+
+
+def _colour(worlds: Worlds) -> tuple[str, bool]:
+    row = worlds.rows("colour_agreement", "weights").loc["components"]
+    met = row["r2"] >= 0.8 and row["value"] <= row["prior_risk"] / 2
+    return f"R² {row['r2']:.3f}, MAE {row['value']:.4f} against {row['prior_risk']:.4f} without the model", bool(met)
+
+
+def _learners(worlds: Worlds) -> tuple[str, bool]:
+    erm, causal = worlds.best("dmi_erm"), worlds.best("dmi_causal")
+    falls = {}
+    for name in ("dmi_irm", "dmi_resample"):
+        row = worlds.best(name)
+        falls[name] = (1 - row["advantage"] / erm["advantage"], row["accuracy"] - causal["accuracy"], row)
+    found = "; ".join(
+        f"{LEARNERS[name]} {told(row)}, advantage {-100 * fall:+.0f} %, accuracy {100 * gap:+.1f} points of causal"
+        for name, (fall, gap, row) in falls.items()
+    )
+    met = erm["low"] > 0.75 and causal["low"] <= 0.5 <= causal["high"]
+    met &= any(fall >= 0.35 and gap >= -0.05 for fall, gap, _ in falls.values())
+    lost = sum(int(worlds.rows(name)["diverged"].iloc[0]) for name in LEARNERS if name in set(worlds.table["cell"]))
+    return f"ERM {told(erm)}; causal {told(causal)}; {found}; {lost} diverged", bool(met)
+
+
+def _reliance(worlds: Worlds) -> tuple[str, bool]:
+    rows = [worlds.best(name) for name in LEARNERS if name in set(worlds.table["cell"])]
+    if len(rows) < 8:
+        raise KeyError("learners")
+    gained = [row["advantage"] for row in rows]
+    reliance = float(spearmanr(gained, [row["colour_reliance"] for row in rows]).statistic)
+    elsewhere = float(spearmanr(gained, [row["flipped_accuracy"] for row in rows]).statistic)
+    return (
+        f"{len(rows)} learners: Spearman with colour reliance {reliance:.2f}, with accuracy on flipped colours"
+        f" {elsewhere:.2f}",
+        reliance >= 0.7 and reliance > abs(elsewhere),
+    )
+
+
+def _resampled(worlds: Worlds) -> tuple[str, bool]:
+    row, member = worlds.best("label_ratio_resampled"), worlds.rows("label_ratio_resampled", "membership").iloc[0]
+    return f"outputs {told(row)}, advantage {row['advantage']:.2f}; by membership {told(member)}", row[
+        "advantage"
+    ] <= 0.15
+
+
+def _ladder(worlds: Worlds) -> tuple[str, bool]:
+    parts = []
+    for name in ("scratch", "few_images"):
+        cell = f"label_ratio_{name}"
+        other = next(each for each in worlds.table["cell"].unique() if each.startswith(f"{cell}-shadows="))
+        steps = {
+            "weights": worlds.best(cell, "weights"),
+            "outputs": worlds.best(cell),
+            "other architecture": worlds.best(other),
+            "labels alone": worlds.best(cell, "labels"),
+        }
+        parts.append(
+            f"{name.replace('_', ' ')}: " + ", ".join(f"{step} {row['value']:.3f}" for step, row in steps.items())
+        )
+    return "; ".join(parts), True
+
+
+def _complete(worlds: Worlds) -> tuple[str, bool]:
+    wanted = ["targets", "shadows", "seeds", "low", "high", "advantage"]
+    full = bool(worlds.table[wanted].notna().all().all())
+    ratios = worlds.table[worlds.table["secret"].isin(["label_ratio", "group_ratio"])]
+    leaked = bool(ratios["n_leaked"].notna().all())
+    least = int(worlds.table["targets"].min())
+    return f"{worlds.table['cell'].nunique()} cells, at least {least} targets each", full and leaked and least >= 128
+
+
+CHECKS: dict[str, tuple[str, Callable[[Worlds], tuple[str, bool]]]] = {
+    "Z1": ("null and shuffled secrets: every interval contains 0.5", _null),
+    "Z2": ("S1: outputs rise with the rate (Spearman >= 0.9), lower end > 0.9 at 0.2", _conditional),
+    "Z3": ("S1-bis: outputs fall by >= 0.05 from the best fit to the earliest stop", _memorised),
+    "Z4": ("S2: advantage of the full ViT <= 0.15, of a smaller one larger by >= 0.15", _fitness),
+    "Z5": ("S3: error of outputs at n 8192 >= 1.25 times that at 128", _finite),
+    "Z6": ("1536 against 2048 images: seen in weights; equalised: chance", _side_channel),
+    "Z7": ("label ratio: KL >= loss test and >= threshold - 0.02; some attack >= 0.80", _label_ratio),
+    "Z8": ("label ratio, one head: components of weights >= 0.80 and >= flat MLP", _components),
+    "Z9": ("colour agreement from weights: R² >= 0.8, error <= half of the prior's", _colour),
+    "Z10": ("ERM > 0.75, causal chance, IRM or re-sampling advantage -35 %, accuracy within 5 points", _learners),
+    "Z11": ("across learners: rank correlation with colour reliance >= 0.7, and above flipped accuracy's", _reliance),
+    "Z12": ("re-sampling: advantage of outputs <= 0.15; membership tried", _resampled),
+    "Z13": ("ladder of the adversary's knowledge reported", _ladder),
+    "Z14": ("sizes, intervals, advantage and n_leaked of every cell", _complete),
+}
+
+
+def verdicts(table: pd.DataFrame) -> list[Verdict]:
+    """Z1 to Z14."""
+    found = []
+    for name, (expected, check) in CHECKS.items():
+        try:
+            text, met = check(Worlds(table))
+        except (KeyError, StopIteration) as missing:
+            found.append(Verdict(name, expected, f"not run: {missing}", None))
+        else:
+            found.append(Verdict(name, expected, text, bool(met)))
+    return found
+
+
+def read(name: str) -> pd.DataFrame:
+    """A committed table; a cell is called null, an empty field is a missing number."""
+    return pd.read_csv(HERE / name, keep_default_na=False, na_values=[""])
+
+
+def main() -> None:
+    replication, worlds = read("replication.csv"), read("worlds.csv")
+    all_ = [*criteria(replication.fillna({"learner": ""})), *verdicts(worlds)]
+    rows = [
+        (each.name, each.expected, each.found, {True: "met", False: "MISSED", None: "open"}[each.met])
+        for each in all_
+    ]
+    table = pd.DataFrame(rows, columns=["criterion", "expected", "found", "verdict"])
+    table.to_csv(HERE / "criteria.csv", index=False, lineterminator="\n")
+    plot_worlds(worlds, LEARNERS).savefig(HERE / "worlds.png", dpi=110)
+    plot_roc(read("roc.csv")).savefig(HERE / "roc.png", dpi=110)
+    (HERE / "README.md").write_text(readme(table, worlds, LEARNERS))
+    print(table[["criterion", "verdict", "found"]].to_string(index=False))
+
+
+if __name__ == "__main__":
+    main()
