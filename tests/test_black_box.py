@@ -154,7 +154,8 @@ def test_label_only_hides_all_but_the_predicted_class():
     assert torch.equal(label_only(found * 5), found)
     secret = ClassSecret((0, 1))
     secrets = secret.even(40)
-    own = torch.randn(40, Q, 4, generator=torch.Generator().manual_seed(1))
+    generator = torch.Generator().manual_seed(1)
+    own = 3 * torch.randn(Q, 4, generator=generator) + torch.randn(40, Q, 4, generator=generator)
     own[..., 0] += 4.0 * secrets[:, None]
     shadows = Shadows(Views(own.log_softmax(2)), secrets, secret, asked(labels=torch.zeros(Q, dtype=torch.int64)))
     seen = Views(label_only(own), "labels")
@@ -162,3 +163,18 @@ def test_label_only_hides_all_but_the_predicted_class():
         assert play(shadows, seen, secrets, attack).accuracy.mean > 0.95
     with pytest.raises(ZooError, match="ask both the same queries"):
         threshold_test(shadows, Views(own[:, :5], "labels"))
+
+
+def test_label_only_kl_sees_labels_through_classes_that_differ_in_confidence():
+    """Models are unsure, as with noisy labels. Class 1 predicts label 1 more often, and is twice as sure."""
+    generator = torch.Generator().manual_seed(0)
+    secrets = torch.arange(80) % 2
+    logits = 0.6 * torch.randn(Q, 2, generator=generator) + 0.1 * torch.randn(80, Q, 2, generator=generator)
+    logits[secrets == 1, :, 1] += 0.3
+    logits[secrets == 1] *= 2
+    views = Views(logits.log_softmax(2))
+    known, seen = (views.at(part) for part in torch.arange(80).split(40))
+    shadows = Shadows(known, secrets[:40], ClassSecret((0, 1)), asked())
+    targets = Views(label_only(seen.answers()), "labels")
+    guesses = kl_test(shadows, targets).secrets
+    assert (guesses == secrets[40:]).double().mean() > 0.9

@@ -113,14 +113,17 @@ def kl_test(shadows: Shadows, targets: Views, seed: int = 0) -> Guesses:
     Divergences are taken for each query set, `KL(shadow || target)`, of probabilities clipped to 1e-4; of real
     outputs, as means of normal distributions of variance 1. Votes do not look at other targets, unlike the
     normalisation over victims in the published default. Of a number: mean secret of the nearest shadows, whose number
-    is chosen by leaving single shadows out. With targets of kind `labels` it is the label-only test.
+    is chosen by leaving single shadows out. With targets of kind `labels` it is the label-only test, in which
+    shadows are known by their labels too; the published one keeps their probabilities, so that shadows of one class
+    that are surer than those of the other decide every guess alike.
 
     Source: Suri, Lu, Chen and Evans, SaTML 2023.
     """
     queries = shadows.asked()
-    between = _divergences(shadows.views, targets, queries)
+    known = _comparable(shadows.views, targets)
+    between = _divergences(known, targets, queries)
     if not isinstance(shadows.secret, ClassSecret):
-        own = _divergences(shadows.views, seen_like(shadows.views, targets.kind), queries).mean(0)
+        own = _divergences(known, known, queries).mean(0)
         return Guesses(clamped(shadows, _nearest(own, between.mean(0), shadows.secrets)))
     classes = len(shadows.secret.values)
     votes = torch.zeros(between.shape[2], classes, dtype=torch.float64)
