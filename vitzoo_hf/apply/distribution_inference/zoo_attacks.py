@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vitzoo_hf.apply.distribution_inference.black_box import BLACK_BOX, seen_like
-from vitzoo_hf.apply.distribution_inference.game import Attack, Kind, Outcome, Queries, Shadows, Views, play
+from vitzoo_hf.apply.distribution_inference.game import Attack, Guesses, Kind, Outcome, Queries, Shadows, Views, play
 from vitzoo_hf.apply.distribution_inference.metrics import leaked_samples, leaked_samples_of_errors
 from vitzoo_hf.apply.distribution_inference.secrets import ClassSecret, Secret, secret_of
 from vitzoo_hf.apply.distribution_inference.set_encoder import set_encoder
@@ -39,6 +39,7 @@ OF_ZOOS: dict[str, Attack] = {
     "set_encoder": set_encoder,
 }
 BY_DEFAULT = tuple(name for name in OF_ZOOS if name not in ("flat_mlp", "log_odds"))
+SHUFFLES = 20
 WITH_SEEDS = ("meta_classifier", "flat_mlp", "set_encoder")
 
 
@@ -86,7 +87,8 @@ def attack_zoo(
         attacks: names; by default all that the access and the zoo allow.
         num_queries: selection images that all are asked about: `zoo_views.zoo_queries`.
         seeds: of attacks with randomness.
-        shuffled: a control: secrets of shadows are shuffled, so that every attack is at chance.
+        shuffled: a control: attacks learn from shadows with shuffled secrets, of which each of 20 shuffles is a
+            seed, so that all are at chance; without the loss test, which learns nothing.
         unequal: go on although training differs between secrets; the report says so.
         seed: of the queries.
         cache: folder that keeps outputs.
@@ -96,7 +98,7 @@ def attack_zoo(
     Raises:
         ZooError: for an unknown column, attack or access; too few models of a role; a guard that fails.
     """
-    names = _chosen(attacks, access, shadows is not None)
+    names = _chosen(attacks, access, shadows is not None, shuffled)
     cast = _cast(zoo, shadows, secret, role)
     space, secrets = secret_of([plain(value) for value in cast.index[cast.column]])
     guards = guards_of(cast.index, cast.column, role, secrets, cast.shadows, space, unequal)
@@ -111,10 +113,9 @@ def attack_zoo(
     known, targets = (joined_views(asked, read, mask.nonzero()[:, 0]) for mask in (cast.shadows, ~cast.shadows))
     adversary = Shadows(known, secrets[cast.shadows], space, queries)
     if shuffled:
-        adversary = adversary.permuted(seed)
         guards["control"] = "secrets of shadows were shuffled: every attack is to be at chance"
     targets = seen_like(targets, "labels") if access == "labels" else targets
-    table, guesses = _played(names, adversary, targets, secrets[~cast.shadows], access, seeds, device)
+    table, guesses = _played(names, adversary, targets, secrets[~cast.shadows], access, seeds, shuffled, device)
     told = cast.index.loc[(~cast.shadows).numpy(), ["model_id", cast.column]].reset_index(drop=True)
     facts = _facts(cast, space, access, guards, len(queries.origins) if queries else 0, seeds)
     return Report(table, facts, told.assign(**guesses))
@@ -171,13 +172,15 @@ def _played(
     truth: Tensor,
     access: str,
     seeds: int,
+    shuffled: bool,
     device: str | torch.device,
 ) -> tuple[pd.DataFrame, dict[str, list[Any]]]:
     """A row an attack, the best on shadows marked, and the guesses of each."""
     rows, guesses = [], {}
     for name in names:
-        repeats = range(seeds) if name in WITH_SEEDS else range(1)
+        repeats = range(SHUFFLES if shuffled else seeds if name in WITH_SEEDS else 1)
         attack = partial(set_encoder, device=device) if name == "set_encoder" else OF_ZOOS[name]
+        attack = partial(_from_shuffled, attack) if shuffled else attack
         outcome = play(known, targets, truth, attack, seeds=repeats)
         row = _row(name, access, known.secret, truth, outcome)
         rows.append(row | {"shadow_value": _on_shadows(known, attack, targets.kind)})
@@ -191,7 +194,12 @@ def _played(
     return table, guesses
 
 
-def _chosen(attacks: Sequence[str] | None, access: str, of_another_zoo: bool) -> list[str]:
+def _from_shuffled(attack: Attack, shadows: Shadows, targets: Views, seed: int = 0) -> Guesses:
+    """The attack, which learns from shadows whose secrets were shuffled by this seed."""
+    return attack(shadows.permuted(seed), targets, seed)
+
+
+def _chosen(attacks: Sequence[str] | None, access: str, of_another_zoo: bool, shuffled: bool) -> list[str]:
     if access not in ACCESS:
         raise ZooError(f"unknown access {access!r}: {did_you_mean(access, ACCESS)}")
     if of_another_zoo and access == "weights":
@@ -202,7 +210,10 @@ def _chosen(attacks: Sequence[str] | None, access: str, of_another_zoo: bool) ->
             raise ZooError(f"unknown attack {name!r}: {did_you_mean(name, list(OF_ZOOS))}")
         if name in READS and access != "weights":
             raise ZooError(f"attack {name} reads weights, but access is {access}: give --access weights")
-    return names or [name for name in BY_DEFAULT if access == "weights" or name not in READS]
+        if shuffled and name == "loss_test":
+            raise ZooError("the loss test learns nothing from shadows, whose secrets cannot be shuffled for it")
+    fit = [name for name in BY_DEFAULT if access == "weights" or name not in READS]
+    return names or [name for name in fit if not (shuffled and name == "loss_test")]
 
 
 def _row(name: str, access: str, space: Secret, truth: Tensor, outcome: Outcome) -> dict[str, Any]:
