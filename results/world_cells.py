@@ -73,7 +73,7 @@ def cells() -> Iterator[Cell]:
         yield Cell(f"label_ratio_{kind}", "label_ratio", shadows=f"label_ratio_{OTHER[kind]}")
     yield Cell("colour_agreement", "colour_agreement")
     for learner in (*LEARNERS, *CONTROLS):
-        yield Cell(f"dmi_{learner}", "last_environment")
+        yield Cell(f"dmi_{learner}", "last_environment", unequal=learner == "early_stop")
     for rate in (0.02, 0.05, 0.1, 0.2):
         yield Cell("s1_region_rule", "flip_rate", {"factor_flip_rate": [0.0, rate]})
     for level in (0.0, 0.25, 0.35, 0.45):

@@ -145,6 +145,13 @@ def test_components_are_those_of_scikit_learn():
         difference_components([weights], torch.arange(42) < 3, torch.arange(40), place)
 
 
+def test_a_frozen_trunk_has_one_component_of_zeros_that_tells_nothing():
+    weights = torch.ones(20, 6)
+    found = difference_components([weights], torch.arange(20) < 12, torch.arange(20), torch.arange(20))
+    assert found.shape == (20, 1)
+    assert not found.any()
+
+
 def test_targets_do_not_decide_how_features_are_standardised():
     own = np.random.default_rng(0).normal(size=(20, 3))
     own[:, 2] = 7

@@ -176,7 +176,8 @@ def difference_components(
 ) -> Float64[np.ndarray, "M k"]:
     """Principal components of differences to the base, standardised by shadows, which alone decide the components.
 
-    Weights arrive in blocks of columns, each read once; only inner products of models are kept.
+    Weights arrive in blocks of columns, each read once; only inner products of models are kept. Where nothing
+    differs, as in a frozen trunk, there is one component, of zeros.
 
     Args:
         blocks: columns of all P models, shadows, targets and bases among them.
@@ -210,6 +211,8 @@ def difference_components(
     kept = min(components or count // 4, count // 4)
     squares, axes = squares.flip(0)[:kept], axes.flip(1)[:, :kept]
     useful = squares > 1e-10 * squares[0].clamp(min=1e-300)
+    if not useful.any():
+        return np.zeros((len(wanted), 1))
     return (total @ axes[:, useful] / squares[useful].sqrt()).numpy()
 
 
