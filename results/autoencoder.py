@@ -46,6 +46,17 @@ TOLD_EVERY = 100
 
 
 def main() -> None:
+    arguments = parser().parse_args()
+    if not arguments.draw_only:
+        jobs = [(cell, arguments.runs) for cell in planned(arguments)]
+        started = (prepare, (arguments.zoo,))
+        with multiprocessing.get_context("spawn").Pool(arguments.processes, *started) as pool:
+            for name, seconds in pool.imap_unordered(run, jobs, chunksize=1):
+                print(f"{name}: done after {seconds:.0f} s", flush=True)
+    write(arguments.name, arguments.runs, Zoo(arguments.zoo))
+
+
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("zoo", type=Path)
     parser.add_argument("name")
@@ -58,20 +69,16 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", default=[], help="ablations at the first of the rates, or all")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--draw-only", action="store_true", help="tables and figures of the cells that are finished")
-    arguments = parser.parse_args()
+    return parser
+
+
+def planned(arguments: argparse.Namespace) -> list[Cell]:
+    """The cells that a command asks for."""
     recipe = replace(AutoencoderRecipe(), scaling=arguments.scaling, steps=arguments.steps)
     if arguments.variants:
         names = list(VARIANTS) if arguments.variants == ["all"] else arguments.variants
-        planned = list(variants(replace(recipe, lr=arguments.rates[0]), names, arguments.seeds))
-    else:
-        planned = list(cells(recipe, arguments.arms, arguments.rates, arguments.seeds))
-    if not arguments.draw_only:
-        jobs = [(cell, arguments.runs) for cell in planned]
-        started = (prepare, (arguments.zoo,))
-        with multiprocessing.get_context("spawn").Pool(arguments.processes, *started) as pool:
-            for name, seconds in pool.imap_unordered(run, jobs, chunksize=1):
-                print(f"{name}: done after {seconds:.0f} s", flush=True)
-    write(arguments.name, arguments.runs, Zoo(arguments.zoo))
+        return list(variants(replace(recipe, lr=arguments.rates[0]), names, arguments.seeds))
+    return list(cells(recipe, arguments.arms, arguments.rates, arguments.seeds))
 
 
 def prepare(zoo: Path) -> None:

@@ -8,6 +8,7 @@ FOLDER holds is not trained again. Adds its rows to `autoencoder/NAME_curve.csv`
 
 import argparse
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,6 +30,17 @@ SEEN = 50
 
 
 def main() -> None:
+    arguments = parser().parse_args()
+    torch.set_num_threads(1)
+    zoo = population(arguments.zoo)
+    held = HeldOut.of(zoo, "test")
+    arguments.folder.mkdir(parents=True, exist_ok=True)
+    for arm, size, recipe in planned(arguments):
+        measure(zoo, held, size, arm, recipe, arguments.folder)
+    write(arguments.name, arguments.folder, zoo)
+
+
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("zoo", type=Path)
     parser.add_argument("name")
@@ -38,18 +50,17 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", default=["S+B"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--lr", type=float, default=AutoencoderRecipe().lr)
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    zoo = population(arguments.zoo)
-    held = HeldOut.of(zoo, "test")
-    arguments.folder.mkdir(parents=True, exist_ok=True)
+    return parser
+
+
+def planned(arguments: argparse.Namespace) -> Iterator[tuple[str, int, AutoencoderRecipe]]:
+    """Arm, training runs and recipe of each training that a command asks for."""
     for seed in arguments.seeds:
         for arm in arguments.arms:
             for steps in arguments.steps:
                 for size in arguments.sizes:
                     recipe = replace(AutoencoderRecipe(), steps=steps, seed=seed, lr=arguments.lr).arm(arm)
-                    measure(zoo, held, size, arm, recipe, arguments.folder)
-    write(arguments.name, arguments.folder, zoo)
+                    yield arm, size, recipe
 
 
 def subset(zoo: Zoo, size: int, seed: int) -> Zoo:

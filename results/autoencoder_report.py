@@ -26,22 +26,39 @@ for name in shared independent; do
   vitzoo train results/autoencoder/$name.yaml --out RUNS/$name --stack 64
   vitzoo pack results/autoencoder/$name.yaml RUNS/$name --out ZOOS/$name
 done
-vitzoo rebasin ZOOS/independent MODEL --by activations --out ZOOS/aligned
-for name in shared independent aligned; do
-  python results/autoencoder.py ZOOS/$name $name --runs GRIDS/$name
-  python results/autoencoder_curve.py ZOOS/$name $name --folder CURVES/$name
-  python results/autoencoder_use.py ZOOS/$name $name --runs GRIDS/$name
+vitzoo rebasin ZOOS/independent s1094@30 --by activations --out ZOOS/aligned
+
+grid() { name=$1; shift; python results/autoencoder.py ZOOS/$name $name --runs GRIDS/$name "$@"; }
+grid shared --steps 800 --rates 1e-3 3e-3 --seeds 0
+grid shared --steps 800 --rates 3e-3 --seeds 1 2 --arms S B S+B C+S C+B
+grid shared --steps 800 --rates 1e-3 --seeds 1 2 --arms C+S+B
+grid shared --steps 800 --rates 3e-3 --seeds 0 --variants "structure 0.02" "structure 0.5" "queries 16" \\
+  "noise queries" "queries of low contrast" distillation logits "scaling layer" "no linear map" \\
+  "S, no linear map" "B, no linear map"
+for name in independent aligned; do
+  grid $name --steps 1000 --rates 2e-3 --seeds 0 1 2 --arms S S+B
+  grid $name --steps 1000 --rates 2e-3 --seeds 0 --variants "latent 15"
 done
-python results/autoencoder.py ZOOS/shared shared --runs GRIDS/shared --variants all --rates RATE --seeds 0
+grid aligned --steps 1000 --rates 2e-3 --seeds 0 --variants "noise queries"
+
+curve() { name=$1; shift; python results/autoencoder_curve.py ZOOS/$name $name --folder CURVES/$name "$@"; }
+curve independent --steps 1000 --sizes 64 256 1024
+curve aligned --steps 1000 --sizes 64 128 256 512 1024
+curve aligned --steps 250 3000 --sizes 1024
+
+python results/autoencoder_use.py ZOOS/shared shared --runs GRIDS/shared
+python results/autoencoder_report.py
 ```
 
+On `shared`, seeds 1 and 2 are at the learning rate that the arm chose on seed 0.
+
 `shared`: 256 fine-tunes of one parent. `independent`: 1,280 models, each from initial weights of its own. `aligned`:
-the same after symmetries brought each as near as they can to MODEL, the training model that is best on selection
+the same after symmetries brought each as near as they can to s1094@30, the training model that is best on selection
 images; their functions are unchanged. Three epochs of each run are rows. Training runs train the autoencoder,
 validation runs choose its learning rate, test runs are reported on, on images that no model and no query saw. Cells
 of a grid have equal steps; rates with one seed were compared on that one. R² is beyond the
 mean of training models; retention is `(accuracy - chance) / (accuracy of originals - chance)` over the better half of
-the originals by selection images; specificity is agreement with the own original over that with the others. Signs of
+the originals by selection images; specificity is agreement with the own original less that with the others. Signs of
 a prototype in place of reconstructions, of which one is enough to fail: agreement not above that of the constant best
 model, specificity not told from 0, rank correlation of accuracies below 0.9, diversity below 0.7.
 """
@@ -68,6 +85,11 @@ Meynent et al. 2025 measured convolutional networks from independent initial wei
 
 
 def main() -> None:
+    (HERE / "README.md").write_text(report())
+
+
+def report() -> str:
+    """The README, from the tables."""
     parts = [INTRODUCTION]
     for name in ("shared", "independent", "aligned"):
         if (HERE / f"{name}_arms.csv").is_file():
@@ -78,7 +100,7 @@ def main() -> None:
     for name in ("shared", "independent", "aligned"):
         parts += ["\n".join(lines) for lines in (generated(name), predicted(name)) if lines]
     parts.append(CONCLUSIONS)
-    (HERE / "README.md").write_text("\n\n".join(part.strip() for part in parts) + "\n")
+    return "\n\n".join(part.strip() for part in parts) + "\n"
 
 
 def read(name: str) -> pd.DataFrame:

@@ -1,28 +1,20 @@
 """Autoencoders as files."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from small_autoencoder import SMALL
 
-from vitzoo_hf.apply.autoencoder.model import Sizes
-from vitzoo_hf.apply.autoencoder.recipe import AutoencoderRecipe
 from vitzoo_hf.apply.autoencoder.sampling import decoded, encoded
 from vitzoo_hf.apply.autoencoder.trained import FILE, load_autoencoder
 from vitzoo_hf.apply.autoencoder.training import train_autoencoder
 from vitzoo_hf.schema import ZooError
 from vitzoo_hf.zoo import Zoo
 
-SMALL = AutoencoderRecipe(
-    contrast=0.05,
-    views=("mlp",),
-    queries=8,
-    pool=40,
-    steps=3,
-    batch_size=2,
-    sizes=Sizes(width=16, latent=4, heads=2, blocks=1, projection=5),
-)
+RECIPE = replace(SMALL, contrast=0.05, views=("mlp",), steps=3)
 
 
 @pytest.fixture(scope="module")
@@ -33,12 +25,12 @@ def zoo(tiny_zoo) -> Zoo:
 @pytest.fixture(scope="module")
 def folder(zoo, tmp_path_factory):
     place = tmp_path_factory.mktemp("autoencoder")
-    train_autoencoder(zoo, SMALL, place)
+    train_autoencoder(zoo, RECIPE, place)
     return place
 
 
 def test_an_autoencoder_is_whole_from_its_folder_alone(zoo, folder, tmp_path):
-    before = train_autoencoder(zoo, SMALL, tmp_path)
+    before = train_autoencoder(zoo, RECIPE, tmp_path)
     again = load_autoencoder(folder)
     vectors = torch.stack([torch.from_numpy(row["weights"]) for row in zoo.rows()])
     latents = encoded(before, vectors)

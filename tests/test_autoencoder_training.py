@@ -3,13 +3,14 @@
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from small_autoencoder import SMALL
 
 from vitzoo_hf.apply.autoencoder import training
 from vitzoo_hf.apply.autoencoder.behaviour import Networks
-from vitzoo_hf.apply.autoencoder.model import Sizes
 from vitzoo_hf.apply.autoencoder.queries import query_images
 from vitzoo_hf.apply.autoencoder.recipe import ARMS, AutoencoderRecipe
 from vitzoo_hf.apply.autoencoder.trained import load_autoencoder
@@ -18,15 +19,6 @@ from vitzoo_hf.apply.autoencoder.vectors import check_finite, vectors_of
 from vitzoo_hf.apply.autoencoder.views import random_views
 from vitzoo_hf.schema import ZooError
 from vitzoo_hf.zoo import Zoo
-
-SMALL = AutoencoderRecipe(
-    views=("mlp", "heads"),
-    queries=8,
-    pool=40,
-    steps=6,
-    batch_size=2,
-    sizes=Sizes(width=16, latent=4, heads=2, blocks=1, projection=5),
-)
 
 
 @pytest.fixture(scope="module")
@@ -173,8 +165,9 @@ COMPILED = """
 import sys
 from dataclasses import replace
 import torch
-from vitzoo_hf.apply.autoencoder.model import Sizes, WeightAutoencoder
-from vitzoo_hf.apply.autoencoder.recipe import AutoencoderRecipe
+sys.path.append(sys.argv[2])
+from small_autoencoder import SMALL
+from vitzoo_hf.apply.autoencoder.model import WeightAutoencoder
 from vitzoo_hf.apply.autoencoder.training import train_autoencoder
 from vitzoo_hf.zoo import Zoo
 
@@ -186,9 +179,7 @@ def compiled(self):
     self._compiled_call_impl = torch.compile(self._call_impl, fullgraph=True, backend=traced)
 WeightAutoencoder.compile = compiled
 zoo = Zoo(sys.argv[1]).filter(stage="finetune", head="mlp")
-sizes = Sizes(width=16, latent=4, heads=2, blocks=1, projection=5)
-recipe = AutoencoderRecipe(views=("mlp", "heads"), queries=8, pool=40, steps=6, batch_size=2, sizes=sizes)
-recipe = recipe.arm("C+S+B")
+recipe = SMALL.arm("C+S+B")
 plain, found = (train_autoencoder(zoo, replace(recipe, compile=choice)) for choice in (False, True))
 assert len(graphs) == 1, len(graphs)
 for name, value in plain.model.state_dict().items():
@@ -198,7 +189,7 @@ for name, value in plain.model.state_dict().items():
 
 def test_the_model_is_one_graph_for_the_compiler(tiny_zoo):
     """In a process of its own, because the compiler does not see through the checks of shapes that tests add."""
-    subprocess.run([sys.executable, "-c", COMPILED, str(tiny_zoo)], check=True)
+    subprocess.run([sys.executable, "-c", COMPILED, str(tiny_zoo), str(Path(__file__).parent)], check=True)
 
 
 @pytest.mark.gpu

@@ -1,12 +1,18 @@
 """What the READMEs say of zoos that were made is what their tables hold."""
 
+import subprocess
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
+from vitzoo_hf.apply.autoencoder.model import Sizes
+from vitzoo_hf.apply.autoencoder.tokens import Tokenizer
+from vitzoo_hf.blueprint import Blueprint
+from vitzoo_hf.vit import layout_of
+
 RESULTS = Path(__file__).parent.parent / "results"
-DESK = RESULTS / "desk"
+DESK, AUTOENCODER = RESULTS / "desk", RESULTS / "autoencoder"
 
 
 def words(file: Path) -> str:
@@ -151,7 +157,7 @@ DECODERS = {
 
 @pytest.mark.parametrize("population", DECODERS)
 def test_autoencoder_in_the_readme(population):
-    table = pd.read_csv(RESULTS / "autoencoder" / f"{population}_arms.csv")
+    table = pd.read_csv(AUTOENCODER / f"{population}_arms.csv")
     test = table[(table["split"] == "test") & table["chosen"]]
     for name in DECODERS[population]:
         arm, method = (name, "autoencoder") if name in ("S", "S+B") else ("S", name.lower())
@@ -163,27 +169,135 @@ def test_autoencoder_in_the_readme(population):
 
 @pytest.mark.parametrize("population", ["independent", "aligned"])
 def test_autoencoder_of_a_higher_rate_in_the_readme(population):
-    table = pd.read_csv(RESULTS / "autoencoder" / f"{population}_variants.csv")
-    chosen = table["variant"].eq("latent 15") & table["split"].eq("test") & table["method"].eq("autoencoder")
-    found = table[chosen].iloc[0]
+    found = higher_rate(population, "autoencoder")
     columns = ["agreement", "retention", "specificity", "rank_correlation", "diversity"]
     shown = " | ".join(f"{found[column]:.3f}" for column in columns)
     assert f"| {population} | S+B, 15 numbers a token | {shown} |" in TOP
-    pca = table[table["variant"].eq("latent 15") & table["split"].eq("test") & table["method"].eq("pca")].iloc[0]
-    assert f"({100 * pca['agreement']:.0f} %, {100 * pca['retention']:.0f} %)" in TOP
 
 
-def test_autoencoder_claims_and_arithmetic_in_the_readme():
-    table = pd.read_csv(RESULTS / "autoencoder" / "shared_arms.csv")
-    ours = table[(table["split"] == "test") & table["chosen"] & (table["method"] == "autoencoder")]
-    s, sb = (ours[ours["arm"] == arm].set_index("seed") for arm in ("S", "S+B"))
+def higher_rate(population: str, method: str) -> pd.Series:
+    """The one row of the variant with 15 numbers a token, on test models."""
+    table = pd.read_csv(AUTOENCODER / f"{population}_variants.csv")
+    chosen = table["variant"].eq("latent 15") & table["split"].eq("test") & table["method"].eq(method)
+    (row,) = (row for _, row in table[chosen].iterrows())
+    return row
+
+
+def reported(population: str, arm: str, method: str = "autoencoder") -> pd.DataFrame:
+    """Test models at the chosen learning rate, a row a seed."""
+    table = pd.read_csv(AUTOENCODER / f"{population}_arms.csv")
+    chosen = table["split"].eq("test") & table["chosen"] & table["arm"].eq(arm) & table["method"].eq(method)
+    found = table[chosen].set_index("seed").sort_index()
+    assert list(found.index) == [0, 1, 2]
+    return found
+
+
+def percent(value: float) -> str:
+    return f"{100 * value:.0f} %"
+
+
+def test_autoencoder_on_shared_initial_weights_in_the_readme():
+    s, sb, b = (reported("shared", arm) for arm in ("S", "S+B", "B"))
     removed = 100 * (1 - (1 - sb["agreement"]) / (1 - s["agreement"]))
-    assert f"removes {removed.min():.0f} to {removed.max():.0f} % of the disagreements of S" in TOP
+    assert f"removes {removed.min():.0f} to {removed.max():.0f} % of the disagreements of S; both pass" in TOP
+    assert s["failures"].isna().all()
     assert sb["failures"].isna().all()
-    independent = pd.read_csv(RESULTS / "autoencoder" / "independent_arms.csv")
-    alone = independent[(independent["split"] == "test") & (independent["method"] == "autoencoder")]
-    beyond = alone.loc[alone["arm"] == "S", "r2_beyond_mean"].mean()
-    assert f"S has an R² of {beyond:.2f} beyond the mean" in TOP
+    ours, pca, nearest = (
+        sb["agreement"].mean(),
+        *(reported("shared", "S+B", method)["agreement"].mean() for method in ("pca", "nearest training model")),
+    )
+    assert pca > nearest > ours > nearest - 0.01, "PCA and narrowly the nearest training model agree more"
+    assert abs(b["agreement"].mean() - ours) < 0.005, "B alone reaches as much as S+B"
+
+
+def test_autoencoder_on_other_initial_weights_in_the_readme():
+    s = reported("independent", "S")[["r2_beyond_mean", "retention"]].mean()
+    assert f"R² of {s['r2_beyond_mean']:.2f} beyond the mean, and {percent(s['retention'])} of the accuracy" in TOP
+    aligned = reported("aligned", "S+B")
+    assert f"Aligned, it keeps {percent(aligned['retention'].mean())} of the accuracy" in TOP
+    assert aligned["failures"].notna().all()
+    best = reported("aligned", "S+B", "constant best")["agreement"]
+    assert (best > aligned["agreement"]).all(), "the best training model, always decoded, agrees more"
+    higher = higher_rate("aligned", "autoencoder")
+    told = f"it keeps {percent(higher['retention'])}, agrees on {percent(higher['agreement'])} and fails by"
+    correlation = f"{higher['rank_correlation']:.2f}"
+    assert f"{told} the rank correlation of accuracies alone, {correlation} where 0.9 is asked" in TOP
+    assert higher["failures"] == f"rank correlation {correlation} is below 0.9"
+    aligned_pca, plain_pca = (higher_rate(population, "pca") for population in ("aligned", "independent"))
+    shown = [f"({percent(row['agreement'])}, {percent(row['retention'])})" for row in (aligned_pca, plain_pca)]
+    assert f"does as well there {shown[0]}, but not without alignment {shown[1]}" in TOP
+    for column in ("agreement", "retention"):
+        assert abs(aligned_pca[column] - higher[column]) < 0.01, "PCA does as well"
+    alone = reported("independent", "S+B")["retention"].mean()
+    by_rate, by_alignment = higher_rate("independent", "autoencoder")["retention"], aligned["retention"].mean()
+    assert higher["retention"] > max(by_rate, by_alignment) > min(by_rate, by_alignment) > 2 * alone, "they add up"
+
+
+def test_autoencoder_sizes_in_the_readmes():
+    blueprint = Blueprint.load(AUTOENCODER / "independent.yaml")
+    args = {**blueprint.architecture_args, "num_classes": 10}
+    layout = layout_of(blueprint.architecture, args, "linear", None)
+    tokens, numbers = Tokenizer.of(layout).num_tokens, layout.num_parameters
+    usual = Sizes().latent
+    assert f"ViTs of {numbers:,} parameters" in TOP
+    assert f"{tokens * usual:,} latent numbers a model ({usual} a token)" in TOP
+    assert f"PCA, of at most {tokens * usual:,} components" in TOP
+    assert f"15 latent numbers a token as well, {tokens * 15 / numbers:.2f} a parameter (one seed)" in TOP
+    own = words(AUTOENCODER / "README.md")
+    assert f"at a rate of {tokens * usual / numbers:.2f} latent numbers a parameter" in own
+    assert f"(15 numbers a token, {tokens * 15 / numbers:.2f} a parameter)" in own
+
+
+def test_autoencoder_readme_is_what_its_script_writes(monkeypatch):
+    monkeypatch.syspath_prepend(RESULTS)
+    import autoencoder_report
+
+    assert autoencoder_report.report() == (AUTOENCODER / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def autoencoder_commands() -> dict[str, list[list[str]]]:
+    """Script -> the arguments of its commands in the README, as bash gives them."""
+    block = (AUTOENCODER / "README.md").read_text(encoding="utf-8").split("```")[1]
+    told = """vitzoo() { :; }; python() { printf '%s\\0' "$@"; printf '\\n'; }"""
+    found: dict[str, list[list[str]]] = {}
+    output = subprocess.run(["bash", "-euc", told + block], check=True, capture_output=True, text=True).stdout
+    for line in output.splitlines():
+        script, *arguments = line.split("\0")[:-1]
+        found.setdefault(Path(script).stem, []).append(arguments)
+    return found
+
+
+@pytest.mark.parametrize("population", ["shared", "independent", "aligned"])
+def test_commands_of_the_autoencoder_give_the_committed_cells(population, autoencoder_commands, monkeypatch):
+    monkeypatch.syspath_prepend(RESULTS)
+    import autoencoder
+
+    asked = [autoencoder.parser().parse_args(arguments) for arguments in autoencoder_commands["autoencoder"]]
+    cells = [cell for one in asked if one.name == population for cell in autoencoder.planned(one)]
+    wanted = {tuple(cell.labels.values()) for cell in cells}
+    assert len(wanted) == len(cells)
+    tables = [pd.read_csv(AUTOENCODER / f"{population}_{kind}.csv") for kind in ("arms", "variants")]
+    table = pd.concat(tables).fillna({"variant": ""})
+    assert wanted == set(table[["arm", "variant", "lr", "seed", "steps"]].itertuples(index=False, name=None))
+
+
+def test_commands_of_the_autoencoder_give_the_committed_curves_and_uses(autoencoder_commands, monkeypatch):
+    monkeypatch.syspath_prepend(RESULTS)
+    import autoencoder_curve
+
+    asked = [autoencoder_curve.parser().parse_args(each) for each in autoencoder_commands["autoencoder_curve"]]
+    assert {one.name for one in asked} == {file.stem[: -len("_curve")] for file in AUTOENCODER.glob("*_curve.csv")}
+    for name in {one.name for one in asked}:
+        plans = [plan for one in asked if one.name == name for plan in autoencoder_curve.planned(one)]
+        wanted = sorted((arm, size, recipe.steps, recipe.seed, recipe.lr) for arm, size, recipe in plans)
+        table = pd.read_csv(AUTOENCODER / f"{name}_curve.csv")[["arm", "runs", "steps", "seed", "lr"]]
+        assert wanted == sorted(table.drop_duplicates().itertuples(index=False, name=None))
+    used = [arguments[1] for arguments in autoencoder_commands["autoencoder_use"]]
+    assert used == [file.stem[: -len("_generated")] for file in AUTOENCODER.glob("*_generated.csv")]
+
+
+def test_arithmetic_in_the_readme():
     additions = pd.read_csv(RESULTS / "arithmetic" / "additions_desk.csv")
     loss = -100 * additions["gain"].mean()
     assert f"is {loss:.1f} points" in TOP

@@ -196,7 +196,7 @@ def _read(file: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
         raise ZooError(f"{file} is damaged: delete it, and train again") from None
     if not isinstance(record, dict) or record.get("kind") != KIND:
         raise ZooError(f"{file} is no autoencoder of this library, or of an older version: train again")
-    if record.get("digest", _digest(tensors)) != _digest(tensors):
+    if "digest" in record and record["digest"] != _digest(tensors):
         raise ZooError(f"{file} is damaged: its tensors are not those that were written; train again")
     parts: dict[str, dict[str, Tensor]] = {name: {} for name in ("model", "optimizer", "scaling")}
     for name, value in tensors.items():

@@ -4,7 +4,6 @@ An attack is a function of shadows, of what it sees of the targets, and of a see
 which `play` alone compares with its guesses. Guards refuse cells in which something else than the secret differs.
 """
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -202,33 +201,3 @@ def check_equal(what: str, values: Sequence[float | int], secrets: Tensor) -> No
             f"{what} differ between models: {values[0]:g} with secret {secrets[0].tolist()}, {values[other]:g} with"
             f" secret {secrets[other].tolist()}; make them equal, or attacks read that instead of the distribution"
         )
-
-
-def check_disjoint(victims: Int64[Tensor, " n"], adversary: Int64[Tensor, " m"]) -> None:
-    """Refuse victims and an adversary that share examples.
-
-    Args:
-        victims: places in the source, of all data that targets are trained on.
-        adversary: places of all data that shadows are trained on.
-
-    Raises:
-        ZooError: with the number of shared examples and one of them.
-
-    Example:
-        >>> check_disjoint(torch.tensor([0, 1]), torch.tensor([2, 3]))
-    """
-    shared = victims[torch.isin(victims, adversary)].unique()
-    if len(shared):
-        raise ZooError(
-            f"{len(shared)} examples, such as number {int(shared[0])}, are in the data of targets and of shadows:"
-            " split the source between victim and adversary first"
-        )
-
-
-def indices_digest(indices: Int64[Tensor, " n"]) -> str:
-    """Hash of a set of examples, the same in any order, for records that must not name them.
-
-    >>> indices_digest(torch.tensor([2, 1])) == indices_digest(torch.tensor([1, 2]))
-    True
-    """
-    return hashlib.sha256(np.ascontiguousarray(indices.sort().values.numpy().astype("<i8")).tobytes()).hexdigest()

@@ -81,21 +81,12 @@ def leaked_samples_of_errors(ratios: Float64[Tensor, " M"], guesses: Float64[Ten
     return (ratios * (1 - ratios)).mean().item() / error if error > 0 else math.inf
 
 
-def bootstrap_interval(values: Float64[Tensor, " M"], *, resamples: int = RESAMPLES, seed: int = 0) -> Interval:
-    """Mean over targets with its percentile interval over resampled targets (Efron, 1979).
-
-    Example:
-        >>> bootstrap_interval(torch.tensor([0.0, 1.0] * 50, dtype=torch.float64)).mean
-        0.5
-    """
-    return nested_interval(values[None, None], resamples=resamples, seed=seed)
-
-
 def nested_interval(values: Float64[Tensor, "W S T"], *, resamples: int = RESAMPLES, seed: int = 0) -> Interval:
     """Mean over draws of the world, seeds of the attack and targets; all three are resampled, one within the other.
 
     Within a draw of the world, all seeds meet the same resampled targets. An axis of length 1 adds no spread, so that
-    one draw of the world says nothing about others.
+    one draw of the world says nothing about others; one draw and one seed give the percentile interval over targets
+    (Efron, 1979).
 
     Args:
         values: of each target (T) under each seed (S) in each world (W): hits, or losses.

@@ -25,7 +25,6 @@ from vitzoo_hf.penalties import (
 
 INPUTS, SPREAD = 4, 2.0
 TEACHER = Widths(INPUTS, 32)
-ENVIRONMENTS = 4
 PUBLISHED_ROWS = (1536, 2048)
 EQUAL_ROWS = (2040, 2040)
 RISK_SHARE = 0.1
