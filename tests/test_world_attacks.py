@@ -8,6 +8,7 @@ from test_cli import call
 
 from vitzoo_hf.apply.distribution_inference.secrets import ClassSecret, secret_of
 from vitzoo_hf.apply.distribution_inference.zoo_attacks import BY_DEFAULT, READS, attack_zoo
+from vitzoo_hf.apply.distribution_inference.zoo_guards import guards_of
 from vitzoo_hf.apply.distribution_inference.zoo_views import zoo_queries
 from vitzoo_hf.blueprint import Blueprint
 from vitzoo_hf.pack import pack
@@ -135,3 +136,12 @@ def test_the_verb_takes_shadows_of_another_zoo(zoo, wide, capsys):
     given = ["--secret", "label_ratio", "--attack", "kl_test", "--quiet"]
     status, told, _ = call(capsys, "attack", zoo.name, "--shuffled", *given)
     assert (status, "control: secrets of shadows were shuffled" in told) == (0, True)
+
+
+def test_a_role_that_training_did_not_know_is_refused(zoo):
+    index = zoo.to_pandas()
+    secret, secrets = secret_of(index["factor_label_ratio"].tolist())
+    index["own_role"] = ["target", "shadow"] * (len(index) // 2)
+    shadows = torch.from_numpy((index["own_role"] == "shadow").to_numpy(copy=True))
+    with pytest.raises(ZooError, match="own_role calls some models targets"):
+        guards_of(index, "factor_label_ratio", "own_role", secrets, shadows, secret, False)

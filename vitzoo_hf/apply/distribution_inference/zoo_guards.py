@@ -80,6 +80,10 @@ def guards_of(
             if not unequal:
                 raise ZooError(f"{error}; --unequal goes on") from None
             told[what] = f"NOT equal: {index[name].min():g} to {index[name].max():g}"
+    if "factor_role" in index and (index["factor_role"] != index[column_of(index, role)]).any():
+        raise ZooError(
+            f"column {role} calls some models targets that learnt from the adversary's data: give --role role"
+        )
     if DATA_HASH in index and index[DATA_HASH].notna().all():
         parts = [set(index[DATA_HASH][mask.numpy()]) for mask in (shadows, ~shadows)]
         if parts[0] & parts[1]:
