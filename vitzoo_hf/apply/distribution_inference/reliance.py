@@ -89,7 +89,7 @@ def world_behaviour(
     records = []
     chosen = zoo.filter(dataset=name)
     with progress_bar("measuring", "model", shown=progress, total=len(chosen)) as bar:
-        for rows in _chunks(chosen, len(images)):
+        for rows in rows_in_parts(chosen, 6 * len(images)):
             population = Population.from_rows(rows, device=device)
             logits = [population(each) for each in sets]
             measured = {
@@ -106,15 +106,21 @@ def world_behaviour(
     return pandas.concat(records, ignore_index=True)
 
 
-def _chunks(zoo: Zoo, num_images: int) -> Iterator[list[dict[str, Any]]]:
-    chunk: list[dict[str, Any]] = []
+def rows_in_parts(zoo: Zoo, outputs: int) -> Iterator[list[dict[str, Any]]]:
+    """Rows with their weights, as many at a time as `CHUNK_NUMBERS` leaves room for; at least one.
+
+    Args:
+        zoo: its rows are read in their order.
+        outputs: numbers that are held of a model beside its weights.
+    """
+    part: list[dict[str, Any]] = []
     size = 0
     for row in zoo.rows():
-        needed = row["num_parameters"] + 6 * num_images
-        if chunk and size + needed > CHUNK_NUMBERS:
-            yield chunk
-            chunk, size = [], 0
-        chunk.append(row)
+        needed = row["num_parameters"] + outputs
+        if part and size + needed > CHUNK_NUMBERS:
+            yield part
+            part, size = [], 0
+        part.append(row)
         size += needed
-    if chunk:
-        yield chunk
+    if part:
+        yield part
