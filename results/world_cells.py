@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 from sklearn.metrics import roc_curve
 
+from vitzoo_hf.apply.distribution_inference.membership import membership_attack
 from vitzoo_hf.apply.distribution_inference.reliance import world_behaviour
 from vitzoo_hf.apply.distribution_inference.zoo_attacks import BY_DEFAULT, Report, attack_zoo
 from vitzoo_hf.blueprint import Blueprint
@@ -30,6 +31,8 @@ from vitzoo_hf.zoo import Zoo
 HERE = Path(__file__).parent / "distribution_inference"
 LEARNERS = ("erm", "causal", "irm", "v_rex", "group_dro", "resample", "colour_randomised", "irm_product")
 CONTROLS = ("early_stop", "label_smoothing", "weight_decay", "dp_sgd")
+MEMBERSHIP = ("null", "label_ratio_scratch", "label_ratio_few_images", "label_ratio_resampled")
+"""Cells in which membership of single images is tried too."""
 OF_LABELS = ["kl_test", "meta_classifier"]
 WITH_SCORES = ("kl_test", "per_point_threshold_test", "threshold_test", "meta_classifier", "ridge_on_outputs")
 ROC_CELLS = ("dmi_erm", "dmi_irm", "dmi_resample", "dmi_causal", "label_ratio_few_images", "null")
@@ -126,7 +129,11 @@ def measure(cell: Cell, folder: Path, workers: int) -> None:
     about |= {name: reports[0].facts[name] for name in ("targets", "shadows", "prior_risk")}
     about |= {"diverged": diverged(cell, targets)} | facts(targets.filter(factor_role="target"))
     reports[0].guesses.to_csv(folder / "guesses" / f"{cell.name}.csv", index=False)
-    table = pd.concat([with_r2(report) for report in reports])
+    tables = [with_r2(report) for report in reports]
+    if cell.name in MEMBERSHIP:
+        for held_out in (False, True):
+            tables.append(membership_attack(targets, cell.secret, held_out=held_out).assign(access="membership"))
+    table = pd.concat(tables)
     table.assign(**about).to_csv(file_of(cell, folder), index=False)
 
 

@@ -182,8 +182,8 @@ def _played(
         attack = partial(set_encoder, device=device) if name == "set_encoder" else OF_ZOOS[name]
         attack = partial(_from_shuffled, attack) if shuffled else attack
         outcome = play(known, targets, truth, attack, seeds=repeats)
-        row = _row(name, access, known.secret, truth, outcome)
-        rows.append(row | {"shadow_value": _on_shadows(known, attack, targets.kind)})
+        row = row_of(name, access, known.secret, truth, outcome)
+        rows.append(row | {"shadow_value": on_shadows(known, attack, targets.kind)})
         guesses[name] = _told(known.secret, outcome.guesses)
         if outcome.scores is not None:
             guesses[f"{name}_score"] = outcome.scores.tolist()
@@ -216,7 +216,8 @@ def _chosen(attacks: Sequence[str] | None, access: str, of_another_zoo: bool, sh
     return names or [name for name in fit if not (shuffled and name == "loss_test")]
 
 
-def _row(name: str, access: str, space: Secret, truth: Tensor, outcome: Outcome) -> dict[str, Any]:
+def row_of(name: str, access: str, space: Secret, truth: Tensor, outcome: Outcome) -> dict[str, Any]:
+    """How an attack did, as a row of `Report.table`."""
     classes = isinstance(space, ClassSecret)
     value = outcome.accuracy if classes else outcome.risk
     row: dict[str, Any] = {
@@ -241,7 +242,7 @@ def _leaked(space: Secret, truth: Tensor, outcome: Outcome) -> float | None:
     return leaked_samples_of_errors(truth[:, 0], outcome.guesses[:, 0])
 
 
-def _on_shadows(known: Shadows, attack: Attack, kind: Kind) -> float:
+def on_shadows(known: Shadows, attack: Attack, kind: Kind) -> float:
     """How well an attack does on every second shadow from the others: what attacks are to be chosen by."""
     order = torch.randperm(len(known.secrets), generator=torch.Generator().manual_seed(0))
     first, second = order[::2], order[1::2]
