@@ -94,12 +94,12 @@ def _lines(axis: Any, best: pd.DataFrame, places: Mapping[str, float], *, line: 
 
 def _reliance(axis: Any, best: pd.DataFrame, learners: Mapping[str, str]) -> None:
     rows = best[(best["access"] == "probabilities") & best["cell"].isin(learners)]
-    for _, row in rows.iterrows():
+    for number, (_, row) in enumerate(rows.sort_values("colour_reliance").iterrows()):
         axis.plot(row["colour_reliance"], row["advantage"], "o", color=PALETTE[0], markersize=5)
         axis.annotate(
             learners[row["cell"]].split(" (")[0].split(",")[0],
             (row["colour_reliance"], row["advantage"]),
-            xytext=(4, -9),
+            xytext=(4, (-9, 5, -18)[number % 3]),
             textcoords="offset points",
             fontsize=7,
             color=INK,

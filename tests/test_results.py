@@ -304,12 +304,16 @@ def test_arithmetic_in_the_readme():
     assert f"{len(additions)} pairs) below the better child" in TOP
 
 
-def test_distribution_inference_in_the_readme():
-    table = pd.read_csv(RESULTS / "distribution_inference" / "worlds.csv", keep_default_na=False)
-    kl = table[(table["attack"] == "kl_test") & (table["access"] == "probabilities")].set_index("cell")["value"]
-    assert f"in {kl['dmi_erm']:.3f} of the cases after ERM, {kl['dmi_causal']:.3f} after a causal" in TOP
-    assert f"{kl['null']:.3f} where nothing differs" in TOP
-    weights = table[(table["access"] == "weights") & table["cell"].eq("dmi_erm")]
-    assert (
-        weights.loc[weights["attack"].isin(["head", "components", "statistics", "set_encoder"]), "low"] < 0.5
-    ).all()
+def test_distribution_inference_criteria_and_readmes_are_what_their_script_writes(monkeypatch):
+    monkeypatch.syspath_prepend(RESULTS)
+    import distribution_report
+
+    folder, worlds = RESULTS / "distribution_inference", distribution_report.read("worlds.csv")
+    table = distribution_report.criteria_table(distribution_report.read("replication.csv"), worlds)
+    pd.testing.assert_frame_equal(table, distribution_report.read("criteria.csv"))
+    assert distribution_report.report(table, worlds) == (folder / "README.md").read_text(encoding="utf-8")
+    top = (RESULTS.parent / "README.md").read_text(encoding="utf-8")
+    for line in distribution_report.summary(distribution_report.Worlds(worlds)):
+        assert line in top
+    reliance = table.set_index("criterion")["found"]["Z11"].split("colour reliance ")[1].split(",")[0]
+    assert f"goes with reliance on colour (rank correlation {reliance})" in " ".join(top.split())
