@@ -120,8 +120,8 @@ def measure(cell: Cell, folder: Path, workers: int) -> None:
     game: dict[str, Any] = {"shadows": shadows, "unequal": cell.unequal, "shuffled": cell.shuffled}
     game["cache"] = folder / "outputs"
     seen = "probabilities" if cell.shadows else "weights"
-    more = ["flat_mlp"] if cell.blueprint.startswith("label_ratio") and not cell.shadows else []
-    names = [*BY_DEFAULT, *more] if more else None
+    flat = cell.blueprint.startswith("label_ratio") and not (cell.shadows or cell.shuffled)
+    names = [*BY_DEFAULT, "flat_mlp"] if flat else None
     reports = [attack_zoo(targets, cell.secret, access=seen, attacks=names, **game)]
     reports += [attack_zoo(targets, cell.secret, access="labels", attacks=OF_LABELS, **game)]
     about = {"cell": cell.name, "blueprint": cell.blueprint, "secret": cell.secret, "shuffled": cell.shuffled}
