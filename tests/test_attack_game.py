@@ -185,9 +185,9 @@ def test_a_guess_does_not_depend_on_other_targets(name):
 
 
 def test_guards_name_what_differs():
-    secrets = torch.tensor([0, 1, 0, 1])
+    secrets = [0.3, 0.3, 0.5, 0.5]
     check_equal("training examples", [2048] * 4, secrets)
-    with pytest.raises(ZooError, match=r"training examples differ.*2048 with secret 0, 1536 with secret 1"):
+    with pytest.raises(ZooError, match=r"training examples differ.*2048 with secret 0.3, 1536 with secret 0.5"):
         check_equal("training examples", [2048, 1536, 2048, 1536], secrets)
 
 

@@ -80,7 +80,7 @@ def test_queries_of_other_distributions_are_left_out(zoo):
 
 def test_numbers_have_a_query_set_for_each_level(tmp_path):
     text = ("label_ratio: [0.9, 0.1]", "label_ratio: [0.0, 0.5, 1.0]")
-    zoo = trained(tmp_path / "levels", 8, text, ("replicas: 6", "replicas: 2"), ("replicas: 8", "replicas: 4"))
+    zoo = trained(tmp_path / "levels", 8, text, ("replicas: 6", "replicas: 2"), ("replicas: 8", "replicas: 6"))
     secret, _ = secret_of([0.0, 0.5, 1.0])
     _, queries = zoo_queries(zoo, "factor_label_ratio", secret, num_queries=12, seed=0)
     assert queries.candidates.tolist() == [[0.0], [0.5], [1.0]]

@@ -78,6 +78,8 @@ def attack(
 def _check(queries: int, seeds: int, out: Path | None) -> None:
     check_least("--queries", queries, 1)
     check_least("--seeds", seeds, 1)
+    if out is not None and (out / "zoo.json").exists():
+        raise ZooError(f"{out} is a zoo, which attacks never write into: give --out another folder")
     if out is not None:
         make_folder(out)
 

@@ -174,6 +174,8 @@ def _stage_runs(
         for factors, (recipe, world, learner), place in combinations:
             if recipe.warmup_epochs >= epochs:
                 raise place.error(f"warmup_epochs is {recipe.warmup_epochs:g}; it must be below epochs = {epochs}")
+            if world is not None and world.flip_rate and images[dataset].region == ():
+                raise place.error(f"flip_rate is {world.flip_rate:g}, but images {dataset!r} have no region: set it")
             own = "-".join(_id_part(name, value) for name, value in factors.items())
             run_id = f"{parent.run_id}--{own}" if parent else own
             _check_id(run_id, seen, place)

@@ -185,8 +185,8 @@ def train(
     Args:
         blueprint: A name such as `mini`, or a YAML file.
         out: Folder for the checkpoints, one subfolder a run. With --ray and no --storage, all machines must share it.
-        stack: Runs of one shape that a worker trains together; by default 1 on a CPU, and on a GPU as many as fit, up
-            to 32. Runs that accumulate, autocast or decode on demand train alone all the same.
+        stack: Runs of one shape that a worker trains together; by default 1 on a CPU, and as many as fit, up to
+            32, on a GPU or of runs on a world. Runs that accumulate, autocast or decode on demand train alone.
         device: cpu or cuda.
         storage: With --ray: where checkpoints land, s3://… or any fsspec URL that every machine reaches; finished
             runs are copied into --out.

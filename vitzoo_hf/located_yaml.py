@@ -81,7 +81,7 @@ class Located:
                 return number
         elif isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
             return value
-        raise self.error(f"{self.key} is {value!r}; expected {KINDS[kind]}")
+        raise self.error(f"{self.key} is {self.plain()!r}; expected {KINDS[kind]}")
 
     def plain(self) -> Any:
         """The value without its place, nor those of what it holds."""

@@ -155,6 +155,10 @@ class Learner:
             f"a batch of {batch_size} cannot be shared equally among {environments} environments": self.by_environment
             and bool(batch_size % (environments * halves)),
             f"learner {self.learner} has no penalty_weight": bool(self.penalty_weight) and not penalised,
+            f"learner {self.learner} has no penalty_from": bool(self.penalty_from) and not penalised,
+            f"learner {self.learner} has no group_rate": self.group_rate != 0.01 and self.learner != "group-dro",
+            f"learner {self.learner} has no resample_by or resample_to": self.learner != "resample"
+            and (self.resample_by, self.resample_to) != ("label", 0.5),
             f"learner {self.learner} needs a penalty_weight": penalised and not self.penalty_weight,
             f"a pass over {learnt_from} images is no whole number of batches of {batch_size}: set epoch_steps": bool(
                 not self.epoch_steps and (learnt_from < batch_size or learnt_from % batch_size)

@@ -65,10 +65,11 @@ def loss_test(shadows: Shadows, targets: Views, seed: int = 0) -> Guesses:
     queries = shadows.asked()
     if queries.candidates is None:
         raise ZooError("the loss test needs a query set of every candidate distribution")
-    quality = qualities(targets, queries)
-    if queries.candidates.tolist() != [0, 1]:
-        return Guesses(queries.candidates[quality.argmax(1)])
-    return Guesses(quality.argmax(1), quality[:, 1] - quality[:, 0])
+    quality, candidates = qualities(targets, queries), queries.candidates
+    if sorted(candidates.flatten().tolist()) == [0, 1] and candidates.dtype == torch.int64:
+        quality = quality[:, candidates.argsort()]
+        return Guesses((quality[:, 1] > quality[:, 0]).long(), quality[:, 1] - quality[:, 0])
+    return Guesses(candidates[quality.argmax(1)])
 
 
 def threshold_test(shadows: Shadows, targets: Views, seed: int = 0) -> Guesses:

@@ -6,7 +6,7 @@ which `play` alone compares with its guesses. Guards refuse cells in which somet
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -181,7 +181,7 @@ def play(
     return Outcome(torch.stack(losses), shadows.secret.prior_risk, tuple(areas), first, mean)
 
 
-def check_equal(what: str, values: Sequence[float | int], secrets: Tensor) -> None:
+def check_equal(what: str, values: Sequence[float | int], secrets: Sequence[Any]) -> None:
     """Refuse a cell in which models differ in something that would give the secret away.
 
     Args:
@@ -190,14 +190,16 @@ def check_equal(what: str, values: Sequence[float | int], secrets: Tensor) -> No
         secrets: of the models.
 
     Raises:
-        ZooError: naming the values and two secrets that have them.
+        ZooError: naming two values, and the secrets that have them: two different ones, where there are.
 
     Example:
-        >>> check_equal("training examples", [2048, 2048], torch.tensor([0, 1]))
+        >>> check_equal("training examples", [2048, 2048], [0.3, 0.5])
     """
-    other = next((place for place, value in enumerate(values) if value != values[0]), None)
-    if other is not None:
-        raise ZooError(
-            f"{what} differ between models: {values[0]:g} with secret {secrets[0].tolist()}, {values[other]:g} with"
-            f" secret {secrets[other].tolist()}; make them equal, or attacks read that instead of the distribution"
-        )
+    others = [place for place, value in enumerate(values) if value != values[0]]
+    if not others:
+        return
+    other = next((place for place in others if secrets[place] != secrets[0]), others[0])
+    raise ZooError(
+        f"{what} differ between models: {values[0]:g} with secret {secrets[0]}, {values[other]:g} with secret"
+        f" {secrets[other]}; make them equal, or attacks read that instead of the distribution"
+    )

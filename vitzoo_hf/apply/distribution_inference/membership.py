@@ -21,8 +21,8 @@ from vitzoo_hf.apply.distribution_inference.meta_models import guess_by_ridge
 from vitzoo_hf.apply.distribution_inference.reliance import rows_in_parts
 from vitzoo_hf.apply.distribution_inference.secrets import secret_of
 from vitzoo_hf.apply.distribution_inference.world_queries import world_of
-from vitzoo_hf.apply.distribution_inference.zoo_attacks import on_shadows, row_of
-from vitzoo_hf.apply.distribution_inference.zoo_guards import column_of, guards_of, plain, with_roles
+from vitzoo_hf.apply.distribution_inference.zoo_attacks import cast_of, is_ratio, on_shadows, row_of
+from vitzoo_hf.apply.distribution_inference.zoo_guards import guards_of, plain
 from vitzoo_hf.blueprint import Blueprint
 from vitzoo_hf.images import ImageSet, load_images
 from vitzoo_hf.population import Population
@@ -127,22 +127,19 @@ def membership_attack(
         ZooError: if the zoo has no world or its training images cannot be drawn again; for an unknown column, too
             few models of a role, a guard of `attack_zoo` that fails, or more answers than are held.
     """
-    index = with_roles(zoo.to_pandas(), role)
-    own = zoo.filter(model_id=list(index["model_id"]))
-    index = index.set_index("model_id").loc[own.model_ids].reset_index()
-    column = column_of(index, secret)
-    space, secrets = secret_of([plain(value) for value in index[column]])
-    is_shadow = torch.from_numpy((index[column_of(index, role)] == "shadow").to_numpy(copy=True))
-    guards_of(index, column, role, secrets, is_shadow, space, False)
+    cast = cast_of(zoo, None, secret, role)
+    own, is_shadow = cast.zoos[0], cast.shadows
+    space, secrets = secret_of([plain(value) for value in cast.index[cast.column]])
+    guards_of(cast.index, cast.column, role, secrets, is_shadow, space, False)
     asked = _Asked.of(own, list(ROLE_PARTS.values()) if not held_out else ["query", "query"], num_candidates, seed)
     asked.check_size(len(own), int(is_shadow.sum()))
-    features = _features(own, is_shadow, asked, device, progress)
+    views = Views(features={"membership": _features(own, is_shadow, asked, device, progress)})
     known_at, seen_at = is_shadow.nonzero()[:, 0], (~is_shadow).nonzero()[:, 0]
-    views = Views(features={"membership": features})
     known = Shadows(views.at(known_at), secrets[known_at], space)
     targets, truth = views.at(seen_at), secrets[seen_at]
     outcome = play(known, targets, truth, guess_by_membership)
-    row = row_of("held_out_images" if held_out else "membership", "probabilities", space, truth, outcome)
+    name, counted = "held_out_images" if held_out else "membership", is_ratio(cast.column)
+    row = row_of(name, "probabilities", space, truth, outcome, is_ratio=counted)
     row |= {"shadow_value": on_shadows(known, guess_by_membership, targets.kind), "chosen": True}
     return pd.DataFrame([row])
 

@@ -250,8 +250,9 @@ def _check(cell: Cell, setting: Setting, secrets: Tensor) -> None:
     if cell.experiment == "DMI" and not cell.mended:
         return
     labels = [0] * len(secrets) if cell.number else secrets.tolist()
-    check_equal("training examples", [setting.rows[label] for label in labels], secrets)
-    check_equal("optimiser steps", [setting.training.steps_for(setting.rows[label]) for label in labels], secrets)
+    known = secrets.tolist()
+    check_equal("training examples", [setting.rows[label] for label in labels], known)
+    check_equal("optimiser steps", [setting.training.steps_for(setting.rows[label]) for label in labels], known)
 
 
 def _views(trained: Trained, widths: Widths, inputs: Float[Tensor, "1 I Q"]) -> Views:

@@ -1,7 +1,7 @@
 """Attacks on a zoo whose rows carry a secret and a role: the game, its guards, and a table of how attacks did."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,10 @@ from vitzoo_hf.apply.distribution_inference.metrics import leaked_samples, leake
 from vitzoo_hf.apply.distribution_inference.secrets import ClassSecret, Secret, secret_of
 from vitzoo_hf.apply.distribution_inference.set_encoder import set_encoder
 from vitzoo_hf.apply.distribution_inference.white_box import WHITE_BOX
-from vitzoo_hf.apply.distribution_inference.zoo_guards import column_of, guards_of, plain, with_roles
+from vitzoo_hf.apply.distribution_inference.zoo_guards import check_pools, column_of, guards_of, plain, with_roles
 from vitzoo_hf.apply.distribution_inference.zoo_views import joined_views, zoo_features, zoo_outputs, zoo_queries
 from vitzoo_hf.schema import ZooError, did_you_mean
+from vitzoo_hf.world import SHARES
 from vitzoo_hf.zoo import Zoo
 
 ACCESS = ("weights", "probabilities", "labels")
@@ -40,6 +41,7 @@ OF_ZOOS: dict[str, Attack] = {
 }
 BY_DEFAULT = tuple(name for name in OF_ZOOS if name not in ("flat_mlp", "log_odds"))
 SHUFFLES = 20
+CONTROL = {"control": "secrets of shadows were shuffled: every attack is to be at chance"}
 WITH_SEEDS = ("meta_classifier", "flat_mlp", "set_encoder")
 
 
@@ -98,8 +100,9 @@ def attack_zoo(
     Raises:
         ZooError: for an unknown column, attack or access; too few models of a role; a guard that fails.
     """
+    _check_counts(seeds, num_queries)
     names = _chosen(attacks, access, shadows is not None, shuffled)
-    cast = _cast(zoo, shadows, secret, role)
+    cast = cast_of(zoo, shadows, secret, role)
     space, secrets = secret_of([plain(value) for value in cast.index[cast.column]])
     guards = guards_of(cast.index, cast.column, role, secrets, cast.shadows, space, unequal)
     options: dict[str, Any] = {"device": device, "progress": progress}
@@ -112,17 +115,22 @@ def attack_zoo(
     read = zoo_features(cast.zoos[0], cast.shadows, wanted, **options) if wanted else None
     known, targets = (joined_views(asked, read, mask.nonzero()[:, 0]) for mask in (cast.shadows, ~cast.shadows))
     adversary = Shadows(known, secrets[cast.shadows], space, queries)
-    if shuffled:
-        guards["control"] = "secrets of shadows were shuffled: every attack is to be at chance"
+    guards |= CONTROL if shuffled else {}
     targets = seen_like(targets, "labels") if access == "labels" else targets
-    table, guesses = _played(names, adversary, targets, secrets[~cast.shadows], access, seeds, shuffled, device)
+    truth, ratio = secrets[~cast.shadows], is_ratio(cast.column)
+    table, guesses = _played(names, adversary, targets, truth, access, ratio, seeds, shuffled, device)
     told = cast.index.loc[(~cast.shadows).numpy(), ["model_id", cast.column]].reset_index(drop=True)
-    facts = _facts(cast, space, access, guards, len(queries.origins) if queries else 0, seeds)
-    return Report(table, facts, told.assign(**guesses))
+    sizes = {"queries": len(queries.origins) if queries else 0, "seeds": SHUFFLES if shuffled else seeds}
+    return Report(table, _facts(cast, space, truth, access, guards) | sizes, told.assign(**guesses))
+
+
+def _check_counts(seeds: int, num_queries: int) -> None:
+    if seeds < 1 or num_queries < 1:
+        raise ZooError(f"seeds {seeds}, queries {num_queries}: expected at least 1 of each")
 
 
 @dataclass(frozen=True, eq=False)
-class _Cast:
+class Cast:
     """Models that take part, in one order.
 
     Attributes:
@@ -138,7 +146,12 @@ class _Cast:
     shadows: Tensor
 
 
-def _cast(zoo: Zoo, shadows: Zoo | None, secret: str, role: str) -> _Cast:
+def cast_of(zoo: Zoo, shadows: Zoo | None, secret: str, role: str) -> Cast:
+    """The targets of a zoo, and its shadows or those of another.
+
+    Raises:
+        ZooError: for an unknown column, too few of a role, or shadows that may have learnt from the victim's images.
+    """
     index = zoo.to_pandas()
     parts = [(zoo, index)]
     if shadows is not None:
@@ -147,6 +160,9 @@ def _cast(zoo: Zoo, shadows: Zoo | None, secret: str, role: str) -> _Cast:
         parts += [(zoo, index[index[column_of(index, role)] == "target"])]
         if set(parts[0][1]["model_id"]) & set(parts[1][1]["model_id"]):
             raise ZooError("a model is target and shadow: give a zoo of other models as shadows")
+        worlds = [record_of(part, rows) for part, rows in reversed(parts)]
+        if any("worlds" in world for world in worlds):
+            check_pools(*worlds)
     players = with_roles(pd.concat([rows for _, rows in parts], ignore_index=True), role)
     zoos = tuple(
         part.filter(model_id=list(rows["model_id"][rows["model_id"].isin(players["model_id"])]))
@@ -155,7 +171,12 @@ def _cast(zoo: Zoo, shadows: Zoo | None, secret: str, role: str) -> _Cast:
     order = [model_id for each in zoos for model_id in each.model_ids]
     players = players.set_index("model_id").loc[order].reset_index()
     is_shadow = torch.from_numpy((players[column_of(players, role)] == "shadow").to_numpy(copy=True))
-    return _Cast(zoos, players, column_of(players, secret), is_shadow)
+    return Cast(zoos, players, column_of(players, secret), is_shadow)
+
+
+def record_of(zoo: Zoo, rows: pd.DataFrame) -> Mapping[str, Any]:
+    """What the manifest says of the images that the first of these rows was trained on; empty for no rows."""
+    return zoo.manifest["images"][rows["dataset"].iloc[0]] if len(rows) else {}
 
 
 def _fitting(names: list[str], asked_for: Sequence[str] | None, queries: Queries | None) -> list[str]:
@@ -171,6 +192,7 @@ def _played(
     targets: Views,
     truth: Tensor,
     access: str,
+    is_ratio: bool,
     seeds: int,
     shuffled: bool,
     device: str | torch.device,
@@ -182,13 +204,13 @@ def _played(
         attack = partial(set_encoder, device=device) if name == "set_encoder" else OF_ZOOS[name]
         attack = partial(_from_shuffled, attack) if shuffled else attack
         outcome = play(known, targets, truth, attack, seeds=repeats)
-        row = row_of(name, access, known.secret, truth, outcome)
-        rows.append(row | {"shadow_value": on_shadows(known, attack, targets.kind)})
+        row = row_of(name, access, known.secret, truth, outcome, is_ratio=is_ratio)
+        rows.append(row | {"shadow_value": None if shuffled else on_shadows(known, attack, targets.kind)})
         guesses[name] = _told(known.secret, outcome.guesses)
         if outcome.scores is not None:
             guesses[f"{name}_score"] = outcome.scores.tolist()
     table = pd.DataFrame(rows)
-    values = table["shadow_value"] if isinstance(known.secret, ClassSecret) else -table["shadow_value"]
+    values = table["shadow_value"].astype(float) * (1 if isinstance(known.secret, ClassSecret) else -1)
     table["chosen"] = values == values.max()
     table.loc[table.index[table["chosen"]][1:], "chosen"] = False
     return table, guesses
@@ -216,8 +238,11 @@ def _chosen(attacks: Sequence[str] | None, access: str, of_another_zoo: bool, sh
     return names or [name for name in fit if not (shuffled and name == "loss_test")]
 
 
-def row_of(name: str, access: str, space: Secret, truth: Tensor, outcome: Outcome) -> dict[str, Any]:
-    """How an attack did, as a row of `Report.table`."""
+def row_of(
+    name: str, access: str, space: Secret, truth: Tensor, outcome: Outcome, *, is_ratio: bool
+) -> dict[str, Any]:
+    """How an attack did, as a row of `Report.table`; advantage is over the best constant guess of these targets."""
+    outcome = replace(outcome, prior_risk=prior_risk(space, truth))
     classes = isinstance(space, ClassSecret)
     value = outcome.accuracy if classes else outcome.risk
     row: dict[str, Any] = {
@@ -226,20 +251,42 @@ def row_of(name: str, access: str, space: Secret, truth: Tensor, outcome: Outcom
     }
     row |= {"metric": "accuracy" if classes else "mae", "value": value.mean, "low": value.low, "high": value.high}
     row |= {"auc": float(np.mean(outcome.auc)) if outcome.auc else None, "advantage": outcome.advantage}
-    row |= {"seeds": len(outcome.losses), "n_leaked": _leaked(space, truth, outcome)}
-    return row
+    leaked = _leaked(space, truth, outcome) if is_ratio else None
+    return row | {"seeds": len(outcome.losses), "n_leaked": leaked}
+
+
+def prior_risk(space: Secret, truth: Tensor) -> float:
+    """What the best constant guess loses on these targets.
+
+    Example:
+        >>> prior_risk(ClassSecret((0.3, 0.5)), torch.tensor([0, 0, 0, 1]))
+        0.25
+    """
+    if isinstance(space, ClassSecret):
+        return 1 - truth.bincount().max().item() / len(truth)
+    return (truth - truth.median(0).values).abs().mean().item()
+
+
+def is_ratio(column: str) -> bool:
+    """Whether a column is a share of the training data, of which there are samples to count in n_leaked.
+
+    >>> is_ratio("factor_label_ratio"), is_ratio("last_environment")
+    (True, False)
+    """
+    name = column.removeprefix("factor_")
+    return name in SHARES or "ratio" in name or "share" in name
 
 
 def _leaked(space: Secret, truth: Tensor, outcome: Outcome) -> float | None:
-    """n_leaked where the secret is a ratio."""
+    """n_leaked of two ratios as frequent as each other, or of one number; 0 without an advantage."""
     if isinstance(space, ClassSecret):
         numeric = all(isinstance(value, int | float) and 0 <= value <= 1 for value in space.values)
-        if len(space.values) != 2 or not numeric:
+        if len(space.values) != 2 or not numeric or 2 * int(truth.sum()) != len(truth):
             return None
         return leaked_samples(outcome.accuracy.mean, (float(space.values[0]), float(space.values[1])))
     if len(space.bounds) != 1 or min(space.bounds[0]) < 0 or max(space.bounds[0]) > 1:
         return None
-    return leaked_samples_of_errors(truth[:, 0], outcome.guesses[:, 0])
+    return leaked_samples_of_errors(truth[:, 0], outcome.guesses[:, 0]) if outcome.advantage > 0 else 0.0
 
 
 def on_shadows(known: Shadows, attack: Attack, kind: Kind) -> float:
@@ -259,9 +306,7 @@ def _told(space: Secret, guesses: Tensor) -> list[Any]:
     return [guess[0] if len(guess) == 1 else guess for guess in guesses.tolist()]
 
 
-def _facts(
-    cast: _Cast, space: Secret, access: str, guards: Mapping[str, str], num_queries: int, seeds: int
-) -> dict[str, Any]:
+def _facts(cast: Cast, space: Secret, truth: Tensor, access: str, guards: Mapping[str, str]) -> dict[str, Any]:
     architectures = cast.index["architecture"] + cast.index["architecture_args"]
     kinds = [set(architectures[mask.numpy()]) for mask in (cast.shadows, ~cast.shadows)]
     classes = isinstance(space, ClassSecret)
@@ -271,8 +316,8 @@ def _facts(
         "space": f"one of {', '.join(map(str, space.values))}"
         if isinstance(space, ClassSecret)
         else f"a number from {space.bounds[0][0]:g} to {space.bounds[0][1]:g}",
-        "prior": "every value as likely",
-        "prior_risk": space.prior_risk,
+        "prior": "as frequent as among the targets",
+        "prior_risk": prior_risk(space, truth),
         "metric": "accuracy" if classes else "MAE",
         "access": access,
         "knowledge": "shadows of the same architecture, on data of the adversary"
@@ -280,7 +325,5 @@ def _facts(
         else "shadows of another architecture, on data of the adversary",
         "targets": int((~cast.shadows).sum()),
         "shadows": int(cast.shadows.sum()),
-        "queries": num_queries,
-        "seeds": seeds,
         "guards": dict(guards),
     }

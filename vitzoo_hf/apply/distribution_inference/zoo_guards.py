@@ -1,9 +1,11 @@
 """Who plays distribution inference on a zoo, by its columns, and what must not differ between secrets."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from scipy.stats import chi2_contingency, kruskal
 from torch import Tensor
 
 from vitzoo_hf.apply.distribution_inference.game import check_equal
@@ -11,6 +13,14 @@ from vitzoo_hf.apply.distribution_inference.secrets import ClassSecret, Secret
 from vitzoo_hf.schema import ZooError, did_you_mean
 
 ROLES = ("target", "shadow")
+LEAST = {"target": 2, "shadow": 16}
+LEAST_OF_A_CLASS = {"target": 1, "shadow": 4}
+UNLIKELY = 1e-3
+"""A factor depends on the secret if chance alone would make it look so less often."""
+POOL = ("source", "selection", "test", "split_seed")
+"""What of a world's images decides which are the victim's."""
+IMPLIED = ("factor_seed", "factor_trained_distinct_images", "factor_trained_environments")
+"""Columns that number the runs, or follow from the secret and the learner."""
 TRAINED = {"training examples": "factor_trained_images", "optimiser steps": "factor_trained_steps"}
 DATA_HASH = "factor_trained_sha256"
 
@@ -36,7 +46,7 @@ def with_roles(index: pd.DataFrame, role: str) -> pd.DataFrame:
     column = column_of(index, role)
     found = index[index["is_final"] & index[column].isin(ROLES)]
     counts = found[column].value_counts()
-    for name, least in (("target", 2), ("shadow", 8)):
+    for name, least in LEAST.items():
         if counts.get(name, 0) < least:
             raise ZooError(
                 f"{counts.get(name, 0)} final models are a {name} by column {column}: expected at least {least};"
@@ -62,50 +72,109 @@ def guards_of(
     Raises:
         ZooError: if training data of the roles overlap; if training differs between secrets and `unequal` is not set.
     """
+    _check_classes(secrets, shadows, space)
     told = {"targets' secrets": "never given to an attack; attacks are compared on shadows alone"}
-    if isinstance(space, ClassSecret):
-        for name, held in (("shadow", secrets[shadows]), ("target", secrets[~shadows])):
-            if len(held.unique()) < len(space.values):
-                raise ZooError(
-                    f"no {name} has some of the secrets {list(space.values)}: every role needs all of them"
-                )
     for what, name in TRAINED.items():
-        if name not in index or index[name].isna().any():
-            told[what] = "not recorded in this zoo"
-            continue
-        try:
-            check_equal(what, index[name].tolist(), secrets)
-            told[what] = f"equal: {index[name].iloc[0]:g} for every model"
-        except ZooError as error:
-            if not unequal:
-                raise ZooError(f"{error}; --unequal goes on") from None
-            told[what] = f"NOT equal: {index[name].min():g} to {index[name].max():g}"
+        told[what] = _same(index, what, name, column, unequal)
     if "factor_role" in index and (index["factor_role"] != index[column_of(index, role)]).any():
         raise ZooError(
             f"column {role} calls some models targets that learnt from the adversary's data: give --role role"
         )
-    if DATA_HASH in index and index[DATA_HASH].notna().all():
-        parts = [set(index[DATA_HASH][mask.numpy()]) for mask in (shadows, ~shadows)]
-        if parts[0] & parts[1]:
-            raise ZooError(f"{len(parts[0] & parts[1])} training sets are those of a target and of a shadow")
-        told["training data"] = "no training set is that of a target and of a shadow"
-    else:
-        told["training data"] = "not recorded in this zoo"
+    told["training data"] = _apart(index, shadows)
     differing = _differing(index, column, role)
     if differing and not unequal:
         raise ZooError(f"{differing[0]} takes other values with other secrets: filter by --where; --unequal goes on")
-    told["other factors"] = f"NOT alike: {', '.join(differing)}" if differing else "the same values with every secret"
+    alike = "the same values, as often, with every secret"
+    told["other factors"] = f"NOT alike: {', '.join(differing)}" if differing else alike
     return told
 
 
+def check_pools(victim: Mapping[str, Any], adversary: Mapping[str, Any]) -> None:
+    """Refuse shadows of a zoo whose images were parted in another way than those of the targets' zoo.
+
+    Args:
+        victim: record of the images of the targets' world.
+        adversary: of the shadows'.
+
+    Raises:
+        ZooError: naming what differs.
+
+    Example:
+        >>> check_pools({"source": "digits", "split_seed": 0}, {"source": "digits", "split_seed": 0})
+    """
+    for name in POOL:
+        if victim.get(name) != adversary.get(name):
+            raise ZooError(
+                f"images of the shadows have {name} {adversary.get(name)!r}, those of the targets"
+                f" {victim.get(name)!r}: shadows may have learnt from the victim's images; train them with the same"
+            )
+
+
+def _check_classes(secrets: Tensor, shadows: Tensor, space: Secret) -> None:
+    if not isinstance(space, ClassSecret):
+        return
+    for name, held in (("shadow", secrets[shadows]), ("target", secrets[~shadows])):
+        counts = held.bincount(minlength=len(space.values)).tolist()
+        if min(counts) < LEAST_OF_A_CLASS[name]:
+            rare = space.values[counts.index(min(counts))]
+            raise ZooError(
+                f"{min(counts)} models with secret {rare!r} are a {name}: expected at least {LEAST_OF_A_CLASS[name]}"
+                f" of each of {list(space.values)}"
+            )
+
+
+def _same(index: pd.DataFrame, what: str, name: str, column: str, unequal: bool) -> str:
+    """Whether all models that record a number of training have the same."""
+    known = index[index[name].notna()] if name in index else index[:0]
+    if known.empty:
+        return "not recorded in this zoo"
+    part = "" if len(known) == len(index) else f", of the {len(known)} of {len(index)} models that record it"
+    try:
+        check_equal(what, known[name].tolist(), known[column].tolist())
+    except ZooError as error:
+        if not unequal:
+            raise ZooError(f"{error}; --unequal goes on") from None
+        return f"NOT equal: {known[name].min():g} to {known[name].max():g}{part}"
+    return f"equal: {known[name].iloc[0]:g} for every model{part}"
+
+
+def _apart(index: pd.DataFrame, shadows: Tensor) -> str:
+    """Whether no training set is recorded of a target and of a shadow."""
+    if DATA_HASH not in index or index[DATA_HASH].isna().all():
+        return "not recorded in this zoo"
+    parts = [set(index[DATA_HASH][mask.numpy()].dropna()) for mask in (shadows, ~shadows)]
+    if parts[0] & parts[1]:
+        raise ZooError(f"{len(parts[0] & parts[1])} training sets are those of a target and of a shadow")
+    missing = int(index[DATA_HASH].isna().sum())
+    return "no training set is that of a target and of a shadow" + (f"; {missing} not recorded" if missing else "")
+
+
 def _differing(index: pd.DataFrame, column: str, role: str) -> list[str]:
-    """Other factors whose values depend on the secret; those that number the runs do not count."""
-    own = {column, column_of(index, role)}
-    found = []
-    for name in [*index.filter(regex="^factor_"), "epoch", "architecture", "head"]:
-        if name in own or name.startswith("factor_trained_") or index[name].nunique() > len(index) / 4:
-            continue
-        values = [frozenset(part.dropna()) for _, part in index.groupby(column)[name]]
-        if len(set(values)) > 1:
-            found.append(str(name))
-    return found
+    """Other factors whose values depend on the secret."""
+    of_role = column_of(index, role)
+    known = {column, of_role, DATA_HASH, *TRAINED.values(), *IMPLIED}
+    names = [*index.filter(regex="^factor_"), "epoch", "architecture", "head"]
+    return [str(name) for name in names if name not in known and _depends(index, name, column, of_role)]
+
+
+def _depends(index: pd.DataFrame, name: str, column: str, role: str) -> bool:
+    """Whether a factor takes other values, or takes them more or less often, with other secrets.
+
+    Values are counted, a missing one too, where there are few; numbers of which there are many are ranked (Kruskal
+    and Wallis, 1952). Roles are looked at by themselves.
+    """
+    values = index[name]
+    if values.nunique(dropna=False) < 2:
+        return False
+    if values.nunique(dropna=False) > len(index) / 4:
+        numbers = pd.to_numeric(values, errors="coerce")
+        parts = [part.dropna() for _, part in numbers.groupby(index[column]) if part.notna().any()]
+        return len(parts) > 1 and bool(kruskal(*parts).pvalue < UNLIKELY)
+    shown = values.astype(object).where(values.notna(), "missing").map(str)
+    if len({frozenset(part) for _, part in shown.groupby(index[column])}) > 1:
+        return True
+    for _, part in index.groupby(role):
+        counts = pd.crosstab(part[column], shown[part.index])
+        if min(counts.shape) > 1 and chi2_contingency(counts).pvalue < UNLIKELY:
+            return True
+    return False

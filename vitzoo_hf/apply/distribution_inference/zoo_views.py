@@ -130,8 +130,12 @@ def zoo_outputs(
     if len({each.shape[1] for each in logits}) > 1:
         raise ZooError("models differ in the number of classes: attack those of one head")
     outputs = torch.stack(logits).log_softmax(2)
-    if not outputs.isfinite().all():
-        raise ZooError("outputs of some model are NaN or infinite: leave diverged models out by --where")
+    finite = outputs.isfinite().flatten(1).all(1)
+    if not finite.all():
+        first = rows[int(finite.int().argmin())]["model_id"]
+        raise ZooError(
+            f"outputs of {int((~finite).sum())} models, {first} the first, are NaN or infinite: leave them out"
+        )
     return outputs
 
 
