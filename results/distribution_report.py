@@ -169,17 +169,20 @@ def _learners(worlds: Worlds) -> tuple[str, bool]:
 
 
 def _reliance(worlds: Worlds) -> tuple[str, bool]:
-    rows = [worlds.best(name) for name in LEARNERS if name in set(worlds.table["cell"])]
-    if len(rows) < 8:
-        raise KeyError("learners")
-    gained = [row["advantage"] for row in rows]
-    reliance = float(spearmanr(gained, [row["colour_reliance"] for row in rows]).statistic)
-    elsewhere = float(spearmanr(gained, [row["flipped_accuracy"] for row in rows]).statistic)
-    return (
-        f"{len(rows)} learners: Spearman with colour reliance {reliance:.2f}, with accuracy on flipped colours"
-        f" {elsewhere:.2f}",
-        reliance >= 0.7 and reliance > abs(elsewhere),
+    rows = pd.DataFrame([worlds.best(name) for name in LEARNERS])
+    plain = rows[rows["cell"] != "dmi_dp_sgd"]
+    reliance, without = (order(part, "colour_reliance") for part in (rows, plain))
+    elsewhere = order(rows, "flipped_accuracy")
+    found = (
+        f"{len(rows)} learners: Spearman with colour reliance {reliance:.2f} ({without:.2f} without DP-SGD), with"
+        f" accuracy on flipped colours {elsewhere:.2f} ({order(plain, 'flipped_accuracy'):.2f})"
     )
+    return found, reliance >= 0.7 and reliance > abs(elsewhere)
+
+
+def order(rows: pd.DataFrame, measure: str) -> float:
+    """Rank correlation of the advantage of attacks with a measure of the learners."""
+    return float(spearmanr(rows["advantage"].astype(float), rows[measure].astype(float)).statistic)
 
 
 def _resampled(worlds: Worlds) -> tuple[str, bool]:

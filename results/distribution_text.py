@@ -98,9 +98,8 @@ REASONS = {
     " on every attack, by the total variation of all n images, grows with n.",
     "Z7": "At n = 2048 every test but the loss test is saturated. At n = 64 models memorise: answers of two models of"
     " one secret then diverge as much as those of two secrets, and votes on divergences lose to a threshold.",
-    "Z11": "Both orders are nearly the same, as what relies on colour pays for it on flipped colours; learners whose"
-    " leakage is saturated decide which is ahead.",
-    "Z12": "The rest is seen by the attack named alone, and is within the spread of its control or near to it.",
+    "Z11": "DP-SGD relies on colour more than any, and its noise hides much of it. Both orders are nearly the same,"
+    " as what relies on colour pays for it on flipped colours.",
 }
 """Why a criterion is missed; of those met it says nothing."""
 
