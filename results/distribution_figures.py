@@ -7,7 +7,7 @@ import pandas as pd
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from vitzoo_hf.figure_style import INK, MUTED, PALETTE, STYLE, heading
+from vitzoo_hf.figure_style import MUTED, PALETTE, STYLE, heading
 
 SEEN = {
     "probabilities": ("outputs", PALETTE[0], "o"),
@@ -93,17 +93,13 @@ def _lines(axis: Any, best: pd.DataFrame, places: Mapping[str, float], *, line: 
 
 
 def _reliance(axis: Any, best: pd.DataFrame, learners: Mapping[str, str]) -> None:
-    rows = best[(best["access"] == "probabilities") & best["cell"].isin(learners)]
-    for number, (_, row) in enumerate(rows.sort_values("colour_reliance").iterrows()):
-        axis.plot(row["colour_reliance"], row["advantage"], "o", color=PALETTE[0], markersize=5)
-        axis.annotate(
-            learners[row["cell"]].split(" (")[0].split(",")[0],
-            (row["colour_reliance"], row["advantage"]),
-            xytext=(4, (-9, 5, -18)[number % 3]),
-            textcoords="offset points",
-            fontsize=7,
-            color=INK,
-        )
+    rows = best[(best["access"] == "probabilities") & best["cell"].isin(learners)].set_index("cell")
+    for number, (cell, name) in enumerate(learners.items()):
+        if cell in rows.index:
+            place = rows.loc[cell, ["colour_reliance", "advantage"]].astype(float)
+            shown = {"marker": "os^"[number % 3], "color": PALETTE[number % 8], "markersize": 6, "linestyle": ""}
+            axis.plot(*place, label=name.split(" (")[0], **shown)
+    axis.legend(loc="lower right", fontsize=6, ncol=2, handletextpad=0.2, columnspacing=0.8)
     axis.set(title="environment membership: learners", xlabel="colour reliance: mean |p(x) − p(recoloured x)|")
 
 

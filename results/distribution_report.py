@@ -24,7 +24,7 @@ LEARNERS = {
     "dmi_label_smoothing": "label smoothing",
     "dmi_weight_decay": "weight decay",
     "dmi_early_stop": "early stopping",
-    "dmi_irm": "IRMv1, weight 100",
+    "dmi_irm": "IRMv1, weight 30",
     "dmi_irm_product": "IRMv1, product form",
     "dmi_v_rex": "V-REx",
     "dmi_group_dro": "GroupDRO",
@@ -288,6 +288,9 @@ def findings(table: pd.DataFrame, worlds: Worlds) -> str:
         " V-REx lie"
         " between, at some accuracy. V-REx relies little on colour and still leaks: reliance is not all.",
     ]
+    swept = [worlds.best(f"dmi_irm_weights-penalty_weight={weight}") for weight in (10.0, 100.0, 1000.0)]
+    by_weight = ", ".join(f"{row['value']:.3f} and {row['accuracy']:.3f}" for row in swept)
+    lines += [f"- IRMv1 by weight 10, 100 and 1000 of its penalty: attack and accuracy {by_weight}."]
     missed = table[table["verdict"] == "MISSED"]["criterion"]
     lines += ["", "Missed, and why:", ""] if len(missed) else []
     lines += [f"- **{name}**: {REASONS[name]}" for name in missed]
