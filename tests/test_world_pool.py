@@ -205,3 +205,10 @@ def test_a_pool_without_images_of_a_kind_says_so():
     empty = WorldPool(pool.spec, pool.pixels, pool.classes, 10, pool.parts | {"victim": torch.tensor([0, 1])})
     with pytest.raises(ZooError, match="no victim image has shape 1"):
         empty.training_draw(World(num_images=50), Learner(), seed=0)
+
+
+@pytest.mark.parametrize("region", [10, (3, -1)])
+def test_a_region_of_no_class_is_refused(region):
+    spec = ImagesSpec(source="digits", size=8, selection=0.4, world="two-colour", channels=3, region=region)
+    with pytest.raises(ZooError, match=r"is no class of 'digits': its classes are 0 to 9"):
+        load_images("digits", spec)

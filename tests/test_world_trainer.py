@@ -405,3 +405,18 @@ def test_shared_init_gives_fine_tuned_runs_one_head_on_their_checkpoint(make, tm
     assert torch.equal(states[0]["head.weight"], states[1]["head.weight"])
     assert not torch.equal(states[0]["head.weight"], trained["head.weight"])
     assert torch.equal(states[0]["patch_embed.proj.weight"], trained["patch_embed.proj.weight"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ("penalty_from: 5", "learner erm has no penalty_from"),
+        ("group_rate: 0.5", "learner erm has no group_rate"),
+        ("resample_by: group", "learner erm has no resample_by or resample_to"),
+        ("flip_rate: 0.2", "flip_rate is 0.2, but images 'digits' have no region"),
+        ("environments: [[0.9, 0.1]], num_images: 240", r"environments is \[0.9, 0.1\]; expected a number"),
+    ],
+)
+def test_settings_that_would_do_nothing_are_refused(make, settings, message):
+    with pytest.raises(ZooError, match=message):
+        make(settings)

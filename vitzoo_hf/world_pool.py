@@ -84,10 +84,14 @@ class WorldPool:
         """The pool of a source: targets learn from `train`, shadows from `selection` but for query images.
 
         Raises:
-            ZooError: for images that are not in memory.
+            ZooError: for images that are not in memory, or a region of classes that there are not.
         """
         if not isinstance(source.images, Tensor):
             raise ZooError(f"a world is made of images in memory: {spec.source!r} is decoded; take a built-in source")
+        last = len(source.class_names) - 1
+        unknown = [int(number) for number in np.atleast_1d(spec.region) if not 0 <= number <= last]
+        if unknown:
+            raise ZooError(f"region {unknown} is no class of {spec.source!r}: its classes are 0 to {last}")
         grey = replace(spec, channels=1)
         plain = prepare(source.images, grey)[:, 0]
         styled = plain if spec.style == "classes" else prepare(in_style(source.images, spec.style), grey)[:, 0]
