@@ -145,3 +145,22 @@ def test_a_role_that_training_did_not_know_is_refused(zoo):
     shadows = torch.from_numpy((index["own_role"] == "shadow").to_numpy(copy=True))
     with pytest.raises(ZooError, match="own_role calls some models targets"):
         guards_of(index, "factor_label_ratio", "own_role", secrets, shadows, secret, False)
+
+
+def test_several_numbers_are_guessed_at_once(tmp_path, capsys):
+    text = ("label_ratio: [0.9, 0.1]", "label_ratio: [0.1, 0.5, 0.9], colour_agreement: [0.0, 0.5, 1.0]")
+    zoo = trained(tmp_path / "pairs", 8, text, ("replicas: 6", "replicas: 2"), ("replicas: 8", "replicas: 4"))
+    both = "label_ratio,colour_agreement"
+    report = attack_zoo(zoo, both, seeds=1)
+    table = report.table.set_index("attack")
+    assert set(table.index) == set(BY_DEFAULT) - {"loss_test"}
+    assert table.loc[["kl_test", "ridge_on_outputs"], "advantage"].min() > 0.3
+    assert table["n_leaked"].isna().all()
+    assert report.facts["space"] == "a number from 0.1 to 0.9, a number from 0 to 1"
+    guesses = torch.tensor(report.guesses["kl_test"].tolist())
+    truth = torch.tensor(report.guesses["factor_label_ratio,factor_colour_agreement"].tolist())
+    assert table.loc["kl_test", "value"] == pytest.approx((guesses - truth).abs().mean().item(), abs=1e-6)
+    for number in (0, 1):
+        assert torch.corrcoef(torch.stack([guesses[:, number], truth[:, number]]))[0, 1] > 0.5
+    status, told, _ = call(capsys, "attack", zoo.name, "--secret", both, "--attack", "kl_test", "--quiet")
+    assert (status, "kl_test" in told) == (0, True)

@@ -41,7 +41,8 @@ def attack(
 
     Args:
         zoo: Folder, dataset id, or `sample`.
-        secret: Column of the property, such as label_ratio; two values are classes, more numbers are a number.
+        secret: Column of the property, such as label_ratio; two values are classes, more numbers are a number,
+            columns with commas between them several numbers.
         shadows: A zoo whose shadows are used instead, such as of another architecture; without access to weights.
         role: Column that says target or shadow.
         access: What is seen of models; weights come with probabilities.

@@ -158,7 +158,8 @@ Secrets = Int64[Tensor, " M"] | Float64[Tensor, "M V"]
 def secret_of(values: Sequence[Any], *, as_classes: bool | None = None) -> tuple[Secret, Tensor]:
     """The space of secrets that a column of values shows, and the secrets of its models.
 
-    Text, truth values and two different numbers are classes; more numbers are a number with these levels.
+    Text, truth values and two different numbers are classes; more numbers are a number with these levels; tuples of
+    numbers are several.
 
     Args:
         values: one a model, of shadows and targets together.
@@ -171,9 +172,16 @@ def secret_of(values: Sequence[Any], *, as_classes: bool | None = None) -> tuple
         >>> secret, secrets = secret_of([0.3, 0.5, 0.3])
         >>> secret.values, secrets.tolist()
         ((0.3, 0.5), [0, 1, 0])
+        >>> secret_of([(0.3, 1.0), (0.5, 2.0)])[0].bounds
+        ((0.3, 0.5), (1.0, 2.0))
     """
     if any(value is None or value != value for value in values):
         raise ZooError("some models have no secret: leave them out, such as by --where")
+    if values and all(isinstance(value, tuple) for value in values):
+        parts = [secret_of(part, as_classes=False) for part in zip(*values, strict=True)]
+        numbers = torch.cat([part for _, part in parts], 1)
+        levels = tuple(tuple(column.unique().tolist()) for column in numbers.T)
+        return NumberSecret(tuple((each[0], each[-1]) for each in levels), levels), numbers
     known = sorted(set(values))
     if len(known) < 2:
         raise ZooError(

@@ -82,7 +82,7 @@ def attack_zoo(
 
     Args:
         zoo: final models are used; those without a role are left out.
-        secret: column of the secret, with or without `factor_`; two values are classes, more numbers are a number.
+        secret: its column, with or without `factor_`: two values are classes, more a number; `a,b` are two numbers.
         shadows: a zoo whose shadows are used instead, such as of another architecture; without access to weights.
         role: column that says `target` or `shadow`.
         access: `weights`, with outputs besides; `probabilities`; or `labels`, predicted classes alone.
@@ -171,7 +171,11 @@ def cast_of(zoo: Zoo, shadows: Zoo | None, secret: str, role: str) -> Cast:
     order = [model_id for each in zoos for model_id in each.model_ids]
     players = players.set_index("model_id").loc[order].reset_index()
     is_shadow = torch.from_numpy((players[column_of(players, role)] == "shadow").to_numpy(copy=True))
-    return Cast(zoos, players, column_of(players, secret), is_shadow)
+    columns = [column_of(players, name) for name in secret.split(",")]
+    column = ",".join(columns)
+    if len(columns) > 1:
+        players[column] = list(zip(*(players[name] for name in columns), strict=True))
+    return Cast(zoos, players, column, is_shadow)
 
 
 def record_of(zoo: Zoo, rows: pd.DataFrame) -> Mapping[str, Any]:
@@ -315,7 +319,7 @@ def _facts(cast: Cast, space: Secret, truth: Tensor, access: str, guards: Mappin
         "secret": cast.column,
         "space": f"one of {', '.join(map(str, space.values))}"
         if isinstance(space, ClassSecret)
-        else f"a number from {space.bounds[0][0]:g} to {space.bounds[0][1]:g}",
+        else ", ".join(f"a number from {low:g} to {high:g}" for low, high in space.bounds),
         "prior": "as frequent as among the targets",
         "prior_risk": prior_risk(space, truth),
         "metric": "accuracy" if classes else "MAE",

@@ -61,6 +61,8 @@ def plain(value: Any) -> Any:
     >>> plain(np.float64(0.5)), plain("target")
     (0.5, 'target')
     """
+    if isinstance(value, tuple):
+        return tuple(plain(each) for each in value)
     return value.item() if isinstance(value, np.generic) else value
 
 
@@ -152,7 +154,7 @@ def _apart(index: pd.DataFrame, shadows: Tensor) -> str:
 def _differing(index: pd.DataFrame, column: str, role: str) -> list[str]:
     """Other factors whose values depend on the secret."""
     of_role = column_of(index, role)
-    known = {column, of_role, DATA_HASH, *TRAINED.values(), *IMPLIED}
+    known = {column, *column.split(","), of_role, DATA_HASH, *TRAINED.values(), *IMPLIED}
     names = [*index.filter(regex="^factor_"), "epoch", "architecture", "head"]
     return [str(name) for name in names if name not in known and _depends(index, name, column, of_role)]
 
