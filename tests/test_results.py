@@ -316,6 +316,9 @@ def test_distribution_inference_criteria_and_readmes_are_what_their_script_write
     top = (RESULTS.parent / "README.md").read_text(encoding="utf-8")
     for line in distribution_report.summary(distribution_report.Worlds(worlds)):
         assert line in top
+    trained = pd.read_csv(RESULTS.parent / "benchmarks" / "results" / "world_training.csv")
+    seconds, ratio = trained["wall_s"][0], trained["over_together"][1]
+    assert f"(512 of them train in {seconds:.0f} s on two cores, {ratio:.1f} times as fast" in " ".join(top.split())
     found = table.set_index("criterion")["found"]["Z11"]
     reliance, without = re.findall(r"colour reliance ([\d.]+) \(([\d.]+) without", found)[0]
     told = f"goes with reliance on colour (rank correlation {reliance}; {without} without DP-SGD"
