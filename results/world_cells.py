@@ -181,12 +181,12 @@ def zoo_of(blueprint: str, folder: Path, workers: int) -> Zoo:
 
 def write(folder: Path) -> None:
     HERE.mkdir(exist_ok=True)
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=HERE, capture_output=True, text=True)
     files = sorted((folder / "cells").glob("*.csv"))
     plain = {"keep_default_na": False, "na_values": [""]}  # a cell is called null
     table = pd.concat([pd.read_csv(file, **plain) for file in files], ignore_index=True)
     table.to_csv(HERE / "worlds.csv", index=False, float_format="%.6g")
     roc(table, folder).to_csv(HERE / "roc.csv", index=False, float_format="%.4g")
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=HERE, capture_output=True, text=True)
     record = {key: str(value) for key, value in describe().items()} | {"commit": commit.stdout.strip()}
     (HERE / "worlds.json").write_text(json.dumps(record | {"date": time.strftime("%Y-%m-%d")}, indent=1) + "\n")
     print(table[["cell", "attack", "access", "value", "low", "high", "advantage"]].to_string(index=False))
