@@ -171,7 +171,7 @@ def zoo_features(
     found: dict[str, list[Tensor]] = {}
     taken = [name for name in wanted if name in ROW_FEATURES]
     heads = _heads(zoo) if "sets" in taken else 0
-    with progress_bar("reading weights", "model", shown=progress, total=len(model_ids) if taken else 0) as bar:
+    with progress_bar("reading weights", "model", shown=progress and bool(taken), total=len(model_ids)) as bar:
         for group in groups if taken else ():
             base = None if group.base is None else _base(zoo, group.base, layout).to(device)
             for vectors in _batches(zoo, group, layout):
