@@ -1,11 +1,10 @@
 """Membership scores against a slow loop, and the attack on models that remember what they were trained on."""
 
-from pathlib import Path
-
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from packed_zoo import packed_zoo
 from secret_zoo import secret_zoo
 
 from vitzoo_hf.apply.distribution_inference.membership import (
@@ -20,9 +19,7 @@ from vitzoo_hf.apply.distribution_inference.metrics import area_under_curve
 from vitzoo_hf.apply.distribution_inference.zoo_attacks import attack_zoo
 from vitzoo_hf.blueprint import Blueprint
 from vitzoo_hf.images import load_images
-from vitzoo_hf.pack import pack
 from vitzoo_hf.schema import ZooError
-from vitzoo_hf.stacked import groups, train_stacked
 from vitzoo_hf.zoo import Zoo
 
 TEXT = """\
@@ -56,12 +53,7 @@ splits: {by: run, seed: 3, train: 0.6, validation: 0.2, test: 0.2}
 
 @pytest.fixture(scope="module")
 def zoo(tmp_path_factory) -> Zoo:
-    folder: Path = tmp_path_factory.mktemp("membership")
-    (folder / "zoo.yaml").write_text(TEXT)
-    blueprint = Blueprint.load(folder / "zoo.yaml")
-    for group in groups(blueprint.runs, 28):
-        train_stacked(blueprint, group, folder / "runs")
-    return Zoo(pack(blueprint, folder / "runs", folder / "zoo", progress=False))
+    return packed_zoo(tmp_path_factory.mktemp("membership"), TEXT, together=28)
 
 
 def slow_features(answers, references, unseen, labels, leave_one_out):

@@ -1,17 +1,13 @@
 """Colour reliance of models whose reliance is known, and of trained ones."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
+from packed_zoo import packed_zoo
 
 from vitzoo_hf.apply.distribution_inference.reliance import colour_reliance, recoloured, world_behaviour
 from vitzoo_hf.apply.distribution_inference.world_queries import world_queries
-from vitzoo_hf.blueprint import Blueprint
-from vitzoo_hf.pack import pack
 from vitzoo_hf.schema import ZooError
-from vitzoo_hf.stacked import groups, train_stacked
 from vitzoo_hf.zoo import Zoo
 
 TEXT = """\
@@ -34,12 +30,7 @@ splits: {by: run, seed: 3, train: 0.6, validation: 0.2, test: 0.2}
 
 @pytest.fixture(scope="module")
 def zoo(tmp_path_factory) -> Zoo:
-    folder: Path = tmp_path_factory.mktemp("reliance")
-    (folder / "zoo.yaml").write_text(TEXT)
-    blueprint = Blueprint.load(folder / "zoo.yaml")
-    for group in groups(blueprint.runs, 8):
-        train_stacked(blueprint, group, folder / "runs")
-    return Zoo(pack(blueprint, folder / "runs", folder / "zoo", progress=False))
+    return packed_zoo(tmp_path_factory.mktemp("reliance"), TEXT, together=8)
 
 
 def test_reliance_of_known_probabilities():
@@ -90,10 +81,8 @@ def test_a_zoo_without_worlds_says_so():
 def test_queries_tell_the_world_they_are_drawn_from(tmp_path):
     """Labels tell the worlds apart; of three, two are chosen."""
     text = TEXT.replace("learner: [erm, causal, colour-randomised]", "label_ratio: [0.0, 0.5, 1.0]")
-    (tmp_path / "zoo.yaml").write_text(text.replace("label_noise: 0.25, ", "").replace("epochs: 3", "epochs: 1"))
-    blueprint = Blueprint.load(tmp_path / "zoo.yaml")
-    train_stacked(blueprint, blueprint.runs, tmp_path / "runs")
-    queries = world_queries(Zoo(pack(blueprint, tmp_path / "runs", tmp_path / "zoo", progress=False)))
+    text = text.replace("label_noise: 0.25, ", "").replace("epochs: 3", "epochs: 1")
+    queries = world_queries(packed_zoo(tmp_path, text))
     assert queries.origins.bincount().tolist() == [14, 13, 13]
     assert (queries.labels[queries.origins == 0] == 0).all()
     assert (queries.labels[queries.origins == 2] == 1).all()

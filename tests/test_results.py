@@ -323,3 +323,30 @@ def test_distribution_inference_criteria_and_readmes_are_what_their_script_write
     reliance, without = re.findall(r"colour reliance ([\d.]+) \(([\d.]+) without", found)[0]
     told = f"goes with reliance on colour (rank correlation {reliance}; {without} without DP-SGD"
     assert told in " ".join(top.split())
+
+
+def test_what_the_report_says_of_learners_and_of_missed_criteria_in_words(monkeypatch):
+    monkeypatch.syspath_prepend(RESULTS)
+    import distribution_report
+
+    worlds = distribution_report.Worlds(distribution_report.read("worlds.csv"))
+    best = {name: worlds.best(name) for name in distribution_report.LEARNERS}
+    erm = best["dmi_erm"]["value"]
+    for name in ("dmi_causal", "dmi_colour_randomised", "dmi_resample"):
+        assert best[name]["low"] <= 0.5 <= best[name]["high"], name
+    for name in ("dmi_label_smoothing", "dmi_weight_decay", "dmi_group_dro"):
+        assert best[name]["value"] > erm - 0.02, name
+    for name in ("dmi_early_stop", "dmi_irm_product", "dmi_irm", "dmi_v_rex"):
+        assert best[name]["low"] > 0.5, name
+        assert best[name]["high"] < erm, name
+    for name in ("dmi_irm", "dmi_v_rex"):
+        assert best[name]["accuracy"] < best["dmi_erm"]["accuracy"]
+    assert best["dmi_v_rex"]["colour_reliance"] < 0.1
+    reliance = {name: row["colour_reliance"] for name, row in best.items()}
+    assert max(reliance, key=reliance.__getitem__) == "dmi_dp_sgd"
+    table = distribution_report.read("replication.csv")
+    here = (table["experiment"] == "C") & ~table["mended"].astype(bool)
+    few, many = (table[here & (table["knob"] == n)].set_index("attack")["value"] for n in (512, 2048))
+    quality = ["loss_test", "threshold_test", "per_point_threshold_test"]
+    assert (many - few)[quality].round(2).between(0.02, 0.07).all()
+    assert (many - few)[["meta_classifier", "kl_test", "ridge_on_outputs"]].max() <= 0

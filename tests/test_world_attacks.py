@@ -4,16 +4,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from packed_zoo import packed_zoo
 from test_cli import call
 
 from vitzoo_hf.apply.distribution_inference.secrets import ClassSecret, secret_of
 from vitzoo_hf.apply.distribution_inference.zoo_attacks import BY_DEFAULT, READS, attack_zoo
 from vitzoo_hf.apply.distribution_inference.zoo_guards import guards_of
 from vitzoo_hf.apply.distribution_inference.zoo_views import zoo_queries
-from vitzoo_hf.blueprint import Blueprint
-from vitzoo_hf.pack import pack
 from vitzoo_hf.schema import ZooError
-from vitzoo_hf.stacked import train_stacked
 from vitzoo_hf.zoo import Zoo
 
 TEXT = """\
@@ -42,11 +40,7 @@ def trained(folder: Path, width: int, *changes: tuple[str, str]) -> Zoo:
     for old, new in changes:
         assert old in text
         text = text.replace(old, new)
-    folder.mkdir()
-    (folder / "zoo.yaml").write_text(text)
-    blueprint = Blueprint.load(folder / "zoo.yaml")
-    train_stacked(blueprint, blueprint.runs, folder / "runs")
-    return Zoo(pack(blueprint, folder / "runs", folder / "zoo", progress=False))
+    return packed_zoo(folder, text)
 
 
 @pytest.fixture(scope="module")

@@ -43,7 +43,8 @@ def attack(
         zoo: Folder, dataset id, or `sample`.
         secret: Column of the property, such as label_ratio; two values are classes, more numbers are a number,
             columns with commas between them several numbers.
-        shadows: A zoo whose shadows are used instead, such as of another architecture; without access to weights.
+        shadows: A zoo whose shadows are used instead, such as of another architecture; without access to weights;
+            --where chooses among them too.
         role: Column that says target or shadow.
         access: What is seen of models; weights come with probabilities.
         attacks: loss_test, threshold_test, per_point_threshold_test, kl_test, meta_classifier, ridge_on_outputs,
@@ -61,7 +62,7 @@ def attack(
     _check(queries, seeds, out)
     options: dict[str, Any] = {"role": role, "access": access, "attacks": attacks, "num_queries": queries}
     options |= {"seeds": seeds, "shuffled": shuffled, "unequal": unequal, "seed": seed, "device": device}
-    options |= {"shadows": shadows and open_zoo(shadows, None), "cache": cache or (out and out / CACHE)}
+    options |= {"shadows": shadows and open_zoo(shadows, where), "cache": cache or (out and out / CACHE)}
     report = attack_zoo(open_zoo(zoo, where), secret, progress=not (json or quiet), **options)
     if out is not None:
         _write(report, out)

@@ -160,7 +160,7 @@ def cast_of(zoo: Zoo, shadows: Zoo | None, secret: str, role: str) -> Cast:
         parts += [(zoo, index[index[column_of(index, role)] == "target"])]
         if set(parts[0][1]["model_id"]) & set(parts[1][1]["model_id"]):
             raise ZooError("a model is target and shadow: give a zoo of other models as shadows")
-        worlds = [record_of(part, rows) for part, rows in reversed(parts)]
+        worlds = [_record(part, rows) for part, rows in reversed(parts)]
         if any("worlds" in world for world in worlds):
             check_pools(*worlds)
     players = with_roles(pd.concat([rows for _, rows in parts], ignore_index=True), role)
@@ -178,7 +178,7 @@ def cast_of(zoo: Zoo, shadows: Zoo | None, secret: str, role: str) -> Cast:
     return Cast(zoos, players, column, is_shadow)
 
 
-def record_of(zoo: Zoo, rows: pd.DataFrame) -> Mapping[str, Any]:
+def _record(zoo: Zoo, rows: pd.DataFrame) -> Mapping[str, Any]:
     """What the manifest says of the images that the first of these rows was trained on; empty for no rows."""
     return zoo.manifest["images"][rows["dataset"].iloc[0]] if len(rows) else {}
 
