@@ -16,12 +16,13 @@ from vitzoo_hf.apply.distribution_inference.replication import TIERS, cells_of, 
 from vitzoo_hf.environment import describe
 
 HERE = Path(__file__).parent / "distribution_inference"
+EXPERIMENTS = ("A", "A-bis", "B", "C", "DMI")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tier", choices=TIERS, default="smoke")
-    parser.add_argument("--only", nargs="*", default=[], help="experiments: A, A-bis, B, C, DMI")
+    parser.add_argument("--only", nargs="+", choices=EXPERIMENTS, default=EXPERIMENTS, help="some experiments")
     parser.add_argument(
         "--runs", type=Path, help="folder of finished cells; results/distribution_inference/runs-TIER"
     )
@@ -31,15 +32,22 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(1)
     runs = given.runs or HERE / f"runs-{given.tier}"
-    cells = [cell for cell in cells_of(given.tier) if not given.only or cell.experiment in given.only]
+    cells = [cell for cell in cells_of(given.tier) if cell.experiment in given.only]
+    if not cells:
+        parser.error(f"the {given.tier} tier has no cell of {', '.join(given.only)}: give --tier standard")
     options = {"device": given.device, "stop_after": given.stop_after, "progress": True}
     left = run_replication(cells, TIERS[given.tier], runs, **options)
+    if left == len(cells):
+        print(f"{left} cells left, none finished yet: the same command goes on")
+        return
     table = gather(cells, runs)
     given.out.mkdir(parents=True, exist_ok=True)
     stem = "replication" if given.tier == "standard" else f"replication_{given.tier}"
     table["provenance"] = provenance()
     table.to_csv(given.out / f"{stem}.csv", index=False, float_format="%.5g", lineterminator="\n")
     plot_replication(table).savefig(given.out / f"{stem}.png", dpi=110)
+    if given.tier == "smoke":
+        print("Too few targets and shadows for a verdict, which is the standard tier's; as far as they show:")
     for found in criteria(table):
         verdict = {True: "met", False: "MISSED", None: "open"}[found.met]
         print(f"{found.name} {verdict}: {found.expected}; {found.found}")

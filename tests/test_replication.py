@@ -151,11 +151,28 @@ def test_advantages_turn_errors_around():
 def test_the_smoke_tier_runs_by_its_command_and_continues(tmp_path):
     script = Path(__file__).parents[1] / "results" / "distribution_inference.py"
     command = [sys.executable, script, "--tier", "smoke", "--runs", tmp_path / "runs", "--out", tmp_path / "out"]
-    begun = subprocess.run([*command, "--stop-after", "0.01"], capture_output=True, text=True, check=True).stdout
-    assert "4 cells left" in begun
-    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert "0 cells left" in told
-    assert "R9 met" in told
+
+    def told(*more):
+        done = subprocess.run([*command, *more], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    assert "5 cells left, none finished yet" in told("--stop-after", "0")
+    assert "0 cells left" in told("--only", "B")
+    finished = tmp_path / "runs" / "B_50_published_world0.csv"
+    changed = finished.stat().st_mtime_ns
+    said = told()
+    assert "0 cells left" in said
+    assert "R9 met" in said
+    assert finished.stat().st_mtime_ns == changed
     table = pd.read_csv(tmp_path / "out" / "replication_smoke.csv")
+    assert set(table["experiment"]) == {"A", "B", "DMI"}
     assert table["value"].between(0, 1).all()
     assert table["provenance"].str.contains("torch").all()
+
+
+def test_a_tier_without_a_cell_of_an_experiment_says_so(tmp_path):
+    script = Path(__file__).parents[1] / "results" / "distribution_inference.py"
+    done = subprocess.run([sys.executable, script, "--only", "C", "--runs", tmp_path], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "the smoke tier has no cell of C: give --tier standard" in done.stderr
