@@ -16,7 +16,12 @@ from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
 from vitzoo_hf.apply.distribution_inference.game import Attack, Guesses, Kind, Queries, Shadows, Views
-from vitzoo_hf.apply.distribution_inference.meta_models import clamped, guess_by_mlp, guess_by_ridge
+from vitzoo_hf.apply.distribution_inference.meta_models import (
+    clamped,
+    guess_by_mlp,
+    guess_by_published_mlp,
+    guess_by_ridge,
+)
 from vitzoo_hf.apply.distribution_inference.secrets import ClassSecret
 from vitzoo_hf.schema import ZooError
 
@@ -144,6 +149,14 @@ def meta_classifier(shadows: Shadows, targets: Views, seed: int = 0) -> Guesses:
     Source: Zhang, Tople and Ohrimenko, USENIX Security 2021; layers as in the published experiment.
     """
     return guess_by_mlp(shadows, *_flat(shadows, targets), seed)
+
+
+def published_meta_classifier(shadows: Shadows, targets: Views, seed: int = 0) -> Guesses:
+    """The same as the published experiment ran it, outputs not standardised, on half of the shadows.
+
+    For replication alone: it is the weaker where outputs are large, and the more so the better models are trained.
+    """
+    return guess_by_published_mlp(shadows, *_flat(shadows, targets), seed)
 
 
 def ridge_on_outputs(shadows: Shadows, targets: Views, seed: int = 0) -> Guesses:

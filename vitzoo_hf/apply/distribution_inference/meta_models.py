@@ -64,10 +64,43 @@ def guess_by_mlp(
     Raises:
         ZooError: if it did not converge in 1024 epochs.
     """
+    known, seen = standardised(features, targets)
+    if isinstance(shadows.secret, ClassSecret):
+        return _guesses(shadows, _values_by_mlp(shadows, known, seen, shadows.secrets.numpy(), seed))
+    mean, spread = _centre(shadows)
+    values = _values_by_mlp(shadows, known, seen, (shadows.secrets.numpy() - mean) / spread, seed)
+    return _guesses(shadows, values * spread + mean)
+
+
+def guess_by_published_mlp(
+    shadows: Shadows, features: Float64[np.ndarray, "S F"], targets: Float64[np.ndarray, "T F"], seed: int
+) -> Guesses:
+    """The same MLP as published: on raw features of a half of the shadows, another half for each seed.
+
+    Halves have as many shadows of each class; guesses of numbers are not kept within their bounds.
+
+    Raises:
+        ZooError: if it did not converge in 1024 epochs.
+    """
+    from sklearn.model_selection import train_test_split
+
+    classes = shadows.secrets.numpy() if isinstance(shadows.secret, ClassSecret) else None
+    half, _ = train_test_split(np.arange(len(features)), train_size=0.5, random_state=seed, stratify=classes)
+    values = _values_by_mlp(shadows, features[half], targets, shadows.secrets.numpy()[half], seed)
+    return _guesses(shadows, values) if classes is not None else Guesses(torch.from_numpy(values))
+
+
+def _values_by_mlp(
+    shadows: Shadows,
+    known: Float64[np.ndarray, "S F"],
+    seen: Float64[np.ndarray, "T F"],
+    truth: np.ndarray,
+    seed: int,
+) -> Float64[np.ndarray, "T V"]:
+    """A share a class, or numbers."""
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.neural_network import MLPClassifier, MLPRegressor
 
-    known, seen = standardised(features, targets)
     classes = len(shadows.secret.values) if isinstance(shadows.secret, ClassSecret) else 1
     options = {"hidden_layer_sizes": HIDDEN, "max_iter": MAX_EPOCHS, "early_stopping": True, "random_state": seed}
     options["validation_fraction"] = max(0.1, classes / len(known))
@@ -75,14 +108,12 @@ def guess_by_mlp(
         warnings.simplefilter("error", ConvergenceWarning)
         try:
             if isinstance(shadows.secret, ClassSecret):
-                classifier = MLPClassifier(**options).fit(known, shadows.secrets.numpy())
-                shares = np.zeros((len(seen), len(shadows.secret.values)))
+                classifier = MLPClassifier(**options).fit(known, truth)
+                shares = np.zeros((len(seen), classes))
                 shares[:, classifier.classes_] = classifier.predict_proba(seen)
-                return _guesses(shadows, shares)
-            mean, spread = _centre(shadows)
-            truth = (shadows.secrets.numpy() - mean) / spread
+                return shares
             regressor = MLPRegressor(**options).fit(known, truth[:, 0] if truth.shape[1] == 1 else truth)
-            return _guesses(shadows, regressor.predict(seen).reshape(len(seen), -1) * spread + mean)
+            return np.asarray(regressor.predict(seen)).reshape(len(seen), -1)
         except ConvergenceWarning:
             raise ZooError(
                 f"the meta-classifier did not converge in {MAX_EPOCHS} epochs: give more shadows"

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from vitzoo_hf.apply.distribution_inference.black_box import BLACK_BOX
+from vitzoo_hf.apply.distribution_inference.black_box import BLACK_BOX, published_meta_classifier
 from vitzoo_hf.apply.distribution_inference.game import Outcome, Queries, Shadows, Views, check_equal, play
 from vitzoo_hf.apply.distribution_inference.secrets import ClassSecret, NumberSecret, Secret
 from vitzoo_hf.apply.distribution_inference.set_encoder import SET_ATTACKS
@@ -42,12 +42,13 @@ Experiment = Literal["A", "A-bis", "B", "C", "DMI"]
 ROWS, ABIS_EPSILON = 2048, 0.05
 QUERIES = {"A": 1024, "A-bis": 1024, "B": 1024, "C": 512, "DMI": 1024}
 TEST_ROWS, QUERIED_SECRETS = 512, 10
+ON_OUTPUTS = {**BLACK_BOX, "published_meta_classifier": published_meta_classifier}
 ATTACKS = {
-    **BLACK_BOX,
+    **ON_OUTPUTS,
     **{name: WHITE_BOX[name] for name in ("flat_mlp", "sorted_mlp")},
     **SET_ATTACKS,
 }
-RANDOM_ATTACKS = ("meta_classifier", "deep_sets")
+RANDOM_ATTACKS = ("meta_classifier", "published_meta_classifier", "deep_sets")
 VICTIM, ADVERSARY, ASKED, TESTED = 1, 2, 3, 4
 
 
@@ -178,7 +179,7 @@ def run_cell(
             about
             | {
                 "attack": name,
-                "access": "outputs" if name in BLACK_BOX else "weights",
+                "access": "outputs" if name in ON_OUTPUTS else "weights",
                 "metric": "mae" if cell.number else "accuracy",
                 "value": risk.mean,
                 "low": risk.low,
