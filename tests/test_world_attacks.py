@@ -1,5 +1,6 @@
 """Attacks on zoos trained on worlds: queries of every candidate distribution, shadows of another zoo, controls."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from packed_zoo import packed_zoo
 from test_cli import call
 
+from vitzoo_hf.apply.distribution_inference.attack_card import attack_card
 from vitzoo_hf.apply.distribution_inference.secrets import ClassSecret, secret_of
 from vitzoo_hf.apply.distribution_inference.zoo_attacks import BY_DEFAULT, READS, attack_zoo
 from vitzoo_hf.apply.distribution_inference.zoo_guards import guards_of
@@ -101,6 +103,21 @@ def test_every_attack_sees_a_label_ratio_and_none_when_secrets_are_shuffled(zoo)
     assert "every attack is to be at chance" in control.facts["guards"]["control"]
     with pytest.raises(ZooError, match="loss test learns nothing from shadows"):
         attack_zoo(zoo, "label_ratio", attacks=["loss_test"], shuffled=True)
+
+
+def test_packing_a_world_names_the_attack_and_its_card_counts_images(zoo, capsys, tmp_path):
+    made = Path(zoo.name).parent
+    status, out, err = call(capsys, "pack", made / "zoo.yaml", made / "runs", "--out", tmp_path / "zoo")
+    assert status == 0, err
+    assert f"Next: vitzoo attack {tmp_path / 'zoo'} --secret label_ratio" in out + err
+    images, _ = zoo_queries(zoo, "factor_label_ratio", ClassSecret((0.1, 0.9)), num_queries=40, seed=0)
+    report = attack_zoo(zoo, "label_ratio", attacks=["kl_test"], num_queries=40, seeds=1)
+    distinct = len(torch.unique(images.images.flatten(1), dim=0))
+    assert report.facts["distinct_queries"] == distinct
+    told = attack_card(report)
+    assert (f"| 40 selection images, {distinct} different ones |" in told) == (distinct < 40)
+    same = replace(report, facts=report.facts | {"distinct_queries": 31})
+    assert "| 40 selection images, 31 different ones |" in attack_card(same)
 
 
 def test_shadows_of_another_architecture(zoo, wide):

@@ -47,6 +47,7 @@ def test_cells_are_balanced_and_differ_in_the_secret_alone(file):
     assert stackable(blueprint)
     runs = [run for run in blueprint.runs if run.world is not None]
     secret, cell = secret_of(file), CELLS.get(file.stem)
+    assert blueprint.secrets[:1] == ((secret,) if secret != "epoch_steps" else ())
     cells = {run.factors[cell] if cell else None for run in runs}
     for chosen in cells:
         members = [run for run in runs if cell is None or run.factors[cell] == chosen]

@@ -114,6 +114,13 @@ class Blueprint:
         return fingerprint(decides)
 
     @property
+    def secrets(self) -> tuple[str, ...]:
+        """Factors that say what distribution runs drew their images from; numbers of images, which tell too, last."""
+        names = {each.name for each in fields(World)} - {"role"}
+        told = [name for name in self.factor_types if name in names]
+        return tuple(sorted(told, key=lambda name: name == "num_images"))
+
+    @property
     def num_rows(self) -> int:
         """Rows of the finished zoo: kept epochs over all runs."""
         return sum(len(run.keep_epochs) for run in self.runs)

@@ -239,7 +239,8 @@ def pack(
     from vitzoo_hf.pack import pack as write
     from vitzoo_hf.zoo import Zoo
 
-    zoo = Zoo(write(Blueprint.load(blueprint), runs, out, dtype=dtype, progress=not (json or quiet)))
+    design = Blueprint.load(blueprint)
+    zoo = Zoo(write(design, runs, out, dtype=dtype, progress=not (json or quiet)))
     if json:
         print_json({"zoo": str(out), "rows": len(zoo), "missing_runs": zoo.manifest["missing_runs"]})
         return
@@ -247,7 +248,8 @@ def pack(
     for run_id, reason in zoo.manifest["missing_runs"].items():
         print(f"left out: {run_id}: {reason}")
     if not quiet:
-        hint(f"Next: vitzoo evaluate {out}")
+        verb, more = ("attack", f" --secret {design.secrets[0]}") if design.secrets else ("evaluate", "")
+        hint(f"Next: vitzoo {verb} {out}{more}")
 
 
 @app.command

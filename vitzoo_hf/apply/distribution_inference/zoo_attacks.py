@@ -106,10 +106,11 @@ def attack_zoo(
     space, secrets = secret_of([plain(value) for value in cast.index[cast.column]])
     guards = guards_of(cast.index, cast.column, role, secrets, cast.shadows, space, unequal)
     options: dict[str, Any] = {"device": device, "progress": progress}
-    asked, queries = None, None
+    asked, queries, distinct = None, None, 0
     if any(name in BLACK_BOX for name in names):
         batch, queries = zoo_queries(cast.zoos[-1], cast.column, space, num_queries=num_queries, seed=seed)
         asked = Views(torch.cat([zoo_outputs(each, batch, cache=cache, **options) for each in cast.zoos]))
+        distinct = len({image.numpy().tobytes() for image in batch.images})
     names = _fitting(names, attacks, queries)
     wanted = [READS[name] for name in names if name in READS]
     read = zoo_features(cast.zoos[0], cast.shadows, wanted, **options) if wanted else None
@@ -120,7 +121,8 @@ def attack_zoo(
     truth, ratio = secrets[~cast.shadows], is_ratio(cast.column)
     table, guesses = _played(names, adversary, targets, truth, access, ratio, seeds, shuffled, device)
     told = cast.index.loc[(~cast.shadows).numpy(), ["model_id", cast.column]].reset_index(drop=True)
-    sizes = {"queries": len(queries.origins) if queries else 0, "seeds": SHUFFLES if shuffled else seeds}
+    sizes = {"queries": len(queries.origins) if queries else 0, "distinct_queries": distinct}
+    sizes["seeds"] = SHUFFLES if shuffled else seeds
     return Report(table, _facts(cast, space, truth, access, guards) | sizes, told.assign(**guesses))
 
 
