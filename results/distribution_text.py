@@ -8,6 +8,7 @@ ATTACKS = {
     "threshold_test": "threshold",
     "per_point_threshold_test": "per point",
     "kl_test": "KL",
+    "calibrated_kl_test": "KL, calibrated",
     "meta_classifier": "meta-classifier",
     "ridge_on_outputs": "ridge",
     "components": "components of weights",

@@ -33,7 +33,7 @@ LEARNERS = ("erm", "causal", "irm", "v_rex", "group_dro", "resample", "colour_ra
 CONTROLS = ("early_stop", "label_smoothing", "weight_decay", "dp_sgd")
 MEMBERSHIP = ("null", "label_ratio_scratch", "label_ratio_few_images", "label_ratio_resampled")
 """Cells in which membership of single images is tried too."""
-OF_LABELS = ["kl_test", "meta_classifier"]
+OF_LABELS = ["kl_test", "calibrated_kl_test", "meta_classifier"]
 WITH_SCORES = ("kl_test", "per_point_threshold_test", "threshold_test", "meta_classifier", "ridge_on_outputs")
 ROC_CELLS = ("dmi_erm", "dmi_irm", "dmi_resample", "dmi_causal", "label_ratio_few_images", "null")
 OTHER = {"scratch": "other_architecture", "few_images": "few_images_other_architecture"}

@@ -12,9 +12,13 @@ from vitzoo_hf.apply.distribution_inference.black_box import (
     _divergences,
     _point_votes,
     _share_above,
+    _shares_of_shadows,
+    _threshold_of_shares,
+    calibrated_kl_test,
     kl_test,
     label_only,
     loss_test,
+    published_meta_classifier,
     qualities,
     threshold_test,
 )
@@ -178,3 +182,95 @@ def test_label_only_kl_sees_labels_through_classes_that_differ_in_confidence():
     targets = Views(label_only(seen.answers()), "labels")
     guesses = kl_test(shadows, targets).secrets
     assert (guesses == secrets[40:]).double().mean() > 0.9
+
+
+def test_the_published_meta_classifier_reads_raw_outputs_of_half_of_the_shadows():
+    from sklearn.neural_network import MLPRegressor
+
+    secret = NumberSecret(((0.0, 1.0),))
+    known, truth = secret.uniform(80, 0), secret.uniform(30, 1)
+    generator = torch.Generator().manual_seed(2)
+    own, seen = (
+        5 + each.float() @ torch.ones(1, Q) + 0.1 * torch.randn(len(each), Q, generator=generator)
+        for each in (known, truth)
+    )
+    shadows = Shadows(Views(own[..., None], "real"), known, secret, asked())
+    guesses = published_meta_classifier(shadows, Views(seen[..., None], "real"), 3).secrets
+    half = np.random.RandomState(3).permutation(80)[40:]
+    expected = MLPRegressor(
+        hidden_layer_sizes=(128, 64), max_iter=1024, early_stopping=True, validation_fraction=0.1, random_state=3
+    ).fit(own.double().numpy()[half], known.numpy()[half, 0])
+    np.testing.assert_allclose(guesses[:, 0].numpy(), expected.predict(seen.double().numpy()), atol=1e-9)
+    far = published_meta_classifier(shadows, Views(seen[..., None] + 50, "real"), 3).secrets
+    assert far.min() < 0 or far.max() > 1
+
+
+def test_the_published_meta_classifier_finds_a_leak_through_one_output():
+    secret = ClassSecret((0, 1))
+    secrets, truth = secret.even(200), secret.even(100)
+    views = [real_outputs(torch.zeros(2), each, 0.3, seed) for seed, each in enumerate((secrets, truth))]
+    for view, each in zip(views, (secrets, truth), strict=True):
+        view.outputs[:, 5, 0] += 4 * each
+    shadows = Shadows(views[0], secrets, secret, asked())
+    assert play(shadows, views[1], truth, published_meta_classifier, seeds=range(3)).accuracy.mean > 0.9
+    blind = play(shadows.permuted(0), views[1], truth, published_meta_classifier, seeds=range(3))
+    assert blind.accuracy.mean < 0.8
+
+
+def test_a_calibrated_threshold_helps_where_one_class_answers_more_alike():
+    """Shadows of the second class scatter, so that nearly all are nearer to those of the first."""
+    secret = ClassSecret((0, 1))
+    means = torch.tensor([0.0, 0.3])
+    parts = []
+    for count, seed in ((80, 1), (400, 2)):
+        secrets = secret.even(count)
+        near, far = (real_outputs(means, secrets, sigma, seed).outputs for sigma in (0.2, 0.35))
+        parts.append((Views(torch.where(secrets[:, None, None] == 1, far, near), "real"), secrets))
+    (own, secrets), (seen, truth) = parts
+    shadows = Shadows(own, secrets, secret, asked())
+    voted, calibrated = (play(shadows, seen, truth, attack) for attack in (kl_test, calibrated_kl_test))
+    assert voted.accuracy.mean < 0.8
+    assert calibrated.accuracy.mean > 0.95, calibrated.accuracy
+    assert calibrated.auc == pytest.approx(voted.auc)
+
+
+def test_shares_and_threshold_of_shadows_are_those_of_a_search():
+    generator = torch.Generator().manual_seed(1)
+    secrets = torch.tensor([0, 1, 2, 0, 1, 1, 0, 2, 1])
+    apart = (secrets[:, None] - secrets).abs()
+    own = (torch.randn(2, 9, 9, generator=generator) + 0.6 * apart).double().abs()
+    first, second = secrets == 0, secrets == 1
+    shares, upper = _shares_of_shadows(own, first, second)
+    expected = []
+    for t in (first | second).nonzero()[:, 0].tolist():
+        pairs = [(a, b) for a in first.nonzero()[:, 0] for b in second.nonzero()[:, 0] if t not in (a, b)]
+        votes = [(own[origin, a, t] > own[origin, b, t]).double() for origin in (0, 1) for a, b in pairs]
+        expected.append(torch.stack(votes).mean().item())
+    assert shares.tolist() == pytest.approx(expected)
+    threshold = _threshold_of_shares(shares, upper)
+
+    def balanced(cut):
+        return ((shares > cut)[upper].double().mean() + (shares <= cut)[~upper].double().mean()).item()
+
+    ordered = shares.sort().values
+    assert 1 < balanced(threshold) < 2
+    assert balanced(threshold) == pytest.approx(max(map(balanced, (ordered[1:] + ordered[:-1]) / 2)))
+    same = torch.full((4,), 0.7, dtype=torch.float64)
+    assert _threshold_of_shares(same, torch.tensor([True, False, True, False])) == 0.5
+
+
+def test_numbers_of_the_kl_test_are_drawn_out_to_the_range_of_shadows():
+    secret = NumberSecret(((0.0, 1.0),))
+    known, truth = secret.uniform(60, 0), secret.uniform(200, 1)
+    views = []
+    for each, seed in ((known, 2), (truth, 3)):
+        noise = 0.8 * torch.randn(len(each), Q, generator=torch.Generator().manual_seed(seed))
+        views.append(Views((each.float() + noise)[..., None], "real"))
+    shadows = Shadows(views[0], known, secret, asked())
+    plain, drawn = (attack(shadows, views[1], 0).secrets for attack in (kl_test, calibrated_kl_test))
+    line = np.polyfit(plain[:, 0], drawn[:, 0], 1)
+    inside = (drawn > 0) & (drawn < 1)
+    np.testing.assert_allclose(np.polyval(line, plain[inside]), drawn[inside], atol=0.05)
+    assert line[0] > 1
+    errors = [(each - truth).abs().mean().item() for each in (plain, drawn)]
+    assert errors[1] < errors[0]

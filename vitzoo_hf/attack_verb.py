@@ -47,8 +47,9 @@ def attack(
             --where chooses among them too.
         role: Column that says target or shadow.
         access: What is seen of models; weights come with probabilities.
-        attacks: loss_test, threshold_test, per_point_threshold_test, kl_test, meta_classifier, ridge_on_outputs,
-            head, components, statistics, set_encoder, log_odds, flat_mlp; by default all that fit but the last two.
+        attacks: loss_test, threshold_test, per_point_threshold_test, kl_test, calibrated_kl_test, meta_classifier,
+            ridge_on_outputs, head, components, statistics, set_encoder, log_odds, flat_mlp; by default all that fit
+            but the last two.
         queries: Selection images that models are asked about.
         seeds: Repetitions of attacks with randomness.
         shuffled: A control: secrets of shadows are shuffled, 20 times, so that every attack is to be at chance.

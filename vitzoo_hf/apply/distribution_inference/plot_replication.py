@@ -9,7 +9,8 @@ from matplotlib.figure import Figure
 from vitzoo_hf.figure_style import INK, MUTED, PALETTE, STYLE, heading
 
 SHOWN = {
-    "meta_classifier": "outputs: meta-classifier",
+    "published_meta_classifier": "outputs: meta-classifier as published",
+    "meta_classifier": "outputs: the same, standardised",
     "kl_test": "outputs: KL test",
     "deep_sets": "weights: DeepSets",
     "set_encoder": "weights: set encoder",

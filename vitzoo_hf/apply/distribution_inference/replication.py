@@ -20,7 +20,7 @@ EPSILONS = (0.0, 0.2, 0.04, 0.08)
 STOPS = (10.0, 50.0, 30.0)
 COUNTS = (512.0, 2048.0, 1024.0)
 HIDDEN = (32.0, 2.0, 8.0)
-BLACK, WHITE = "meta_classifier", "deep_sets"
+AS_PUBLISHED, BLACK, WHITE = "published_meta_classifier", "meta_classifier", "deep_sets"
 ANALYTIC_FLIPPED = {"erm": 1.804, "causal": 1.0}
 KEYS = ["experiment", "knob", "mended", "learner", "attack"]
 
@@ -141,7 +141,11 @@ class Criterion:
 
 
 def criteria(table: pd.DataFrame) -> list[Criterion]:
-    """R1 to R9 of the specification."""
+    """R1 to R9 of the specification.
+
+    Of set-ups as published (R2 to R6) outputs are read by the attack as published, of mended ones (R7) by the mended
+    attack, whose inputs are standardised and which learns from all shadows.
+    """
     checks: dict[str, tuple[str, Callable[[pd.DataFrame], tuple[str, bool]]]] = {
         "R1": ("A, epsilon 0: every attack in 0.45 to 0.55", _null),
         "R2": ("A, epsilon 0.2: outputs >= 0.97 and weights >= 0.95", _conditional),
@@ -192,34 +196,48 @@ def _null(table: pd.DataFrame) -> tuple[str, bool]:
     return told, bool(rows["value"].between(0.45, 0.55).all())
 
 
+def _outputs(table: pd.DataFrame, experiment: str, knobs: Sequence[float]) -> tuple[list[float], str]:
+    """Of the meta-classifier as published; and in words what it finds once its inputs are standardised."""
+    found, mended = ([_value(table, experiment, knob, attack) for knob in knobs] for attack in (AS_PUBLISHED, BLACK))
+    return found, f"; outputs standardised {', '.join(f'{value:.3f}' for value in mended)}"
+
+
 def _conditional(table: pd.DataFrame) -> tuple[str, bool]:
-    black, white = (_value(table, "A", 0.2, attack) for attack in (BLACK, WHITE))
-    return f"outputs {black:.3f}, weights {white:.3f}", black >= 0.97 and white >= 0.95
+    (black,), more = _outputs(table, "A", (0.2,))
+    white = _value(table, "A", 0.2, WHITE)
+    return f"outputs {black:.3f}, weights {white:.3f}{more}", black >= 0.97 and white >= 0.95
 
 
 def _memorised(table: pd.DataFrame) -> tuple[str, bool]:
-    black, white = (
-        _value(table, "A-bis", 10.0, attack) - _value(table, "A-bis", 50.0, attack) for attack in (BLACK, WHITE)
-    )
-    return f"outputs {black:+.3f}, weights {white:+.3f}", black >= 0.08 and white > 0
+    black, more = _outputs(table, "A-bis", (10.0, 50.0))
+    white = [_value(table, "A-bis", stop, WHITE) for stop in (10.0, 50.0)]
+    told = f"outputs {black[0]:.3f} (stop 10), {black[1]:.3f} (50); weights {white[0]:.3f}, {white[1]:.3f}{more}"
+    return told, black[0] - black[1] >= 0.08 and white[0] > white[1]
 
 
 def _fitness(table: pd.DataFrame) -> tuple[str, bool]:
-    black, white = ([_value(table, "B", stop, attack) for stop in (10.0, 50.0)] for attack in (BLACK, WHITE))
-    told = f"weights {white[0]:.3f} (stop 10), {white[1]:.3f} (50); outputs {black[0]:.3f}, {black[1]:.3f}"
+    black, more = _outputs(table, "B", (10.0, 50.0))
+    white = [_value(table, "B", stop, WHITE) for stop in (10.0, 50.0)]
+    told = f"weights {white[0]:.3f} (stop 10), {white[1]:.3f} (50); outputs {black[0]:.3f}, {black[1]:.3f}{more}"
     return told, max(white) <= 0.11 and white[1] < white[0] and max(black) <= 0.17
 
 
 def _finite(table: pd.DataFrame) -> tuple[str, bool]:
-    black, white = ([_value(table, "C", n, attack) for n in (512.0, 2048.0)] for attack in (BLACK, WHITE))
-    told = f"outputs {black[0]:.3f} (n 512), {black[1]:.3f} (2048); weights {white[0]:.3f}, {white[1]:.3f}"
+    black, more = _outputs(table, "C", (512.0, 2048.0))
+    white = [_value(table, "C", n, WHITE) for n in (512.0, 2048.0)]
+    told = f"outputs {black[0]:.3f} (n 512), {black[1]:.3f} (2048); weights {white[0]:.3f}, {white[1]:.3f}{more}"
     return told, black[1] - black[0] >= 0.03 and max(white) <= 0.13
 
 
 def _published(table: pd.DataFrame) -> tuple[str, bool]:
-    erm, white = (_value(table, "DMI", 0.0, attack, learner="erm") for attack in (BLACK, WHITE))
-    irm, causal = (_value(table, "DMI", 0.0, BLACK, learner=learner) for learner in ("irm", "causal"))
-    told = f"ERM {erm:.3f} and {white:.3f}, IRM {irm:.3f}, causal {causal:.3f}"
+    white = _value(table, "DMI", 0.0, WHITE, learner="erm")
+    learners = ("erm", "irm", "causal")
+    (erm, irm, causal), mended = (
+        [_value(table, "DMI", 0.0, attack, learner=learner) for learner in learners]
+        for attack in (AS_PUBLISHED, BLACK)
+    )
+    told = f"ERM {erm:.3f} and {white:.3f}, IRM {irm:.3f}, causal {causal:.3f}; outputs standardised "
+    told += ", ".join(f"{value:.3f}" for value in mended)
     return told, erm >= 0.95 and white >= 0.85 and 0.65 <= irm <= 0.88 and causal <= 0.66
 
 
