@@ -38,7 +38,7 @@ def children(process: subprocess.Popen[bytes]) -> list[int]:
     return [pid for pid, command in commands.items() if b"spawn_main" in command]
 
 
-def wait_for(condition, seconds: float = 60.0) -> None:
+def wait_for(condition, seconds: float = 180.0) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "waited in vain"

@@ -53,11 +53,11 @@ def mirror(tiny_zoo, tmp_path_factory):
         yield f"http://127.0.0.1:{port}"
     finally:
         server.terminate()
-        server.wait(timeout=20)
+        server.wait(timeout=120)
 
 
 def wait_for(port, server, said):
-    for _ in range(600):
+    for _ in range(2400):
         assert server.poll() is None, said.read_text()
         with socket.socket() as probe:
             if probe.connect_ex(("127.0.0.1", port)) == 0:

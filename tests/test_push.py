@@ -7,10 +7,10 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 from local_hub import STRANGER, LocalHub
+from test_launch import wait_for
 
 from vitzoo_hf.push import push
 from vitzoo_hf.push_contents import listed_files
@@ -344,12 +344,10 @@ def test_ctrl_c_leaves_the_dataset_as_it_was(hub, zoo_copy, tmp_path):
     client = subprocess.Popen(
         [sys.executable, "-c", code], env=hub.environment(tmp_path / "home"), stderr=subprocess.PIPE, text=True
     )
-    deadline = time.monotonic() + 30
-    while not hub.asked("PUT /lfs/") and time.monotonic() < deadline:
-        time.sleep(0.02)
+    wait_for(lambda: hub.asked("PUT /lfs/"))
     client.send_signal(signal.SIGINT)
     hub.faults.clear()
-    _, said = client.communicate(timeout=30)
+    _, said = client.communicate(timeout=180)
     assert client.returncode != 0
     assert said.rstrip().endswith("KeyboardInterrupt")
     assert [commit.title for commit in hub.repositories[NAME].commits.values()] == ["initial commit"]

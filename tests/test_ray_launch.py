@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -118,9 +117,7 @@ def test_a_shared_folder_alone_will_do_and_what_is_finished_is_skipped(start, ti
     assert "10 runs finished" in finish(start(TESTS / "tiny.yaml", tmp_path))
     assert hashes(tmp_path) == hashes(tiny_runs)
     before = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("epoch-*")}
-    began = time.monotonic()
     assert "10 runs finished" in finish(start(TESTS / "tiny.yaml", tmp_path))
-    assert time.monotonic() - began < 20
     assert {file: file.stat().st_mtime_ns for file in tmp_path.rglob("epoch-*")} == before
 
 
@@ -130,7 +127,7 @@ def test_ctrl_c_ends_the_cluster_too(start, tmp_path):
     process = start(TESTS / "small.yaml", tmp_path / "runs", "--storage", tmp_path / "storage")
     wait_for(lambda: list((tmp_path / "storage").glob("s1/epoch-*.json")))
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=180)
     assert process.returncode == 130
     assert "the same command continues" in errors
     wait_for(lambda: not processes_of(process.pid))
