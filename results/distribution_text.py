@@ -62,8 +62,8 @@ numbers of examples and of optimiser steps, which tell by themselves. Guards ref
 between secrets.
 
 Code: `secrets.py` (s, π, ℓ, R₀), `game.py` (access, shadows, playing), `zoo_guards.py`, `black_box.py`,
-`white_box.py`, `set_encoder.py`, `membership.py` (attacks), `metrics.py` (advantage, n_leaked, nested
-bootstrap), `world.py` and `learners.py` (P_s of images, learners).
+`kl_tests.py`, `white_box.py`, `set_encoder.py`, `membership.py` (attacks), `metrics.py` (advantage, n_leaked,
+nested bootstrap), `world.py` and `learners.py` (P_s of images, learners).
 """
 
 REPLICATION = """## The published synthetic tasks

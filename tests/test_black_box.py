@@ -9,20 +9,21 @@ import torch
 
 from vitzoo_hf.apply.distribution_inference.black_box import (
     BLACK_BOX,
-    _divergences,
     _point_votes,
-    _share_above,
-    _shares_of_shadows,
-    _threshold_of_shares,
-    calibrated_kl_test,
-    kl_test,
-    label_only,
     loss_test,
     published_meta_classifier,
     qualities,
     threshold_test,
 )
-from vitzoo_hf.apply.distribution_inference.game import Queries, Shadows, Views, play
+from vitzoo_hf.apply.distribution_inference.game import Queries, Shadows, Views, label_only, play
+from vitzoo_hf.apply.distribution_inference.kl_tests import (
+    _divergences,
+    _share_above,
+    _shares_of_shadows,
+    _threshold_of_shares,
+    calibrated_kl_test,
+    kl_test,
+)
 from vitzoo_hf.apply.distribution_inference.secrets import ClassSecret, NumberSecret
 from vitzoo_hf.schema import ZooError
 

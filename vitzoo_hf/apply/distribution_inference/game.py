@@ -4,6 +4,7 @@ An attack is a function of shadows, of what it sees of the targets, and of a see
 which `play` alone compares with its guesses. Guards refuse cells in which something else than the secret differs.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -18,6 +19,7 @@ from vitzoo_hf.apply.distribution_inference.secrets import ClassSecret, Secret, 
 from vitzoo_hf.schema import ZooError
 
 Kind = Literal["log_probabilities", "labels", "real"]
+LABEL_EPSILON = 0.01
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,6 +72,40 @@ class Views:
             features={name: values[places.numpy()] for name, values in self.features.items()},
             sets={name: values[places] for name, values in self.sets.items()},
         )
+
+
+def label_only(outputs: Float[Tensor, "M Q K"], *, epsilon: float = LABEL_EPSILON) -> Float[Tensor, "M Q K"]:
+    """Log-probabilities of an adversary that sees the predicted class: `1 - epsilon` for it, the rest shared.
+
+    Example:
+        >>> label_only(torch.tensor([[[2.0, 1.0]]])).exp()
+        tensor([[[0.9900, 0.0100]]])
+    """
+    K = outputs.shape[2]
+    found = torch.full_like(outputs, math.log(epsilon / (K - 1)))
+    return found.scatter(2, outputs.argmax(2, keepdim=True), math.log(1 - epsilon))
+
+
+def seen_like(views: Views, kind: Kind) -> Views:
+    """The same models, but only their predicted classes where others are known by those alone."""
+    if kind == "labels" and views.kind == "log_probabilities" and views.outputs is not None:
+        return replace(views, outputs=label_only(views.outputs), kind="labels")
+    return views
+
+
+def comparable(own: Views, targets: Views) -> Views:
+    """Shadows as targets are seen.
+
+    Raises:
+        ZooError: if they cannot be.
+    """
+    known = seen_like(own, targets.kind)
+    if known.kind != targets.kind or known.answers().shape[1:] != targets.answers().shape[1:]:
+        raise ZooError(
+            f"shadows answer with {known.kind} {list(known.answers().shape[1:])}, targets with {targets.kind}"
+            f" {list(targets.answers().shape[1:])}: ask both the same queries"
+        )
+    return known
 
 
 @dataclass(frozen=True, eq=False)

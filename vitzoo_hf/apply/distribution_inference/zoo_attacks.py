@@ -11,14 +11,25 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from vitzoo_hf.apply.distribution_inference.black_box import BLACK_BOX, seen_like
-from vitzoo_hf.apply.distribution_inference.game import Attack, Guesses, Kind, Outcome, Queries, Shadows, Views, play
+from vitzoo_hf.apply.distribution_inference.black_box import BLACK_BOX
+from vitzoo_hf.apply.distribution_inference.game import (
+    Attack,
+    Guesses,
+    Kind,
+    Outcome,
+    Queries,
+    Shadows,
+    Views,
+    play,
+    seen_like,
+)
 from vitzoo_hf.apply.distribution_inference.metrics import leaked_samples, leaked_samples_of_errors
 from vitzoo_hf.apply.distribution_inference.secrets import ClassSecret, Secret, secret_of
 from vitzoo_hf.apply.distribution_inference.set_encoder import set_encoder
 from vitzoo_hf.apply.distribution_inference.white_box import WHITE_BOX
 from vitzoo_hf.apply.distribution_inference.zoo_guards import check_pools, column_of, guards_of, plain, with_roles
 from vitzoo_hf.apply.distribution_inference.zoo_views import joined_views, zoo_features, zoo_outputs, zoo_queries
+from vitzoo_hf.model_outputs import ImageBatch
 from vitzoo_hf.schema import ZooError, did_you_mean
 from vitzoo_hf.world import SHARES
 from vitzoo_hf.zoo import Zoo
@@ -105,25 +116,29 @@ def attack_zoo(
     cast = cast_of(zoo, shadows, secret, role)
     space, secrets = secret_of([plain(value) for value in cast.index[cast.column]])
     guards = guards_of(cast.index, cast.column, role, secrets, cast.shadows, space, unequal)
+    guards |= CONTROL if shuffled else {}
     options: dict[str, Any] = {"device": device, "progress": progress}
-    asked, queries, distinct = None, None, 0
+    asked, queries, batch = None, None, None
     if any(name in BLACK_BOX for name in names):
         batch, queries = zoo_queries(cast.zoos[-1], cast.column, space, num_queries=num_queries, seed=seed)
         asked = Views(torch.cat([zoo_outputs(each, batch, cache=cache, **options) for each in cast.zoos]))
-        distinct = len({image.numpy().tobytes() for image in batch.images})
     names = _fitting(names, attacks, queries)
     wanted = [READS[name] for name in names if name in READS]
     read = zoo_features(cast.zoos[0], cast.shadows, wanted, **options) if wanted else None
     known, targets = (joined_views(asked, read, mask.nonzero()[:, 0]) for mask in (cast.shadows, ~cast.shadows))
     adversary = Shadows(known, secrets[cast.shadows], space, queries)
-    guards |= CONTROL if shuffled else {}
     targets = seen_like(targets, "labels") if access == "labels" else targets
     truth, ratio = secrets[~cast.shadows], is_ratio(cast.column)
     table, guesses = _played(names, adversary, targets, truth, access, ratio, seeds, shuffled, device)
     told = cast.index.loc[(~cast.shadows).numpy(), ["model_id", cast.column]].reset_index(drop=True)
-    sizes = {"queries": len(queries.origins) if queries else 0, "distinct_queries": distinct}
-    sizes["seeds"] = SHUFFLES if shuffled else seeds
+    sizes = _sizes_of(batch, SHUFFLES if shuffled else seeds)
     return Report(table, _facts(cast, space, truth, access, guards) | sizes, told.assign(**guesses))
+
+
+def _sizes_of(batch: ImageBatch | None, seeds: int) -> dict[str, int]:
+    images = () if batch is None else batch.images
+    distinct = {image.numpy().tobytes() for image in images}
+    return {"queries": len(images), "distinct_queries": len(distinct), "seeds": seeds}
 
 
 def _check_counts(seeds: int, num_queries: int) -> None:
