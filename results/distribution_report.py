@@ -279,8 +279,8 @@ def of_finite_data(replication: pd.DataFrame) -> str:
         "- Outputs tell less of P(X) as n grows in the published set-up, to the published attack: its errors at 512"
         f" and 2048 examples are {errors(raw, False)} (R5). But there 2048 examples also get four times the steps;"
         f" with steps fixed they are {errors(raw, True)}: unfinished training told the mean, not finite data. Attacks"
-        f" on standardised outputs err less, {errors(standardised, False)} as published and {errors(standardised, True)}"
-        " with steps fixed."
+        f" on standardised outputs err less, {errors(standardised, False)} as published and"
+        f" {errors(standardised, True)} with steps fixed."
     )
 
 
