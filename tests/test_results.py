@@ -345,7 +345,7 @@ def test_what_the_report_says_of_learners_and_of_missed_criteria_in_words(monkey
     reliance = {name: row["colour_reliance"] for name, row in best.items()}
     assert max(reliance, key=reliance.__getitem__) == "dmi_dp_sgd"
     table = distribution_report.read("replication.csv").query("experiment == 'C'")
-    errors = table.set_index(["mended", "knob", "attack"])["value"]
+    errors = table.set_index(["mended", "knob", "attack"])["value"].sort_index()
     few, many = ({mended: errors[mended, n] for mended in (False, True)} for n in (512, 2048))
     assert few[False]["published_meta_classifier"] < many[False]["published_meta_classifier"]
     assert few[True]["published_meta_classifier"] > many[True]["published_meta_classifier"]
