@@ -63,9 +63,9 @@ def _learners(axis: Any, table: pd.DataFrame) -> None:
     if len(rows):
         middle, low, high = advantages(rows)
         colours = [PALETTE[2] if mended else PALETTE[1] for mended in rows["mended"]]
-        names = [f"{row.learner.replace('_', ' ')}\n{'equal n' if row.mended else 'published'}" for row in rows.itertuples()]
+        names = [f"{row.learner}\n{'equal n' if row.mended else 'published'}" for row in rows.itertuples()]
         axis.bar(range(len(rows)), middle, yerr=[middle - low, high - middle], color=colours, ecolor=INK)
-        axis.set_xticks(range(len(rows)), names, fontsize=6.5)
+        axis.set_xticks(range(len(rows)), [name.replace("_", "\n") for name in names], fontsize=6.5)
     axis.set(title="is an environment among the data")
 
 
