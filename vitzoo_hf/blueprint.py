@@ -11,6 +11,7 @@ import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +102,7 @@ class Blueprint:
         """
         return _parse(parse_located(text, Path("blueprint.yaml")), text)
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """Changes with anything that changes a weight, an id or a split."""
         decides = asdict(self)
