@@ -275,3 +275,40 @@ def test_numbers_of_the_kl_test_are_drawn_out_to_the_range_of_shadows():
     assert line[0] > 1
     errors = [(each - truth).abs().mean().item() for each in (plain, drawn)]
     assert errors[1] < errors[0]
+
+
+def test_divergences_of_labels_are_counts_of_disagreements():
+    generator = torch.Generator().manual_seed(0)
+    own, seen = (label_only(torch.randn(count, Q, 3, generator=generator)) for count in (7, 9))
+    origins = torch.arange(2).repeat_interleave(Q // 2)
+    found = _divergences(Views(own, "labels"), Views(seen, "labels"), asked(origins))
+    probabilities = _divergences(Views(own), Views(seen), asked(origins))
+    torch.testing.assert_close(found, probabilities)
+    differ = (own.argmax(2)[:, None] != seen.argmax(2)).double()
+    for origin in (0, 1):
+        counts = differ[..., origins == origin].sum(2)
+        assert len(found[origin].unique()) == len(counts.unique())
+    alone = _divergences(Views(own, "labels"), Views(seen[3:4], "labels"), asked(origins))
+    assert torch.equal(alone, found[..., 3:4])
+
+
+def test_attacks_refuse_what_they_cannot_learn_from():
+    secret, number = ClassSecret((0.3, 0.5)), NumberSecret(((0.0, 1.0),))
+    views = real_outputs(torch.zeros(2), secret.even(20), 1.0, 0)
+    nan = Views(views.answers().clone(), "real")
+    nan.outputs[3, 2] = torch.nan
+    for attack in (kl_test, calibrated_kl_test, threshold_test, published_meta_classifier):
+        with pytest.raises(ZooError, match="outputs of some model are NaN"):
+            attack(Shadows(nan, secret.even(20), secret, asked(labels=torch.zeros(Q))), views, 0)
+    with pytest.raises(ZooError, match=r"no shadow has the secret 0\.5"):
+        kl_test(Shadows(views, torch.zeros(20, dtype=torch.int64), secret, asked()), views)
+    with pytest.raises(ZooError, match="one shadow has no other"):
+        kl_test(Shadows(views.at(torch.tensor([0])), number.even(1), number, asked()), views)
+    rare = torch.tensor([0] * 17 + [1] * 3)
+    with pytest.raises(ZooError, match="3 shadows of a class are too few for the meta-classifier: expected 4"):
+        published_meta_classifier(Shadows(views, rare, secret, asked()), views)
+    with pytest.raises(ZooError, match="7 shadows are too few"):
+        published_meta_classifier(Shadows(views.at(torch.arange(14)), number.even(14), number, asked()), views)
+    alone = torch.tensor([0] * 19 + [1])
+    with pytest.raises(ZooError, match="1 shadows of a class are too few"):
+        BLACK_BOX["meta_classifier"](Shadows(views, alone, secret, asked()), views, 0)

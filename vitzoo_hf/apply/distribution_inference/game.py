@@ -58,10 +58,12 @@ class Views:
         """The outputs.
 
         Raises:
-            ZooError: if the adversary has no access to them.
+            ZooError: if the adversary has no access to them, or some are NaN.
         """
         if self.outputs is None:
             raise ZooError("this attack reads outputs of models, and there are none: give access to probabilities")
+        if self.outputs.isnan().any():
+            raise ZooError("outputs of some model are NaN: leave diverged models out, and count them")
         return self.outputs
 
     def at(self, places: Int64[Tensor, " m"]) -> "Views":

@@ -4,8 +4,9 @@ import itertools
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float64
+from jaxtyping import Bool, Float, Float64
 from torch import Tensor
+from torch.nn.functional import one_hot
 
 from vitzoo_hf.apply.distribution_inference.game import Guesses, Queries, Shadows, Views, comparable
 from vitzoo_hf.apply.distribution_inference.meta_models import clamped
@@ -53,6 +54,9 @@ def _by_divergence(shadows: Shadows, targets: Views, *, calibrated: bool) -> Gue
     classes = len(shadows.secret.values)
     votes = torch.zeros(between.shape[2], classes, dtype=torch.float64)
     share = votes[:, 0]
+    if len(shadows.secrets.unique()) < classes:
+        missing = sorted(set(range(classes)) - set(shadows.secrets.tolist()))
+        raise ZooError(f"no shadow has the secret {shadows.secret.values[missing[0]]!r}: give some of each class")
     for low, high in itertools.combinations(range(classes), 2):
         first, second = shadows.secrets == low, shadows.secrets == high
         share = _share_of_second(between, first, second)
@@ -73,6 +77,9 @@ def _divergences(shadows: Views, targets: Views, queries: Queries) -> Float64[Te
     found = []
     for origin in range(int(queries.origins.max()) + 1):
         here = queries.origins == origin
+        if targets.kind == "labels":
+            found.append(_divergences_of_labels(own[:, here], seen[:, here]))
+            continue
         f, g = own[:, here].flatten(1), seen[:, here].flatten(1)
         if targets.kind == "real":
             found.append(torch.cdist(f.double(), g.double()).square() / (2 * int(here.sum())))
@@ -81,6 +88,15 @@ def _divergences(shadows: Views, targets: Views, queries: Queries) -> Float64[Te
         own_part = (f * f.log()).sum(1)[:, None]
         found.append((own_part - f @ g.log().mT) / int(here.sum()))
     return torch.stack(found)
+
+
+def _divergences_of_labels(own: Float[Tensor, "S Q K"], seen: Float[Tensor, "T Q K"]) -> Float64[Tensor, "S T"]:
+    """The same by counting queries on which predicted classes differ, so that equal counts are equal divergences."""
+    Q, K = own.shape[1:]
+    f, g = (one_hot(values.argmax(2), K).flatten(1).double() for values in (own, seen))
+    first = own[0, 0].double().exp().clamp(CLIP, 1 - CLIP)
+    sure, rest = first.max(), first.min()
+    return (Q - f @ g.mT) * ((sure - rest) * (sure / rest).log() / Q)
 
 
 def _share_above(first: Float64[Tensor, "A T"], second: Float64[Tensor, "B T"]) -> Float64[Tensor, " T"]:
@@ -115,7 +131,7 @@ def _threshold_of_shares(shares: Float64[Tensor, " s"], second: Bool[Tensor, " s
     values, order = shares.sort(stable=True)
     sign = torch.where(second, 1 / second.sum(), -1 / (~second).sum()).double()[order]
     above = -sign.cumsum(0)[:-1]  # balanced accuracy of "second above", but for a constant
-    gain = torch.where(values[1:] > values[:-1], above, 0.0)
+    gain = torch.where(values[1:] > values[:-1] + 1e-12, above, 0.0)
     cut = int(gain.argmax())
     return float(values[cut] + values[cut + 1]) / 2 if gain[cut] > 1e-12 else 0.5
 
@@ -125,11 +141,13 @@ def _nearest(
 ) -> Tensor:
     """Mean secret of the nearest shadows, their number chosen on shadows; calibrated, along a line fitted to them."""
     apart = own.clone().fill_diagonal_(torch.inf)
-    order = apart.argsort(0)
+    order = apart.argsort(dim=0, stable=True)
+    if len(secrets) < 2:
+        raise ZooError("one shadow has no other to be compared with: give at least 2")
     counts = [count for count in NEIGHBOURS if count < len(secrets)]
     held_out = [secrets[order[:count]].mean(0) for count in counts]
     best = int(np.argmin([(values - secrets).abs().mean().item() for values in held_out]))
-    found = secrets[between.argsort(0)[: counts[best]]].mean(0)
+    found = secrets[between.argsort(dim=0, stable=True)[: counts[best]]].mean(0)
     if not calibrated:
         return found
     x, y = held_out[best] - held_out[best].mean(0), secrets - secrets.mean(0)

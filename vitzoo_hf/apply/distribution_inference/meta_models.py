@@ -32,14 +32,18 @@ def standardised(
         >>> standardised(np.array([[0.0, 1.0]] * 4 + [[2.0, 1.0]] * 4), np.array([[1.0, 5.0]]))[1]
         array([[0., 0.]])
     """
-    if len(shadows) < FEWEST_SHADOWS:
-        raise ZooError(f"{len(shadows)} shadows are too few to learn from: expected at least {FEWEST_SHADOWS}")
-    if not np.isfinite(shadows).all() or not np.isfinite(targets).all():
-        raise ZooError("features of some model are NaN or infinite: leave diverged models out, and count them")
+    _check_features(shadows, targets)
     mean, spread = shadows.mean(0), shadows.std(0)
     varies = spread > 1e-12 * np.abs(mean).clip(1e-300)
     scale = np.where(varies, 1 / np.where(varies, spread, 1), 0.0)
     return (shadows - mean) * scale, (targets - mean) * scale
+
+
+def _check_features(shadows: np.ndarray, targets: np.ndarray) -> None:
+    if len(shadows) < FEWEST_SHADOWS:
+        raise ZooError(f"{len(shadows)} shadows are too few to learn from: expected at least {FEWEST_SHADOWS}")
+    if not np.isfinite(shadows).all() or not np.isfinite(targets).all():
+        raise ZooError("features of some model are NaN or infinite: leave diverged models out, and count them")
 
 
 def guess_by_ridge(
@@ -65,6 +69,7 @@ def guess_by_mlp(
         ZooError: if it did not converge in 1024 epochs.
     """
     known, seen = standardised(features, targets)
+    _check_classes(shadows, 2)
     if isinstance(shadows.secret, ClassSecret):
         return _guesses(shadows, _values_by_mlp(shadows, known, seen, shadows.secrets.numpy(), seed))
     mean, spread = _centre(shadows)
@@ -77,17 +82,28 @@ def guess_by_published_mlp(
 ) -> Guesses:
     """The same MLP as published: on raw features of a half of the shadows, another half for each seed.
 
-    Halves have as many shadows of each class; guesses of numbers are not kept within their bounds.
+    Halves keep the shares of classes; guesses of numbers are not kept within their bounds.
 
     Raises:
-        ZooError: if it did not converge in 1024 epochs.
+        ZooError: if it did not converge in 1024 epochs; for features that are not finite, or too few shadows.
     """
     from sklearn.model_selection import train_test_split
 
+    _check_classes(shadows, 4)
     classes = shadows.secrets.numpy() if isinstance(shadows.secret, ClassSecret) else None
     half, _ = train_test_split(np.arange(len(features)), train_size=0.5, random_state=seed, stratify=classes)
+    _check_features(features[half], targets)
     values = _values_by_mlp(shadows, features[half], targets, shadows.secrets.numpy()[half], seed)
     return _guesses(shadows, values) if classes is not None else Guesses(torch.from_numpy(values))
+
+
+def _check_classes(shadows: Shadows, fewest: int) -> None:
+    """An MLP that is stopped early wants shadows of each class to learn from, and to be stopped by."""
+    if not isinstance(shadows.secret, ClassSecret):
+        return
+    counts = shadows.secrets.bincount(minlength=len(shadows.secret.values))
+    if 0 < int(counts[counts > 0].min()) < fewest:
+        raise ZooError(f"{counts.min()} shadows of a class are too few for the meta-classifier: expected {fewest}")
 
 
 def _values_by_mlp(

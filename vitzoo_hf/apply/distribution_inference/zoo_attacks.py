@@ -23,6 +23,7 @@ from vitzoo_hf.apply.distribution_inference.game import (
     play,
     seen_like,
 )
+from vitzoo_hf.apply.distribution_inference.meta_models import FEWEST_SHADOWS
 from vitzoo_hf.apply.distribution_inference.metrics import leaked_samples, leaked_samples_of_errors
 from vitzoo_hf.apply.distribution_inference.secrets import ClassSecret, Secret, secret_of
 from vitzoo_hf.apply.distribution_inference.set_encoder import set_encoder
@@ -311,11 +312,13 @@ def _leaked(space: Secret, truth: Tensor, outcome: Outcome) -> float | None:
 
 
 def on_shadows(known: Shadows, attack: Attack, kind: Kind) -> float:
-    """How well an attack does on every second shadow from the others: what attacks are to be chosen by."""
+    """How well an attack does on half of the shadows, of each class, from the others: what attacks are chosen by."""
     order = torch.randperm(len(known.secrets), generator=torch.Generator().manual_seed(0))
+    if isinstance(known.secret, ClassSecret):
+        order = order[known.secrets[order].argsort(stable=True)]
     first, second = order[::2], order[1::2]
     half = Shadows(known.views.at(first), known.secrets[first], known.secret, known.queries)
-    if len(first) < 8 or (isinstance(known.secret, ClassSecret) and len(half.secrets.unique()) < 2):
+    if len(first) < FEWEST_SHADOWS:
         return float("nan")
     outcome = play(half, seen_like(known.views.at(second), kind), known.secrets[second], attack)
     return (outcome.accuracy if isinstance(known.secret, ClassSecret) else outcome.risk).mean
