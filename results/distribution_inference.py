@@ -7,13 +7,16 @@ Interrupted, the same command continues: a finished cell is a table in the folde
 
 import argparse
 import subprocess
+import sys
 from pathlib import Path
 
+import pandas as pd
 import torch
 
 from vitzoo_hf.apply.distribution_inference.plot_replication import plot_replication
 from vitzoo_hf.apply.distribution_inference.replication import TIERS, cells_of, criteria, gather, run_replication
 from vitzoo_hf.environment import describe
+from vitzoo_hf.schema import ZooError
 
 HERE = Path(__file__).parent / "distribution_inference"
 EXPERIMENTS = ("A", "A-bis", "B", "C", "DMI")
@@ -31,19 +34,36 @@ def main() -> None:
     parser.add_argument("--stop-after", type=float, default=float("inf"), help="seconds after which no cell begins")
     given = parser.parse_args()
     torch.set_num_threads(1)
+    try:
+        run(given)
+    except ZooError as error:
+        sys.exit(f"{parser.prog}: {error}")
+    except OSError as error:
+        sys.exit(f"{parser.prog}: {error.filename}: {error.strerror}")
+    except KeyboardInterrupt:
+        sys.exit(f"\n{parser.prog}: interrupted; the same command continues")
+
+
+def run(given: argparse.Namespace) -> None:
+    """Run some cells, then write what all finished cells of the tier show."""
+    cells = cells_of(given.tier)
+    chosen = [cell for cell in cells if cell.experiment in given.only]
+    if not chosen:
+        raise ZooError(f"the {given.tier} tier has no cell of {', '.join(given.only)}: give --tier standard")
     runs = given.runs or HERE / f"runs-{given.tier}"
-    cells = [cell for cell in cells_of(given.tier) if cell.experiment in given.only]
-    if not cells:
-        parser.error(f"the {given.tier} tier has no cell of {', '.join(given.only)}: give --tier standard")
-    options = {"device": given.device, "stop_after": given.stop_after, "progress": True}
-    left = run_replication(cells, TIERS[given.tier], runs, **options)
-    if left == len(cells):
-        print(f"{left} cells left, none finished yet: the same command goes on")
-        return
-    table = gather(cells, runs)
     given.out.mkdir(parents=True, exist_ok=True)
+    options = {"device": given.device, "stop_after": given.stop_after, "provenance": provenance(), "progress": True}
+    left = run_replication(chosen, TIERS[given.tier], runs, **options)
+    finished = [cell for cell in cells if (runs / f"{cell.name}.csv").is_file()]
+    if finished:
+        write(gather(finished, runs), given, whole=len(finished) == len(cells))
+    print(f"{left} cells left" if finished else f"{left} cells left, none finished yet: the same command goes on")
+
+
+def write(table: pd.DataFrame, given: argparse.Namespace, *, whole: bool) -> None:
+    """Table and figure under the name of the tier, or as partial ones where cells of it are missing."""
     stem = "replication" if given.tier == "standard" else f"replication_{given.tier}"
-    table["provenance"] = provenance()
+    stem += "" if whole else "_partial"
     table.to_csv(given.out / f"{stem}.csv", index=False, float_format="%.5g", lineterminator="\n")
     plot_replication(table).savefig(given.out / f"{stem}.png", dpi=110)
     if given.tier == "smoke":
@@ -51,7 +71,7 @@ def main() -> None:
     for found in criteria(table):
         verdict = {True: "met", False: "MISSED", None: "open"}[found.met]
         print(f"{found.name} {verdict}: {found.expected}; {found.found}")
-    print(f"{left} cells left; {len(table)} rows in {given.out / stem}.csv")
+    print(f"{len(table)} rows in {given.out / stem}.csv")
 
 
 def provenance() -> str:

@@ -26,8 +26,9 @@ python results/distribution_report.py
 ```
 
 The second and third are resumable: a finished cell is kept in the folder and not run again. Tables:
-`replication.csv`, `worlds.csv` (a row a cell and attack), `roc.csv`, `criteria.csv`; machine, versions and
-commit are in the column `provenance` of the first and in `worlds.json`. `cards/` holds the attack cards of two
+`replication.csv`, `worlds.csv` (a row a cell and attack; one cell is called null, so that pandas wants
+`keep_default_na=False`), `roc.csv`, `criteria.csv`; machine, versions and commit are in the column `provenance` of
+the first and in `worlds.json`. `cards/` holds the attack cards of two
 cells, as `vitzoo attack ZOO --secret SECRET --out FOLDER` writes them.
 """
 

@@ -83,7 +83,7 @@ def test_numbers_and_label_access(tmp_path, tiny_zoo):
 
 def test_the_verb_writes_tables_and_a_card(folder, tmp_path, capsys):
     out = tmp_path / "out"
-    options = ["--secret", "label_ratio", "--attack", "kl_test", "head", "--queries", "16"]
+    options = ["--secret", "label_ratio", "--attack", "kl_test,head", "--queries", "16"]
     status, told, _ = call(capsys, "attack", folder, *options, "--out", out, "--json")
     assert status == 0
     assert [row["attack"] for row in json.loads(told)["attacks"]] == ["kl_test", "head"]
@@ -93,7 +93,7 @@ def test_the_verb_writes_tables_and_a_card(folder, tmp_path, capsys):
     for said in ("`factor_label_ratio`, one of 0.3, 0.5", "targets T | 20", "equal: 1024", "Responsible use"):
         assert said in card, said
     status, told, _ = call(capsys, "attack", folder, *options)
-    assert (status, "Next: vitzoo attack" in told) == (0, True)
+    assert (status, "Next: the same with --out FOLDER" in told) == (0, True)
 
 
 def test_the_card_says_what_was_not_equal(tmp_path, tiny_zoo):

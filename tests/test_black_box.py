@@ -25,6 +25,7 @@ from vitzoo_hf.apply.distribution_inference.kl_tests import (
     kl_test,
 )
 from vitzoo_hf.apply.distribution_inference.secrets import ClassSecret, NumberSecret
+from vitzoo_hf.apply.distribution_inference.zoo_attacks import on_shadows
 from vitzoo_hf.schema import ZooError
 
 Q = 24
@@ -312,3 +313,22 @@ def test_attacks_refuse_what_they_cannot_learn_from():
     alone = torch.tensor([0] * 19 + [1])
     with pytest.raises(ZooError, match="1 shadows of a class are too few"):
         BLACK_BOX["meta_classifier"](Shadows(views, alone, secret, asked()), views, 0)
+
+
+def test_attacks_are_chosen_by_halves_of_the_shadows_that_keep_their_classes():
+    secret = ClassSecret((0, 1, 2))
+    secrets = torch.tensor([0] * 40 + [1] * 10 + [2] * 4)[
+        torch.randperm(54, generator=torch.Generator().manual_seed(3))
+    ]
+    views = real_outputs(torch.tensor([0.0, 2.0, 4.0]), secrets, 0.3, 0)
+    shadows = Shadows(views, secrets, secret, asked(labels=torch.zeros(Q)))
+    asked_of = []
+
+    def attack(half, targets, seed=0):
+        asked_of.append(half.secrets.bincount(minlength=3).tolist())
+        return kl_test(half, targets, seed)
+
+    assert on_shadows(shadows, attack, "real") > 0.9
+    assert asked_of == [[20, 5, 2]]
+    for name in ("meta_classifier", "calibrated_kl_test", "threshold_test"):
+        assert 0.5 < on_shadows(shadows, BLACK_BOX[name], "real") <= 1

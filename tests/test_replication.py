@@ -153,17 +153,20 @@ def test_advantages_turn_errors_around():
     assert {replication.AS_PUBLISHED, replication.BLACK, replication.WHITE} <= set(replication_cells.ATTACKS)
 
 
-def test_the_smoke_tier_runs_by_its_command_and_continues(tmp_path):
+def command(*more):
     script = Path(__file__).parents[1] / "results" / "distribution_inference.py"
-    command = [sys.executable, script, "--tier", "smoke", "--runs", tmp_path / "runs", "--out", tmp_path / "out"]
+    return subprocess.run([sys.executable, script, *more], capture_output=True, text=True)
 
+
+def test_the_smoke_tier_runs_by_its_command_and_continues(tmp_path):
     def told(*more):
-        done = subprocess.run([*command, *more], capture_output=True, text=True)
+        done = command("--tier", "smoke", "--runs", tmp_path / "runs", "--out", tmp_path / "out", *more)
         assert done.returncode == 0, done.stderr
         return done.stdout
 
     assert "5 cells left, none finished yet" in told("--stop-after", "0")
     assert "0 cells left" in told("--only", "B")
+    assert {file.name for file in (tmp_path / "out").glob("*.csv")} == {"replication_smoke_partial.csv"}
     finished = tmp_path / "runs" / "B_50_published_world0.csv"
     changed = finished.stat().st_mtime_ns
     said = told()
@@ -176,8 +179,42 @@ def test_the_smoke_tier_runs_by_its_command_and_continues(tmp_path):
     assert table["provenance"].str.contains("torch").all()
 
 
-def test_a_tier_without_a_cell_of_an_experiment_says_so(tmp_path):
-    script = Path(__file__).parents[1] / "results" / "distribution_inference.py"
-    done = subprocess.run([sys.executable, script, "--only", "C", "--runs", tmp_path], capture_output=True, text=True)
-    assert done.returncode == 2
-    assert "the smoke tier has no cell of C: give --tier standard" in done.stderr
+def test_the_command_says_in_one_line_what_it_cannot_do(tmp_path, quick):
+    (tmp_path / "file").write_text("")
+    run_replication([Cell("A", 0.2)], TINY, tmp_path / "tiny")
+    cases = {
+        "the smoke tier has no cell of C: give --tier standard": ["--only", "C", "--runs", tmp_path / "runs"],
+        "'targets': 8": ["--runs", tmp_path / "tiny"],
+        "file: File exists": ["--runs", tmp_path / "runs", "--out", tmp_path / "file"],
+        "Not a directory": ["--runs", tmp_path / "file" / "runs"],
+    }
+    for told, options in cases.items():
+        done = command("--out", tmp_path / "out", "--stop-after", "0", *options)
+        assert done.returncode == 1
+        assert told in done.stderr
+        assert done.stderr.count("\n") == 1
+
+
+def test_damaged_cells_are_named(tmp_path, quick):
+    cells = [Cell("A", 0.2), Cell("A", 0.1)]
+    run_replication(cells, TINY, tmp_path)
+    table, losses = (tmp_path / f"A_0.2_published_world0.{suffix}" for suffix in ("csv", "npz"))
+    kept = {file: file.read_bytes() for file in (table, losses)}
+    other = (tmp_path / "A_0.1_published_world0.npz").read_bytes()
+    lines = kept[table].splitlines(keepends=True)
+    for file, damaged in (
+        (table, b""),
+        (table, kept[table][:-80]),
+        (table, lines[0]),
+        (table, b"".join(lines[:-1])),
+        (losses, kept[losses][:100]),
+        (losses, b"text"),
+        (losses, other),
+    ):
+        file.write_bytes(damaged)
+        with pytest.raises(ZooError, match=r"cell A_0\.2_published_world0 .* is damaged: delete its files"):
+            gather(cells, tmp_path)
+        file.write_bytes(kept[file])
+    losses.unlink()
+    with pytest.raises(ZooError, match="is damaged"):
+        gather(cells, tmp_path)

@@ -168,4 +168,4 @@ def test_a_place_that_cannot_be_written_is_told_before_anything_is_computed(caps
     for by in ("", "head,", " "):
         status, _, err = call(capsys, "soup", tiny_zoo, "--out", tmp_path / "soups", "--by", by)
         assert (status, err.count("\n")) == (1, 1)
-        assert "has an empty column name: expected COLUMN,COLUMN" in err
+        assert "has an empty name: expected NAME,NAME" in err

@@ -1,13 +1,12 @@
 """The verb that audits what models tell about the distribution they were trained on."""
 
 from pathlib import Path
-from shlex import quote
 from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 
 from vitzoo_hf.console import hint, print_json, print_table
-from vitzoo_hf.options import Json, Quiet, Where, check_least, make_folder, open_zoo, table_records
+from vitzoo_hf.options import Json, Quiet, Where, check_least, make_folder, names_of, open_zoo, table_records
 from vitzoo_hf.schema import ZooError
 
 CACHE = ".evaluation"
@@ -61,7 +60,8 @@ def attack(
     from vitzoo_hf.apply.distribution_inference.zoo_attacks import attack_zoo
 
     _check(queries, seeds, out)
-    options: dict[str, Any] = {"role": role, "access": access, "attacks": attacks, "num_queries": queries}
+    names = [name for given in attacks or () for name in names_of("--attack", given, "kl_test,ridge_on_outputs")]
+    options: dict[str, Any] = {"role": role, "access": access, "attacks": names, "num_queries": queries}
     options |= {"seeds": seeds, "shuffled": shuffled, "unequal": unequal, "seed": seed, "device": device}
     options |= {"shadows": shadows and open_zoo(shadows, where), "cache": cache or (out and out / CACHE)}
     report = attack_zoo(open_zoo(zoo, where), secret, progress=not (json or quiet), **options)
@@ -74,8 +74,7 @@ def attack(
     for name, told in report.facts["guards"].items():
         print(f"{name}: {told}")
     if not quiet:
-        more = f"vitzoo attack {quote(zoo)} --secret {secret} --out FOLDER"
-        hint(f"Next: {more if out is None else f'read {out}/attack_card.md'}")
+        hint("Next: the same with --out FOLDER for a card" if out is None else f"Next: read {out / 'attack_card.md'}")
 
 
 def _check(queries: int, seeds: int, out: Path | None) -> None:

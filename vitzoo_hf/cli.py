@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING
 
 from cyclopts import App
@@ -162,7 +163,7 @@ def plan(
         if cost.note:
             print(f"            {cost.note}")
     if not quiet:
-        hint(f"Next: vitzoo train {blueprint} --out RUNS")
+        hint(f"Next: vitzoo train {quote(blueprint)} --out RUNS")
 
 
 @app.command
@@ -220,7 +221,7 @@ def train(
         )
     _tell(summary, zoo.name, out, json=json)
     if not (quiet or json):
-        hint(f"Next: vitzoo pack {blueprint} {out} --out ZOO")
+        hint(f"Next: vitzoo pack {quote(blueprint)} {quote(str(out))} --out ZOO")
 
 
 @app.command
@@ -248,8 +249,9 @@ def pack(
     for run_id, reason in zoo.manifest["missing_runs"].items():
         print(f"left out: {run_id}: {reason}")
     if not quiet:
-        verb, more = ("attack", f" --secret {design.secrets[0]}") if design.secrets else ("evaluate", "")
-        hint(f"Next: vitzoo {verb} {out}{more}")
+        secret = design.secrets[0] if design.secrets and "role" in design.factor_types else None
+        zoo_name = quote(str(out))
+        hint(f"Next: vitzoo attack {zoo_name} --secret {secret}" if secret else f"Next: vitzoo evaluate {zoo_name}")
 
 
 @app.command

@@ -58,7 +58,7 @@ def names_of(option: str, text: str, such_as: str) -> list[str]:
     """
     names = [name.strip() for name in text.split(",")]
     if not all(names):
-        raise ZooError(f"{option} {text!r} has an empty column name: expected COLUMN,COLUMN…, such as {such_as}")
+        raise ZooError(f"{option} {text!r} has an empty name: expected NAME,NAME…, such as {such_as}")
     return names
 
 

@@ -1,10 +1,12 @@
 """The replication tier: its cells, run so that an interrupted run continues, and what they must show (R1 to R9)."""
 
+import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import pandas as pd
@@ -60,6 +62,7 @@ def run_replication(
     *,
     device: str | torch.device = "cpu",
     stop_after: float = float("inf"),
+    provenance: str = "",
     progress: bool = False,
 ) -> int:
     """Run the cells whose table is not in a folder yet; an interrupted run loses one cell.
@@ -70,12 +73,16 @@ def run_replication(
         runs: folder for a CSV file and the losses of every target (NPZ) of each cell.
         device: where models are trained.
         stop_after: seconds after which no further cell is begun.
+        provenance: machine, versions and commit, kept with each cell.
         progress: show a bar with the time left.
 
     Returns:
         Cells that are still to be run.
+
+    Raises:
+        ZooError: if the folder holds cells of other sizes, or cannot be written.
     """
-    runs.mkdir(parents=True, exist_ok=True)
+    _take_folder(runs, sizes)
     todo = [cell for cell in cells if not (runs / f"{cell.name}.csv").is_file()]
     start, left = time.perf_counter(), len(todo)
     with progress_bar("replicating", "cell", shown=progress, total=len(cells), done=len(cells) - len(todo)) as bar:
@@ -85,7 +92,7 @@ def run_replication(
             rows: list[dict[str, Any]] = []
             losses: dict[str, Any] = {}
             for row, outcome in run_cell(cell, sizes, device=device):
-                rows.append(row)
+                rows.append(row | {"provenance": provenance})
                 losses[row["attack"]] = outcome.losses.numpy()
             np.savez_compressed(runs / f"{cell.name}.npz", **losses)
             unfinished = runs / f"{cell.name}.csv.tmp"
@@ -96,20 +103,34 @@ def run_replication(
     return left
 
 
+def _take_folder(runs: Path, sizes: Sizes) -> None:
+    """Make the folder and note in it what sizes its cells have; refuse one of other sizes."""
+    mark = runs / "sizes.json"
+    try:
+        runs.mkdir(parents=True, exist_ok=True)
+        if not mark.exists() and not any(runs.glob("*.csv")):
+            mark.write_text(json.dumps(sizes._asdict()), encoding="utf-8")
+    except OSError as error:
+        raise ZooError(f"cannot write into {runs}: {error.strerror}; give another folder") from None
+    found = json.loads(mark.read_text(encoding="utf-8")) if mark.exists() else "cells of unknown sizes"
+    if found != sizes._asdict():
+        raise ZooError(f"{runs} holds {found}, expected {sizes._asdict()}: give another folder")
+
+
 def gather(cells: Sequence[Cell], runs: Path) -> pd.DataFrame:
     """One row an attack and setting, over draws of the world: mean and 95 % interval over worlds, seeds and targets.
 
     Raises:
-        ZooError: if no cell is finished.
+        ZooError: if no cell is finished, or files of one are damaged.
     """
-    files = [runs / f"{cell.name}.csv" for cell in cells]
-    tables = [_read(file) for file in files if file.is_file()]
-    if not tables:
+    finished = [cell.name for cell in cells if (runs / f"{cell.name}.csv").is_file()]
+    if not finished:
         raise ZooError(f"no finished cell in {runs}: run some first")
-    table = pd.concat(tables, ignore_index=True)
+    read = {name: _read(runs, name) for name in finished}
+    table = pd.concat([table for table, _ in read.values()], ignore_index=True)
     rows = []
     for key, group in table.groupby(KEYS, sort=False):
-        kept = [np.load(runs / f"{cell}.npz")[key[-1]] for cell in group["cell"]]
+        kept = [read[cell][1][key[-1]] for cell in group["cell"]]
         fewest = min(each.shape[1] for each in kept)
         losses = torch.from_numpy(np.stack([each[:, :fewest] for each in kept]))
         mean, low, high = nested_interval(losses)
@@ -121,13 +142,36 @@ def gather(cells: Sequence[Cell], runs: Path) -> pd.DataFrame:
         row |= {"value": mean, "low": low, "high": high, "by_world": "/".join(f"{v:.3f}" for v in group["value"])}
         for name in ("auc", "advantage", "error", "flipped_error", "training_seconds", "attack_seconds"):
             row[name] = group[name].mean()
-        rows.append(row)
+        rows.append(row | {"provenance": "; ".join(group["provenance"].unique())})
     return pd.DataFrame(rows)
 
 
-def _read(file: Path) -> pd.DataFrame:
-    text = dict.fromkeys(("learner", "diverged", "rows", "steps"), str)
-    return pd.read_csv(file, dtype=text, keep_default_na=False, na_values={"auc": "", "flipped_error": ""})
+def _read(runs: Path, name: str) -> tuple[pd.DataFrame, dict[str, np.ndarray]]:
+    """A row an attack, and the losses `[seeds, targets]` of each.
+
+    Raises:
+        ZooError: if the two files of the cell cannot be read, or do not belong together.
+    """
+    text = dict.fromkeys(("learner", "diverged", "rows", "steps", "provenance"), str)
+    missing = {"auc": "", "flipped_error": ""}
+    try:
+        table = pd.read_csv(runs / f"{name}.csv", dtype=text, keep_default_na=False, na_values=missing)
+        with (runs / f"{name}.npz").open("rb") as raw, np.load(raw) as file:
+            losses = {attack: file[attack] for attack in file.files}
+        means = pd.Series({attack: each.mean() for attack, each in losses.items()})
+        told = table.set_index("attack")["value"].astype(float)
+        risks = told.where(table.set_index("attack")["metric"] == "mae", 1 - told)
+        whole = (
+            {"provenance", *KEYS} <= set(table)
+            and set(table["cell"]) == {name}
+            and set(means.index) == set(risks.index)
+        )
+        whole = whole and bool(np.allclose(means[risks.index], risks, atol=1e-4))
+    except (OSError, ValueError, KeyError, TypeError, EOFError, BadZipFile, pd.errors.ParserError):
+        whole = False
+    if not whole:
+        raise ZooError(f"cell {name} in {runs} is damaged: delete its files {name}.* and run the same command again")
+    return table, losses
 
 
 @dataclass(frozen=True)

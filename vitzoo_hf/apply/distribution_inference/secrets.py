@@ -208,4 +208,4 @@ def advantage(risk: float, prior_risk: float) -> float:
         >>> advantage(0.1, 0.5)  # of a balanced binary secret: twice the accuracy less 1
         0.8
     """
-    return 1 - risk / prior_risk
+    return (prior_risk - risk) / prior_risk
