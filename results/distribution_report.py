@@ -290,6 +290,7 @@ def findings(table: pd.DataFrame, worlds: Worlds, replication: pd.DataFrame) -> 
         worlds.rows(f"label_ratio_{kind}", "weights").loc["components", "value"]
         for kind in ("own_heads", "finetuned", "scratch")
     )
+    least = min(worlds.best(f"label_ratio_{kind}")["value"] for kind in ("own_heads", "finetuned", "scratch"))
     labels = worlds.best("label_ratio_scratch", "labels")
     region = worlds.best("s1_region_rule-flip_rate=[0.0,0.02]")
     lines = [
@@ -299,11 +300,12 @@ def findings(table: pd.DataFrame, worlds: Worlds, replication: pd.DataFrame) -> 
         f" and {region['value']:.3f} of the targets are told apart from none flipped.",
         "- Random initial weights hide a label ratio from attacks on weights, and from nothing else: components of"
         f" weights tell it in {shared:.3f} of the cases where every model was fine-tuned from one checkpoint with"
-        f" one head, in {own:.3f} with a random head each, in {scratch:.3f} from scratch, while outputs tell all of"
-        " them.",
+        f" one head, in {own:.3f} with a random head each, in {scratch:.3f} from scratch, while outputs tell at least"
+        f" {least:.3f} of each.",
         "- Probabilities are not needed: predicted classes alone tell that ratio in"
         f" {labels['value']:.3f} of the cases.",
-        "- Learners that cannot see colour, draw it anew, or train on a public agreement are at chance. Label"
+        "- Learners that cannot see colour or draw it anew are at chance, training on a public agreement leaves"
+        f" {worlds.best('dmi_resample')['value']:.3f}. Label"
         " smoothing, weight decay and GroupDRO leak as ERM does, early stopping and IRM's product form less; IRM and"
         " V-REx lie between, at some accuracy. V-REx relies little on colour and still leaks: reliance is not all.",
     ]
