@@ -17,6 +17,7 @@ LEAST = {"target": 2, "shadow": 16}
 LEAST_OF_A_CLASS = {"target": 1, "shadow": 4}
 UNLIKELY = 1e-3
 """A factor depends on the secret if chance alone would make it look so less often."""
+SHOWN_VALUES = 8
 POOL = ("source", "selection", "test", "split_seed")
 """What of a world's images decides which are the victim's."""
 IMPLIED = ("factor_seed", "factor_trained_distinct_images", "factor_trained_environments")
@@ -46,11 +47,13 @@ def with_roles(index: pd.DataFrame, role: str) -> pd.DataFrame:
     column = column_of(index, role)
     found = index[index["is_final"] & index[column].isin(ROLES)]
     counts = found[column].value_counts()
+    values = sorted(map(str, index[column].dropna().unique()))
+    shown = ", ".join(values[:SHOWN_VALUES]) + (f", … ({len(values)} in all)" if len(values) > SHOWN_VALUES else "")
     for name, least in LEAST.items():
         if counts.get(name, 0) < least:
             raise ZooError(
                 f"{counts.get(name, 0)} final models are a {name} by column {column}: expected at least {least};"
-                f" its values are {sorted(map(str, index[column].dropna().unique()))}"
+                f" its values are {shown or 'missing'}"
             )
     return found
 
