@@ -359,7 +359,9 @@ def criteria_table(replication: pd.DataFrame, worlds: pd.DataFrame) -> pd.DataFr
 
 def report(table: pd.DataFrame, worlds: pd.DataFrame) -> str:
     """The README of the results."""
-    return readme(table, worlds, LEARNERS, findings(table, Worlds(worlds), read("replication.csv")))
+    return readme(
+        table, worlds, read("draws.csv"), LEARNERS, findings(table, Worlds(worlds), read("replication.csv"))
+    )
 
 
 def main() -> None:

@@ -22,13 +22,14 @@ Written by `results/distribution_report.py` from the tables beside it.
 python results/distribution_inference.py --tier smoke                      # the published synthetic tasks, 5 cells
 python results/distribution_inference.py --tier standard --runs FOLDER     # 64 cells: 512 targets, 1024 shadows
 python results/world_cells.py --folder FOLDER                              # ViTs; --only null dmi_erm for some
+python results/world_draws.py --folder FOLDER                              # some of these, other draws of the pool
 python results/distribution_report.py
 ```
 
 The second and third are resumable: a finished cell is kept in the folder and not run again. Tables:
 `replication.csv`, `worlds.csv` (a row a cell and attack; one cell is called null, so that pandas wants
-`keep_default_na=False`), `roc.csv`, `criteria.csv`; machine, versions and commit are in the column `provenance` of
-the first and in `worlds.json`. `cards/` holds the attack cards of two
+`keep_default_na=False`), `draws.csv`, `roc.csv`, `criteria.csv`; machine, versions and commit are in the column
+`provenance` of the first and third, and in `worlds.json`. `cards/` holds the attack cards of two
 cells, as `vitzoo attack ZOO --secret SECRET --out FOLDER` writes them.
 """
 
@@ -84,9 +85,9 @@ to zero.
 WORLDS = """## ViTs on worlds whose distribution is controlled
 
 Fashion-MNIST at 8×8 in one of two colours, two classes; ViTs of 4,226 parameters (the ladder and source 3 use
-others), 128 targets or more and 256 shadows a cell, equal numbers of images and steps; one draw of the pool, so
-that intervals are over targets and seeds of attacks. *Outputs* is the attack on probabilities that is best on
-held-out shadows; targets choose nothing.
+others), 128 targets or more and 256 shadows a cell, equal numbers of images and steps; one draw of the pool but
+where others are told, so that intervals are over targets and seeds of attacks. *Outputs* is the attack on
+probabilities that is best on held-out shadows; targets choose nothing.
 
 ![cells](worlds.png)
 
@@ -104,11 +105,13 @@ REASONS = {
 """Why a criterion is missed; of those met it says nothing."""
 
 
-def readme(criteria: pd.DataFrame, worlds: pd.DataFrame, learners: Mapping[str, str], findings: str) -> str:
+def readme(
+    criteria: pd.DataFrame, worlds: pd.DataFrame, draws: pd.DataFrame, learners: Mapping[str, str], findings: str
+) -> str:
     """All of it."""
     replicated = criteria["criterion"].str.startswith("R")
     parts = [TITLE, GAME, REPLICATION, _criteria(criteria[replicated]), WORLDS, _criteria(criteria[~replicated])]
-    parts += ["### Learners, and what each costs\n", _learners(worlds, learners), findings]
+    parts += ["### Learners, and what each costs\n", _learners(worlds, learners), _draws(draws), findings]
     return "\n".join(parts).rstrip("\n") + "\n"
 
 
@@ -118,6 +121,22 @@ def _criteria(rows: pd.DataFrame) -> str:
         lines.append(
             f"| {row.criterion} | {row.expected} | {row.found} | {row.verdict} |".replace("E[Y|X]", "E[Y\\|X]")
         )
+    return "\n".join(lines) + "\n"
+
+
+def _draws(draws: pd.DataFrame) -> str:
+    """Accuracy of the attack on outputs that shadows choose, in each draw of the pool and over all."""
+    columns = list(dict.fromkeys(draws["draw"]))
+    lines = ["### Other draws of the pool\n", "| cell | " + " | ".join(f"draw {name}" for name in columns) + " |"]
+    lines[1] = lines[1].replace("draw all", "all, interval over draws and targets")
+    lines.append("|---" * (len(columns) + 1) + "|")
+    for cell, rows in draws.groupby("cell", sort=False):
+        told = [f"{row.value:.3f} ({row.low:.3f} to {row.high:.3f})" for row in rows.itertuples()]
+        lines.append("| " + " | ".join([str(cell).replace("_", " "), *told]) + " |")
+    lines += [
+        "",
+        "A draw parts images into the victim's, the adversary's and queries; draw 0 is that of all other cells.",
+    ]
     return "\n".join(lines) + "\n"
 
 
