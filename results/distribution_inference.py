@@ -16,6 +16,7 @@ import torch
 from vitzoo_hf.apply.distribution_inference.plot_replication import plot_replication
 from vitzoo_hf.apply.distribution_inference.replication import TIERS, cells_of, criteria, gather, run_replication
 from vitzoo_hf.environment import describe
+from vitzoo_hf.options import make_folder
 from vitzoo_hf.schema import ZooError
 
 HERE = Path(__file__).parent / "distribution_inference"
@@ -51,7 +52,7 @@ def run(given: argparse.Namespace) -> None:
     if not chosen:
         raise ZooError(f"the {given.tier} tier has no cell of {', '.join(given.only)}: give --tier standard")
     runs = given.runs or HERE / f"runs-{given.tier}"
-    given.out.mkdir(parents=True, exist_ok=True)
+    make_folder(given.out)
     options = {"device": given.device, "stop_after": given.stop_after, "provenance": provenance(), "progress": True}
     left = run_replication(chosen, TIERS[given.tier], runs, **options)
     finished = [cell for cell in cells if (runs / f"{cell.name}.csv").is_file()]

@@ -1,7 +1,9 @@
 """Attacks on outputs against closed forms, loops and every kind of secret."""
 
+import itertools
 import math
 from dataclasses import replace
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -301,7 +303,7 @@ def test_attacks_refuse_what_they_cannot_learn_from():
     for attack in (kl_test, calibrated_kl_test, threshold_test, published_meta_classifier):
         with pytest.raises(ZooError, match="outputs of some model are NaN"):
             attack(Shadows(nan, secret.even(20), secret, asked(labels=torch.zeros(Q))), views, 0)
-    with pytest.raises(ZooError, match=r"no shadow has the secret 0\.5"):
+    with pytest.raises(ZooError, match=r"0 shadows have the secret 0\.5: expected at least 1"):
         kl_test(Shadows(views, torch.zeros(20, dtype=torch.int64), secret, asked()), views)
     with pytest.raises(ZooError, match="one shadow has no other"):
         kl_test(Shadows(views.at(torch.tensor([0])), number.even(1), number, asked()), views)
@@ -332,3 +334,35 @@ def test_attacks_are_chosen_by_halves_of_the_shadows_that_keep_their_classes():
     assert asked_of == [[20, 5, 2]]
     for name in ("meta_classifier", "calibrated_kl_test", "threshold_test"):
         assert 0.5 < on_shadows(shadows, BLACK_BOX[name], "real") <= 1
+
+
+def test_the_threshold_of_shares_breaks_no_tie_by_rounding():
+    """The first of the cuts that are best, by fractions."""
+    generator = torch.Generator().manual_seed(0)
+    for sizes in ((6, 9), (14, 10), (5, 5), (3, 7)):
+        second = torch.tensor([False] * sizes[0] + [True] * sizes[1])
+        for _ in range(40):
+            shares = (torch.randint(0, 8, (sum(sizes),), generator=generator) + 2 * second).double() / 10
+            cuts = sorted({round(value, 9) for value in shares.tolist()})
+            best, expected = Fraction(0), 0.5
+            for low, high in itertools.pairwise(cuts):
+                below = [(shares[second == upper] <= low).sum().item() for upper in (False, True)]
+                gain = Fraction(below[0], sizes[0]) - Fraction(below[1], sizes[1])
+                if gain > best:
+                    best, expected = gain, (low + high) / 2
+            assert _threshold_of_shares(shares, second) == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("name", ["meta_classifier", "published"])
+def test_ctrl_c_in_the_training_of_a_meta_classifier_ends_it(name, monkeypatch):
+    from sklearn.neural_network import MLPClassifier
+
+    def interrupted(self, *arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(MLPClassifier, "_update_no_improvement_count", interrupted)
+    secret = ClassSecret((0, 1))
+    views = real_outputs(torch.tensor([0.0, 1.0]), secret.even(40), 1.0, 0)
+    attack = BLACK_BOX.get(name, published_meta_classifier)
+    with pytest.raises(KeyboardInterrupt):
+        attack(Shadows(views, secret.even(40), secret, asked()), views, 0)

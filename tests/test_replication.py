@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -185,7 +186,7 @@ def test_the_command_says_in_one_line_what_it_cannot_do(tmp_path, quick):
     cases = {
         "the smoke tier has no cell of C: give --tier standard": ["--only", "C", "--runs", tmp_path / "runs"],
         "'targets': 8": ["--runs", tmp_path / "tiny"],
-        "file: File exists": ["--runs", tmp_path / "runs", "--out", tmp_path / "file"],
+        "cannot write into": ["--runs", tmp_path / "runs", "--out", tmp_path / "file"],
         "Not a directory": ["--runs", tmp_path / "file" / "runs"],
     }
     for told, options in cases.items():
@@ -215,6 +216,20 @@ def test_damaged_cells_are_named(tmp_path, quick):
         with pytest.raises(ZooError, match=r"cell A_0\.2_published_world0 .* is damaged: delete its files"):
             gather(cells, tmp_path)
         file.write_bytes(kept[file])
+    whole = gather(cells, tmp_path)
+    random = np.random.default_rng(0)
+    for _ in range(60):
+        damaged = bytearray(kept[losses])
+        damaged[random.integers(len(damaged))] ^= 255
+        losses.write_bytes(damaged)
+        with suppress(ZooError):  # else the byte was one of those that say nothing
+            pd.testing.assert_frame_equal(gather(cells, tmp_path), whole)
     losses.unlink()
     with pytest.raises(ZooError, match="is damaged"):
         gather(cells, tmp_path)
+    (tmp_path / "sizes.json").write_text('{"targets"')
+    with pytest.raises(ZooError, match=r"sizes\.json is damaged"):
+        run_replication(cells, TINY, tmp_path)
+    (tmp_path / "sizes.json").unlink()
+    with pytest.raises(ZooError, match="holds cells of unknown sizes"):
+        run_replication(cells, TINY, tmp_path)

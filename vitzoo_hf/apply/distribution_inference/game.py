@@ -91,7 +91,7 @@ def label_only(outputs: Float[Tensor, "M Q K"], *, epsilon: float = LABEL_EPSILO
 def seen_like(views: Views, kind: Kind) -> Views:
     """The same models, but only their predicted classes where others are known by those alone."""
     if kind == "labels" and views.kind == "log_probabilities" and views.outputs is not None:
-        return replace(views, outputs=label_only(views.outputs), kind="labels")
+        return replace(views, outputs=label_only(views.answers()), kind="labels")
     return views
 
 

@@ -54,19 +54,30 @@ def _by_divergence(shadows: Shadows, targets: Views, *, calibrated: bool) -> Gue
     classes = len(shadows.secret.values)
     votes = torch.zeros(between.shape[2], classes, dtype=torch.float64)
     share = votes[:, 0]
-    if len(shadows.secrets.unique()) < classes:
-        missing = sorted(set(range(classes)) - set(shadows.secrets.tolist()))
-        raise ZooError(f"no shadow has the secret {shadows.secret.values[missing[0]]!r}: give some of each class")
+    _check_classes(shadows, fewest=2 if calibrated else 1)
     for low, high in itertools.combinations(range(classes), 2):
         first, second = shadows.secrets == low, shadows.secrets == high
         share = _share_of_second(between, first, second)
         if own is not None:
-            share = share + 0.5 - _threshold_of_shares(*_shares_of_shadows(own, first, second))
+            share = _rounded(share + 0.5 - _threshold_of_shares(*_shares_of_shadows(own, first, second)))
         votes[:, low] += 1 - share
         votes[:, high] += share
     if classes > 2:
-        return Guesses(votes.argmax(1))
+        return Guesses(_rounded(votes).argmax(1))
     return Guesses((share >= 0.5).long(), share)
+
+
+def _check_classes(shadows: Shadows, fewest: int) -> None:
+    assert isinstance(shadows.secret, ClassSecret)
+    counts = shadows.secrets.bincount(minlength=len(shadows.secret.values))
+    if int(counts.min()) < fewest:
+        rare = shadows.secret.values[int(counts.argmin())]
+        raise ZooError(f"{counts.min()} shadows have the secret {rare!r}: expected at least {fewest} of each class")
+
+
+def _rounded(shares: Float64[Tensor, "*shape"]) -> Float64[Tensor, "*shape"]:
+    """Without the last bits, so that shares that are equal but for the order of sums are equal."""
+    return shares.round(decimals=12)
 
 
 def _divergences(shadows: Views, targets: Views, queries: Queries) -> Float64[Tensor, "O S T"]:
@@ -111,7 +122,7 @@ def _share_of_second(
     between: Float64[Tensor, "O S T"], first: Bool[Tensor, " S"], second: Bool[Tensor, " S"]
 ) -> Float64[Tensor, " T"]:
     """Share of pairs of shadows that vote for the second class, the mean over query sets."""
-    return torch.stack([_share_above(each[first], each[second]) for each in between]).mean(0)
+    return _rounded(torch.stack([_share_above(each[first], each[second]) for each in between]).mean(0))
 
 
 def _shares_of_shadows(
@@ -123,17 +134,17 @@ def _shares_of_shadows(
     pairs_with_itself = torch.where(second, torch.inf, -torch.inf).double()  # which then vote for the first class
     own.diagonal(dim1=1, dim2=2).copy_(pairs_with_itself)
     counts = torch.where(second, second.sum(), (~second).sum()).double()
-    return _share_of_second(own, ~second, second) * counts / (counts - 1).clamp(min=1), second
+    return _rounded(_share_of_second(own, ~second, second) * counts / (counts - 1)), second
 
 
 def _threshold_of_shares(shares: Float64[Tensor, " s"], second: Bool[Tensor, " s"]) -> float:
     """Midway between two shares, where balanced accuracy is best; one half where none is better than chance."""
     values, order = shares.sort(stable=True)
-    sign = torch.where(second, 1 / second.sum(), -1 / (~second).sum()).double()[order]
-    above = -sign.cumsum(0)[:-1]  # balanced accuracy of "second above", but for a constant
-    gain = torch.where(values[1:] > values[:-1] + 1e-12, above, 0.0)
+    sign = torch.where(second, (~second).sum(), -second.sum())[order]
+    above = -sign.cumsum(0)[:-1]  # balanced accuracy of "second above", but for a factor and a constant
+    gain = torch.where(values[1:] > values[:-1], above, 0)
     cut = int(gain.argmax())
-    return float(values[cut] + values[cut + 1]) / 2 if gain[cut] > 1e-12 else 0.5
+    return float(values[cut] + values[cut + 1]) / 2 if gain[cut] > 0 else 0.5
 
 
 def _nearest(

@@ -18,6 +18,7 @@ PENALTIES = tuple(10.0**power for power in range(-3, 8))
 HIDDEN = (128, 64)
 MAX_EPOCHS = 1024
 FEWEST_SHADOWS = 8
+INTERRUPTED = "Training interrupted by user"
 
 
 def standardised(
@@ -89,6 +90,7 @@ def guess_by_published_mlp(
     """
     from sklearn.model_selection import train_test_split
 
+    _check_features(features[: len(features) // 2], targets)
     _check_classes(shadows, 4)
     classes = shadows.secrets.numpy() if isinstance(shadows.secret, ClassSecret) else None
     half, _ = train_test_split(np.arange(len(features)), train_size=0.5, random_state=seed, stratify=classes)
@@ -102,7 +104,7 @@ def _check_classes(shadows: Shadows, fewest: int) -> None:
     if not isinstance(shadows.secret, ClassSecret):
         return
     counts = shadows.secrets.bincount(minlength=len(shadows.secret.values))
-    if 0 < int(counts[counts > 0].min()) < fewest:
+    if int(counts.min()) < fewest:
         raise ZooError(f"{counts.min()} shadows of a class are too few for the meta-classifier: expected {fewest}")
 
 
@@ -122,6 +124,7 @@ def _values_by_mlp(
     options["validation_fraction"] = max(0.1, classes / len(known))
     with warnings.catch_warnings():
         warnings.simplefilter("error", ConvergenceWarning)
+        warnings.filterwarnings("error", INTERRUPTED)  # scikit-learn would go on with what it has
         try:
             if isinstance(shadows.secret, ClassSecret):
                 classifier = MLPClassifier(**options).fit(known, truth)
@@ -134,6 +137,10 @@ def _values_by_mlp(
             raise ZooError(
                 f"the meta-classifier did not converge in {MAX_EPOCHS} epochs: give more shadows"
             ) from None
+        except UserWarning as warning:
+            if INTERRUPTED in str(warning):
+                raise KeyboardInterrupt from None
+            raise
 
 
 def _centre(shadows: Shadows) -> tuple[np.ndarray, np.ndarray]:

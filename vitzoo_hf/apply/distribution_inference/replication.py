@@ -2,6 +2,7 @@
 
 import json
 import time
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from zipfile import BadZipFile
 import numpy as np
 import pandas as pd
 import torch
+from pandas.api.types import is_numeric_dtype
 
 from vitzoo_hf.apply.distribution_inference.metrics import leaked_samples, nested_interval
 from vitzoo_hf.apply.distribution_inference.replication_cells import Cell, Sizes, run_cell
@@ -24,6 +26,8 @@ COUNTS = (512.0, 2048.0, 1024.0)
 HIDDEN = (32.0, 2.0, 8.0)
 AS_PUBLISHED, BLACK, WHITE = "published_meta_classifier", "meta_classifier", "deep_sets"
 ANALYTIC_FLIPPED = {"erm": 1.804, "causal": 1.0}
+TOLD = ("number", "access", "metric", "targets", "shadows", "rows", "steps", "attack_seeds", "diverged")
+MEANS = ("auc", "advantage", "error", "flipped_error", "training_seconds", "attack_seconds")
 KEYS = ["experiment", "knob", "mended", "learner", "attack"]
 
 
@@ -105,14 +109,20 @@ def run_replication(
 
 def _take_folder(runs: Path, sizes: Sizes) -> None:
     """Make the folder and note in it what sizes its cells have; refuse one of other sizes."""
-    mark = runs / "sizes.json"
+    mark, unfinished = runs / "sizes.json", runs / "sizes.json.tmp"
     try:
         runs.mkdir(parents=True, exist_ok=True)
+        unfinished.write_text(json.dumps(sizes._asdict()), encoding="utf-8")
         if not mark.exists() and not any(runs.glob("*.csv")):
-            mark.write_text(json.dumps(sizes._asdict()), encoding="utf-8")
+            unfinished.rename(mark)
+        unfinished.unlink(missing_ok=True)
+        found = json.loads(mark.read_text(encoding="utf-8"))
     except OSError as error:
+        if isinstance(error, FileNotFoundError) and runs.is_dir():
+            raise ZooError(f"{runs} holds cells of unknown sizes: give another folder") from None
         raise ZooError(f"cannot write into {runs}: {error.strerror}; give another folder") from None
-    found = json.loads(mark.read_text(encoding="utf-8")) if mark.exists() else "cells of unknown sizes"
+    except ValueError:
+        raise ZooError(f"{mark} is damaged: give another folder") from None
     if found != sizes._asdict():
         raise ZooError(f"{runs} holds {found}, expected {sizes._asdict()}: give another folder")
 
@@ -137,10 +147,10 @@ def gather(cells: Sequence[Cell], runs: Path) -> pd.DataFrame:
         if group["metric"].iloc[0] == "accuracy":
             mean, low, high = 1 - mean, 1 - high, 1 - low
         row = dict(zip(KEYS, key, strict=True)) | {"worlds": len(group)}
-        for name in ("number", "access", "metric", "targets", "shadows", "rows", "steps", "attack_seeds", "diverged"):
+        for name in TOLD:
             row[name] = group[name].iloc[0]
         row |= {"value": mean, "low": low, "high": high, "by_world": "/".join(f"{v:.3f}" for v in group["value"])}
-        for name in ("auc", "advantage", "error", "flipped_error", "training_seconds", "attack_seconds"):
+        for name in MEANS:
             row[name] = group[name].mean()
         rows.append(row | {"provenance": "; ".join(group["provenance"].unique())})
     return pd.DataFrame(rows)
@@ -162,12 +172,16 @@ def _read(runs: Path, name: str) -> tuple[pd.DataFrame, dict[str, np.ndarray]]:
         told = table.set_index("attack")["value"].astype(float)
         risks = told.where(table.set_index("attack")["metric"] == "mae", 1 - told)
         whole = (
-            {"provenance", *KEYS} <= set(table)
+            {"provenance", *KEYS, *TOLD, *MEANS} <= set(table)
+            and not table[[*KEYS, *TOLD, "value"]].isna().any(axis=None)
+            and all(is_numeric_dtype(table[column]) for column in ("knob", "value", *MEANS))
             and set(table["cell"]) == {name}
             and set(means.index) == set(risks.index)
         )
         whole = whole and bool(np.allclose(means[risks.index], risks, atol=1e-4))
-    except (OSError, ValueError, KeyError, TypeError, EOFError, BadZipFile, pd.errors.ParserError):
+    except (OSError, ValueError, KeyError, TypeError, EOFError, NotImplementedError, RuntimeError):
+        whole = False
+    except (BadZipFile, zlib.error, pd.errors.ParserError):
         whole = False
     if not whole:
         raise ZooError(f"cell {name} in {runs} is damaged: delete its files {name}.* and run the same command again")
