@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from vitzoo_hf.apply.distribution_inference.game import Guesses, Queries, Shadows, Views, comparable
-from vitzoo_hf.apply.distribution_inference.meta_models import clamped
+from vitzoo_hf.apply.distribution_inference.meta_models import check_classes, clamped
 from vitzoo_hf.apply.distribution_inference.secrets import ClassSecret
 from vitzoo_hf.schema import ZooError
 
@@ -54,7 +54,7 @@ def _by_divergence(shadows: Shadows, targets: Views, *, calibrated: bool) -> Gue
     classes = len(shadows.secret.values)
     votes = torch.zeros(between.shape[2], classes, dtype=torch.float64)
     share = votes[:, 0]
-    _check_classes(shadows, fewest=2 if calibrated else 1)
+    check_classes(shadows, fewest=2 if calibrated else 1)
     for low, high in itertools.combinations(range(classes), 2):
         first, second = shadows.secrets == low, shadows.secrets == high
         share = _share_of_second(between, first, second)
@@ -65,14 +65,6 @@ def _by_divergence(shadows: Shadows, targets: Views, *, calibrated: bool) -> Gue
     if classes > 2:
         return Guesses(_rounded(votes).argmax(1))
     return Guesses((share >= 0.5).long(), share)
-
-
-def _check_classes(shadows: Shadows, fewest: int) -> None:
-    assert isinstance(shadows.secret, ClassSecret)
-    counts = shadows.secrets.bincount(minlength=len(shadows.secret.values))
-    if int(counts.min()) < fewest:
-        rare = shadows.secret.values[int(counts.argmin())]
-        raise ZooError(f"{counts.min()} shadows have the secret {rare!r}: expected at least {fewest} of each class")
 
 
 def _rounded(shares: Float64[Tensor, "*shape"]) -> Float64[Tensor, "*shape"]:

@@ -70,7 +70,7 @@ def guess_by_mlp(
         ZooError: if it did not converge in 1024 epochs.
     """
     known, seen = standardised(features, targets)
-    _check_classes(shadows, 2)
+    check_classes(shadows, 2)
     if isinstance(shadows.secret, ClassSecret):
         return _guesses(shadows, _values_by_mlp(shadows, known, seen, shadows.secrets.numpy(), seed))
     mean, spread = _centre(shadows)
@@ -91,7 +91,7 @@ def guess_by_published_mlp(
     from sklearn.model_selection import train_test_split
 
     _check_features(features[: len(features) // 2], targets)
-    _check_classes(shadows, 4)
+    check_classes(shadows, 4)
     classes = shadows.secrets.numpy() if isinstance(shadows.secret, ClassSecret) else None
     half, _ = train_test_split(np.arange(len(features)), train_size=0.5, random_state=seed, stratify=classes)
     _check_features(features[half], targets)
@@ -99,13 +99,18 @@ def guess_by_published_mlp(
     return _guesses(shadows, values) if classes is not None else Guesses(torch.from_numpy(values))
 
 
-def _check_classes(shadows: Shadows, fewest: int) -> None:
-    """An MLP that is stopped early wants shadows of each class to learn from, and to be stopped by."""
+def check_classes(shadows: Shadows, fewest: int) -> None:
+    """Refuse too few shadows of a class; of numbers, nothing.
+
+    Raises:
+        ZooError: naming the class.
+    """
     if not isinstance(shadows.secret, ClassSecret):
         return
     counts = shadows.secrets.bincount(minlength=len(shadows.secret.values))
     if int(counts.min()) < fewest:
-        raise ZooError(f"{counts.min()} shadows of a class are too few for the meta-classifier: expected {fewest}")
+        rare = shadows.secret.values[int(counts.argmin())]
+        raise ZooError(f"{counts.min()} shadows have the secret {rare!r}: expected at least {fewest} of each class")
 
 
 def _values_by_mlp(
