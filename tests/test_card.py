@@ -346,7 +346,7 @@ def test_the_citation_is_that_of_the_software():
 def test_every_package_and_the_template_are_installed(tmp_path):
     """Builds the wheel and writes a card from it, away from the checkout."""
     source = tmp_path / "source"
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         source.mkdir(exist_ok=True)
         shutil.copy(REPOSITORY / name, source)
     for name in ("vitzoo_hf", "cards"):

@@ -38,6 +38,7 @@ app = App(
     version=VERSION,
     suppress_keyboard_interrupt=False,
 )
+app.register_install_completion_command(help="Install completion: a script, and a line in the shell's start-up file.")
 
 app.command(list_rows, name="ls")
 for verb in (
