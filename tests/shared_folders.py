@@ -121,6 +121,8 @@ def fingerprint(builder: Path, hashes: dict[Path, bytes]) -> str:
     sha = hashlib.sha256(
         repr([platform.python_version(), torch.backends.cpu.get_cpu_capability(), versions]).encode()
     )
+    if builder not in hashes:
+        sha.update(builder.read_bytes())
     for file, hashed in hashes.items():
         if file == builder or not file.name.startswith("test_"):
             sha.update(f"{file.relative_to(TESTS.parent)}\0".encode() + hashed)
