@@ -10,6 +10,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before anything loads the libra
 
 import pytest
 import torch
+from shared_folders import SharedFolders, root_of
 
 from vitzoo_hf.blueprint import Blueprint
 
@@ -47,24 +48,43 @@ def tiny_blueprint() -> Blueprint:
 
 
 @pytest.fixture(scope="session")
-def tiny_runs(tiny_blueprint: Blueprint, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from vitzoo_hf.launch import launch
+def shared_folders(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[SharedFolders]:
+    """Folders built once for all processes; tests that change one take a copy, or the session fails."""
+    folders = SharedFolders(root_of(tmp_path_factory.getbasetemp(), hasattr(request.config, "workerinput")))
+    yield folders
+    folders.check_all()
 
-    folder = tmp_path_factory.mktemp("tiny") / "runs"
-    launch(tiny_blueprint, folder, workers=2, progress=False)
-    return folder
 
-
-@pytest.fixture(scope="session")
-def tiny_zoo(tiny_blueprint: Blueprint, tiny_runs: Path) -> Path:
-    """A finished and evaluated zoo; tests that change it take `zoo_copy`."""
+def build_tiny(folder: Path) -> None:
     from vitzoo_hf.evaluate import evaluate
+    from vitzoo_hf.launch import launch
     from vitzoo_hf.pack import pack
     from vitzoo_hf.zoo import Zoo
 
-    folder = pack(tiny_blueprint, tiny_runs, tiny_runs.parent / "zoo", progress=False)
-    evaluate(Zoo(folder), progress=False).write(folder)
-    return folder
+    blueprint = Blueprint.load(TESTS / "tiny.yaml")
+    launch(blueprint, folder / "runs", workers=2, progress=False)
+    pack(blueprint, folder / "runs", folder / "zoo", progress=False)
+    evaluate(Zoo(folder / "zoo"), progress=False).write(folder / "zoo")
+
+
+@pytest.fixture(scope="session")
+def tiny_runs(shared_folders: SharedFolders) -> Path:
+    """Finished runs; tests that train or write in them take `runs_copy`."""
+    return shared_folders.get("tiny", build_tiny) / "runs"
+
+
+@pytest.fixture(scope="session")
+def tiny_zoo(shared_folders: SharedFolders) -> Path:
+    """A finished and evaluated zoo; tests that change it take `zoo_copy`."""
+    return shared_folders.get("tiny", build_tiny) / "zoo"
+
+
+@pytest.fixture
+def runs_copy(tiny_runs: Path, tmp_path: Path) -> Path:
+    """Finished runs of one's own, to train in."""
+    return Path(shutil.copytree(tiny_runs, tmp_path / "finished"))
 
 
 @pytest.fixture

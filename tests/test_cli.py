@@ -19,13 +19,13 @@ def call(capsys, *arguments):
     return status, captured.out, captured.err
 
 
-def test_train_pack_evaluate_plot_by_hand(capsys, tmp_path, tiny_runs):
-    """`tiny_runs` is finished, so training has nothing left to do here."""
-    status, out, _ = call(capsys, "train", TINY, "--out", tiny_runs)
+def test_train_pack_evaluate_plot_by_hand(capsys, tmp_path, runs_copy):
+    """`runs_copy` is finished, so training has nothing left to do here."""
+    status, out, _ = call(capsys, "train", TINY, "--out", runs_copy)
     assert status == 0
     assert "10 runs finished" in out
     assert "Next: vitzoo pack" in out
-    status, out, _ = call(capsys, "pack", TINY, tiny_runs, "--out", tmp_path / "zoo", "--quiet")
+    status, out, _ = call(capsys, "pack", TINY, runs_copy, "--out", tmp_path / "zoo", "--quiet")
     assert (status, out) == (0, f"18 rows in {tmp_path / 'zoo'}\n")
     status, out, err = call(capsys, "plot", tmp_path / "zoo", "--out", tmp_path / "report")
     assert status == 1

@@ -402,3 +402,22 @@ def test_a_model_without_any_value_has_none_on_the_diagonal_either(report):
     assert matrix.drop(index=undefined, columns=undefined).to_numpy().diagonal().tolist() == [1.0] * (
         10 - len(undefined)
     )
+
+
+@pytest.mark.parametrize(("classes", "known"), [(5, False), (6, True)])
+def test_top_5_accuracy_is_of_more_than_five_classes(tmp_path, classes, known):
+    """The label among five of five classes says nothing."""
+    args = {"img_size": 8, "patch_size": 4, "in_chans": 1, "embed_dim": 16, "depth": 1, "num_heads": 2}
+    (tmp_path / "in").mkdir()
+    state = vit.create("vit_tiny_patch16_224", args | {"num_classes": classes}, seed=0).state_dict()
+    torch.save(state, tmp_path / "in" / "m.pt")
+    given = {"architecture": "vit_tiny_patch16_224", "architecture_args": {"num_heads": 2}}
+    convert(plan_checkpoints(tmp_path / "in", **given), tmp_path / "zoo", progress=False)
+    zoo, images, labels = Zoo(tmp_path / "zoo"), torch.randn(60, 1, 8, 8), torch.arange(60) % classes
+    with torch.inference_mode():
+        logits = zoo.model("m@1")(images)
+    expected = top_k_accuracy_score(labels, logits, k=5, labels=range(classes)) if known else np.nan
+    evaluations = vz.evaluate(zoo, images, labels, progress=False).evaluations
+    measured = evaluate_on(zoo, {"given": (images, labels)}, progress=False)
+    for value in (evaluations["test_top5_accuracy"][0], measured["top5_accuracy"][0]):
+        assert float("nan" if value is None else value) == pytest.approx(expected, nan_ok=True)

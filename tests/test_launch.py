@@ -45,11 +45,11 @@ def wait_for(condition, seconds: float = 180.0) -> None:
         time.sleep(0.05)
 
 
-def test_everything_is_trained_once(tiny_blueprint, tiny_runs):
-    before = {file: file.stat().st_mtime_ns for file in tiny_runs.rglob("epoch-*")}
-    summary = launch(tiny_blueprint, tiny_runs, progress=False)
+def test_everything_is_trained_once(tiny_blueprint, runs_copy):
+    before = {file: file.stat().st_mtime_ns for file in runs_copy.rglob("epoch-*")}
+    summary = launch(tiny_blueprint, runs_copy, progress=False)
     assert sorted(summary.finished) == sorted(run.run_id for run in tiny_blueprint.runs)
-    assert {file: file.stat().st_mtime_ns for file in tiny_runs.rglob("epoch-*")} == before
+    assert {file: file.stat().st_mtime_ns for file in runs_copy.rglob("epoch-*")} == before
 
 
 def test_one_worker_or_two_give_the_same_weights(tiny_blueprint, tiny_runs, tmp_path):

@@ -333,9 +333,9 @@ def test_two_launches_cannot_share_a_folder_or_a_storage(tiny_blueprint, tmp_pat
             launch_on_ray(tiny_blueprint, tmp_path / "runs", storage=f"file://{tmp_path}/storage", progress=False)
 
 
-def test_the_output_folder_may_be_the_storage(fake, tiny_blueprint, tiny_runs):
+def test_the_output_folder_may_be_the_storage(fake, tiny_blueprint, runs_copy):
     fake(pytest.fail)
-    summary = launch_on_ray(tiny_blueprint, tiny_runs, storage=f"file://{tiny_runs}", progress=False)
+    summary = launch_on_ray(tiny_blueprint, runs_copy, storage=f"file://{runs_copy}", progress=False)
     assert len(summary.finished) == 10
 
 

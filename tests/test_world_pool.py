@@ -79,6 +79,52 @@ def test_labels_flip_in_the_region_alone_and_images_have_the_same_law(pool):
         assert chisquare(np.bincount(classes, minlength=10)).pvalue > 1e-4
 
 
+def test_colour_agrees_with_the_label_after_its_flip(pool):
+    """P(C = Y) is of the labels that are trained on: Y of ColoredMNIST has its noise before it has a colour."""
+    for agreement in (0.0, 0.9, 1.0):
+        draw = pool.training_draw(World(num_images=N, flip_rate=0.4, colour_agreement=agreement), Learner(), seed=4)
+        turned = draw.labels != pool.shapes[draw.positions]
+        assert turned.sum() > 200
+        for some in (turned, ~turned):
+            agrees = draw.colours[some] == draw.labels[some]
+            assert is_share(agrees, agreement) if 0 < agreement < 1 else (agrees == bool(agreement)).all()
+
+
+def test_query_and_test_images_are_drawn_independently(pool):
+    """Neither labels, groups nor colours of one part tell those of the other."""
+    world = World(label_noise=0.5, group_ratio=0.5)
+    both = make_pool(replace(SPEC, worlds=(world,)))
+    query, test = (both.probes(part, 1500) for part in ("query", "test"))
+    for name in ("labels", "groups", "colours"):
+        assert is_share(getattr(query, name) == getattr(test, name), 0.5), name
+
+
+def test_a_run_and_the_images_it_is_asked_about_are_drawn_independently(pool):
+    world = World(num_images=1500, group_ratio=0.5)
+    probes = make_pool(replace(SPEC, worlds=(world,))).probes("test", 1500)
+    for seed in range(3):
+        drawn = [pool.training_draw(replace(world, role=role), Learner(), seed) for role in ("target", "shadow")]
+        for first, second in itertools.combinations([*drawn, probes], 2):
+            for name in ("labels", "groups", "colours"):
+                assert is_share(getattr(first, name) == getattr(second, name), 0.5), (seed, name)
+
+
+def test_the_seed_of_the_pool_decides_on_parts_and_draws(pool):
+    other = make_pool(replace(SPEC, split_seed=1))
+    assert pool.parts["query"].tolist() != other.parts["query"].tolist()
+    world = World(num_images=1500, group_ratio=0.5)
+    for name in ("labels", "groups", "colours"):
+        first, second = (getattr(each.training_draw(world, Learner(), 0), name) for each in (pool, other))
+        assert is_share(first == second, 0.5), name
+
+
+@pytest.mark.parametrize(("queries", "count"), [(1125, 2250), (1126, 2250), (1124, 2248)])
+def test_at_most_a_quarter_of_the_adversary_is_for_queries(queries, count):
+    """Twice as many as are asked about, from 9000."""
+    parts = make_pool(replace(SPEC, queries=queries)).parts
+    assert (len(parts["query"]), len(parts["adversary"])) == (count, 9000 - count)
+
+
 @pytest.mark.parametrize("last", [True, False])
 def test_environments_have_equally_many_images_and_colours_of_their_own(pool, last):
     shares = (0.9, 0.8, 0.7, 0.6)
