@@ -11,7 +11,7 @@ from vitzoo_hf.schema import ZooError
 
 
 def absolute(folder: Path) -> Path:
-    """The one name of a folder, absolute and without links: locks compare names, and processes differ in directory."""
+    """The one name of a folder, absolute and without links: what locks compare and other processes are given."""
     # Path.resolve raises RuntimeError at a loop of links before Python 3.13; here mkdir then says what is wrong
     return Path(os.path.realpath(folder))
 
