@@ -1,17 +1,19 @@
 import gzip
 import shutil
-import struct
+from collections.abc import Iterator
 from pathlib import Path
 
 import datasets
 import numpy as np
 import pytest
 import torch
+from fashion_stand_in import stand_in, use, write_idx, write_idx_folder
 from PIL import Image
 from sklearn.datasets import load_digits
 
 from vitzoo_hf.blueprint import ImagesSpec
-from vitzoo_hf.images import load_images, read_idx
+from vitzoo_hf.fashion_mnist import read_idx
+from vitzoo_hf.images import load_images
 from vitzoo_hf.preparation import normalize, prepare
 from vitzoo_hf.schema import ZooError, canonical_json
 
@@ -162,19 +164,13 @@ def test_channels():
 # fashion-mnist: idx files
 
 
-def write_idx(file: Path, values: np.ndarray) -> None:
-    header = struct.pack(f">HBB{values.ndim}I", 0, 8, values.ndim, *values.shape)
-    file.write_bytes(gzip.compress(header + values.tobytes()))
-
-
 @pytest.fixture
-def fashion(tmp_path: Path) -> Path:
-    folder = tmp_path / "fashion"
-    folder.mkdir()
-    for stem, count in (("train", 100), ("t10k", 30)):
-        write_idx(folder / f"{stem}-images-idx3-ubyte.gz", RNG.integers(0, 256, (count, 28, 28), dtype=np.uint8))
-        write_idx(folder / f"{stem}-labels-idx1-ubyte.gz", (np.arange(count) % 10).astype(np.uint8))
-    return folder
+def fashion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    arrays = stand_in(100, 30)
+    folder = write_idx_folder(tmp_path / "fashion", arrays)
+    use(monkeypatch, arrays, tmp_path / "no-package")
+    yield folder
+    load_images.cache_clear()
 
 
 def test_fashion_mnist_keeps_its_own_test_set(fashion):
@@ -189,7 +185,7 @@ def test_fashion_mnist_keeps_its_own_test_set(fashion):
 
 def test_missing_files_say_how_to_get_them(fashion, tmp_path):
     (fashion / "t10k-labels-idx1-ubyte.gz").unlink()
-    told = r"need t10k-labels-idx1-ubyte\.gz in .*: install Debian's `dataset-fashion-mnist`, or set `path`"
+    told = r"need t10k-labels-idx1-ubyte\.gz in .*/fashion: choose another `path`, or drop it"
     with pytest.raises(ZooError, match=told):
         load_images("x", ImagesSpec("fashion-mnist", 28, path=str(fashion)))
 

@@ -11,7 +11,8 @@ import pytest
 from vitzoo_hf.blueprint import Blueprint
 from vitzoo_hf.checkpoint import RunFolder
 from vitzoo_hf.flatten import flatten
-from vitzoo_hf.launch import default_stack, exclusive, launch
+from vitzoo_hf.folders import exclusive
+from vitzoo_hf.launch import default_stack, launch
 from vitzoo_hf.schema import ZooError
 
 TINY = Path(__file__).parent / "tiny.yaml"

@@ -17,7 +17,8 @@ from test_launch import hashes, wait_for
 from vitzoo_hf import ray_launch, ray_worker
 from vitzoo_hf.blueprint import Blueprint
 from vitzoo_hf.checkpoint import RunFolder
-from vitzoo_hf.launch import exclusive, launch
+from vitzoo_hf.folders import exclusive
+from vitzoo_hf.launch import launch
 from vitzoo_hf.pack import pack
 from vitzoo_hf.ray_launch import launch_on_ray
 from vitzoo_hf.ray_worker import Job, train_on_worker, versions
@@ -426,3 +427,16 @@ def test_ray_that_is_not_installed_is_one_line(tiny_blueprint, tmp_path, monkeyp
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ZooError, match=r"Ray is not installed: run `pip install 'vitzoo-hf\[ray\]'`"):
         launch_on_ray(tiny_blueprint, tmp_path, progress=False)
+
+
+def test_a_relative_or_linked_folder_is_locked_once(fake, tiny_blueprint, tiny_runs, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to("runs")
+    jobs = []
+    ray = fake(lambda run_id: ("done", {}))
+    monkeypatch.setattr(ray, "put", jobs.append)
+    for folder in ("runs", "link", "link/../runs"):
+        assert len(launch_on_ray(tiny_blueprint, Path(folder), progress=False).finished) == 10
+    assert {(job.folder, job.shared) for job in jobs} == {(tmp_path / "runs", tmp_path / "runs")}
+    launch_on_ray(tiny_blueprint, Path("runs"), storage=str(tmp_path / "link"), progress=False)
+    assert jobs[-1].storage is None

@@ -211,6 +211,8 @@ def test_errors_of_a_backend_are_one_line(tiny_runs, tmp_path, monkeypatch):
     ("url", "message"),
     [
         ("runs", "'runs' is neither a URL nor an absolute path"),
+        ("file://runs", "'file://runs' is neither a URL nor an absolute path"),
+        ("local://./runs", "'local://./runs' is neither a URL nor an absolute path"),
         ("s4://bucket/runs", "'s4://bucket/runs' cannot be used: Protocol not known: s4"),
         ("/runs/[a]", r"has one of \*, \? and \["),
     ],

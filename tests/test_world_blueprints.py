@@ -1,11 +1,14 @@
 """The cells of the package: sizes, balance, and nothing but the secret differs."""
 
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from fashion_stand_in import stand_in, use, write_idx_folder
 
 from vitzoo_hf.blueprint import BLUEPRINTS, Blueprint
+from vitzoo_hf.images import load_images
 from vitzoo_hf.launch import default_stack
 from vitzoo_hf.schema import ZooError
 from vitzoo_hf.stacked import groups, stackable
@@ -77,10 +80,20 @@ def test_uncontrolled_side_channels_are_open_and_the_equalised_is_closed():
     assert seen("sc_equalised") == {(240, 1536)}
 
 
+@pytest.fixture(scope="module")
+def _fashion(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """As many images as Fashion-MNIST has, and as many of a class; which they are does not matter here."""
+    arrays = stand_in(60_000, 10_000)
+    folder = write_idx_folder(tmp_path_factory.mktemp("fashion") / "package", arrays)
+    with pytest.MonkeyPatch.context() as patch:
+        use(patch, arrays, folder)
+        yield
+    load_images.cache_clear()
+
+
+@pytest.mark.usefixtures("_fashion")
 def test_fresh_cells_see_no_image_twice():
     """As many images as steps take, and the pool has them; four passes over them for the capacity ladder."""
-    from vitzoo_hf.images import load_images
-
     for name, passes in (("s1_region_rule", 1), ("s2_full", 4)):
         blueprint = Blueprint.load(f"distribution_inference/{name}")
         pool = load_images("worlds", blueprint.images["worlds"]).pool
@@ -90,9 +103,8 @@ def test_fresh_cells_see_no_image_twice():
             assert record["num_distinct_images"] == run.world.num_images
 
 
+@pytest.mark.usefixtures("_fashion")
 def test_every_learner_has_a_cell_with_the_same_queries():
-    from vitzoo_hf.images import load_images
-
     digests = set()
     learners = set()
     for file in FILES:

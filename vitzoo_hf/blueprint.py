@@ -141,6 +141,12 @@ def _parse(root: Located, text: str) -> Blueprint:
     images = {key: _record(ImagesSpec, node, source=key) for key, node in root.get("images").items()}
     for key, spec in images.items():
         check_images(spec, root.get("images").get(key))
+    published = _without_paths(text, images)
+    # workers may be in another directory than the process that read the blueprint
+    images = {
+        key: replace(spec, path=str(Path(spec.path).absolute()) if spec.path else spec.path)
+        for key, spec in images.items()
+    }
     splits = _parse_splits(root)
     stages = root.get("stages")
     stages.only(*STAGES)
@@ -161,7 +167,7 @@ def _parse(root: Located, text: str) -> Blueprint:
         runs=runs,
         factor_types=_factor_types(runs),
         splits=splits,
-        text=_without_paths(text, images),
+        text=published,
     )
 
 

@@ -58,8 +58,12 @@ class RunFolder:
         except (KeyError, TypeError):
             raise ZooError(f"{file} is damaged (no {name}): delete {self.path} and train again") from None
 
-    def check_images(self, digest: str, *, record: bool = True) -> None:
+    def check_images(self, images: Mapping[str, Any], *, record: bool = True) -> None:
         """Check that the run began with these images; record them where nothing is recorded yet.
+
+        Args:
+            images: their `digest`, which is compared, and what else is recorded of them.
+            record: write the record where there is none.
 
         Raises:
             ZooError: if it began with others.
@@ -67,8 +71,8 @@ class RunFolder:
         file = self.path / "images.json"
         if not file.is_file():
             if record:
-                write_json(file, {"digest": digest})
-        elif self._recorded(file, "digest") != digest:
+                write_json(file, dict(images))
+        elif self._recorded(file, "digest") != images["digest"]:
             raise ZooError(
                 f"{self.path} began with other images than these (another path, or images that were changed since):"
                 " choose another output folder, or delete this one"

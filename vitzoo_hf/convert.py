@@ -23,6 +23,7 @@ from vitzoo_hf import schema
 from vitzoo_hf.checkpoint import read_json, write_json
 from vitzoo_hf.encoding import check_dtype, rounded
 from vitzoo_hf.flatten import Layout, flatten
+from vitzoo_hf.folders import absolute
 from vitzoo_hf.foreign.plan import PlannedRow, SourceError, SourcePlan
 from vitzoo_hf.hub_files import one_line
 from vitzoo_hf.progress import progress_bar
@@ -104,7 +105,7 @@ def convert(
     _check_options(workers, licence)
     job = _Job(plan, dtype, dict(DEFAULT_SPLITS if splits is None else splits), licence)
     _check_splits(job.splits)
-    folder = Path(folder)
+    folder = absolute(Path(folder))
     refuse_to_replace(folder)
     if (done := _already_done(job, folder)) is not None:
         return done

@@ -37,8 +37,13 @@ class FolderFiles:
     is_remote = False
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
+        self.folder = folder.absolute()
         self.name = str(folder)
+
+    @property
+    def source(self) -> tuple[str, None]:
+        """What opens this zoo in another process, whatever directory that works in."""
+        return str(self.folder), None
 
     def repair(self, name: str) -> str:
         """What to do about a damaged file."""
@@ -105,6 +110,11 @@ class HubFiles:
         """What to do about a damaged file: `hf` replaces a cached copy, too."""
         command = f"hf download {self.repository} {name} --repo-type dataset --revision {self.commit}"
         return f"{name} of {self.name!r} is damaged; get it again by `{command} --force-download`"
+
+    @property
+    def source(self) -> tuple[str, str]:
+        """What opens this zoo in another process: its id and the commit that is read."""
+        return self.repository, self.commit
 
     @property
     def commit(self) -> str:

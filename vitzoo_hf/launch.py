@@ -17,9 +17,8 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 from vitzoo_hf.blueprint import Blueprint, Run
+from vitzoo_hf.folders import exclusive
 from vitzoo_hf.progress import progress_bar
 from vitzoo_hf.schema import ZooError
 
@@ -84,7 +83,7 @@ def launch(
         from vitzoo_hf.rebuild import usable_device
 
         usable_device(device)
-    with exclusive(folder):
+    with exclusive(folder) as folder:
         for leftover in folder.glob("*/.tmp-*"):
             leftover.unlink(missing_ok=True)
         summary = Summary()
@@ -116,27 +115,6 @@ def default_stack(blueprint: Blueprint, device: str, workers: int) -> int:
     free, _ = torch.cuda.mem_get_info(device)
     largest = max(memory_of(blueprint, run) for run in blueprint.runs)
     return max(1, min(MOST_STACKED, int(MEMORY_SHARE * free / workers / largest)))
-
-
-@contextmanager
-def exclusive(folder: Path) -> Iterator[None]:
-    """Hold `folder` for this process alone; the lock goes with the process, however that ends.
-
-    Raises:
-        ZooError: if another process holds it, or the folder cannot be written.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / ".lock", timeout=0)
-        lock.acquire()
-    except Timeout:
-        raise ZooError(f"another process is working in {folder}: wait for it, or choose another folder") from None
-    except OSError as error:
-        raise ZooError(f"cannot write into {folder}: {error.strerror or error}") from None
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def unfinished(blueprint: Blueprint, folder: Path, summary: Summary) -> list[Run]:

@@ -60,7 +60,7 @@ def pack(blueprint: Blueprint, runs: Path, folder: Path, *, dtype: str = "float3
     kept, missing = _runs_to_pack(blueprint, runs)
     for run in kept:
         images = load_images(run.images, blueprint.images[run.images])
-        RunFolder(runs / run.run_id).check_images(images.digest, record=False)
+        RunFolder(runs / run.run_id).check_images(images.begun_with, record=False)
     members = {split: [run for run in kept if run.split == split] for split in schema.SPLITS}
     write_zoo(
         folder,
@@ -129,7 +129,7 @@ def _rows(blueprint: Blueprint, members: Iterable[Run], runs: Path, dtype: str) 
     for run in members:
         place = RunFolder(runs / run.run_id)
         args = schema.canonical_json(_architecture_args(blueprint, run))
-        provenance = _provenance(blueprint, place.spec)
+        provenance = _provenance(blueprint, run, place.spec)
         drawn = _drawn(blueprint, run)
         for epoch in run.keep_epochs:
             tensors, results = place.load_epoch(epoch)
@@ -200,7 +200,8 @@ def finite_weights(vector: Tensor, model_id: str) -> np.ndarray:
     return values
 
 
-def _provenance(blueprint: Blueprint, spec: Mapping[str, Any]) -> str:
+def _provenance(blueprint: Blueprint, run: Run, spec: Mapping[str, Any]) -> str:
+    hashes = load_images(run.images, blueprint.images[run.images]).sha256
     return schema.canonical_json(
         {
             "blueprint": blueprint.name,
@@ -208,7 +209,7 @@ def _provenance(blueprint: Blueprint, spec: Mapping[str, Any]) -> str:
             "run_fingerprint": spec["fingerprint"],
             "recipe": spec["recipe"],
             **{name: spec[name] for name in ("world", "learner") if name in spec},
-            "images": spec["images"],
+            "images": spec["images"] | ({"sha256": hashes} if hashes else {}),
             "epochs": spec["epochs"],
             "versions": spec["versions"],
         }

@@ -5,7 +5,7 @@ images), uint8.
 """
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float64, Int64, UInt8
@@ -99,13 +99,19 @@ Pixels = PreparedImages | SmallImages | OnDemandImages
 
 @dataclass(frozen=True)
 class Source:
-    """Images as they come: uint8 `[N, C, H, W]` or encoded, labels `[N]`, how many at the end are a test set."""
+    """Images as they come: uint8 `[N, C, H, W]` or encoded, labels `[N]`, how many at the end are a test set.
+
+    `origin` names the place that images came from, and `sha256` the hashes of their arrays, for a source that can
+    come from several places.
+    """
 
     images: UInt8[Tensor, "N C H W"] | OnDemandImages
     labels: Int64[Tensor, " N"]
     class_names: tuple[str, ...]
     licence: str
     num_official_test: int = 0
+    origin: str | None = None
+    sha256: dict[str, str] = field(default_factory=dict)
 
 
 def pixels_of(source: Source, spec: ImagesSpec) -> Pixels:

@@ -11,7 +11,8 @@ import pandas as pd
 
 from vitzoo_hf.blueprint import Blueprint
 from vitzoo_hf.evaluate import common_dataset, evaluate, layer_similarity
-from vitzoo_hf.launch import exclusive, launch
+from vitzoo_hf.folders import exclusive
+from vitzoo_hf.launch import launch
 from vitzoo_hf.pack import is_packed, pack
 from vitzoo_hf.report import write_report
 from vitzoo_hf.schema import ZooError

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from vitzoo_hf.blueprint import Blueprint, Run
-from vitzoo_hf.launch import ATTEMPTS, MOST_STACKED, Summary, exclusive, named, take_orphans, unfinished
+from vitzoo_hf.folders import absolute, exclusive
+from vitzoo_hf.launch import ATTEMPTS, MOST_STACKED, Summary, named, take_orphans, unfinished
 from vitzoo_hf.progress import progress_bar
 from vitzoo_hf.ray_cluster import LOCAL, cluster
 from vitzoo_hf.ray_worker import Job, Reports, train_on_worker, versions
@@ -61,8 +62,9 @@ def launch_on_ray(
     """
     gpus = _resources(device, num_cpus, num_gpus)
     most = _most_stacked(blueprint, device, stack)
+    folder = absolute(folder)
     place = _storage(storage, folder)
-    shared = place.folder if place else folder.resolve()
+    shared = place.folder if place else folder
     with ExitStack() as entered:
         for held in filter(None, dict.fromkeys((folder, shared))):
             entered.enter_context(exclusive(held))
@@ -77,7 +79,7 @@ def launch_on_ray(
         if todo:
             ray = entered.enter_context(cluster(address))
             room = _room(ray, num_cpus, gpus)
-            job = Job(blueprint, folder.resolve(), place.url if place else None, shared, device, num_cpus, versions())
+            job = Job(blueprint, folder, place.url if place else None, shared, device, num_cpus, versions())
             _Tasks(ray, job, gpus, Groups(most, room), summary, progress).train(todo)
         if place:
             _copy_back(blueprint, folder, place, summary, progress)
@@ -104,7 +106,7 @@ def _storage(url: str | None, folder: Path) -> RunStorage | None:
     storage = RunStorage(url)
     if storage.in_memory:
         raise ZooError(f"storage {url!r} is the memory of one process: give one that every machine reaches")
-    return None if storage.folder and storage.folder.resolve() == folder.resolve() else storage
+    return None if storage.folder and absolute(storage.folder) == folder else storage
 
 
 def _unfinished_in_storage(

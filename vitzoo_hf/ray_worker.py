@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 
 from vitzoo_hf.blueprint import Blueprint, Run
 from vitzoo_hf.checkpoint import RunFolder
-from vitzoo_hf.launch import exclusive
+from vitzoo_hf.folders import exclusive
 from vitzoo_hf.rebuild import usable_device
 from vitzoo_hf.run_storage import RunStorage
 from vitzoo_hf.schema import VERSION, ZooError

@@ -47,7 +47,9 @@ class RunStorage:
             from fsspec.core import url_to_fs
         except ImportError:
             raise ZooError("fsspec is not installed: run `pip install 'vitzoo-hf[ray]'`") from None
-        if "://" not in url and not Path(url).is_absolute():
+        scheme, separator, path = url.rpartition("://")
+        # every machine would take a relative path from a directory of its own
+        if (not separator or scheme in ("file", "local")) and not Path(path).is_absolute():
             raise ZooError(f"storage {url!r} is neither a URL nor an absolute path: give s3://…, file:///… or /…")
         if set(url) & set("*?["):
             raise ZooError(f"storage {url!r} has one of *, ? and [: choose a name without them")

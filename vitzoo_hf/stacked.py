@@ -248,7 +248,7 @@ def _begun(blueprint: Blueprint, members: Sequence[_Member], folder: Path, devic
     first = members[0].run
     images = load_images(first.images, blueprint.images[first.images])
     for member in members:
-        member.place.check_images(images.digest)
+        member.place.check_images(images.begun_with)
     models = [initial_model(blueprint, member.run, images, folder) for member in members]
     trainer = _trainer([member.run for member in members], images, models, device)
     if done:

@@ -56,7 +56,7 @@ def train_run(
         on_epoch(run.epochs)
         return
     images = load_images(run.images, blueprint.images[run.images])
-    place.check_images(images.digest)
+    place.check_images(images.begun_with)
     trainer = Trainer(run.recipe, images, initial_model(blueprint, run, images, folder), run.epochs, device)
     done = trainer.resume(place, run.keep_epochs)
     if done is None:

@@ -62,7 +62,7 @@ class Zoo:
             check_sizes(self._at_hand, self.manifest)
         self.layouts = read_layouts(self._at_hand.path(schema.LAYOUTS))
         self._tables = LightTables(self._at_hand, self.manifest)
-        self.source = (self._at_hand.name, getattr(self._at_hand, "commit", None))
+        self.source: tuple[str, str | None] = self._at_hand.source
         self._index = self._tables.index()
         self._positions = np.arange(self._index.num_rows)
         self._readers: list[WeightReader] = []
