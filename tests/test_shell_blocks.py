@@ -121,14 +121,10 @@ def commands_of(text: str) -> Iterator[str]:
 
 def documents() -> list[Path]:
     """Markdown of the repository and nothing installed in it."""
-    files = sorted(REPOSITORY.rglob("*.md"))
+    skipped = ("node_modules", "site-packages")
+    files = {file: file.relative_to(REPOSITORY).parts for file in sorted(REPOSITORY.rglob("*.md"))}
     return [
-        file
-        for file in files
-        if not any(
-            part.startswith(".") or part in ("node_modules", "site-packages")
-            for part in file.relative_to(REPOSITORY).parts
-        )
+        file for file, parts in files.items() if not any(part.startswith(".") or part in skipped for part in parts)
     ]
 
 

@@ -133,7 +133,7 @@ def marked(script: str) -> object:
     return pytest.param(script, marks=[pytest.mark.slow] if SMOKES[script].slow else [])
 
 
-@pytest.mark.parametrize("script", map(marked, SMOKES))
+@pytest.mark.parametrize("script", [marked(script) for script in SMOKES])
 def test_script_runs_in_its_smallest_size(
     script: str, repository: Path, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
