@@ -1,6 +1,6 @@
 """Agreement of 250 models on 10,000 images of 100 classes, and the other pairs: ours beside loops and peers.
 
-python benchmarks/agreement.py [--json FILE]
+python benchmarks/agreement.py [--smoke] [--json FILE]
 
 One thread, processor time. A way that is too slow for all pairs is timed on some of them and scaled: column
 `pairs_timed` says on how many.
@@ -36,10 +36,12 @@ SAMPLED = 60
 ROUNDS = 5
 JSD_SHAPE = (24, 500, C)
 LARGE_JSD_SHAPE = (240, 1000, C)
+SMOKE = {"P": 12, "N": 200, "C": 5, "PAIRS": 66, "SAMPLED": 3, "ROUNDS": 1}
+SMOKE |= {"JSD_SHAPE": (4, 50, 5), "LARGE_JSD_SHAPE": (6, 20, 5)}
 
 
 def main() -> None:
-    file = side_by_side.json_argument(__doc__)
+    given = side_by_side.parsed(side_by_side.parser(__doc__), globals(), SMOKE)
     torch.set_num_threads(1)
     generator = torch.Generator().manual_seed(0)
     labels = torch.randint(C, (N,), generator=generator)
@@ -61,7 +63,7 @@ def main() -> None:
     rows += divergence_rows(logits, large)
     for row in rows:
         row["peak_mb_above_input"] = memory.get(row["way"].removeprefix("vz."), "")
-    side_by_side.report("agreement", rows, file)
+    side_by_side.report("agreement", rows, given)
 
 
 def agreement_rows(predicted: torch.Tensor) -> list[dict]:
@@ -182,7 +184,8 @@ def some_pairs(predicted, measure: Callable) -> None:
         measure(predicted[0], predicted[other])
 
 
-def compared(task: str, ways: dict[str, Callable[[], object]], pairs: int = PAIRS) -> list[dict]:
+def compared(task: str, ways: dict[str, Callable[[], object]], pairs: int | None = None) -> list[dict]:
+    pairs = PAIRS if pairs is None else pairs
     peers = ("torchmetrics", "sklearn")
     taken = side_by_side.interleaved(ways, ROUNDS)
     timed = {name: SAMPLED if name.startswith(peers) else pairs for name in ways}

@@ -1,9 +1,8 @@
 """Distances in weight space: ours beside cdist, pdist and loops in memory, and beside bare streaming out of core.
 
-python benchmarks/distances.py [--json FILE] [--large]
+python benchmarks/distances.py [--smoke] [--json FILE] [--large]
 """
 
-import argparse
 import os
 import tempfile
 from collections.abc import Callable
@@ -19,24 +18,27 @@ from vitzoo_hf.zoo import Zoo
 
 MODELS = 250
 WEIGHTS = 1_000_000
+ERROR_WEIGHTS = 100_000
 LOOP_PAIRS = 40
 SLOW_MODELS = 60
 ROUNDS = 3
 STREAMED_ROWS = 40
 LARGE_ROWS = 250
+STREAMED = side_by_side.VIT_S
 EXACT = "donot_use_mm_for_euclid_dist"
+SMOKE = {"MODELS": 6, "WEIGHTS": 1000, "LOOP_PAIRS": 3, "SLOW_MODELS": 3, "ROUNDS": 1, "ERROR_WEIGHTS": 1000}
+SMOKE |= {"STREAMED_ROWS": 2, "STREAMED": side_by_side.MICRO}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", type=Path, help="write the figures to this file too")
+    parser = side_by_side.parser(__doc__)
     parser.add_argument("--large", action="store_true", help=f"stream {LARGE_ROWS} rows (22 GB of disk)")
-    arguments = parser.parse_args()
+    given = side_by_side.parsed(parser, globals(), SMOKE)
     with tempfile.TemporaryDirectory() as folder:
-        rows = streamed(Path(folder), LARGE_ROWS if arguments.large else STREAMED_ROWS)
+        rows = streamed(Path(folder), LARGE_ROWS if given.large else STREAMED_ROWS)
     torch.set_num_threads(1)
     rows += errors() + in_memory()
-    side_by_side.report("distances", rows, arguments.json)
+    side_by_side.report("distances", rows, given)
 
 
 def figure(what: str, way: str, **values: object) -> dict:
@@ -63,7 +65,7 @@ def errors() -> list[dict]:
     """Largest relative error of any pair, against float64."""
     rows = []
     for epsilon in (1, 1e-2, 1e-3, 1e-4):
-        weights = population(50, 100_000, epsilon)
+        weights = population(50, ERROR_WEIGHTS, epsilon)
         exact = torch.cdist(weights.double(), weights.double(), compute_mode=EXACT)
         off = ~torch.eye(50, dtype=torch.bool)
         ways = {
@@ -73,7 +75,7 @@ def errors() -> list[dict]:
         }
         for way, found in ways.items():
             error = ((found.double() - exact).abs() / exact)[off].max().item()
-            rows.append(figure(f"50 x 100k, models {epsilon:g} apart", way, relative_error=error))
+            rows.append(figure(f"50 x {ERROR_WEIGHTS / 1e3:g}k, models {epsilon:g} apart", way, relative_error=error))
     return rows
 
 
@@ -102,7 +104,7 @@ def in_memory() -> list[dict]:
     ours = taken["ours"]["cpu_s"]
     return [
         figure(
-            f"{MODELS} x {WEIGHTS // 1_000_000}M, models 0.0001 apart, in memory",
+            f"{MODELS} x {WEIGHTS / 1e6:g}M, models 0.0001 apart, in memory",
             name,
             cpu_s=taken[name]["cpu_s"] * scale,
             wall_s=taken[name]["wall_s"] * scale,
@@ -115,7 +117,7 @@ def in_memory() -> list[dict]:
 
 def streamed(folder: Path, count: int) -> list[dict]:
     """Distances from the shards beside the stream of the same rows, in turns: from the page cache, and from disk."""
-    zoo = Zoo(side_by_side.random_zoo(folder / "zoo", side_by_side.VIT_S, count))
+    zoo = Zoo(side_by_side.random_zoo(folder / "zoo", STREAMED, count))
     shards = sorted((folder / "zoo" / "weights").iterdir())
     os.sync()
     size = zoo.weight_columns().num_bytes

@@ -1,6 +1,6 @@
 """Processes times threads on a CPU: what `launch` does, one process of one thread a core, beside one process.
 
-python benchmarks/launch_choices.py [--json FILE]
+python benchmarks/launch_choices.py [--smoke] [--json FILE]
 """
 
 import multiprocessing
@@ -25,10 +25,11 @@ SIZES: dict[str, tuple[dict[str, Any], int, int]] = {
     "5.5M, batch 16": ({"img_size": 64, "patch_size": 8}, 16, 8),
 }
 ROUNDS = 3
+SMOKE = {"SIZES": {"27k, batch 32": (SIZES["27k, batch 32"][0], 32, 2)}, "ROUNDS": 1}
 
 
 def main() -> None:
-    file = side_by_side.json_argument(__doc__)
+    given = side_by_side.parsed(side_by_side.parser(__doc__), globals(), SMOKE)
     cores = len(os.sched_getaffinity(0))
     ways = {f"{cores} processes of 1 thread (launch)": (cores, 1), f"1 process of {cores} threads": (1, cores)}
     rows = []
@@ -43,7 +44,7 @@ def main() -> None:
             {"size": size, "way": way, "wall_ms_a_step": 1000 * middle[way], "over_the_best": middle[way] / best}
             for way in ways
         ]
-    side_by_side.report("launch_choices", rows, file)
+    side_by_side.report("launch_choices", rows, given)
 
 
 def seconds_a_step(args: dict[str, Any], batch: int, steps: int, processes: int, threads: int) -> float:

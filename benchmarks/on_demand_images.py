@@ -1,6 +1,6 @@
 """Random resized crops and evaluation views of JPEGs, ours beside torchvision's transforms in a torch DataLoader.
 
-python benchmarks/on_demand_images.py [--json FILE]
+python benchmarks/on_demand_images.py [--smoke] [--json FILE]
 """
 
 import io
@@ -27,6 +27,8 @@ SPEC = ImagesSpec("folder", 224, resize=256, crop=224, decode="on_demand")
 ROUNDS = 3
 BATCH = 32
 DISTINCT = 16
+COUNTS = (128, 32)
+SMOKE = {"ROUNDS": 1, "BATCH": 2, "DISTINCT": 2, "COUNTS": (4, 2)}
 
 
 class Encoded(Dataset):
@@ -43,10 +45,10 @@ class Encoded(Dataset):
 
 
 def main() -> None:
-    file = side_by_side.json_argument(__doc__)
+    given = side_by_side.parsed(side_by_side.parser(__doc__), globals(), SMOKE)
     torch.set_num_threads(1)
-    rows = measure("500×375", jpegs(375, 500), 128) + measure("2000×1500", jpegs(1500, 2000), 32)
-    side_by_side.report("on_demand_images", rows, file)
+    rows = measure("500×375", jpegs(375, 500), COUNTS[0]) + measure("2000×1500", jpegs(1500, 2000), COUNTS[1])
+    side_by_side.report("on_demand_images", rows, given)
 
 
 def jpegs(height: int, width: int) -> list[bytes]:

@@ -1,6 +1,6 @@
 """The forward pass of 16 models on the same images: ours beside a loop, vmap and one batched product for all.
 
-python benchmarks/population_forward.py [--json FILE]
+python benchmarks/population_forward.py [--smoke] [--json FILE]
 """
 
 import warnings
@@ -26,10 +26,11 @@ SIZES = {
 }
 BATCHES = (1, 4, 16, 64, 256, 512)
 OURS = "ours"
+SMOKE = {"MODELS": 2, "SIZES": {"nano, 28k": SIZES["nano, 28k"]}, "BATCHES": (2,)}
 
 
 def main() -> None:
-    file = side_by_side.json_argument(__doc__)
+    given = side_by_side.parsed(side_by_side.parser(__doc__), globals(), SMOKE)
     threads = torch.get_num_threads()
     warnings.filterwarnings("ignore", message=".*batching rule.*")
     rows = [
@@ -39,7 +40,7 @@ def main() -> None:
         for batch in BATCHES
         for row in figures(size, args, batch, count)
     ]
-    side_by_side.report("population_forward", rows, file)
+    side_by_side.report("population_forward", rows, given)
 
 
 def figures(size: str, args: dict, batch: int, threads: int) -> list[dict]:

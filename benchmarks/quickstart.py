@@ -1,6 +1,6 @@
 """Time and memory of `vitzoo quickstart` from nothing, and what the zoo it makes is like.
 
-    python benchmarks/quickstart.py [--readme]
+    python benchmarks/quickstart.py [--readme | --smoke]
 
 writes benchmarks/results/quickstart.csv; `--readme` also puts the figures into README.md.
 """
@@ -23,26 +23,34 @@ from vitzoo_hf.zoo import Zoo
 
 REPOSITORY = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results" / "quickstart.csv"
+FACTORS = ("optimizer", "lr", "regime", "head")
+SMOKE = REPOSITORY / "tests" / "tiny.yaml"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--readme", action="store_true", help="put the figures into README.md")
-    readme = parser.parse_args().readme
+    parser.add_argument(
+        "--smoke", action="store_true", help="tests/tiny.yaml, to see that it runs"
+    )
+    given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "quickstart"
-        seconds, peak = measure([sys.executable, "-m", "vitzoo_hf.cli", "quickstart", "--out", str(out), "--json"])
+        command = [sys.executable, "-m", "vitzoo_hf.cli", "quickstart", "--out", str(out), "--json"]
+        seconds, peak = measure([*command, "--blueprint", str(SMOKE)] if given.smoke else command)
         figures = {"seconds": f"{seconds:.0f}", "peak_memory_mb": f"{peak / 1e6:.0f}"} | describe_zoo(out / "zoo")
     environment = {name: str(value) for name, value in describe().items()}
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=REPOSITORY, capture_output=True, text=True)
     row = figures | environment | {"commit": commit.stdout.strip(), "date": time.strftime("%Y-%m-%d")}
+    print(json.dumps(row, indent=1))
+    if given.smoke:
+        return
     RESULTS.parent.mkdir(exist_ok=True)
     with RESULTS.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(row), lineterminator="\n")
         writer.writeheader()
         writer.writerow(row)
-    print(json.dumps(row, indent=1))
-    if readme:
+    if given.readme:
         fill_readme(row)
 
 
@@ -87,7 +95,7 @@ def describe_zoo(folder: Path) -> dict[str, str]:
         "chosen_test_accuracy": f"{chosen['test_accuracy']:.3f}",
         "best_test_accuracy": f"{tuned['test_accuracy'].max():.3f}",
         "worst_test_accuracy": f"{tuned['test_accuracy'].min():.3f}",
-        **{f"eta2_{name}": f"{explained[name]:.2f}" for name in ("optimizer", "lr", "regime", "head")},
+        **{f"eta2_{name}": f"{explained[name]:.2f}" for name in FACTORS if name in explained},
     }
 
 

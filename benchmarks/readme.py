@@ -1,10 +1,11 @@
 """Put the figures of results/*.csv into the tables of README.md.
 
-python benchmarks/readme.py
+python benchmarks/readme.py [README]
 """
 
 import csv
 import re
+import sys
 from pathlib import Path
 
 REPOSITORY = Path(__file__).parent.parent
@@ -106,4 +107,4 @@ def fill(readme: Path) -> None:
 
 
 if __name__ == "__main__":
-    fill(REPOSITORY / "README.md")
+    fill(Path(sys.argv[1]) if len(sys.argv) > 1 else REPOSITORY / "README.md")

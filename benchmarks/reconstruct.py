@@ -1,6 +1,6 @@
 """Rebuilding a ViT-S from a row in memory: ours beside create_model + load_state_dict.
 
-python benchmarks/reconstruct.py [--json FILE]
+python benchmarks/reconstruct.py [--smoke] [--json FILE]
 """
 
 import json
@@ -15,18 +15,21 @@ from vitzoo_hf.rebuild import reconstruct
 from vitzoo_hf.vit import _skeleton, create, import_timm
 
 ROUNDS = 15
+FIRST = 5
+REBUILT = side_by_side.VIT_S
+SMOKE = {"ROUNDS": 1, "FIRST": 1, "REBUILT": side_by_side.MICRO}
 
 
 def main() -> None:
-    file = side_by_side.json_argument(__doc__)
+    given = side_by_side.parsed(side_by_side.parser(__doc__), globals(), SMOKE)
     torch.set_num_threads(1)
     timm = import_timm()
-    name, args, _, _ = side_by_side.VIT_S
-    (row,) = side_by_side.random_rows(side_by_side.VIT_S, 1)
+    name, args, _, _ = REBUILT
+    (row,) = side_by_side.random_rows(REBUILT, 1)
     create(name, args)  # both ways start with timm imported and its registry filled
 
     first = []
-    for _ in range(5):
+    for _ in range(FIRST):
         _skeleton.cache_clear()
         start = time.process_time()
         reconstruct(row, verify=False)
@@ -64,7 +67,7 @@ def main() -> None:
         row | {"second_copies_of_the_weights": copies if "reconstruct(verify=False), " in row["way"] else ""}
         for row in rows
     ]
-    side_by_side.report("reconstruct", rows, file)
+    side_by_side.report("reconstruct", rows, given)
 
 
 if __name__ == "__main__":

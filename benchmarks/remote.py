@@ -1,6 +1,6 @@
 """Two of eight models of 88 MB from a Hub on this machine, and the index of a zoo of 1.1 TB: bytes and seconds.
 
-python benchmarks/remote.py [--json FILE]
+python benchmarks/remote.py [--smoke] [--json FILE]
 """
 
 import statistics
@@ -18,6 +18,8 @@ from local_hub import LocalHub
 MODELS = 8
 CHOSEN = [1, 6]  # in two shards
 ROUNDS = 3
+STORED = side_by_side.VIT_S
+SMOKE = {"ROUNDS": 1, "STORED": side_by_side.MICRO}
 NAME, LARGE = "ModelZoos/eight", "ModelZoos/paper"
 
 TIMED = """
@@ -56,7 +58,7 @@ result = sum(weights_of(row).size for row in rows)
     "hf_hub_download of the 2 shards, then pyarrow": (
         "from huggingface_hub import hf_hub_download\nimport pyarrow.parquet as pq",
         f"""
-names = ["weights/train-00000-of-00002.parquet", "weights/train-00001-of-00002.parquet"]
+names = SHARDS
 files = [hf_hub_download({NAME!r}, name, repo_type="dataset") for name in names]
 tables = [pq.read_table(file, filters=[("factor_seed", "in", {CHOSEN})]) for file in files]
 result = sum(len(value.as_buffer()) // 4 for table in tables for value in table["weights"])
@@ -76,16 +78,18 @@ INDEX = {
 
 
 def main() -> None:
-    file = side_by_side.json_argument(__doc__)
+    given = side_by_side.parsed(side_by_side.parser(__doc__), globals(), SMOKE)
     with tempfile.TemporaryDirectory() as folder, LocalHub(Path(folder) / "hub") as hub:
-        place = side_by_side.random_zoo(Path(folder) / "eight", side_by_side.VIT_S, MODELS)
+        place = side_by_side.random_zoo(Path(folder) / "eight", STORED, MODELS)
         hub.publish(NAME, place)
         (Path(folder) / "paper").mkdir()
         paper_zoo.write_light_files(Path(folder) / "paper")
         hub.publish(LARGE, Path(folder) / "paper")
-        rows = figures(hub, Path(folder), f"2 of {MODELS} models of 88 MB", WAYS)
+        shards = [f"weights/{file.name}" for file in sorted((place / "weights").iterdir())]
+        ways = {way: (imports, work.replace("SHARDS", repr(shards))) for way, (imports, work) in WAYS.items()}
+        rows = figures(hub, Path(folder), f"2 of {MODELS} models of 88 MB", ways)
         rows += figures(hub, Path(folder), "index of 12,900 models, 1.1 TB", INDEX)
-    side_by_side.report("remote", rows, file)
+    side_by_side.report("remote", rows, given)
 
 
 def figures(hub: LocalHub, folder: Path, what: str, ways: dict[str, tuple[str, str]]) -> list[dict]:

@@ -26,6 +26,13 @@ NANO = (
     "linear",
     None,
 )
+MICRO = (
+    "vit_tiny_patch16_224",
+    {"img_size": 32, "patch_size": 4, "embed_dim": 64, "depth": 6, "num_heads": 4, "num_classes": 100},
+    "linear",
+    None,
+)
+"""The smallest of these models whose weights a zoo stores as raw bytes; smoke runs take it for `VIT_S`."""
 
 
 def random_rows(architecture: tuple[Any, ...], count: int, *, dtype: str = "float32") -> Iterator[dict[str, Any]]:
@@ -95,26 +102,41 @@ def peak_memory_mb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
 
 
-def json_argument(description: str) -> Path | None:
-    """The file given with `--json`."""
-    parser = argparse.ArgumentParser(description=description.splitlines()[0])
-    parser.add_argument("--json", type=Path, help="write the figures to this file too")
-    return parser.parse_args().json
+def parser(description: str) -> argparse.ArgumentParser:
+    """The options that all benchmarks have."""
+    options = argparse.ArgumentParser(description=description.splitlines()[0])
+    options.add_argument("--json", type=Path, help="write the figures to this file too")
+    options.add_argument("--smoke", action="store_true", help="smallest sizes, to see that it runs; keeps no figures")
+    return options
 
 
-def report(name: str, rows: list[dict[str, Any]], file: Path | None) -> None:
-    """Print the figures, and keep them with machine, versions and commit in results/ and in `file`."""
+def parsed(options: argparse.ArgumentParser, sizes: dict[str, Any], smoke: Mapping[str, Any]) -> argparse.Namespace:
+    """The options given; `--smoke` replaces the constants of the script, its `globals()`, by the smallest sizes."""
+    given = options.parse_args()
+    if given.smoke:
+        if unknown := smoke.keys() - sizes.keys():
+            raise ValueError(f"the smoke run sets {sorted(unknown)}, which the script does not have")
+        sizes.update(smoke)
+    return given
+
+
+def report(name: str, rows: list[dict[str, Any]], given: argparse.Namespace) -> None:
+    """Print the figures, and keep them with machine, versions and commit in results/ and in the file of `--json`.
+
+    Figures of a smoke run say nothing of speed: results/ keeps those that were measured.
+    """
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=REPOSITORY, capture_output=True, text=True)
     about = {key: str(value) for key, value in describe().items()}
     about |= {"commit": commit.stdout.strip(), "date": time.strftime("%Y-%m-%d")}
-    results = Path(__file__).parent / "results" / f"{name}.csv"
-    with results.open("w", newline="") as opened:
-        writer = csv.DictWriter(opened, [*rows[0], *about], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(row | about for row in rows)
+    if not given.smoke:
+        results = Path(__file__).parent / "results" / f"{name}.csv"
+        with results.open("w", newline="") as opened:
+            writer = csv.DictWriter(opened, [*rows[0], *about], lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(row | about for row in rows)
     for row in rows:
         print(
             "  ".join(f"{key}={value:.4g}" if isinstance(value, float) else f"{value}" for key, value in row.items())
         )
-    if file is not None:
-        file.write_text(json.dumps({"figures": rows, "about": about}, indent=1) + "\n")
+    if given.json is not None:
+        given.json.write_text(json.dumps({"figures": rows, "about": about}, indent=1) + "\n")

@@ -1,16 +1,14 @@
 """24 fine-tunes of a small ViT: updates of one group beside those of 24 trainers, one behind the other.
 
-python benchmarks/stacked_training.py [--device cuda] [--json FILE]
+python benchmarks/stacked_training.py [--device cuda] [--smoke] [--json FILE]
 """
-
-import argparse
-from pathlib import Path
 
 import side_by_side
 import torch
 
 from vitzoo_hf.blueprint import ImagesSpec, Recipe
 from vitzoo_hf.images import ImageSet
+from vitzoo_hf.pixels import PreparedImages
 from vitzoo_hf.stacked_trainer import StackedTrainer
 from vitzoo_hf.trainer import Trainer, batches_of
 from vitzoo_hf.vit import create
@@ -25,13 +23,14 @@ AUGMENTATIONS = ("none", "crop")
 BATCHES = (32, 128)
 STEPS = {"cpu": 1, "cuda": 3}
 ROUNDS = {"cpu": 3, "cuda": 20}
+SMOKE = {"RUNS": 2, "SIZES": {"d32 L2 16px": SIZES["d32 L2 16px"]}, "BATCHES": (4,)}
+SMOKE |= {"STEPS": {"cpu": 1, "cuda": 1}, "ROUNDS": {"cpu": 1, "cuda": 1}}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = side_by_side.parser(__doc__)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--json", type=Path, help="write the figures to this file too")
-    given = parser.parse_args()
+    given = side_by_side.parsed(parser, globals(), SMOKE)
     torch.set_num_threads(1)
     rows = [
         measure(size, augmentation, batch, given.device)
@@ -39,7 +38,7 @@ def main() -> None:
         for augmentation in AUGMENTATIONS
         for batch in BATCHES
     ]
-    side_by_side.report("stacked_training", rows, given.json)
+    side_by_side.report("stacked_training", rows, given)
 
 
 def measure(size: str, augmentation: str, batch: int, device: str) -> dict[str, object]:
@@ -96,7 +95,8 @@ def random_images(count: int, size: int) -> ImageSet:
     pixels = torch.randint(256, (count, 1, size, size), generator=generator).to(torch.uint8)
     labels = torch.randint(10, (count,), generator=generator)
     splits = {"train": torch.arange(count), "selection": torch.arange(1), "test": torch.arange(1)}
-    return ImageSet("noise", ImagesSpec("noise", size), pixels, labels, tuple("0123456789"), "none", splits)
+    spec = ImagesSpec("noise", size)
+    return ImageSet("noise", spec, PreparedImages(pixels, spec), labels, tuple("0123456789"), "none", splits)
 
 
 def wait(device: str) -> None:

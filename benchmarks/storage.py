@@ -1,6 +1,6 @@
 """Writing rows of ViT-S size and of 27k parameters: size and speed, ours beside `Dataset.to_parquet`.
 
-python benchmarks/storage.py [--json FILE]
+python benchmarks/storage.py [--smoke] [--json FILE]
 """
 
 import tempfile
@@ -17,15 +17,18 @@ from vitzoo_hf.shards import write_parquet
 
 LARGE_ROWS = 2
 SMALL_ROWS = 500
+ROUNDS = 3
+LARGE = side_by_side.VIT_S
+SMOKE = {"LARGE_ROWS": 1, "SMALL_ROWS": 38, "ROUNDS": 1, "LARGE": side_by_side.MICRO}
 
 
 def main() -> None:
-    file = side_by_side.json_argument(__doc__)
+    given = side_by_side.parsed(side_by_side.parser(__doc__), globals(), SMOKE)
     datasets.disable_progress_bars()
     with tempfile.TemporaryDirectory() as folder:
-        rows = measure("ViT-S, 22.05M", side_by_side.VIT_S, LARGE_ROWS, 1, Path(folder))
+        rows = measure("ViT-S, 22.05M", LARGE, LARGE_ROWS, 1, Path(folder))
         rows += measure("nano, 26.9k", side_by_side.NANO, SMALL_ROWS, 37, Path(folder))
-    side_by_side.report("storage", rows, file)
+    side_by_side.report("storage", rows, given)
 
 
 def measure(name: str, architecture: tuple, count: int, group: int, folder: Path) -> list[dict]:
@@ -55,7 +58,7 @@ def measure(name: str, architecture: tuple, count: int, group: int, folder: Path
     }
     files = ("ours-float32.parquet", "ours-bfloat16.parquet", "list.parquet", "bytes.parquet", "x.npy")
     written = dict(zip(ways, files, strict=True))
-    taken = side_by_side.interleaved(ways, 3)
+    taken = side_by_side.interleaved(ways, ROUNDS)
     base = taken["Dataset.to_parquet, list column"]["cpu_s"]
     return [
         {

@@ -1,6 +1,6 @@
 """Streaming weights: ours beside pyarrow, `datasets` and safetensors, for rows of 88 MB and of 108 kB.
 
-python benchmarks/stream.py [--json FILE]
+python benchmarks/stream.py [--smoke] [--json FILE]
 """
 
 import os
@@ -18,32 +18,35 @@ from safetensors.torch import load_file, save_file
 from vitzoo_hf import schema
 from vitzoo_hf.rebuild import weights_of
 from vitzoo_hf.shards import write_parquet
+from vitzoo_hf.vit import layout_of
 from vitzoo_hf.zoo import Zoo
 
 LARGE_ROWS = 8
 SMALL_ROWS = 500
 ROUNDS = 5
+LARGE = side_by_side.VIT_S
+SMOKE = {"LARGE_ROWS": 3, "SMALL_ROWS": 60, "ROUNDS": 1, "LARGE": side_by_side.MICRO}
 
 
 def main() -> None:
-    file = side_by_side.json_argument(__doc__)
+    given = side_by_side.parsed(side_by_side.parser(__doc__), globals(), SMOKE)
     datasets.disable_progress_bars()
     with tempfile.TemporaryDirectory() as folder:
         os.environ["HF_HOME"] = folder
         rows = large(Path(folder)) + small(Path(folder))
-    side_by_side.report("stream", rows, file)
+    side_by_side.report("stream", rows, given)
 
 
 def large(folder: Path) -> list[dict]:
     """Rows of ViT-S size into one reused tensor, each touched by a sum of a few values."""
-    place = side_by_side.random_zoo(folder / "large", side_by_side.VIT_S, LARGE_ROWS)
-    models = list(side_by_side.random_rows(side_by_side.VIT_S, 3))
+    place = side_by_side.random_zoo(folder / "large", LARGE, LARGE_ROWS)
+    models = list(side_by_side.random_rows(LARGE, 3))
     features = schema.row_features({"seed": "int"}, weights="list")
     write_parquet(folder / "list.parquet", features, [[row] for row in models], {})
     save_file({"weights": torch.from_numpy(models[0]["weights"])}, folder / "one.safetensors")
     del models
     shards = sorted((place / "weights").glob("*.parquet"))
-    target = torch.empty(22_050_664)
+    target = torch.empty(layout_of(*LARGE).num_parameters)
     checked = Zoo(place)
     list(checked.stream(batch_size=1, reuse=True))
 
@@ -94,7 +97,7 @@ def large(folder: Path) -> list[dict]:
         "safetensors.load_file": by_safetensors,
     }
     counts = dict.fromkeys(ways, LARGE_ROWS) | {"load_dataset(streaming=True).with_format('torch'), list column": 3}
-    return figures("88 MB", ways, counts, 88_202_656)
+    return figures("88 MB", ways, counts, target.nbytes)
 
 
 def small(folder: Path) -> list[dict]:

@@ -96,10 +96,12 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--only", nargs="+", default=[], help="blueprints")
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--smoke", action="store_true", help="one cell of few models, to see that it runs")
     arguments = parser.parse_args()
     for part in ("cells", "guesses"):
         (arguments.folder / part).mkdir(parents=True, exist_ok=True)
-    planned = [cell for cell in cells() if not arguments.only or cell.blueprint in arguments.only]
+    every = [Cell("smoke", "label_ratio")] if arguments.smoke else cells()
+    planned = [cell for cell in every if not arguments.only or cell.blueprint in arguments.only]
     start, made = time.perf_counter(), 0
     for number, cell in enumerate(planned):
         if not file_of(cell, arguments.folder).is_file():

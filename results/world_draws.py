@@ -23,6 +23,7 @@ from vitzoo_hf.progress import progress_bar
 from vitzoo_hf.zoo import Zoo
 
 CELLS = {"null": "nominal", "label_ratio_few_images": "label_ratio", "dmi_erm": "last_environment"}
+SMOKE = {"smoke": "label_ratio"}
 
 
 def main() -> None:
@@ -30,10 +31,11 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--draws", type=int, default=3)
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--smoke", action="store_true", help="one cell of few models, to see that it runs")
     given = parser.parse_args()
-    rows = []
-    with progress_bar("draws", "zoo", shown=True, total=len(CELLS) * given.draws) as bar:
-        for cell, secret in CELLS.items():
+    rows, cells = [], SMOKE if given.smoke else CELLS
+    with progress_bar("draws", "zoo", shown=True, total=len(cells) * given.draws) as bar:
+        for cell, secret in cells.items():
             hits = []
             for draw in range(given.draws):
                 zoo = drawn(cell, draw, given.folder, given.workers).filter(is_final=True)
