@@ -5,17 +5,19 @@ to the commit of the first file that was read from it, so a push in mid-read nev
 """
 
 import io
+import re
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 from vitzoo_hf import schema
+from vitzoo_hf.hub_http import connection_errors, moved_to, refused_repository, status_code, streamed
 from vitzoo_hf.schema import ZooError
 
-if TYPE_CHECKING:
-    import httpx2
+Answer = TypeVar("Answer")
 
 TRANSIENT = (408, 429, 500, 502, 503, 504)
 """Status codes after which a request is worth repeating."""
@@ -172,7 +174,7 @@ class HubFiles:
         if self.local(name) is not None:
             return True
         try:
-            get_hf_file_metadata(self._url(name), retry_on_errors=True)
+            self._asked(lambda: get_hf_file_metadata(self._url(name)))
         except (EntryNotFoundError, OfflineModeIsEnabled):
             return False
         except Exception as error:
@@ -216,7 +218,7 @@ class HubFiles:
     def _range(self, name: str, start: int, stop: int) -> Iterator[bytes]:
         """Chunks of the bytes from `start` to `stop`; raises if the answer is for anything else."""
         from huggingface_hub import constants
-        from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+        from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
 
         link = self._links.get(name)
         url = self._url(name)
@@ -225,23 +227,23 @@ class HubFiles:
         if link is not None:
             # a signed address on another host needs no token, and must not be told it
             headers.pop("authorization", None)
-        with get_session().stream(
-            "GET", link or url, headers=headers, follow_redirects=True, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT
-        ) as answer:
+        with streamed(link or url, headers, constants.HF_HUB_DOWNLOAD_TIMEOUT) as (answer, chunks):
             if link is not None and answer.status_code in (400, 401, 403, 404, 410):
                 self._links.pop(name, None)
                 raise ConnectionError("the address has expired")
             hf_raise_for_status(answer)
             self._check_range(name, answer, start, stop)
-            if answer.history and answer.url.origin != answer.history[0].url.origin:
-                self._links[name] = str(answer.url)
-            yield from answer.iter_raw()
+            signed = moved_to(answer)
+            if signed is not None:
+                self._links[name] = signed
+            yield from chunks
 
-    def _check_range(self, name: str, answer: "httpx2.Response", start: int, stop: int) -> None:
+    def _check_range(self, name: str, answer: Any, start: int, stop: int) -> None:
         told = answer.headers.get("content-range", "")
         if answer.status_code != 206 or answer.headers.get("content-encoding", "identity") != "identity":
+            host = urlsplit(str(answer.url)).hostname
             raise ZooError(
-                f"cannot read a part of {name} of {self.name!r}: {answer.url.host} sends whole files only;"
+                f"cannot read a part of {name} of {self.name!r}: {host} sends whole files only;"
                 " read from the Hub itself, or download the zoo first"
             )
         if not told.startswith(f"bytes {start}-{stop - 1}/"):
@@ -253,14 +255,23 @@ class HubFiles:
     def _download(self, name: str, revision: str | None) -> Path:
         from huggingface_hub import hf_hub_download
 
+        try:
+            return Path(
+                self._asked(lambda: hf_hub_download(self.repository, name, repo_type="dataset", revision=revision))
+            )
+        except Exception as error:
+            raise self._failure(name, error) from None
+
+    def _asked(self, ask: Callable[[], Answer]) -> Answer:
+        """What the Hub answers; a broken connection or a busy server is asked again."""
         failures = 0
         while True:
             try:
-                return Path(hf_hub_download(self.repository, name, repo_type="dataset", revision=revision))
+                return ask()
             except Exception as error:
                 failures += 1
                 if not is_transient(error) or failures >= self.attempts:
-                    raise self._failure(name, error) from None
+                    raise
                 pause(failures, error)
 
     def _url(self, name: str) -> str:
@@ -294,14 +305,13 @@ def read_file_into(file: Path, start: int, out: memoryview, what: str) -> None:
 
 def is_transient(error: BaseException) -> bool:
     """Whether the same request may succeed a little later: a broken connection, a busy or failing server."""
-    import httpx2
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
     if isinstance(error, OfflineModeIsEnabled | LocalEntryNotFoundError):
         return False
     if isinstance(error, HfHubHTTPError):
-        return error.response.status_code in TRANSIENT
-    return isinstance(error, httpx2.TransportError | ConnectionError | TimeoutError)
+        return status_code(error) in TRANSIENT
+    return isinstance(error, (*connection_errors(), ConnectionError, TimeoutError))
 
 
 def pause(failures: int, error: BaseException) -> None:
@@ -311,15 +321,14 @@ def pause(failures: int, error: BaseException) -> None:
 
 def seconds_asked_for(error: BaseException) -> float:
     """How long a busy server asks to be left alone, at most two minutes."""
-    from huggingface_hub.errors import HfHubHTTPError
-    from huggingface_hub.utils import parse_ratelimit_headers
-
-    if not isinstance(error, HfHubHTTPError):
+    status = status_code(error)
+    if status is None:
         return 0.0
-    headers = error.response.headers
-    limit = parse_ratelimit_headers(headers)
-    if error.response.status_code == 429 and limit is not None and limit.remaining == 0:
-        return min(limit.reset_in_seconds + 1.0, 120.0)
+    headers = error.response.headers  # type: ignore[attr-defined]
+    # as the Hub writes it: ratelimit: "api";r=0;t=55
+    limit = re.search(r";\s*r\s*=\s*0\s*;\s*t\s*=\s*(\d+)", headers.get("ratelimit", ""))
+    if status == 429 and limit is not None:
+        return min(int(limit[1]) + 1.0, 120.0)
     asked = headers.get("retry-after", "")
     return min(float(asked), 120.0) if asked.isdigit() else 0.0
 
@@ -337,14 +346,15 @@ def hub_failure(error: BaseException, what: str, revision: str | None = None) ->
 
     while isinstance(error, hub.LocalEntryNotFoundError | RuntimeError) and error.__cause__ is not None:
         error = error.__cause__
-    status = error.response.status_code if isinstance(error, hub.HfHubHTTPError) else None
+    status = status_code(error)
     login = "run `hf auth login`, or set HF_TOKEN"
     if isinstance(error, hub.OfflineModeIsEnabled):
         reason = (
             "it is not in the cache, and HF_HUB_OFFLINE forbids to fetch it: unset it, or download the zoo before"
         )
     elif isinstance(error, hub.GatedRepoError):
-        reason = f"its owner grants access: ask at {constants.ENDPOINT}/datasets/{error.repo_id}, then {login}"
+        page = f"{constants.ENDPOINT}/datasets/{refused_repository(error)}"
+        reason = f"its owner grants access: ask at {page}, then {login}"
     elif isinstance(error, hub.RepositoryNotFoundError):
         reason = (
             f"no folder here, and no dataset on the Hub that you can see: check the name; for a private one {login}"

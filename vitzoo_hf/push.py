@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from vitzoo_hf import schema
 from vitzoo_hf.hub_files import ATTEMPTS, REPAIR, hub_failure, is_transient, pause
+from vitzoo_hf.hub_http import http_errors, status_code
 from vitzoo_hf.push_contents import CARD, UNLISTED, Contents, LocalFile, read_contents
 from vitzoo_hf.schema import ZooError
 
@@ -286,7 +287,7 @@ def _commit(
                 repository, operations, commit_message=message, repo_type="dataset", parent_commit=head
             ).oid
         except HfHubHTTPError as error:
-            if error.response.status_code != 412:
+            if status_code(error) != 412:
                 raise
             if first:
                 raise ZooError(f"somebody else has just pushed to {repository}: look what, and push again") from None
@@ -345,13 +346,11 @@ def _patiently(call: Callable[[], Any]) -> Any:
 @contextmanager
 def _explained(repository: str) -> Iterator[None]:
     """Every failure of the Hub's client as one line."""
-    import httpx2
-
     try:
         yield
     except ZooError:
         raise
-    except (httpx2.HTTPError, OSError, ValueError, RuntimeError) as error:
+    except (*http_errors(), OSError, ValueError, RuntimeError) as error:
         raise hub_failure(error, f"cannot push to {repository!r}") from None
 
 

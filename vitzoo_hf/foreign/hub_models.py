@@ -19,6 +19,7 @@ from vitzoo_hf.foreign.plan import LoadedModel, SourceError, SourcePlan
 from vitzoo_hf.foreign.planned_rows import Found, planned_rows
 from vitzoo_hf.foreign.table import Table, read_table
 from vitzoo_hf.hub_files import ATTEMPTS, hub_failure, is_transient, one_line, pause
+from vitzoo_hf.hub_http import refused_repository, status_code
 from vitzoo_hf.schema import ZooError
 
 REPOSITORY = re.compile(r"([A-Za-z0-9][\w.-]*/[\w.-]+)(?:@([\w./-]+))?", re.ASCII)
@@ -207,12 +208,12 @@ def _failure(error: BaseException, what: str) -> ZooError:
     from huggingface_hub import constants
     from huggingface_hub import errors as hub
 
-    status = error.response.status_code if isinstance(error, hub.HfHubHTTPError) else None
+    status = status_code(error)
     unreachable = isinstance(error, hub.LocalEntryNotFoundError) or status is None or is_transient(error)
     if isinstance(error, hub.OfflineModeIsEnabled):
         return SourceError(f"{what}: HF_HUB_OFFLINE forbids to ask the Hub: unset it")
     if isinstance(error, hub.GatedRepoError):
-        page = f"{constants.ENDPOINT}/{error.repo_id}"
+        page = f"{constants.ENDPOINT}/{refused_repository(error)}"
         return ZooError(f"{what}: its owner grants access: ask at {page}, then {LOGIN}")
     if isinstance(error, hub.RepositoryNotFoundError):
         return ZooError(f"{what}: no model on the Hub that you can see: check the name; for a private one {LOGIN}")
