@@ -23,7 +23,7 @@ from scipy.spatial.distance import jensenshannon
 from sklearn.metrics import accuracy_score, cohen_kappa_score
 
 import vitzoo_hf as vz
-from vitzoo_hf.vit import declare_operator_schemas, needs_operator_schemas
+from vitzoo_hf.timm_import import declare_operator_schemas, needs_operator_schemas
 
 if needs_operator_schemas():  # or torchmetrics cannot be imported beside a CPU build of torch
     declare_operator_schemas()

@@ -12,8 +12,8 @@ import side_by_side
 import torch
 from scipy.spatial.distance import pdist
 
-from vitzoo_hf.weight_metrics import zoo_weight_metrics
-from vitzoo_hf.weightspace import weight_distances
+from vitzoo_hf.evaluation.weight_metrics import zoo_weight_metrics
+from vitzoo_hf.metrics.weight_distances import weight_distances
 from vitzoo_hf.zoo import Zoo
 
 MODELS = 250

@@ -12,11 +12,11 @@ from typing import Any
 import side_by_side
 import torch
 
-from vitzoo_hf.blueprint import Recipe
-from vitzoo_hf.images import load_images
-from vitzoo_hf.images_spec import ImagesSpec
-from vitzoo_hf.trainer import Trainer
-from vitzoo_hf.vit import create
+from vitzoo_hf.blueprint.blueprint import Recipe
+from vitzoo_hf.blueprint.images_spec import ImagesSpec
+from vitzoo_hf.images.sources import load_images
+from vitzoo_hf.models.vit import create
+from vitzoo_hf.training.trainer import Trainer
 
 SIZES: dict[str, tuple[dict[str, Any], int, int]] = {
     "27k, batch 32": ({"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2}, 32, 160),

@@ -17,11 +17,11 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from vitzoo_hf.crop_boxes import resized_crop_boxes
-from vitzoo_hf.images_spec import ImagesSpec
-from vitzoo_hf.on_demand_images import OnDemandImages
+from vitzoo_hf.blueprint.images_spec import ImagesSpec
+from vitzoo_hf.images.crops import resized_crop_boxes
+from vitzoo_hf.images.on_demand import OnDemandImages
 from vitzoo_hf.read_ahead import mapped_ahead
-from vitzoo_hf.vit import import_timm
+from vitzoo_hf.timm_import import import_timm
 
 SPEC = ImagesSpec("folder", 224, resize=256, crop=224, decode="on_demand")
 ROUNDS = 3

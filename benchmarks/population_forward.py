@@ -9,10 +9,10 @@ import side_by_side
 import torch
 from torch.func import functional_call, vmap
 
-from vitzoo_hf.flatten import flatten, unflatten
-from vitzoo_hf.population import Population
-from vitzoo_hf.schema import canonical_json
-from vitzoo_hf.vit import create
+from vitzoo_hf.format.layout import flatten, unflatten
+from vitzoo_hf.format.schema import canonical_json
+from vitzoo_hf.models.population import Population
+from vitzoo_hf.models.vit import create
 
 MODELS = 16
 NAME = "vit_tiny_patch16_224"

@@ -18,7 +18,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 
 from vitzoo_hf.environment import describe
-from vitzoo_hf.factors import explained_variance
+from vitzoo_hf.report.factors import explained_variance
 from vitzoo_hf.zoo import Zoo
 
 REPOSITORY = Path(__file__).parent.parent
@@ -30,9 +30,7 @@ SMOKE = REPOSITORY / "tests" / "tiny.yaml"
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--readme", action="store_true", help="put the figures into README.md")
-    parser.add_argument(
-        "--smoke", action="store_true", help="tests/tiny.yaml, to see that it runs"
-    )
+    parser.add_argument("--smoke", action="store_true", help="tests/tiny.yaml, to see that it runs")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "quickstart"

@@ -10,9 +10,10 @@ import time
 import side_by_side
 import torch
 
-from vitzoo_hf.flatten import Layout, unflatten
-from vitzoo_hf.rebuild import reconstruct
-from vitzoo_hf.vit import _skeleton, create, import_timm
+from vitzoo_hf.format.layout import Layout, unflatten
+from vitzoo_hf.models.rebuild import reconstruct
+from vitzoo_hf.models.vit import _skeleton, create
+from vitzoo_hf.timm_import import import_timm
 
 ROUNDS = 15
 FIRST = 5

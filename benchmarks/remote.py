@@ -49,7 +49,7 @@ WAYS = {
         + "result = sum(batch['weights'].numel() for batch in batches)",
     ),
     "load_dataset(id, 'weights', streaming=True, filters=…)": (
-        "from datasets import load_dataset\nfrom vitzoo_hf.rebuild import weights_of",
+        "from datasets import load_dataset\nfrom vitzoo_hf.models.rebuild import weights_of",
         f"""
 rows = load_dataset({NAME!r}, "weights", split="train", streaming=True, filters=[("factor_seed", "in", {CHOSEN})])
 result = sum(weights_of(row).size for row in rows)

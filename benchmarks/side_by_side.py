@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from vitzoo_hf import schema
 from vitzoo_hf.environment import describe
-from vitzoo_hf.vit import layout_of
-from vitzoo_hf.zoo_folder import Rows, write_zoo
+from vitzoo_hf.format import schema
+from vitzoo_hf.models.vit import layout_of
+from vitzoo_hf.publish.folder import Rows, write_zoo
 
 REPOSITORY = Path(__file__).parent.parent
 VIT_S = ("vit_small_patch16_224", {"num_classes": 1000}, "linear", None)

@@ -6,12 +6,12 @@ python benchmarks/stacked_training.py [--device cuda] [--smoke] [--json FILE]
 import side_by_side
 import torch
 
-from vitzoo_hf.blueprint import ImagesSpec, Recipe
-from vitzoo_hf.images import ImageSet
-from vitzoo_hf.pixels import PreparedImages
-from vitzoo_hf.stacked_trainer import StackedTrainer
-from vitzoo_hf.trainer import Trainer, batches_of
-from vitzoo_hf.vit import create
+from vitzoo_hf.blueprint.blueprint import ImagesSpec, Recipe
+from vitzoo_hf.images.pixels import PreparedImages
+from vitzoo_hf.images.sources import ImageSet
+from vitzoo_hf.models.vit import create
+from vitzoo_hf.training.stacked_trainer import StackedTrainer
+from vitzoo_hf.training.trainer import Trainer, batches_of
 
 RUNS = 24
 NAME = "vit_tiny_patch16_224"

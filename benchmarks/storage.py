@@ -11,9 +11,9 @@ import datasets
 import numpy as np
 import side_by_side
 
-from vitzoo_hf import schema
-from vitzoo_hf.encoding import encoding_of, rounded
-from vitzoo_hf.shards import write_parquet
+from vitzoo_hf.format import schema
+from vitzoo_hf.format.encoding import encoding_of, rounded
+from vitzoo_hf.format.shards import write_parquet
 
 LARGE_ROWS = 2
 SMALL_ROWS = 500

@@ -15,10 +15,10 @@ import side_by_side
 import torch
 from safetensors.torch import load_file, save_file
 
-from vitzoo_hf import schema
-from vitzoo_hf.rebuild import weights_of
-from vitzoo_hf.shards import write_parquet
-from vitzoo_hf.vit import layout_of
+from vitzoo_hf.format import schema
+from vitzoo_hf.format.shards import write_parquet
+from vitzoo_hf.models.rebuild import weights_of
+from vitzoo_hf.models.vit import layout_of
 from vitzoo_hf.zoo import Zoo
 
 LARGE_ROWS = 8

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import side_by_side
 
-from vitzoo_hf.blueprint import BLUEPRINTS, Blueprint
-from vitzoo_hf.launch import default_workers, launch
+from vitzoo_hf.blueprint.blueprint import BLUEPRINTS, Blueprint
+from vitzoo_hf.environment import default_workers
+from vitzoo_hf.launch.local import launch
 
 CELL = BLUEPRINTS / "distribution_inference" / "label_ratio_scratch.yaml"
 WAYS = {"together (launch)": (85, 171, None), "one by one": (16, 32, 1)}

@@ -6,7 +6,7 @@ python examples/make_card.py cards/example.md
 import sys
 from pathlib import Path
 
-from vitzoo_hf.card import card_text
+from vitzoo_hf.publish.card import card_text
 from vitzoo_hf.zoo import SAMPLE, Zoo
 
 if __name__ == "__main__":

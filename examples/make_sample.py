@@ -8,8 +8,8 @@ This is how `vitzoo_hf/sample` was made from the mini zoo.
 import sys
 from pathlib import Path
 
-from vitzoo_hf.evaluate import evaluate
-from vitzoo_hf.export import export_subset
+from vitzoo_hf.convert.export import export_subset
+from vitzoo_hf.evaluation.evaluate import evaluate
 from vitzoo_hf.zoo import Zoo
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from shared_folders import SharedFolders, root_of
 
-from vitzoo_hf.blueprint import Blueprint
+from vitzoo_hf.blueprint.blueprint import Blueprint
 
 TESTS = Path(__file__).parent
 
@@ -58,9 +58,9 @@ def shared_folders(
 
 
 def build_tiny(folder: Path) -> None:
-    from vitzoo_hf.evaluate import evaluate
-    from vitzoo_hf.launch import launch
-    from vitzoo_hf.pack import pack
+    from vitzoo_hf.evaluation.evaluate import evaluate
+    from vitzoo_hf.launch.local import launch
+    from vitzoo_hf.publish.pack import pack
     from vitzoo_hf.zoo import Zoo
 
     blueprint = Blueprint.load(TESTS / "tiny.yaml")

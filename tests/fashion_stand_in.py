@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vitzoo_hf import fashion_mnist
-from vitzoo_hf.images import load_images
+from vitzoo_hf.images import fashion_mnist
+from vitzoo_hf.images.sources import load_images
 
 HUB_CLASSES = ["T - shirt / top", *fashion_mnist.CLASSES[1:]]
 """As the Hub's dataset spells them."""

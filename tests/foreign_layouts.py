@@ -11,7 +11,7 @@ from urllib.parse import unquote
 
 import torch
 
-from vitzoo_hf.vit import create
+from vitzoo_hf.models.vit import create
 
 NAME = "vit_small_patch16_224"
 ARGS = {"img_size": 16, "patch_size": 8, "in_chans": 3, "embed_dim": 12, "depth": 1, "num_heads": 2}

@@ -211,7 +211,7 @@ class LocalHub:
 
 CLIENTS = multiprocessing.get_context("forkserver")
 """Forked from a process that has imported what is slow to import and does not read HF_ENDPOINT."""
-CLIENTS.set_forkserver_preload(["vitzoo_hf.push", "vitzoo_hf.zoo"])
+CLIENTS.set_forkserver_preload(["vitzoo_hf.publish.push", "vitzoo_hf.zoo.zoo"])
 
 
 def _run(code: str, environment: dict[str, str], said: list[Path]) -> None:

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from vitzoo_hf.blueprint import Blueprint
-from vitzoo_hf.pack import pack
-from vitzoo_hf.stacked import groups, train_stacked
+from vitzoo_hf.blueprint.blueprint import Blueprint
+from vitzoo_hf.publish.pack import pack
+from vitzoo_hf.training.stacked import groups, train_stacked
 from vitzoo_hf.zoo import Zoo
 
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from vitzoo_hf import schema
-from vitzoo_hf.vit import layout_of
-from vitzoo_hf.zoo_folder import Shard, assemble, shard_name
+from vitzoo_hf.format import schema
+from vitzoo_hf.models.vit import layout_of
+from vitzoo_hf.publish.folder import Shard, assemble, shard_name
 
 SHARD_ROWS = 5
 PRETRAINED = [("supervised", False, seed) for seed in (42, 6312)]

@@ -5,9 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from vitzoo_hf import schema
+from vitzoo_hf.format import schema
+from vitzoo_hf.publish.folder import Rows, write_zoo
 from vitzoo_hf.zoo import Zoo
-from vitzoo_hf.zoo_folder import Rows, write_zoo
 
 RATIOS = (0.3, 0.5)
 

@@ -9,8 +9,8 @@ import scipy.optimize
 import torch
 from vit_weights import tensors_of, vit_row
 
-from vitzoo_hf.apply.activation_alignment import Moments, align_by_activations
-from vitzoo_hf.apply.alignment import (
+from vitzoo_hf.apply.rebasin.by_activations import Moments, align_by_activations
+from vitzoo_hf.apply.rebasin.by_weights import (
     align_by_weights,
     best_rotation,
     improve,
@@ -19,9 +19,9 @@ from vitzoo_hf.apply.alignment import (
     residual_gain,
     squared_distance,
 )
-from vitzoo_hf.apply.canonical import prepare
-from vitzoo_hf.apply.symmetries import FAMILIES, Symmetry, head_parts, sizes_of, transform
-from vitzoo_hf.schema import ZooError
+from vitzoo_hf.apply.rebasin.canonical import prepare
+from vitzoo_hf.apply.rebasin.symmetries import FAMILIES, Symmetry, head_parts, sizes_of, transform
+from vitzoo_hf.format.schema import ZooError
 
 RUNGS = [FAMILIES[:number] for number in range(1, 7)]
 SMALL = {"width": 4, "heads": 2, "depth": 1, "mlp_ratio": 1}

@@ -3,7 +3,7 @@ import pandas as pd
 import pytest
 import torch
 
-from vitzoo_hf.apply.arithmetic import (
+from vitzoo_hf.apply.paths.arithmetic import (
     best_scale,
     edited_weights,
     random_change,
@@ -11,9 +11,9 @@ from vitzoo_hf.apply.arithmetic import (
     strongest_scale,
     task_vector,
 )
-from vitzoo_hf.flatten import unflatten
-from vitzoo_hf.rebuild import reconstruct
-from vitzoo_hf.schema import ZooError
+from vitzoo_hf.format.layout import unflatten
+from vitzoo_hf.format.schema import ZooError
+from vitzoo_hf.models.rebuild import reconstruct
 from vitzoo_hf.zoo import Zoo
 
 

@@ -10,15 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 
-from vitzoo_hf.apply.distribution_inference.black_box import BLACK_BOX, per_point_threshold_test, ridge_on_outputs
-from vitzoo_hf.apply.distribution_inference.game import (
-    Guesses,
-    Queries,
-    Shadows,
-    Views,
-    check_equal,
-    play,
+from vitzoo_hf.apply.distribution_inference.attacks.black_box import (
+    BLACK_BOX,
+    per_point_threshold_test,
+    ridge_on_outputs,
 )
+from vitzoo_hf.apply.distribution_inference.game import Guesses, Queries, Shadows, Views, check_equal, play
 from vitzoo_hf.apply.distribution_inference.metrics import (
     area_under_curve,
     leaked_samples,
@@ -26,7 +23,7 @@ from vitzoo_hf.apply.distribution_inference.metrics import (
     nested_interval,
 )
 from vitzoo_hf.apply.distribution_inference.secrets import ClassSecret, NumberSecret, advantage, secret_of
-from vitzoo_hf.schema import ZooError
+from vitzoo_hf.format.schema import ZooError
 
 
 def test_the_best_guess_without_a_model_has_the_prior_risk():

@@ -8,7 +8,7 @@ import torch
 from vitzoo_hf.apply.distribution_inference.secrets import ClassSecret, secret_of
 from vitzoo_hf.apply.distribution_inference.zoo_attacks import attack_zoo, is_ratio, prior_risk
 from vitzoo_hf.apply.distribution_inference.zoo_guards import check_pools, guards_of, with_roles
-from vitzoo_hf.schema import ZooError
+from vitzoo_hf.format.schema import ZooError
 from vitzoo_hf.zoo import Zoo
 
 COUNT = 80

@@ -12,8 +12,8 @@ import torch
 import side_by_side
 from vitzoo_hf.apply.distribution_inference.game import Shadows, play
 from vitzoo_hf.apply.distribution_inference.secrets import ClassSecret
-from vitzoo_hf.apply.distribution_inference.set_encoder import set_encoder
-from vitzoo_hf.apply.distribution_inference.white_box import WHITE_BOX
+from vitzoo_hf.apply.distribution_inference.attacks.set_encoder import set_encoder
+from vitzoo_hf.apply.distribution_inference.attacks.white_box import WHITE_BOX
 from vitzoo_hf.apply.distribution_inference.zoo_views import zoo_features
 from vitzoo_hf.zoo import Zoo
 

@@ -7,11 +7,10 @@ import pytest
 from secret_zoo import secret_zoo
 from test_cli import call
 
-from vitzoo_hf.apply.distribution_inference.attack_card import attack_card
-from vitzoo_hf.apply.distribution_inference.zoo_attacks import OF_ZOOS, attack_zoo
+from vitzoo_hf.apply.distribution_inference.zoo_attacks import OF_ZOOS, attack_card, attack_zoo
 from vitzoo_hf.apply.distribution_inference.zoo_views import groups_of, zoo_features
-from vitzoo_hf.flatten import is_head, unflatten
-from vitzoo_hf.schema import ZooError
+from vitzoo_hf.format.layout import is_head, unflatten
+from vitzoo_hf.format.schema import ZooError
 from vitzoo_hf.zoo import Zoo
 
 

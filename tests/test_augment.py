@@ -3,11 +3,11 @@ import importlib
 import pytest
 import torch
 
-from vitzoo_hf import augment as steps
-from vitzoo_hf.augment import PLACED_CROP, POLICIES, augment, turned_hue
-from vitzoo_hf.recipe import CHOICES
-from vitzoo_hf.schema import ZooError
-from vitzoo_hf.vit import import_timm
+from vitzoo_hf.blueprint.recipe import CHOICES
+from vitzoo_hf.format.schema import ZooError
+from vitzoo_hf.images import augment as steps
+from vitzoo_hf.images.augment import PLACED_CROP, POLICIES, augment, turned_hue
+from vitzoo_hf.timm_import import import_timm
 
 RANDOM = ["crop", "crop-flip", "random-crop-flip-rotate", "simclr", "simclr-no-flip", "simclr-imagenet"]
 

@@ -6,16 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from vitzoo_hf.apply.autoencoder.behaviour import Networks
-from vitzoo_hf.apply.autoencoder.components import layer_components
 from vitzoo_hf.apply.autoencoder.evaluation import HeldOut, baselines
+from vitzoo_hf.apply.autoencoder.metrics import Networks
 from vitzoo_hf.apply.autoencoder.model import Sizes, WeightAutoencoder
 from vitzoo_hf.apply.autoencoder.recipe import AutoencoderRecipe
-from vitzoo_hf.apply.autoencoder.scaling import Scaling
+from vitzoo_hf.apply.autoencoder.scaling import Scaling, layer_components
 from vitzoo_hf.apply.autoencoder.tokens import Tokenizer
 from vitzoo_hf.apply.autoencoder.trained import load_autoencoder
 from vitzoo_hf.apply.autoencoder.training import train_autoencoder
-from vitzoo_hf.schema import ZooError
+from vitzoo_hf.format.schema import ZooError
 from vitzoo_hf.zoo import Zoo
 
 LATENT = 3

@@ -11,7 +11,7 @@ from small_autoencoder import SMALL
 from vitzoo_hf.apply.autoencoder.sampling import decoded, encoded
 from vitzoo_hf.apply.autoencoder.trained import FILE, load_autoencoder
 from vitzoo_hf.apply.autoencoder.training import train_autoencoder
-from vitzoo_hf.schema import ZooError
+from vitzoo_hf.format.schema import ZooError
 from vitzoo_hf.zoo import Zoo
 
 RECIPE = replace(SMALL, contrast=0.05, views=("mlp",), steps=3)

@@ -6,15 +6,15 @@ import pytest
 import torch
 from torch.nn import functional
 
-from vitzoo_hf.apply.autoencoder.behaviour import Networks
 from vitzoo_hf.apply.autoencoder.fine_tuning import FineTuning, fine_tuned, training_images
+from vitzoo_hf.apply.autoencoder.metrics import Networks
 from vitzoo_hf.apply.autoencoder.model import Sizes
 from vitzoo_hf.apply.autoencoder.recipe import AutoencoderRecipe
 from vitzoo_hf.apply.autoencoder.sampled_rows import Sampling, write_samples
 from vitzoo_hf.apply.autoencoder.training import train_autoencoder
 from vitzoo_hf.apply.candidates import candidate_scores
-from vitzoo_hf.rebuild import reconstruct
-from vitzoo_hf.schema import ZooError
+from vitzoo_hf.format.schema import ZooError
+from vitzoo_hf.models.rebuild import reconstruct
 from vitzoo_hf.zoo import Zoo
 
 

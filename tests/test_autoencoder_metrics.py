@@ -11,8 +11,8 @@ from vitzoo_hf.apply.autoencoder.model import Sizes
 from vitzoo_hf.apply.autoencoder.recipe import AutoencoderRecipe
 from vitzoo_hf.apply.autoencoder.tokens import Tokenizer
 from vitzoo_hf.apply.autoencoder.training import train_autoencoder
-from vitzoo_hf.flatten import Layout
-from vitzoo_hf.schema import ZooError
+from vitzoo_hf.format.layout import Layout
+from vitzoo_hf.format.schema import ZooError
 from vitzoo_hf.zoo import Zoo
 
 LAYOUT = Layout(("norm.weight", "norm.bias", "head.weight", "head.bias"), ((4,), (4,), (3, 4), (3,)))

@@ -11,15 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
 
-from vitzoo_hf.apply.autoencoder.behaviour import Networks
 from vitzoo_hf.apply.autoencoder.losses import Composite, behavioural_loss, contrastive_loss, structural_loss
+from vitzoo_hf.apply.autoencoder.metrics import Networks
 from vitzoo_hf.apply.autoencoder.model import Sizes, WeightAutoencoder, embedding, embedding_by_layer, windows
 from vitzoo_hf.apply.autoencoder.scaling import Scaling
 from vitzoo_hf.apply.autoencoder.tokens import Tokenizer
-from vitzoo_hf.flatten import Layout, flatten, unflatten
-from vitzoo_hf.rebuild import reconstruct
-from vitzoo_hf.schema import ZooError
-from vitzoo_hf.vit import create
+from vitzoo_hf.format.layout import Layout, flatten, unflatten
+from vitzoo_hf.format.schema import ZooError
+from vitzoo_hf.models.rebuild import reconstruct
+from vitzoo_hf.models.vit import create
 from vitzoo_hf.zoo import Zoo
 
 ARGS = {"img_size": 8, "patch_size": 4, "in_chans": 1, "embed_dim": 16, "depth": 2, "num_heads": 2, "num_classes": 3}

@@ -7,7 +7,7 @@ from vitzoo_hf.apply.autoencoder.model import Sizes
 from vitzoo_hf.apply.autoencoder.recipe import AutoencoderRecipe
 from vitzoo_hf.apply.autoencoder.sampling import MODES, bootstrapped, decoded, encoded, sample
 from vitzoo_hf.apply.autoencoder.training import train_autoencoder
-from vitzoo_hf.schema import ZooError
+from vitzoo_hf.format.schema import ZooError
 from vitzoo_hf.zoo import Zoo
 
 

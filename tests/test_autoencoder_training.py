@@ -10,14 +10,12 @@ import torch
 from small_autoencoder import SMALL
 
 from vitzoo_hf.apply.autoencoder import training
-from vitzoo_hf.apply.autoencoder.behaviour import Networks
-from vitzoo_hf.apply.autoencoder.queries import query_images
+from vitzoo_hf.apply.autoencoder.metrics import Networks
 from vitzoo_hf.apply.autoencoder.recipe import ARMS, AutoencoderRecipe
+from vitzoo_hf.apply.autoencoder.tokens import check_finite, vectors_of
 from vitzoo_hf.apply.autoencoder.trained import load_autoencoder
-from vitzoo_hf.apply.autoencoder.training import train_autoencoder
-from vitzoo_hf.apply.autoencoder.vectors import check_finite, vectors_of
-from vitzoo_hf.apply.autoencoder.views import random_views
-from vitzoo_hf.schema import ZooError
+from vitzoo_hf.apply.autoencoder.training import query_images, random_views, train_autoencoder
+from vitzoo_hf.format.schema import ZooError
 from vitzoo_hf.zoo import Zoo
 
 

@@ -6,18 +6,18 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from autoencoder_grid import Cell, Judge, cells, chosen_rates, measure_cell
 from safetensors.torch import load_file
 
-from vitzoo_hf.apply.autoencoder.grid import Cell, Judge, cells, chosen_rates, measure_cell
 from vitzoo_hf.apply.autoencoder.model import Sizes
 from vitzoo_hf.apply.autoencoder.recipe import AutoencoderRecipe
 from vitzoo_hf.apply.autoencoder.rows import encode_rows, read_latents
 from vitzoo_hf.apply.autoencoder.trained import load_autoencoder
 from vitzoo_hf.apply.candidates import candidate_scores
-from vitzoo_hf.cli import run
-from vitzoo_hf.schema import ZooError
-from vitzoo_hf.verify import verify
+from vitzoo_hf.cli.app import run
+from vitzoo_hf.format.schema import ZooError
 from vitzoo_hf.zoo import Zoo
+from vitzoo_hf.zoo.verify import verify
 
 RECIPE = """steps: 5
 batch_size: 2
@@ -159,7 +159,7 @@ def test_arms_have_equal_steps_and_views_where_they_need_them():
 
 
 def test_a_cell_is_measured_once_on_validation_and_test_models(zoo, tmp_path, monkeypatch):
-    monkeypatch.setattr("vitzoo_hf.apply.autoencoder.grid.SPLITS", ("train",))
+    monkeypatch.setattr("autoencoder_grid.SPLITS", ("train",))
     sizes = Sizes(width=16, latent=4, heads=2, blocks=1)
     cell = Cell("S", AutoencoderRecipe(steps=4, batch_size=2, sizes=sizes).arm("S"))
     steps: list[int] = []

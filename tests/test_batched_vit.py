@@ -3,8 +3,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from vitzoo_hf import vit
-from vitzoo_hf.batched_vit import BatchedViT
+from vitzoo_hf.models import vit
+from vitzoo_hf.models.batched import BatchedViT
 
 NAME = "vit_tiny_patch16_224"
 SMALL = {"img_size": 8, "patch_size": 4, "in_chans": 1, "embed_dim": 16, "depth": 2, "num_heads": 2, "num_classes": 3}

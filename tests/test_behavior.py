@@ -10,8 +10,8 @@ from jaxtyping import config
 from scipy.stats import entropy as scipy_entropy
 from sklearn.metrics import brier_score_loss, log_loss, top_k_accuracy_score
 
-import vitzoo_hf.behavior_inputs as inputs
-from vitzoo_hf.behavior import (
+import vitzoo_hf.metrics.inputs as inputs
+from vitzoo_hf.metrics.behavior import (
     accuracy,
     brier_score,
     class_accuracy,

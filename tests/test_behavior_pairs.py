@@ -9,9 +9,10 @@ from jaxtyping import config
 from scipy.spatial.distance import jensenshannon
 from sklearn.metrics import cohen_kappa_score
 
-from vitzoo_hf import behavior_inputs, behavior_pairs
-from vitzoo_hf.behavior import accuracy, predictions
-from vitzoo_hf.behavior_pairs import agreement, cohen_kappa, error_consistency, error_overlap, jensen_shannon
+from vitzoo_hf.metrics import agreement as behavior_pairs
+from vitzoo_hf.metrics import inputs as behavior_inputs
+from vitzoo_hf.metrics.agreement import agreement, cohen_kappa, error_consistency, error_overlap, jensen_shannon
+from vitzoo_hf.metrics.behavior import accuracy, predictions
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from vitzoo_hf.apply.distribution_inference.black_box import (
+from vitzoo_hf.apply.distribution_inference.attacks.black_box import (
     BLACK_BOX,
     _point_votes,
     loss_test,
@@ -17,8 +17,7 @@ from vitzoo_hf.apply.distribution_inference.black_box import (
     qualities,
     threshold_test,
 )
-from vitzoo_hf.apply.distribution_inference.game import Queries, Shadows, Views, label_only, play
-from vitzoo_hf.apply.distribution_inference.kl_tests import (
+from vitzoo_hf.apply.distribution_inference.attacks.kl_tests import (
     _divergences,
     _share_above,
     _shares_of_shadows,
@@ -26,9 +25,10 @@ from vitzoo_hf.apply.distribution_inference.kl_tests import (
     calibrated_kl_test,
     kl_test,
 )
+from vitzoo_hf.apply.distribution_inference.game import Queries, Shadows, Views, label_only, play
 from vitzoo_hf.apply.distribution_inference.secrets import ClassSecret, NumberSecret
 from vitzoo_hf.apply.distribution_inference.zoo_attacks import on_shadows
-from vitzoo_hf.schema import ZooError
+from vitzoo_hf.format.schema import ZooError
 
 Q = 24
 

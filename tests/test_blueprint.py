@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from vitzoo_hf import blueprint as module
-from vitzoo_hf.blueprint import Blueprint, ImagesSpec
-from vitzoo_hf.schema import MODEL_ID, ZooError, canonical_json
+from vitzoo_hf.blueprint import blueprint as module
+from vitzoo_hf.blueprint.blueprint import Blueprint, ImagesSpec
+from vitzoo_hf.format.schema import MODEL_ID, ZooError, canonical_json
 
 TEXT = """\
 name: small

@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from vitzoo_hf.apply.candidates import candidate_logits, candidate_scores
-from vitzoo_hf.rebuild import reconstruct
-from vitzoo_hf.schema import ZooError
+from vitzoo_hf.format.schema import ZooError
+from vitzoo_hf.models.rebuild import reconstruct
 from vitzoo_hf.zoo import Zoo
 
 

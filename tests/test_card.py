@@ -20,10 +20,11 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from vitzoo_hf import card_sections, schema
-from vitzoo_hf.card import card_text, template
-from vitzoo_hf.schema import ZooError
-from vitzoo_hf.shards import write_parquet
+from vitzoo_hf.format import schema
+from vitzoo_hf.format.schema import ZooError
+from vitzoo_hf.format.shards import write_parquet
+from vitzoo_hf.publish import card_sections
+from vitzoo_hf.publish.card import card_text, template
 
 REPOSITORY = Path(__file__).parent.parent
 SAMPLE = REPOSITORY / "vitzoo_hf" / "sample"
@@ -104,7 +105,7 @@ def run_python(text: str, folder: Path, monkeypatch) -> dict:
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_python_of_a_card_decodes_bytes(tiny_zoo, tmp_path, monkeypatch, dtype):
     """The index is the default here, so the other branches of the examples run."""
-    from vitzoo_hf.encoding import rounded
+    from vitzoo_hf.format.encoding import rounded
 
     folder = tmp_path / "zoo"
     shutil.copytree(tiny_zoo, folder, ignore=shutil.ignore_patterns("weights", "index", "evaluations", "pairs"))
@@ -360,7 +361,7 @@ def test_every_package_and_the_template_are_installed(tmp_path):
     assert modules <= held
     assert "vitzoo_hf/cards/zoo_card.md.jinja" in held
     assert not [name for name in held if name.startswith(("cards/", "vitzoo_hf/cards/example"))]
-    script = "import vitzoo_hf.card as card; print(card.__file__); print(card.template())"
+    script = "import vitzoo_hf.publish.card as card; print(card.__file__); print(card.template())"
     environment = os.environ | {"PYTHONPATH": str(tmp_path / "installed")}
     output = subprocess.run(
         [sys.executable, "-c", script], cwd=tmp_path, env=environment, check=True, capture_output=True, text=True

@@ -3,8 +3,8 @@ import pytest
 import torch
 from gram_oracle import randn
 
-from vitzoo_hf import centred_features
-from vitzoo_hf.centred_features import CentredFeatures
+from vitzoo_hf.metrics import features as centred_features
+from vitzoo_hf.metrics.features import CentredFeatures
 
 WHOLE = slice(0, 50)
 

@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from vitzoo_hf import checkpoint
-from vitzoo_hf.checkpoint import RunFolder, read_json, write_atomically, write_json
-from vitzoo_hf.schema import ZooError
+from vitzoo_hf.format.atomic import read_json, write_atomically, write_json
+from vitzoo_hf.format.schema import ZooError
+from vitzoo_hf.training import checkpoint
+from vitzoo_hf.training.checkpoint import RunFolder
 
 SPEC = {"fingerprint": "aaaa", "recipe": {"lr": 0.1}}
 RESULTS = {"train_loss": 0.25, "train_accuracy": None}

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jaxtyping import config
 
-from vitzoo_hf import centred_features
-from vitzoo_hf.cka import cka, cka_between, hsic
-from vitzoo_hf.feature_file import FeatureFile
+from vitzoo_hf.metrics import features as centred_features
+from vitzoo_hf.metrics.cka import cka, cka_between, hsic
+from vitzoo_hf.metrics.features import FeatureFile
 
 LINEAR, DEBIASED, RBF = 0.55761, 0.51346, 0.65483  # google-research/representation_similarity, its notebook
 
@@ -262,7 +262,7 @@ def test_files_take_less_memory_than_their_features(tmp_path):
         np.save(tmp_path / f"{p}.npy", np.random.default_rng(p).standard_normal((2000, 500), np.float32))
     code = f"""
 import resource, torch, vitzoo_hf as vz
-from vitzoo_hf import centred_features, gram_products
+from vitzoo_hf.metrics import features as centred_features, gram_products
 torch.set_num_threads(1)
 centred_features.BLOCK_BYTES, gram_products.TILE_ELEMENTS = 2**22, 2**19
 vz.cka(torch.randn(10, 300, 100))

@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 from jaxtyping import config
 from sklearn.metrics.pairwise import rbf_kernel
 
-from vitzoo_hf.cka import cka
-from vitzoo_hf.cka_batches import MinibatchCKA
+from vitzoo_hf.metrics.cka import MinibatchCKA, cka
 
 
 @pytest.fixture

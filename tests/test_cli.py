@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from vitzoo_hf.cli import run
+from vitzoo_hf.cli.app import run
 from vitzoo_hf.zoo import Zoo
 
 TINY = str(Path(__file__).parent / "tiny.yaml")
@@ -138,9 +138,9 @@ def test_ctrl_c_is_one_line_with_the_way_on(capsys, monkeypatch, tmp_path):
     def interrupted(*arguments, **keywords):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sys.modules["vitzoo_hf.zoo_verbs"], "open_zoo", interrupted)
-    monkeypatch.setattr(sys.modules["vitzoo_hf.lineage_verb"], "open_zoo", interrupted)
-    monkeypatch.setattr(sys.modules["vitzoo_hf.evaluate_verb"], "open_zoo", interrupted)
+    monkeypatch.setattr(sys.modules["vitzoo_hf.cli.zoo"], "open_zoo", interrupted)
+    monkeypatch.setattr(sys.modules["vitzoo_hf.cli.lineage"], "open_zoo", interrupted)
+    monkeypatch.setattr(sys.modules["vitzoo_hf.cli.evaluate"], "open_zoo", interrupted)
     again, further = "starts again from the beginning", "continues where it was"
     for verb, told in (("ls", again), ("lineage", again), ("evaluate", further)):
         options = ["--out", tmp_path] if verb == "evaluate" else []
@@ -161,7 +161,7 @@ def test_env_names_no_machine(capsys):
 
 @pytest.mark.parametrize("arguments", [["--help"], ["quickstart", "--help"], ["ls", "--help"]])
 def test_help_imports_nothing_heavy(arguments):
-    code = f"import sys; from vitzoo_hf.cli import run; run({arguments!r});"
+    code = f"import sys; from vitzoo_hf.cli.app import run; run({arguments!r});"
     code += "sys.exit(any(name in sys.modules for name in ('torch', 'timm', 'datasets', 'pandas', 'numpy')))"
     assert subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL, check=False).returncode == 0
 

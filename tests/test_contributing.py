@@ -199,7 +199,7 @@ def test_python_m_is_the_same_program():
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_completion_is_written_for_a_shell(tmp_path, monkeypatch, shell):
-    from vitzoo_hf.cli import app, run
+    from vitzoo_hf.cli.app import app, run
 
     monkeypatch.setenv("HOME", str(tmp_path))
     script = tmp_path / "completion"

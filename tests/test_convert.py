@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from vitzoo_hf import zoo_folder
-from vitzoo_hf.convert import NothingTakenError, convert
-from vitzoo_hf.foreign.checkpoints import plan_checkpoints
-from vitzoo_hf.foreign.plan import LoadedModel, PlannedRow, SourceError, SourcePlan
-from vitzoo_hf.foreign.sources import plan_source
-from vitzoo_hf.schema import ZooError
-from vitzoo_hf.vit import create
+from vitzoo_hf.convert.convert import NothingTakenError, convert
+from vitzoo_hf.convert.rows import LoadedModel, PlannedRow, SourceError, SourcePlan
+from vitzoo_hf.convert.sources.any import plan_source
+from vitzoo_hf.convert.sources.checkpoints import plan_checkpoints
+from vitzoo_hf.format.schema import ZooError
+from vitzoo_hf.models.vit import create
+from vitzoo_hf.publish import folder as zoo_folder
 from vitzoo_hf.zoo import Zoo
 
 NAME = "vit_tiny_patch16_224"

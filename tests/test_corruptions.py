@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from vitzoo_hf.corruptions import LEVELS, SEVERITIES, corrupted, parse_corruption
-from vitzoo_hf.schema import ZooError
+from vitzoo_hf.format.schema import ZooError
+from vitzoo_hf.images.corruptions import LEVELS, SEVERITIES, corrupted, parse_corruption
 
 IMAGES = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 

@@ -23,7 +23,7 @@ def test_readme_blocks_run(number, tiny_zoo, capsys):
 
 
 def test_readme_blueprint_makes_six_models(tmp_path):
-    from vitzoo_hf.blueprint import Blueprint
+    from vitzoo_hf.blueprint.blueprint import Blueprint
 
     (block,) = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
     (tmp_path / "six.yaml").write_text(block)
@@ -31,9 +31,9 @@ def test_readme_blueprint_makes_six_models(tmp_path):
 
 
 def test_readme_lists_every_setting_source_and_verb():
-    from vitzoo_hf.cli import app
-    from vitzoo_hf.images import SOURCES
-    from vitzoo_hf.settings import KNOWN, SETTING_TYPES
+    from vitzoo_hf.blueprint.settings import KNOWN, SETTING_TYPES
+    from vitzoo_hf.cli.app import app
+    from vitzoo_hf.images.sources import SOURCES
 
     for name in [*SETTING_TYPES, *SOURCES]:
         assert f"`{name}`" in README, name

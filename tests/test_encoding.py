@@ -6,9 +6,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vitzoo_hf import schema
-from vitzoo_hf.encoding import ITEM_BYTES, encode, encoding_of, rounded, vector_of, widen
-from vitzoo_hf.schema import ZooError
+from vitzoo_hf.format import schema
+from vitzoo_hf.format.encoding import ITEM_BYTES, encode, encoding_of, rounded, vector_of, widen
+from vitzoo_hf.format.schema import ZooError
 
 VECTOR = np.array([1.5, -2.0, 3.25, 0.0, 0.0], np.float32)
 

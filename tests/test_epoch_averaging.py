@@ -8,14 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from soup_zoo import noisy_zoo
 
-from vitzoo_hf.apply.epoch_averaging import (
-    average_epochs,
-    coefficients_of_last,
-    exponential_coefficients,
-)
-from vitzoo_hf.cli import run
-from vitzoo_hf.rebuild import reconstruct
-from vitzoo_hf.schema import ZooError
+from vitzoo_hf.apply.soup.epochs import average_epochs, coefficients_of_last, exponential_coefficients
+from vitzoo_hf.cli.app import run
+from vitzoo_hf.format.schema import ZooError
+from vitzoo_hf.models.rebuild import reconstruct
 from vitzoo_hf.zoo import Zoo
 
 

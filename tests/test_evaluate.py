@@ -16,13 +16,13 @@ from scipy.stats import entropy
 from sklearn.metrics import accuracy_score, cohen_kappa_score, log_loss, top_k_accuracy_score
 
 import vitzoo_hf as vz
-from vitzoo_hf import vit
-from vitzoo_hf.convert import convert
-from vitzoo_hf.evaluate import evaluate_on, is_classifier, layer_similarity
-from vitzoo_hf.foreign.checkpoints import plan_checkpoints
-from vitzoo_hf.image_sets import image_sets
-from vitzoo_hf.outputs_cache import OutputsCache
-from vitzoo_hf.schema import ZooError
+from vitzoo_hf.convert.convert import convert
+from vitzoo_hf.convert.sources.checkpoints import plan_checkpoints
+from vitzoo_hf.evaluation.evaluate import evaluate_on, is_classifier, layer_similarity
+from vitzoo_hf.evaluation.image_sets import image_sets
+from vitzoo_hf.evaluation.outputs_cache import OutputsCache
+from vitzoo_hf.format.schema import ZooError
+from vitzoo_hf.models import vit
 from vitzoo_hf.zoo import Zoo
 
 
@@ -159,7 +159,7 @@ def test_an_empty_selection_is_refused(zoo):
 
 @pytest.mark.parametrize("step", ["swap", "_finish"])
 def test_a_zoo_opens_wherever_writing_its_evaluation_was_cut(zoo_copy, monkeypatch, step):
-    from vitzoo_hf import zoo_folder
+    from vitzoo_hf.publish import folder as zoo_folder
 
     def killed(*arguments):
         raise KeyboardInterrupt
@@ -206,7 +206,7 @@ def test_more_pair_metrics_agree_with_one_pair_at_a_time(zoo, report, probabilit
 
 def test_models_that_were_measured_are_not_run_again(zoo, report, tmp_path, monkeypatch):
     first = vz.evaluate(zoo, cache=tmp_path, progress=False)
-    monkeypatch.setattr("vitzoo_hf.model_outputs.Population", None)
+    monkeypatch.setattr("vitzoo_hf.evaluation.outputs.Population", None)
     second = vz.evaluate(zoo, cache=tmp_path, progress=False)
     for one in (first, second):
         pd.testing.assert_frame_equal(one.evaluations, report.evaluations)
@@ -306,7 +306,7 @@ def test_ray_gives_the_same_also_where_a_worker_is_killed(zoo, report, tmp_path)
     code = f"""
 import pandas as pd
 import vitzoo_hf as vz
-from vitzoo_hf.evaluate import evaluate
+from vitzoo_hf.evaluation.evaluate import evaluate
 
 if __name__ == "__main__":
     found = evaluate(vz.Zoo({str(zoo.name)!r}), ray="local", progress=False, cache={str(tmp_path / "cache")!r})
@@ -375,9 +375,9 @@ def test_a_diverged_model_is_named_and_the_rest_is_compared(tmp_path):
     ],
 )
 def test_wrong_images_and_labels_are_refused_before_anything_runs(zoo, monkeypatch, images, labels, message):
-    from vitzoo_hf.model_outputs import ImageBatch
+    from vitzoo_hf.evaluation.outputs_cache import ImageBatch
 
-    monkeypatch.setattr("vitzoo_hf.model_outputs.Population", None)
+    monkeypatch.setattr("vitzoo_hf.evaluation.outputs.Population", None)
     with pytest.raises(Exception, match=rf"{message}|Type-check"):
         vz.evaluate(zoo.filter(stage="finetune"), images, labels, progress=False)
     if "knows" not in message and images.ndim == 4 and labels.dtype == torch.int64 and len(labels) == 4:

@@ -6,16 +6,16 @@ import pytest
 import torch
 from safetensors.torch import load, safe_open
 
-from vitzoo_hf import export
-from vitzoo_hf.convert import convert
-from vitzoo_hf.export import export_row, export_zoo
-from vitzoo_hf.flatten import Layout, flatten
-from vitzoo_hf.foreign import transformers_folder
-from vitzoo_hf.foreign.checkpoints import plan_checkpoints
-from vitzoo_hf.foreign.names import to_timm
-from vitzoo_hf.foreign.transformers_folder import check_known_to_transformers
-from vitzoo_hf.schema import ZooError, canonical_json
-from vitzoo_hf.vit import create
+from vitzoo_hf.convert import export
+from vitzoo_hf.convert import transformers as transformers_folder
+from vitzoo_hf.convert.convert import convert
+from vitzoo_hf.convert.export import export_row, export_zoo
+from vitzoo_hf.convert.names import to_timm
+from vitzoo_hf.convert.sources.checkpoints import plan_checkpoints
+from vitzoo_hf.convert.transformers import check_known_to_transformers
+from vitzoo_hf.format.layout import Layout, flatten
+from vitzoo_hf.format.schema import ZooError, canonical_json
+from vitzoo_hf.models.vit import create
 from vitzoo_hf.zoo import Zoo
 
 NAME = "vit_tiny_patch16_224"

@@ -7,8 +7,8 @@ import pandas as pd
 import pytest
 from pair_zoo import zoo_of
 
-from vitzoo_hf import factor_tables
-from vitzoo_hf.factors import NothingToDrawError
+from vitzoo_hf.report import factor_tables
+from vitzoo_hf.report.factors import NothingToDrawError
 
 
 @pytest.fixture(scope="module")

@@ -8,24 +8,24 @@ import pytest
 from fashion_stand_in import hashes_of, stand_in, use, write_hub_folder, write_idx_folder
 from local_hub import LocalHub
 
-from vitzoo_hf import fashion_mnist
-from vitzoo_hf.blueprint import Blueprint
-from vitzoo_hf.fashion_mnist import HUB_ID, PACKAGE_FOLDER
-from vitzoo_hf.images import ImageSet, load_images
-from vitzoo_hf.images_spec import ImagesSpec
-from vitzoo_hf.pack import pack
-from vitzoo_hf.schema import ZooError
-from vitzoo_hf.train import train_run
+from vitzoo_hf.blueprint.blueprint import Blueprint
+from vitzoo_hf.blueprint.images_spec import ImagesSpec
+from vitzoo_hf.format.schema import ZooError
+from vitzoo_hf.images import fashion_mnist
+from vitzoo_hf.images.fashion_mnist import HUB_ID, PACKAGE_FOLDER
+from vitzoo_hf.images.sources import ImageSet, load_images
+from vitzoo_hf.publish.pack import pack
+from vitzoo_hf.training.run import train_run
 from vitzoo_hf.zoo import Zoo
 
 ARRAYS = stand_in(100, 30)
 LOAD = """
 import json
 from pathlib import Path
-from vitzoo_hf import fashion_mnist
-from vitzoo_hf.images import load_images
-from vitzoo_hf.images_spec import ImagesSpec
-from vitzoo_hf.schema import ZooError
+from vitzoo_hf.images import fashion_mnist
+from vitzoo_hf.images.sources import load_images
+from vitzoo_hf.blueprint.images_spec import ImagesSpec
+from vitzoo_hf.format.schema import ZooError
 fashion_mnist.PACKAGE_FOLDER, fashion_mnist.SHA256 = Path("/nowhere/fashion-mnist"), {sha256!r}
 try:
     images = load_images("x", ImagesSpec("fashion-mnist", 28))

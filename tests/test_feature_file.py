@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from vitzoo_hf.feature_file import FeatureFile
+from vitzoo_hf.metrics.features import FeatureFile
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from jaxtyping import config
 
-from vitzoo_hf.flatten import Layout, flatten, unflatten
-from vitzoo_hf.schema import ZooError
+from vitzoo_hf.format.layout import Layout, flatten, unflatten
+from vitzoo_hf.format.schema import ZooError
 
 SHAPES = st.lists(st.integers(0, 4), max_size=3).map(tuple)
 STATE = {"head.weight": (2, 3), "blocks.0.w": (3, 1, 2), "header.b": (2,), "scale": (), "head.0.bias": (4,)}
@@ -148,7 +148,7 @@ def test_nothing_is_a_vector_too():
 
 
 def test_parts_of_a_network():
-    from vitzoo_hf.vit import layout_of
+    from vitzoo_hf.models.vit import layout_of
 
     layout = layout_of("vit_tiny_patch16_224", {"depth": 2, "num_classes": 10}, "mlp", 8)
     blocks = layout.parts("block")

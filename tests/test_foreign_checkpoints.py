@@ -10,11 +10,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from vitzoo_hf.convert import convert
-from vitzoo_hf.foreign.checkpoints import plan_checkpoints
-from vitzoo_hf.foreign.plan import SourceError
-from vitzoo_hf.schema import ZooError
-from vitzoo_hf.vit import create
+from vitzoo_hf.convert.convert import convert
+from vitzoo_hf.convert.rows import SourceError
+from vitzoo_hf.convert.sources.checkpoints import plan_checkpoints
+from vitzoo_hf.format.schema import ZooError
+from vitzoo_hf.models.vit import create
 from vitzoo_hf.zoo import Zoo
 
 NAME = "vit_tiny_patch16_224"

@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from vitzoo_hf.foreign.files import read_state_dict
-from vitzoo_hf.schema import ZooError
+from vitzoo_hf.convert.pickles import read_state_dict
+from vitzoo_hf.format.schema import ZooError
 
 STATE = {"a.weight": torch.arange(6.0).reshape(2, 3), "b": torch.zeros(4, dtype=torch.float16)}
 

@@ -11,15 +11,15 @@ import torch
 from foreign_layouts import OVERRIDE, PRETRAINED, served, write_release
 from safetensors.torch import save_file
 
-from vitzoo_hf.convert import convert
-from vitzoo_hf.foreign import places
-from vitzoo_hf.foreign.checkpoints import plan_checkpoints
-from vitzoo_hf.foreign.files import read_state_dict
-from vitzoo_hf.foreign.names import to_timm, to_transformers
-from vitzoo_hf.foreign.places import FolderPlace, WebPlace
-from vitzoo_hf.foreign.release import plan_release
-from vitzoo_hf.schema import ZooError
-from vitzoo_hf.vit import create
+from vitzoo_hf.convert.convert import convert
+from vitzoo_hf.convert.names import to_timm, to_transformers
+from vitzoo_hf.convert.pickles import read_state_dict
+from vitzoo_hf.convert.sources import places
+from vitzoo_hf.convert.sources.checkpoints import plan_checkpoints
+from vitzoo_hf.convert.sources.places import FolderPlace, WebPlace
+from vitzoo_hf.convert.sources.release import plan_release
+from vitzoo_hf.format.schema import ZooError
+from vitzoo_hf.models.vit import create
 from vitzoo_hf.zoo import Zoo
 
 NAME = "vit_tiny_patch16_224"

@@ -11,9 +11,9 @@ import torch
 from local_hub import OWNER, STRANGER, LocalHub
 from safetensors.torch import save
 
-from vitzoo_hf.foreign.hub_models import plan_hub_models, read_list
-from vitzoo_hf.schema import ZooError, weights_sha256
-from vitzoo_hf.vit import create
+from vitzoo_hf.convert.sources.hub_models import plan_hub_models, read_list
+from vitzoo_hf.format.schema import ZooError, weights_sha256
+from vitzoo_hf.models.vit import create
 from vitzoo_hf.zoo import Zoo
 
 NAME = "vit_tiny_patch16_224"
@@ -23,10 +23,10 @@ CONFIG = json.dumps({"architecture": NAME, "model_args": ARGS}).encode()
 START = """
 import json, time
 from pathlib import Path
-from vitzoo_hf.convert import convert
-from vitzoo_hf.foreign.hub_models import plan_hub_models
-from vitzoo_hf.foreign.plan import SourceError
-from vitzoo_hf.schema import ZooError
+from vitzoo_hf.convert.convert import convert
+from vitzoo_hf.convert.sources.hub_models import plan_hub_models
+from vitzoo_hf.convert.rows import SourceError
+from vitzoo_hf.format.schema import ZooError
 time.sleep = lambda seconds: None
 def error(call, *arguments, **named):
     try:

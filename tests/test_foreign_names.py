@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from vitzoo_hf.foreign.names import to_timm, to_transformers
-from vitzoo_hf.schema import ZooError
-from vitzoo_hf.vit import create
+from vitzoo_hf.convert.names import to_timm, to_transformers
+from vitzoo_hf.format.schema import ZooError
+from vitzoo_hf.models.vit import create
 
 NAME = "vit_tiny_patch16_224"
 ARGS = {"img_size": 16, "patch_size": 8, "in_chans": 1, "embed_dim": 16, "depth": 2, "num_heads": 2, "num_classes": 5}

@@ -22,14 +22,15 @@ from foreign_layouts import (
     write_release,
 )
 
-from vitzoo_hf import schema, zoo_folder
-from vitzoo_hf.convert import convert
-from vitzoo_hf.foreign import places
-from vitzoo_hf.foreign.places import FolderPlace, WebPlace, unsafe
-from vitzoo_hf.foreign.plan import SourceError
-from vitzoo_hf.foreign.release import is_release, plan_release
-from vitzoo_hf.foreign.release_runs import parse_results, public
-from vitzoo_hf.schema import ZooError
+from vitzoo_hf.convert.convert import convert
+from vitzoo_hf.convert.rows import SourceError
+from vitzoo_hf.convert.sources import places
+from vitzoo_hf.convert.sources.places import FolderPlace, WebPlace, unsafe
+from vitzoo_hf.convert.sources.release import is_release, plan_release
+from vitzoo_hf.convert.sources.release_runs import parse_results, public
+from vitzoo_hf.format import schema
+from vitzoo_hf.format.schema import ZooError
+from vitzoo_hf.publish import folder as zoo_folder
 from vitzoo_hf.zoo import Zoo
 
 SL, DDP, CL = (name for name, *_ in PRETRAINED)
@@ -170,7 +171,7 @@ def test_models_are_exact(release, tmp_path):
 
 def test_real_small_vits(tmp_path):
     """Two checkpoints of the real size, seen from their configs and shapes alone."""
-    from vitzoo_hf.vit import create
+    from vitzoo_hf.models.vit import create
 
     run = tmp_path / "vit_imagenet_pretrained" / SL
     tuned = tmp_path / "vit_cifar100_finetuned" / SL / MLP
@@ -599,10 +600,10 @@ def test_addresses_that_are_none(address):
 
 KILLED = """
 import sys
-from vitzoo_hf import zoo_folder
-from vitzoo_hf.convert import convert
-from vitzoo_hf.foreign.places import WebPlace
-from vitzoo_hf.foreign.release import plan_release
+from vitzoo_hf.publish import folder as zoo_folder
+from vitzoo_hf.convert.convert import convert
+from vitzoo_hf.convert.sources.places import WebPlace
+from vitzoo_hf.convert.sources.release import plan_release
 
 zoo_folder.SHARD_BYTES = 60_000
 plan = plan_release(WebPlace(sys.argv[1]), architecture="vit_small_patch16_224", architecture_args={"num_heads": 2})

@@ -5,10 +5,11 @@ import pytest
 import torch
 from gram_oracle import hsic_of_grams, hsic_oracle, randn, related
 
-from vitzoo_hf import centred_features, gram_products
-from vitzoo_hf.centred_features import CentredFeatures
-from vitzoo_hf.gram_products import linear_products, median_distances, rbf_products
-from vitzoo_hf.hsic_estimators import estimates
+from vitzoo_hf.metrics import features as centred_features
+from vitzoo_hf.metrics import gram_products
+from vitzoo_hf.metrics.cka import estimates
+from vitzoo_hf.metrics.features import CentredFeatures
+from vitzoo_hf.metrics.gram_products import linear_products, median_distances, rbf_products
 
 
 def small_pieces(monkeypatch, tile):

@@ -16,7 +16,9 @@ CONFIGS = ["weights", "index", "evaluations", "pairs", "probes"]
 
 
 def publish(hub, folder, home, name=NAME, **options):
-    code = f"from vitzoo_hf.push import push; import json\ndone = push({str(folder)!r}, {name!r}, **{options!r})"
+    code = (
+        f"from vitzoo_hf.publish.push import push; import json\ndone = push({str(folder)!r}, {name!r}, **{options!r})"
+    )
     return hub.run(f"{code}\nprint(json.dumps(done.commit))", home)
 
 

@@ -6,8 +6,8 @@ import re
 import pytest
 from local_hub import STRANGER, LocalHub
 
-from vitzoo_hf.hub_files import FolderFiles
-from vitzoo_hf.schema import ZooError
+from vitzoo_hf.format.files import FolderFiles
+from vitzoo_hf.format.schema import ZooError
 
 SHARD = "weights/train-00000-of-00001.parquet"
 CONTENT = bytes(range(256)) * 4000
@@ -15,8 +15,8 @@ NAME = "ModelZoos/vit-zoo"
 
 START = f"""
 import json, pickle, threading, time
-from vitzoo_hf.hub_files import HubFiles
-from vitzoo_hf.schema import ZooError
+from vitzoo_hf.format.files import HubFiles
+from vitzoo_hf.format.schema import ZooError
 waits = []
 time.sleep = waits.append
 content = bytes(range(256)) * 4000

@@ -3,8 +3,8 @@ import pytest
 import torch
 from PIL import Image
 
-from vitzoo_hf.image_sets import image_sets
-from vitzoo_hf.schema import ZooError
+from vitzoo_hf.evaluation.image_sets import image_sets
+from vitzoo_hf.format.schema import ZooError
 from vitzoo_hf.zoo import Zoo
 
 

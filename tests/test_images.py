@@ -11,11 +11,11 @@ from fashion_stand_in import stand_in, use, write_idx, write_idx_folder
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from vitzoo_hf.blueprint import ImagesSpec
-from vitzoo_hf.fashion_mnist import read_idx
-from vitzoo_hf.images import load_images
-from vitzoo_hf.preparation import normalize, prepare
-from vitzoo_hf.schema import ZooError, canonical_json
+from vitzoo_hf.blueprint.blueprint import ImagesSpec
+from vitzoo_hf.format.schema import ZooError, canonical_json
+from vitzoo_hf.images.fashion_mnist import read_idx
+from vitzoo_hf.images.preparation import normalize, prepare
+from vitzoo_hf.images.sources import load_images
 
 RNG = np.random.default_rng(0)
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy, mse_loss
 
-from vitzoo_hf.penalties import (
+from vitzoo_hf.training.world_losses import (
     annealed,
     group_shares,
     half_scale_gradients,

@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from vitzoo_hf.blueprint import Blueprint
-from vitzoo_hf.checkpoint import RunFolder
-from vitzoo_hf.flatten import flatten
-from vitzoo_hf.folders import exclusive
-from vitzoo_hf.launch import default_stack, launch
-from vitzoo_hf.schema import ZooError
+from vitzoo_hf.blueprint.blueprint import Blueprint
+from vitzoo_hf.format.atomic import exclusive
+from vitzoo_hf.format.layout import flatten
+from vitzoo_hf.format.schema import ZooError
+from vitzoo_hf.launch.local import default_stack, launch
+from vitzoo_hf.training.checkpoint import RunFolder
 
 TINY = Path(__file__).parent / "tiny.yaml"
-LAUNCH = "from pathlib import Path; from vitzoo_hf.launch import launch; from vitzoo_hf.blueprint import Blueprint\n"
+LAUNCH = "from pathlib import Path; from vitzoo_hf.launch.local import launch; from vitzoo_hf.blueprint.blueprint import Blueprint\n"
 LAUNCH += "if __name__ == '__main__': launch(Blueprint.load({tiny!r}), Path({folder!r}), workers=2, progress=False)"
 
 
@@ -118,7 +118,7 @@ def test_ctrl_c_stops_the_workers(tmp_path):
 
 
 def test_a_worker_that_always_dies_is_given_up_with_a_hint(tiny_blueprint, tmp_path, monkeypatch):
-    monkeypatch.setattr("vitzoo_hf.launch._work", _die)
+    monkeypatch.setattr("vitzoo_hf.launch.local._work", _die)
     with pytest.raises(ZooError, match=r"the worker training sl-s1 died 3 times \(exit code \d\).*fewer workers"):
         launch(tiny_blueprint, tmp_path, workers=1, progress=False)
 
@@ -137,7 +137,7 @@ def test_a_mistake_in_a_worker_is_one_line_here(tmp_path):
 
 def test_a_diverged_parent_leaves_its_children_out(tiny_blueprint, tmp_path):
     place = RunFolder(tmp_path / "cl-s1")
-    from vitzoo_hf.train import run_spec
+    from vitzoo_hf.training.run import run_spec
 
     run = next(run for run in tiny_blueprint.runs if run.run_id == "cl-s1")
     place.open(run_spec(tiny_blueprint, run))

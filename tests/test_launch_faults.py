@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from test_launch import hashes
 
-from vitzoo_hf.launch import launch
-from vitzoo_hf.schema import ZooError
-from vitzoo_hf.train import train_run
+from vitzoo_hf.format.schema import ZooError
+from vitzoo_hf.launch.local import launch
+from vitzoo_hf.training.run import train_run
 
 
 @pytest.fixture

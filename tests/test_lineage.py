@@ -9,13 +9,14 @@ from test_cli import call
 from test_shards import make_row
 from test_weight_metrics import LAYOUT, TINY, draw, write
 
-from vitzoo_hf import schema, zoo_folder
-from vitzoo_hf.apply.lineage import Forest, recover_lineage
-from vitzoo_hf.apply.lineage_epochs import order_along_path, order_epochs, random_taus
-from vitzoo_hf.apply.lineage_scores import Truth, forest_scores, tree_accuracy, truth_of
-from vitzoo_hf.apply.plot_lineage import forest_figure, lineage_table, radial_places
-from vitzoo_hf.schema import ZooError
-from vitzoo_hf.vit import layout_of
+from vitzoo_hf.apply.lineage.epochs import order_along_path, order_epochs, random_taus
+from vitzoo_hf.apply.lineage.lineage import Forest, recover_lineage
+from vitzoo_hf.apply.lineage.plot import forest_figure, lineage_table, radial_places
+from vitzoo_hf.apply.lineage.scores import Truth, forest_scores, tree_accuracy, truth_of
+from vitzoo_hf.format import schema
+from vitzoo_hf.format.schema import ZooError
+from vitzoo_hf.models.vit import layout_of
+from vitzoo_hf.publish import folder as zoo_folder
 from vitzoo_hf.zoo import Zoo
 
 METHODS = ("hubs", "spanning", "mother", "mother-reversed")
@@ -335,7 +336,7 @@ PROGRAM = """
 import sys
 from pathlib import Path
 import side_by_side
-from vitzoo_hf.apply.lineage import recover_lineage
+from vitzoo_hf.apply.lineage.lineage import recover_lineage
 from vitzoo_hf.zoo import Zoo
 
 folder = Path(sys.argv[1])

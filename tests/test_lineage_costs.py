@@ -8,17 +8,17 @@ from scipy.spatial.distance import pdist, squareform
 from scipy.stats import kurtosis
 from test_weight_metrics import LAYOUT, draw, write
 
-from vitzoo_hf.apply.lineage_costs import (
+from vitzoo_hf.apply.lineage.costs import (
     measure_trunks,
     mother_costs,
     mother_distances,
     square_matrices,
     trunk_places,
 )
-from vitzoo_hf.apply.lineage_trees import minimum_arborescence
-from vitzoo_hf.flatten import Layout, unflatten
-from vitzoo_hf.rebuild import reconstruct
-from vitzoo_hf.schema import ZooError
+from vitzoo_hf.apply.lineage.trees import minimum_arborescence
+from vitzoo_hf.format.layout import Layout, unflatten
+from vitzoo_hf.format.schema import ZooError
+from vitzoo_hf.models.rebuild import reconstruct
 
 KINDS = 4  # queries, keys, values, output
 

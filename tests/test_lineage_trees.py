@@ -9,7 +9,7 @@ from scipy.stats import norm
 from sklearn.cluster import AgglomerativeClustering
 from sklearn.metrics import adjusted_rand_score
 
-from vitzoo_hf.apply.lineage_trees import (
+from vitzoo_hf.apply.lineage.trees import (
     hubs,
     is_sibling,
     largest_drop,

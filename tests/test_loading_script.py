@@ -16,9 +16,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from vitzoo_hf import schema
-from vitzoo_hf.encoding import rounded
-from vitzoo_hf.shards import write_parquet
+from vitzoo_hf.format import schema
+from vitzoo_hf.format.encoding import rounded
+from vitzoo_hf.format.shards import write_parquet
 
 SCRIPTS = Path(__file__).parent.parent / "loading_script"
 
@@ -30,7 +30,7 @@ def script() -> Iterator:
 
     def load(name: str) -> ModuleType:
         if name not in loaded:
-            from vitzoo_hf.vit import import_timm
+            from vitzoo_hf.timm_import import import_timm
 
             import_timm()
             spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
@@ -49,7 +49,7 @@ def test_no_script_is_named_like_its_folder():
     for file in SCRIPTS.glob("*.py"):
         assert f"`{file.name}`" in (SCRIPTS / "README.md").read_text()
         assert not re.search(
-            r"import vitzoo_hf|from vitzoo_hf", file.read_text().replace("`import vitzoo_hf.vit`", "")
+            r"import vitzoo_hf|from vitzoo_hf", file.read_text().replace("`import vitzoo_hf.models.vit`", "")
         )
 
 

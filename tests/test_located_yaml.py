@@ -2,8 +2,8 @@ from pathlib import Path
 
 import pytest
 
-from vitzoo_hf.located_yaml import load_located
-from vitzoo_hf.schema import ZooError
+from vitzoo_hf.blueprint.located_yaml import load_located
+from vitzoo_hf.format.schema import ZooError
 
 
 @pytest.fixture

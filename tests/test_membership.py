@@ -17,9 +17,9 @@ from vitzoo_hf.apply.distribution_inference.membership import (
 )
 from vitzoo_hf.apply.distribution_inference.metrics import area_under_curve
 from vitzoo_hf.apply.distribution_inference.zoo_attacks import attack_zoo
-from vitzoo_hf.blueprint import Blueprint
-from vitzoo_hf.images import load_images
-from vitzoo_hf.schema import ZooError
+from vitzoo_hf.blueprint.blueprint import Blueprint
+from vitzoo_hf.format.schema import ZooError
+from vitzoo_hf.images.sources import load_images
 from vitzoo_hf.zoo import Zoo
 
 TEXT = """\

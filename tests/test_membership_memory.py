@@ -10,8 +10,8 @@ import sys
 from pathlib import Path
 import side_by_side
 from vitzoo_hf.apply.distribution_inference.membership import Candidates, log_odds
-from vitzoo_hf.images import load_images
-from vitzoo_hf.images_spec import ImagesSpec
+from vitzoo_hf.images.sources import load_images
+from vitzoo_hf.blueprint.images_spec import ImagesSpec
 from vitzoo_hf.zoo import Zoo
 
 folder = Path(sys.argv[1]) / "zoo"

@@ -21,8 +21,8 @@ import sys
 from pathlib import Path
 from datasets import load_dataset
 import side_by_side
-from vitzoo_hf.rebuild import weights_of
-from vitzoo_hf.verify import verify
+from vitzoo_hf.models.rebuild import weights_of
+from vitzoo_hf.zoo.verify import verify
 from vitzoo_hf.zoo import Zoo
 
 folder = Path(sys.argv[1])

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import silhouette_score
 
-from vitzoo_hf import modes
+from vitzoo_hf.metrics import modes
 
 
 def between(points):

@@ -112,7 +112,7 @@ def test_a_mirror_without_ranges_is_one_clear_line(mirror, tmp_path):
     code = f"""
 import json
 import vitzoo_hf as vz
-from vitzoo_hf import weight_reader
+from vitzoo_hf.format import weight_reader
 weight_reader.FETCHED_WHOLE_BYTES = 0
 zoo = vz.Zoo({NAME!r})
 try:

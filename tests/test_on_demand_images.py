@@ -14,22 +14,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from vitzoo_hf import on_demand_images, pixels
-from vitzoo_hf.blueprint import Blueprint, ImagesSpec
-from vitzoo_hf.checkpoint import RunFolder
-from vitzoo_hf.crop_boxes import placed_crop_boxes, resized_crop_boxes
-from vitzoo_hf.image_sets import image_sets
-from vitzoo_hf.images import load_images
-from vitzoo_hf.on_demand_images import OnDemandImages
-from vitzoo_hf.pack import pack
-from vitzoo_hf.pixels import PreparedImages, SmallImages
-from vitzoo_hf.plan import make_plan
+from vitzoo_hf.blueprint.blueprint import Blueprint, ImagesSpec
+from vitzoo_hf.evaluation.image_sets import image_sets
+from vitzoo_hf.format.schema import ZooError
+from vitzoo_hf.images import on_demand as on_demand_images
+from vitzoo_hf.images import pixels
+from vitzoo_hf.images.crops import placed_crop_boxes, resized_crop_boxes, resized_crops
+from vitzoo_hf.images.on_demand import OnDemandImages
+from vitzoo_hf.images.pixels import PreparedImages, SmallImages
+from vitzoo_hf.images.sources import load_images
+from vitzoo_hf.launch.cost import make_plan
+from vitzoo_hf.publish.pack import pack
 from vitzoo_hf.read_ahead import mapped_ahead
-from vitzoo_hf.resampling import resized_crops
-from vitzoo_hf.schema import ZooError
-from vitzoo_hf.train import train_run
-from vitzoo_hf.training_feed import make_feed
-from vitzoo_hf.vit import import_timm
+from vitzoo_hf.timm_import import import_timm
+from vitzoo_hf.training.checkpoint import RunFolder
+from vitzoo_hf.training.feed import make_feed
+from vitzoo_hf.training.run import train_run
 from vitzoo_hf.zoo import Zoo
 
 SPEC = ImagesSpec("folder", 16, resize=20, crop=16, decode="on_demand", mean=(0.485, 0.456, 0.406), std=0.25)

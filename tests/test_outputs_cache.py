@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from vitzoo_hf.outputs_cache import OutputsCache, digest_of
-from vitzoo_hf.schema import ZooError
+from vitzoo_hf.evaluation.outputs_cache import OutputsCache, digest_of
+from vitzoo_hf.format.schema import ZooError
 
 ROW = {
     "weights_sha256": "ab",

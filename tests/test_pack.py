@@ -8,11 +8,11 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from vitzoo_hf import schema
-from vitzoo_hf.blueprint import Blueprint
-from vitzoo_hf.checkpoint import RunFolder
-from vitzoo_hf.pack import is_packed, pack
-from vitzoo_hf.schema import ZooError
+from vitzoo_hf.blueprint.blueprint import Blueprint
+from vitzoo_hf.format import schema
+from vitzoo_hf.format.schema import ZooError
+from vitzoo_hf.publish.pack import is_packed, pack
+from vitzoo_hf.training.checkpoint import RunFolder
 
 
 def test_plain_load_dataset_gives_every_checkpoint_bit_for_bit(tiny_zoo, tiny_blueprint, tiny_runs):
@@ -60,7 +60,7 @@ def test_no_run_is_in_two_splits(tiny_zoo):
 
 def test_weights_take_their_raw_size_and_nothing_more(tmp_path):
     """At the size of the mini zoo; the tiny zoo's models are smaller than their metadata."""
-    from vitzoo_hf.shards import write_parquet
+    from vitzoo_hf.format.shards import write_parquet
 
     vectors = np.random.default_rng(0).standard_normal((64, 27_000)).astype(np.float32)
     features = datasets.Features(
@@ -72,7 +72,7 @@ def test_weights_take_their_raw_size_and_nothing_more(tmp_path):
 
 
 def test_a_shard_alone_can_be_rebuilt(tiny_zoo):
-    from vitzoo_hf.flatten import Layout
+    from vitzoo_hf.format.layout import Layout
 
     file = next((tiny_zoo / "weights").glob("train-*.parquet"))
     metadata = pq.read_metadata(file).metadata
@@ -161,7 +161,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tiny_blueprint, tiny_runs, t
     def full(*arguments, **keywords):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("vitzoo_hf.zoo_folder.write_parquet", full)
+    monkeypatch.setattr("vitzoo_hf.publish.folder.write_parquet", full)
     with pytest.raises(ZooError, match=r"cannot write the zoo .*: No space left on device"):
         pack(tiny_blueprint, tiny_runs, tmp_path / "zoo", progress=False)
     assert list(tmp_path.iterdir()) == []

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pair_zoo import between, zoo_of
 
-from vitzoo_hf import pair_tables
-from vitzoo_hf.factors import NothingToDrawError
+from vitzoo_hf.report import pair_tables
+from vitzoo_hf.report.factors import NothingToDrawError
 
 
 @settings(max_examples=30, deadline=None)

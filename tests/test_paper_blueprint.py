@@ -10,12 +10,12 @@ import torch
 from PIL import Image
 
 import vitzoo_hf as vz
-from vitzoo_hf import trainer
-from vitzoo_hf.blueprint import Blueprint
-from vitzoo_hf.images import ImageSet
-from vitzoo_hf.pack import pack
-from vitzoo_hf.train import train_run
-from vitzoo_hf.vit import import_timm
+from vitzoo_hf.blueprint.blueprint import Blueprint
+from vitzoo_hf.images.sources import ImageSet
+from vitzoo_hf.publish.pack import pack
+from vitzoo_hf.timm_import import import_timm
+from vitzoo_hf.training import trainer
+from vitzoo_hf.training.run import train_run
 
 KEPT = {
     "sl-no-ddp-s42",

@@ -3,17 +3,17 @@
 import pytest
 import torch
 
-from vitzoo_hf.apply.paths import (
+from vitzoo_hf.apply.interpolation import (
     barrier,
     bezier_points,
     mode_connectivity,
     path_scores,
     positions,
     straight_points,
-    train_bezier,
 )
-from vitzoo_hf.rebuild import reconstruct
-from vitzoo_hf.schema import ZooError
+from vitzoo_hf.apply.paths.paths import train_bezier
+from vitzoo_hf.format.schema import ZooError
+from vitzoo_hf.models.rebuild import reconstruct
 from vitzoo_hf.zoo import Zoo
 
 

@@ -9,8 +9,10 @@ import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 
-from vitzoo_hf import factors, figure_style, plot, plot_pairs
-from vitzoo_hf.schema import ZooError
+from vitzoo_hf.format.schema import ZooError
+from vitzoo_hf.report import factors, plot_pairs
+from vitzoo_hf.report import plot_models as plot
+from vitzoo_hf.report import style as figure_style
 
 GRID = {"optimizer": ["adamw", "sgd"], "lr": [0.003, 0.001, 0.0001], "head": ["linear", "mlp"], "seed": [42, 6312]}
 EPOCHS = (0, 1, 5, 10, 20)

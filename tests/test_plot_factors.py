@@ -6,8 +6,9 @@ import pytest
 from matplotlib.colors import to_hex
 from pair_zoo import zoo_of
 
-from vitzoo_hf import factor_tables, figure_style, plot_factors
-from vitzoo_hf.schema import ZooError
+from vitzoo_hf.format.schema import ZooError
+from vitzoo_hf.report import factor_tables, plot_factors
+from vitzoo_hf.report import style as figure_style
 
 COLUMNS = ["measure", "factor", "share", "p", "least_p"]
 

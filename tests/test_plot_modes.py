@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from pair_zoo import between, zoo_of
 
-from vitzoo_hf import plot_modes
-from vitzoo_hf.factors import NothingToDrawError
-from vitzoo_hf.schema import ZooError
+from vitzoo_hf.format.schema import ZooError
+from vitzoo_hf.report import plot_factors as plot_modes
+from vitzoo_hf.report.factors import NothingToDrawError
 
 
 def test_the_factor_that_makes_the_modes_is_found_in_each_space():

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vitzoo_hf import plot_pairs
-from vitzoo_hf.factors import NothingToDrawError
-from vitzoo_hf.schema import ZooError
+from vitzoo_hf.format.schema import ZooError
+from vitzoo_hf.report import plot_pairs
+from vitzoo_hf.report.factors import NothingToDrawError
 
 
 @settings(max_examples=40, deadline=None)

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 import vitzoo_hf as vz
-from vitzoo_hf import population as population_module
-from vitzoo_hf import vit
-from vitzoo_hf.flatten import flatten
-from vitzoo_hf.precision import precision_effect
-from vitzoo_hf.schema import ZooError, canonical_json
+from vitzoo_hf.evaluation.precision import precision_effect
+from vitzoo_hf.format.layout import flatten
+from vitzoo_hf.format.schema import ZooError, canonical_json
+from vitzoo_hf.models import population as population_module
+from vitzoo_hf.models import vit
 from vitzoo_hf.zoo import Zoo
 
 

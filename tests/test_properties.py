@@ -15,14 +15,14 @@ from sklearn.model_selection import GroupKFold
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from vitzoo_hf.apply import properties
-from vitzoo_hf.apply.plot_properties import plot_properties
-from vitzoo_hf.apply.properties import FEATURES, Plan, cross_validated, features_of, predict_properties
-from vitzoo_hf.apply.property_features import table_features
-from vitzoo_hf.apply.property_models import SHARES
-from vitzoo_hf.apply.property_targets import predicted_models, targets_of
-from vitzoo_hf.cli import run
-from vitzoo_hf.schema import ZooError
+from vitzoo_hf.apply.properties import properties
+from vitzoo_hf.apply.properties.features import table_features
+from vitzoo_hf.apply.properties.models import SHARES
+from vitzoo_hf.apply.properties.plot import plot_properties
+from vitzoo_hf.apply.properties.properties import FEATURES, Plan, cross_validated, features_of, predict_properties
+from vitzoo_hf.apply.properties.targets import predicted_models, targets_of
+from vitzoo_hf.cli.app import run
+from vitzoo_hf.format.schema import ZooError
 from vitzoo_hf.zoo import Zoo
 
 REPOSITORY = Path(__file__).parent.parent
@@ -331,7 +331,7 @@ PROGRAM = """
 import sys
 from pathlib import Path
 import side_by_side
-from vitzoo_hf.apply.property_features import WEIGHT_FEATURES
+from vitzoo_hf.apply.properties.features import WEIGHT_FEATURES
 from vitzoo_hf.zoo import Zoo
 
 folder = side_by_side.random_zoo(Path(sys.argv[1]), side_by_side.VIT_S, 20)

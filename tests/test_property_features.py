@@ -10,8 +10,8 @@ from sklearn.decomposition import PCA
 from sklearn.linear_model import Ridge
 from test_lineage import damage, epochs_zoo
 
-from vitzoo_hf.apply import property_features
-from vitzoo_hf.apply.property_features import (
+from vitzoo_hf.apply.properties import features as property_features
+from vitzoo_hf.apply.properties.features import (
     Features,
     flat_features,
     norm_features,
@@ -20,13 +20,13 @@ from vitzoo_hf.apply.property_features import (
     statistics_features,
     table_features,
 )
-from vitzoo_hf.apply.property_models import prepare, ridge_path
-from vitzoo_hf.apply.property_probing import measured_features, probing_features, probing_images
-from vitzoo_hf.flatten import is_head, unflatten
-from vitzoo_hf.rebuild import reconstruct
-from vitzoo_hf.schema import ZooError
-from vitzoo_hf.weight_columns import WeightColumns
+from vitzoo_hf.apply.properties.models import prepare, ridge_path
+from vitzoo_hf.apply.properties.probing import measured_features, probing_features, probing_images
+from vitzoo_hf.format.layout import is_head, unflatten
+from vitzoo_hf.format.schema import ZooError
+from vitzoo_hf.models.rebuild import reconstruct
 from vitzoo_hf.zoo import Zoo
+from vitzoo_hf.zoo.weight_columns import WeightColumns
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vitzoo_hf.apply import property_targets
-from vitzoo_hf.apply.property_targets import (
+from vitzoo_hf.apply.properties import targets as property_targets
+from vitzoo_hf.apply.properties.targets import (
     Target,
     column_of,
     lineages,
@@ -16,7 +16,7 @@ from vitzoo_hf.apply.property_targets import (
     shuffled,
     targets_of,
 )
-from vitzoo_hf.schema import ZooError
+from vitzoo_hf.format.schema import ZooError
 from vitzoo_hf.zoo import Zoo
 
 PARENTS, RUNS, EPOCHS = 4, 6, (0, 1, 5)

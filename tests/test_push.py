@@ -12,18 +12,18 @@ import pytest
 from local_hub import STRANGER, LocalHub
 from test_launch import wait_for
 
-from vitzoo_hf.push import push
-from vitzoo_hf.push_contents import listed_files
-from vitzoo_hf.schema import ZooError
+from vitzoo_hf.format.schema import ZooError
+from vitzoo_hf.publish.push import push
+from vitzoo_hf.publish.push_contents import listed_files
 
 NAME = "ModelZoos/vit-zoo"
 SHARD = "weights/train-00000-of-00001.parquet"
 
 START = """
 import dataclasses, json, sys, time
-import vitzoo_hf.push
-from vitzoo_hf.push import push
-from vitzoo_hf.schema import ZooError
+import vitzoo_hf.publish.push
+from vitzoo_hf.publish.push import push
+from vitzoo_hf.format.schema import ZooError
 waits = []
 time.sleep = waits.append
 def go(folder, name="ModelZoos/vit-zoo", **options):
@@ -202,7 +202,7 @@ huggingface_hub.hf_api.HfApi.preupload_lfs_files = first_somebody_else
 
 
 def test_many_changes_take_several_commits_with_card_and_manifest_last(hub, zoo_copy, tmp_path):
-    code = "vitzoo_hf.push.COMMIT_OPERATIONS, vitzoo_hf.push.UPLOAD_FILES = 5, 2"
+    code = "vitzoo_hf.publish.push.COMMIT_OPERATIONS, vitzoo_hf.publish.push.UPLOAD_FILES = 5, 2"
     done = publish(hub, zoo_copy, tmp_path / "home", code=code)
     commits = list(hub.repositories[NAME].commits.values())
     count = -(-(len(done["uploaded"]) - 2) // 3)
@@ -340,7 +340,7 @@ def test_an_edited_card_is_pushed_too(hub, zoo_copy, tmp_path):
 
 def test_ctrl_c_leaves_the_dataset_as_it_was(hub, zoo_copy, tmp_path):
     hub.inject("fail", "PUT /lfs/", times=10_000, value=503, Retry_After="1")
-    code = f"from vitzoo_hf.push import push; push({str(zoo_copy)!r}, {NAME!r}, progress=False)"
+    code = f"from vitzoo_hf.publish.push import push; push({str(zoo_copy)!r}, {NAME!r}, progress=False)"
     client = subprocess.Popen(
         [sys.executable, "-c", code], env=hub.environment(tmp_path / "home"), stderr=subprocess.PIPE, text=True
     )

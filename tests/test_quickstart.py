@@ -9,8 +9,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from vitzoo_hf.quickstart import models_to_compare, quickstart, summary_table, write_zoo_report
-from vitzoo_hf.schema import ZooError
+from vitzoo_hf.cli.quickstart import quickstart, summary_table
+from vitzoo_hf.format.schema import ZooError
+from vitzoo_hf.report.html import models_to_compare, write_zoo_report
 from vitzoo_hf.zoo import Zoo
 
 REPOSITORY = Path(__file__).parent.parent
@@ -53,7 +54,7 @@ def test_a_damaged_zoo_is_packed_again_from_its_checkpoints(finished, tiny_bluep
 
 
 def test_a_folder_of_another_blueprint_is_refused(finished, tmp_path):
-    from vitzoo_hf.blueprint import Blueprint
+    from vitzoo_hf.blueprint.blueprint import Blueprint
 
     folder, _ = finished
     text = TINY.read_text().replace("lr: 0.003", "lr: 0.004")
@@ -77,7 +78,7 @@ def test_the_loading_script_recomputes_every_accuracy(finished):
     script = REPOSITORY / "loading_script" / "load_zoo.py"
     code = f"""
 import sys
-from vitzoo_hf.vit import import_timm
+from vitzoo_hf.timm_import import import_timm
 import_timm()
 for name in [name for name in sys.modules if name.startswith("vitzoo_hf")]:
     del sys.modules[name]
@@ -92,7 +93,7 @@ sys.exit(load_zoo.main({str(folder / "zoo")!r}))
 
 
 def test_the_command_prints_json(finished, capsys):
-    from vitzoo_hf.cli import run
+    from vitzoo_hf.cli.app import run
 
     folder, _ = finished
     assert run(["quickstart", "--out", str(folder), "--blueprint", str(TINY), "--json"]) == 0
@@ -143,7 +144,7 @@ def test_a_zoo_without_images_is_reported_without_layers(tmp_path, monkeypatch):
         written.append(layers)
         return tmp_path
 
-    monkeypatch.setattr("vitzoo_hf.quickstart.write_report", write)
+    monkeypatch.setattr("vitzoo_hf.cli.quickstart.write_report", write)
     write_zoo_report(zoo, tmp_path, say=said.append)
     assert said == []
     assert written[0]["model_a"].nunique() == 2

@@ -14,17 +14,18 @@ import pytest
 from ray_processes import processes_of, workers_at_a_task
 from test_launch import hashes, wait_for
 
-from vitzoo_hf import ray_launch, ray_worker
-from vitzoo_hf.blueprint import Blueprint
-from vitzoo_hf.checkpoint import RunFolder
-from vitzoo_hf.folders import exclusive
-from vitzoo_hf.launch import launch
-from vitzoo_hf.pack import pack
-from vitzoo_hf.ray_launch import launch_on_ray
-from vitzoo_hf.ray_worker import Job, train_on_worker, versions
-from vitzoo_hf.run_storage import RunStorage
-from vitzoo_hf.schema import ZooError
-from vitzoo_hf.stacked import shape_of, train_stacked
+from vitzoo_hf.blueprint.blueprint import Blueprint
+from vitzoo_hf.format.atomic import exclusive
+from vitzoo_hf.format.schema import ZooError
+from vitzoo_hf.launch import ray as ray_launch
+from vitzoo_hf.launch import ray_worker
+from vitzoo_hf.launch.local import launch
+from vitzoo_hf.launch.ray import launch_on_ray
+from vitzoo_hf.launch.ray_worker import Job, train_on_worker, versions
+from vitzoo_hf.launch.run_storage import RunStorage
+from vitzoo_hf.publish.pack import pack
+from vitzoo_hf.training.checkpoint import RunFolder
+from vitzoo_hf.training.stacked import shape_of, train_stacked
 
 TESTS = Path(__file__).parent
 TASK = "train_on_worker"

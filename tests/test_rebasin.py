@@ -11,17 +11,18 @@ import torch
 from peak_memory import peak_mb
 from vit_weights import logits_of, vit_row
 
-from vitzoo_hf.apply.barriers import LADDER, Variant, pair_barriers, sample_pairs, summary
 from vitzoo_hf.apply.candidates import check_images
-from vitzoo_hf.apply.canonical import canonical
-from vitzoo_hf.apply.paths import path_scores, train_bezier
-from vitzoo_hf.apply.rebasin import finite_weights, matching_images, rebasin, rebasin_zoo
-from vitzoo_hf.apply.symmetries import FAMILIES, Symmetry, apply, sizes_of
-from vitzoo_hf.cli import run
-from vitzoo_hf.rebuild import VerifiedRow, reconstruct
-from vitzoo_hf.schema import ZooError
-from vitzoo_hf.verify import verify
+from vitzoo_hf.apply.interpolation import path_scores
+from vitzoo_hf.apply.paths.paths import train_bezier
+from vitzoo_hf.apply.rebasin.barriers import LADDER, Variant, pair_barriers, sample_pairs, summary
+from vitzoo_hf.apply.rebasin.canonical import canonical
+from vitzoo_hf.apply.rebasin.rebasin import finite_weights, matching_images, rebasin, rebasin_zoo
+from vitzoo_hf.apply.rebasin.symmetries import FAMILIES, Symmetry, apply, sizes_of
+from vitzoo_hf.cli.app import run
+from vitzoo_hf.format.schema import ZooError
+from vitzoo_hf.models.rebuild import VerifiedRow, reconstruct
 from vitzoo_hf.zoo import Zoo
+from vitzoo_hf.zoo.verify import verify
 
 CHOSEN = {"stage": "finetune", "is_final": True, "head": "mlp"}
 LIMIT_MB = 4000
@@ -234,7 +235,9 @@ def test_the_hint_about_layouts_makes_them_one(tmp_path):
 
 
 def test_by_weights_needs_no_selection_images(tuned, monkeypatch):
-    monkeypatch.setattr("vitzoo_hf.apply.barriers.matching_images", lambda *_: pytest.fail("images were read"))
+    monkeypatch.setattr(
+        "vitzoo_hf.apply.rebasin.barriers.matching_images", lambda *_: pytest.fail("images were read")
+    )
     pairs = sample_pairs(tuned.to_pandas(), 1)
     assert len(pair_barriers(tuned, pairs, [Variant(("mlp",), "weights")], points=3, progress=False)) == 2
 
@@ -289,7 +292,7 @@ PROGRAM = """
 import sys
 from pathlib import Path
 import side_by_side
-from vitzoo_hf.apply.rebasin import rebasin_zoo
+from vitzoo_hf.apply.rebasin.rebasin import rebasin_zoo
 from vitzoo_hf.zoo import Zoo
 
 folder = Path(sys.argv[1])

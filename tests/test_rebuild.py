@@ -5,10 +5,10 @@ import pytest
 import torch
 
 import vitzoo_hf as vz
-from vitzoo_hf.flatten import Layout, flatten
-from vitzoo_hf.rebuild import checked_vector, reconstruct
-from vitzoo_hf.schema import ZooError
-from vitzoo_hf.vit import create
+from vitzoo_hf.format.layout import Layout, flatten
+from vitzoo_hf.format.schema import ZooError
+from vitzoo_hf.models.rebuild import checked_vector, reconstruct
+from vitzoo_hf.models.vit import create
 from vitzoo_hf.zoo import Zoo
 
 ARCHITECTURE = "vit_tiny_patch16_224"

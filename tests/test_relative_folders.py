@@ -15,8 +15,8 @@ from PIL import Image
 from ray_processes import processes_of
 from test_launch import hashes
 
-from vitzoo_hf.folders import exclusive
-from vitzoo_hf.schema import ZooError
+from vitzoo_hf.format.atomic import exclusive
+from vitzoo_hf.format.schema import ZooError
 from vitzoo_hf.zoo import Zoo
 
 TESTS = Path(__file__).parent
@@ -90,7 +90,7 @@ here, elsewhere = sys.argv[1:]
 os.chdir(elsewhere)
 ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, configure_logging=False)
 os.chdir(here)
-from vitzoo_hf.cli import run
+from vitzoo_hf.cli.app import run
 assert run(["train", "pictures.yaml", "--out", "runs", "--ray", "--quiet"]) == 0
 assert run(["evaluate", "zoo", "--ray", "local", "--quiet"]) == 0
 """

@@ -6,8 +6,8 @@ import torch
 from packed_zoo import packed_zoo
 
 from vitzoo_hf.apply.distribution_inference.reliance import colour_reliance, recoloured, world_behaviour
-from vitzoo_hf.apply.distribution_inference.world_queries import world_queries
-from vitzoo_hf.schema import ZooError
+from vitzoo_hf.apply.distribution_inference.zoo_views import world_queries
+from vitzoo_hf.format.schema import ZooError
 from vitzoo_hf.zoo import Zoo
 
 TEXT = """\

@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 import side_by_side
-from vitzoo_hf import schema
+from vitzoo_hf.format import schema
 from vitzoo_hf.apply.distribution_inference.reliance import world_behaviour
-from vitzoo_hf.vit import layout_of
+from vitzoo_hf.models.vit import layout_of
 from vitzoo_hf.zoo import Zoo
-from vitzoo_hf.zoo_folder import Rows, write_zoo
+from vitzoo_hf.publish.folder import Rows, write_zoo
 
 folder = Path(sys.argv[1]) / "zoo"
 large = ("vit_small_patch16_224", {"num_classes": 2}, "linear", None)

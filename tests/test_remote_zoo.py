@@ -11,8 +11,9 @@ import pytest
 import torch
 from local_hub import LocalHub
 
-from vitzoo_hf import schema, zoo_folder
-from vitzoo_hf.pack import pack
+from vitzoo_hf.format import schema
+from vitzoo_hf.publish import folder as zoo_folder
+from vitzoo_hf.publish.pack import pack
 from vitzoo_hf.zoo import Zoo
 
 NAMES = ("ModelZoos/lists", "ModelZoos/bytes")
@@ -20,7 +21,7 @@ NAMES = ("ModelZoos/lists", "ModelZoos/bytes")
 START = """
 import hashlib, json, pickle, time, urllib.request
 import vitzoo_hf as vz
-from vitzoo_hf import weight_reader
+from vitzoo_hf.format import weight_reader
 time.sleep = lambda seconds: None
 def digest(weights):
     return hashlib.sha256(weights.tobytes()).hexdigest()

@@ -8,18 +8,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import replication
+import replication_cells
+from replication import TIERS, cells_of, criteria, gather, run_replication
+from replication_cells import Cell, Sizes, run_cell, setting_of
+from replication_plot import advantages, plot_replication
 
-from vitzoo_hf.apply.distribution_inference import replication, replication_cells
-from vitzoo_hf.apply.distribution_inference.plot_replication import advantages, plot_replication
-from vitzoo_hf.apply.distribution_inference.replication import (
-    TIERS,
-    cells_of,
-    criteria,
-    gather,
-    run_replication,
-)
-from vitzoo_hf.apply.distribution_inference.replication_cells import Cell, Sizes, run_cell, setting_of
-from vitzoo_hf.schema import ZooError
+from vitzoo_hf.format.schema import ZooError
 
 TINY = Sizes(8, 20, 1, 1)
 

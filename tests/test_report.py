@@ -9,8 +9,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from vitzoo_hf import factor_tables, factors, figures, report
-from vitzoo_hf.schema import ZooError
+from vitzoo_hf.format.schema import ZooError
+from vitzoo_hf.report import factor_tables, factors, figures
+from vitzoo_hf.report import html as report
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -9,8 +9,8 @@ import pytest
 
 from vitzoo_hf.apply.autoencoder.model import Sizes
 from vitzoo_hf.apply.autoencoder.tokens import Tokenizer
-from vitzoo_hf.blueprint import Blueprint
-from vitzoo_hf.vit import layout_of
+from vitzoo_hf.blueprint.blueprint import Blueprint
+from vitzoo_hf.models.vit import layout_of
 
 RESULTS = Path(__file__).parent.parent / "results"
 DESK, AUTOENCODER = RESULTS / "desk", RESULTS / "autoencoder"

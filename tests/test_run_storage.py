@@ -10,11 +10,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_launch import hashes
 
-from vitzoo_hf.checkpoint import RunFolder
-from vitzoo_hf.ray_worker import Job, train_stored, versions
-from vitzoo_hf.run_storage import RESUME, RunStorage, StoredRun
-from vitzoo_hf.schema import ZooError
-from vitzoo_hf.train import run_spec
+from vitzoo_hf.format.schema import ZooError
+from vitzoo_hf.launch.ray_worker import Job, train_stored, versions
+from vitzoo_hf.launch.run_storage import RESUME, RunStorage, StoredRun
+from vitzoo_hf.training.checkpoint import RunFolder
+from vitzoo_hf.training.run import run_spec
 
 CHILD = "sl-s1--adamw-lr0.001-linear"
 PARENT = "sl-s1"
@@ -183,7 +183,7 @@ def test_a_full_disk_leaves_the_object_as_it_was(tiny_runs, tmp_path, monkeypatc
         Path(target).write_bytes(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("vitzoo_hf.run_storage.shutil.copyfile", full)
+    monkeypatch.setattr("vitzoo_hf.launch.run_storage.shutil.copyfile", full)
     with pytest.raises(ZooError, match=r"cannot write .*run.json: No space left on device"):
         RunStorage(str(tmp_path / "storage")).store(CHILD, tiny_runs)
     assert {file: file.read_bytes() for file in (tmp_path / "storage" / CHILD).iterdir()} == before

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vitzoo_hf import schema
-from vitzoo_hf.schema import ZooError
+from vitzoo_hf.format import schema
+from vitzoo_hf.format.schema import ZooError
 
 SHARES = {"train": 0.7, "validation": 0.1, "test": 0.2}
 

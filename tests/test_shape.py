@@ -49,7 +49,7 @@ def test_public_names():
 
 
 def test_functions_keep_their_names_beside_modules_of_the_same_name():
-    code = "import vitzoo_hf.cka, vitzoo_hf.evaluate, vitzoo_hf as vz; import sys;"
+    code = "import vitzoo_hf.metrics.cka, vitzoo_hf.evaluation.evaluate, vitzoo_hf as vz; import sys;"
     code += "sys.exit(not (callable(vz.cka) and callable(vz.evaluate)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 

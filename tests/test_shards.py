@@ -4,10 +4,10 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from vitzoo_hf import schema, shards
-from vitzoo_hf.encoding import ITEM_BYTES, rounded
-from vitzoo_hf.schema import ZooError
-from vitzoo_hf.shards import write_parquet
+from vitzoo_hf.format import schema, shards
+from vitzoo_hf.format.encoding import ITEM_BYTES, rounded
+from vitzoo_hf.format.schema import ZooError
+from vitzoo_hf.format.shards import write_parquet
 
 FACTORS = {"seed": "int", "lr": "float"}
 

@@ -68,15 +68,15 @@ INSTEAD = {
     "vitzoo rebasin ZOO MODEL --by activations --out ALIGNED": Instead(
         PLACEHOLDER, f"vitzoo rebasin ZOO {LINEAR} --by activations --where head=linear --out ALIGNED"
     ),
-    "python results/distribution_inference.py --tier smoke": Instead(
-        TOO_LONG + IN_SMALL, "python results/distribution_inference.py --tier smoke --stop-after 0"
+    "python experiments/distribution_inference.py --tier smoke": Instead(
+        TOO_LONG + IN_SMALL, "python experiments/distribution_inference.py --tier smoke --stop-after 0"
     ),
-    "python results/distribution_inference.py --tier standard --runs FOLDER": Instead(
+    "python experiments/distribution_inference.py --tier standard --runs FOLDER": Instead(
         "takes hours; " + IN_SMALL,
-        "python results/distribution_inference.py --tier standard --stop-after 0 --runs FOLDER",
+        "python experiments/distribution_inference.py --tier standard --stop-after 0 --runs FOLDER",
     ),
-    "python results/world_cells.py --folder FOLDER": Instead("takes hours; " + IN_SMALL),
-    "python results/world_draws.py --folder FOLDER": Instead("takes hours; " + IN_SMALL),
+    "python experiments/world_cells.py --folder FOLDER": Instead("takes hours; " + IN_SMALL),
+    "python experiments/world_draws.py --folder FOLDER": Instead("takes hours; " + IN_SMALL),
     "pip install 'vitzoo-hf[ray]' s3fs": Instead("installs"),
     "vitzoo train mini --out RUNS --ray": Instead(TOO_LONG + "50 models", "vitzoo train TINY --out $PWD/RUNS --ray"),
     "vitzoo train mini --out RUNS --ray HOST:6379 --storage s3://BUCKET/mini": Instead(

@@ -10,10 +10,10 @@ from typing import NamedTuple
 import pytest
 from soup_zoo import noisy_zoo
 
-from vitzoo_hf.blueprint import Blueprint
-from vitzoo_hf.evaluate import evaluate
-from vitzoo_hf.launch import launch
-from vitzoo_hf.pack import pack
+from vitzoo_hf.blueprint.blueprint import Blueprint
+from vitzoo_hf.evaluation.evaluate import evaluate
+from vitzoo_hf.launch.local import launch
+from vitzoo_hf.publish.pack import pack
 from vitzoo_hf.zoo import Zoo
 
 REPOSITORY = Path(__file__).parent.parent

@@ -3,11 +3,17 @@ import pytest
 import torch
 from soup_zoo import noisy_zoo
 
-from vitzoo_hf.apply.learned_soup import _Mixture, learned_soup, onto_simplex
-from vitzoo_hf.apply.soup import check_ingredients, greedy_soup, single_accuracies, uniform_soup, weighted_sums
-from vitzoo_hf.flatten import unflatten
-from vitzoo_hf.rebuild import reconstruct
-from vitzoo_hf.schema import ZooError
+from vitzoo_hf.apply.soup.averaging import (
+    check_ingredients,
+    greedy_soup,
+    single_accuracies,
+    uniform_soup,
+    weighted_sums,
+)
+from vitzoo_hf.apply.soup.learned import _Mixture, learned_soup, onto_simplex
+from vitzoo_hf.format.layout import unflatten
+from vitzoo_hf.format.schema import ZooError
+from vitzoo_hf.models.rebuild import reconstruct
 from vitzoo_hf.zoo import Zoo
 
 

@@ -4,10 +4,10 @@ import pytest
 import torch
 from soup_zoo import noisy_zoo
 
-from vitzoo_hf.apply.soup_comparison import compare_soups, group_text, soup_groups
-from vitzoo_hf.apply.soup_intervals import gains, paired_difference
-from vitzoo_hf.rebuild import reconstruct
-from vitzoo_hf.schema import ZooError
+from vitzoo_hf.apply.intervals import gains, paired_difference
+from vitzoo_hf.apply.soup.comparison import compare_soups, group_text, soup_groups
+from vitzoo_hf.format.schema import ZooError
+from vitzoo_hf.models.rebuild import reconstruct
 from vitzoo_hf.zoo import Zoo
 
 

@@ -10,11 +10,11 @@ import sys
 from pathlib import Path
 import torch
 import side_by_side
-from vitzoo_hf.apply.arithmetic import edited_weights, task_vector
-from vitzoo_hf.apply.landscape import landscape_slice
-from vitzoo_hf.apply.learned_soup import learned_soup
-from vitzoo_hf.apply.soup import greedy_soup, uniform_soup
-from vitzoo_hf.apply.soup_rows import soup_row, write_soups
+from vitzoo_hf.apply.paths.arithmetic import edited_weights, task_vector
+from vitzoo_hf.apply.paths.landscape import landscape_slice
+from vitzoo_hf.apply.soup.learned import learned_soup
+from vitzoo_hf.apply.soup.averaging import greedy_soup, uniform_soup
+from vitzoo_hf.apply.soup.rows import soup_row, write_soups
 from vitzoo_hf.zoo import Zoo
 
 folder = Path(sys.argv[1])

@@ -6,15 +6,15 @@ import pytest
 from datasets import load_dataset
 from soup_zoo import noisy_zoo
 
-from vitzoo_hf.apply.rebasin import rebasin_zoo
-from vitzoo_hf.apply.soup import Soup, greedy_soup, uniform_soup
-from vitzoo_hf.apply.soup_rows import soup_row, write_soups
-from vitzoo_hf.cli import run
-from vitzoo_hf.evaluate import evaluate
-from vitzoo_hf.rebuild import weights_of
-from vitzoo_hf.schema import ZooError
-from vitzoo_hf.verify import verify
+from vitzoo_hf.apply.rebasin.rebasin import rebasin_zoo
+from vitzoo_hf.apply.soup.averaging import Soup, greedy_soup, uniform_soup
+from vitzoo_hf.apply.soup.rows import soup_row, write_soups
+from vitzoo_hf.cli.app import run
+from vitzoo_hf.evaluation.evaluate import evaluate
+from vitzoo_hf.format.schema import ZooError
+from vitzoo_hf.models.rebuild import weights_of
 from vitzoo_hf.zoo import Zoo
+from vitzoo_hf.zoo.verify import verify
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +156,7 @@ def test_a_place_that_cannot_be_written_is_told_before_anything_is_computed(caps
     def never(*_, **__):
         raise AssertionError("computed first")
 
-    monkeypatch.setattr("vitzoo_hf.apply.soup_comparison.compare_soups", never)
+    monkeypatch.setattr("vitzoo_hf.apply.soup.comparison.compare_soups", never)
     (tmp_path / "file").write_text("")
     status, _, err = call(capsys, "soup", tiny_zoo, "--out", tmp_path / "file" / "soups")
     assert (status, err.count("\n")) == (1, 1)

@@ -5,8 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jaxtyping import config
 
-from vitzoo_hf.flatten import Layout, unflatten
-from vitzoo_hf.spectra import matrices_of, singular_values, spectral_norm, stable_rank
+from vitzoo_hf.format.layout import Layout, unflatten
+from vitzoo_hf.metrics.weight_statistics import matrices_of, singular_values, spectral_norm, stable_rank
 
 
 @pytest.fixture

@@ -10,16 +10,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from vitzoo_hf import stacked
-from vitzoo_hf.blueprint import Blueprint, Recipe, Run
-from vitzoo_hf.checkpoint import RunFolder
-from vitzoo_hf.flatten import flatten
-from vitzoo_hf.images import load_images
-from vitzoo_hf.schema import ZooError
-from vitzoo_hf.stacked import groups, memory_of, shape_of, stackable, train_stacked
-from vitzoo_hf.stacked_trainer import StackedTrainer
-from vitzoo_hf.train import initial_model, is_finished, train_run
-from vitzoo_hf.trainer import DivergedError, Trainer, batches_of
+from vitzoo_hf.blueprint.blueprint import Blueprint, Recipe, Run
+from vitzoo_hf.format.layout import flatten
+from vitzoo_hf.format.schema import ZooError
+from vitzoo_hf.images.sources import load_images
+from vitzoo_hf.training import stacked
+from vitzoo_hf.training.checkpoint import RunFolder
+from vitzoo_hf.training.run import initial_model, is_finished, train_run
+from vitzoo_hf.training.stacked import groups, memory_of, shape_of, stackable, train_stacked
+from vitzoo_hf.training.stacked_trainer import StackedTrainer
+from vitzoo_hf.training.trainer import DivergedError, Trainer, batches_of
 
 TEXT = """\
 name: stacked

@@ -8,20 +8,13 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from vitzoo_hf import vit
-from vitzoo_hf.blueprint import Recipe
-from vitzoo_hf.objectives import (
-    GlobalDraws,
-    info_nce,
-    make_erase,
-    make_mix,
-    seeded_globals,
-    stacked_cross_entropy,
-    stacked_info_nce,
-)
-from vitzoo_hf.schema import ZooError
-from vitzoo_hf.stacked_optimizers import StackedOptimizer
-from vitzoo_hf.stacked_vit import stacked_logits, stacked_patches, trainable_vit
+from vitzoo_hf.blueprint.blueprint import Recipe
+from vitzoo_hf.format.schema import ZooError
+from vitzoo_hf.models import vit
+from vitzoo_hf.models.batched import stacked_logits, stacked_patches, trainable_vit
+from vitzoo_hf.training.losses import info_nce, make_erase, make_mix, stacked_cross_entropy, stacked_info_nce
+from vitzoo_hf.training.seeds import GlobalDraws, seeded_globals
+from vitzoo_hf.training.stacked_optimizers import StackedOptimizer
 
 NAME = "vit_tiny_patch16_224"
 SMALL = {"img_size": 8, "patch_size": 4, "in_chans": 1, "embed_dim": 16, "depth": 2, "num_heads": 2, "num_classes": 3}

@@ -4,15 +4,16 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from vitzoo_hf.schema import ZooError
-from vitzoo_hf.weight_reader import WeightReader
+from vitzoo_hf.format.schema import ZooError
+from vitzoo_hf.format.weight_reader import WeightReader
 from vitzoo_hf.zoo import Zoo
 
 
 @pytest.fixture(scope="module")
 def zoo(tiny_blueprint, tiny_runs, tmp_path_factory):
     """Two rows a row group, so that there is something to shuffle and to share."""
-    from vitzoo_hf import pack, zoo_folder
+    from vitzoo_hf.publish import folder as zoo_folder
+    from vitzoo_hf.publish import pack
 
     patch = pytest.MonkeyPatch()
     patch.setattr(zoo_folder, "ROW_GROUP_BYTES", 40_000)
@@ -60,7 +61,7 @@ def test_small_zoos_are_permuted_across_row_groups(zoo, monkeypatch):
 
 @pytest.mark.parametrize("window", [1, 60_000, 256_000_000])
 def test_resuming_after_any_batch_loses_and_repeats_nothing(zoo, window, monkeypatch):
-    monkeypatch.setattr("vitzoo_hf.stream.WINDOW_BYTES", window)
+    monkeypatch.setattr("vitzoo_hf.zoo.stream.WINDOW_BYTES", window)
     whole = zoo.stream(batch_size=2, shuffle=True, seed=3)
     expected = [batch["model_id"] for batch in whole] + [batch["model_id"] for batch in whole]
     for cut in range(len(expected)):
@@ -193,7 +194,7 @@ def test_only_the_chosen_columns_are_handed_out(zoo):
 def test_tensors_by_name(zoo, patterns, verify):
     import fnmatch
 
-    from vitzoo_hf.flatten import unflatten
+    from vitzoo_hf.format.layout import unflatten
 
     seen = 0
     for batch in zoo.stream(batch_size=4, tensors=patterns, verify=verify):

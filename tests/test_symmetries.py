@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from vit_weights import logits_of, tensors_of, vit_row
 
-from vitzoo_hf.apply.canonical import balance_heads, canonical, fold_norms
-from vitzoo_hf.apply.symmetries import (
+from vitzoo_hf.apply.rebasin.canonical import balance_heads, canonical, fold_norms
+from vitzoo_hf.apply.rebasin.symmetries import (
     FAMILIES,
     Sizes,
     Symmetry,
@@ -22,7 +22,7 @@ from vitzoo_hf.apply.symmetries import (
     transform,
     zero_mean_basis,
 )
-from vitzoo_hf.schema import ZooError
+from vitzoo_hf.format.schema import ZooError
 
 ALONE = [("mlp",), ("heads",), ("maps",), ("maps", "invertible"), ("residual",)]
 ALL = FAMILIES[:5]

@@ -6,10 +6,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from synthetic_tasks import EQUAL_ROWS, PUBLISHED_ROWS, TEACHER, Learner, TeacherWorld, draw_environments, flipped
 from torch import nn
 
-from vitzoo_hf.apply.distribution_inference import stacked_mlps
-from vitzoo_hf.apply.distribution_inference.stacked_mlps import (
+from vitzoo_hf.apply.distribution_inference.attacks import stacked_mlps
+from vitzoo_hf.apply.distribution_inference.attacks.stacked_mlps import (
     Training,
     Widths,
     diverged,
@@ -18,16 +19,7 @@ from vitzoo_hf.apply.distribution_inference.stacked_mlps import (
     squared_error,
     train_mlps,
 )
-from vitzoo_hf.apply.distribution_inference.synthetic import (
-    EQUAL_ROWS,
-    PUBLISHED_ROWS,
-    TEACHER,
-    Learner,
-    TeacherWorld,
-    draw_environments,
-    flipped,
-)
-from vitzoo_hf.flatten import unflatten
+from vitzoo_hf.format.layout import unflatten
 
 WIDTHS = Widths(3, 5)
 

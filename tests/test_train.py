@@ -7,16 +7,18 @@ import pytest
 import torch
 from sklearn.metrics import accuracy_score, log_loss
 
-from vitzoo_hf import objectives, train, trainer
-from vitzoo_hf.blueprint import Blueprint, Recipe
-from vitzoo_hf.checkpoint import RunFolder
-from vitzoo_hf.flatten import flatten
-from vitzoo_hf.images import load_images
-from vitzoo_hf.objectives import info_nce, soften
-from vitzoo_hf.schema import ZooError, weights_sha256
-from vitzoo_hf.train import train_run
-from vitzoo_hf.trainer import DivergedError
-from vitzoo_hf.vit import create
+from vitzoo_hf.blueprint.blueprint import Blueprint, Recipe
+from vitzoo_hf.format.layout import flatten
+from vitzoo_hf.format.schema import ZooError, weights_sha256
+from vitzoo_hf.images.sources import load_images
+from vitzoo_hf.models.vit import create
+from vitzoo_hf.training import losses as objectives
+from vitzoo_hf.training import run as train
+from vitzoo_hf.training import trainer
+from vitzoo_hf.training.checkpoint import RunFolder
+from vitzoo_hf.training.losses import info_nce, soften
+from vitzoo_hf.training.run import train_run
+from vitzoo_hf.training.trainer import DivergedError
 
 TEXT = """\
 name: trained

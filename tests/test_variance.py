@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vitzoo_hf import variance
+from vitzoo_hf.metrics import variance
 
 seeds = st.integers(0, 10**6)
 

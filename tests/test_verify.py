@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from local_hub import LocalHub
 
-from vitzoo_hf.schema import ZooError
-from vitzoo_hf.verify import verify
+from vitzoo_hf.format.schema import ZooError
 from vitzoo_hf.zoo import Zoo
+from vitzoo_hf.zoo.verify import verify
 
 NAME = "ModelZoos/vit-zoo"
 SHARD = "weights/train-00000-of-00001.parquet"
@@ -133,7 +133,7 @@ def told(hub, tmp_path):
     """`vitzoo verify` of the dataset: exit status, then the lines it wrote."""
     code = f"""
 import contextlib, io, json
-from vitzoo_hf.cli import run
+from vitzoo_hf.cli.app import run
 said = io.StringIO()
 with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
     status = run(["verify", {NAME!r}, "--quiet"])

@@ -10,11 +10,12 @@ import pyarrow.parquet as pq
 import pytest
 import viewer_rules as rules
 
-from vitzoo_hf import schema, viewer
-from vitzoo_hf.card import card_text
-from vitzoo_hf.schema import ZooError
-from vitzoo_hf.shards import write_parquet
-from vitzoo_hf.viewer import default_config
+from vitzoo_hf.format import schema
+from vitzoo_hf.format.schema import ZooError
+from vitzoo_hf.format.shards import write_parquet
+from vitzoo_hf.publish import viewer
+from vitzoo_hf.publish.card import card_text
+from vitzoo_hf.publish.viewer import default_config
 
 SAMPLE = Path(schema.__file__).parent / "sample"
 VIT_S = 22_050_664

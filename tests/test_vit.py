@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from vitzoo_hf import vit
-from vitzoo_hf.flatten import Layout
-from vitzoo_hf.schema import ZooError
+from vitzoo_hf.format.layout import Layout
+from vitzoo_hf.format.schema import ZooError
+from vitzoo_hf.models import vit
 
 NAME = "vit_tiny_patch16_224"
 ARGS = {
@@ -47,7 +47,7 @@ def test_timm_loads_on_this_machine_and_schemas_are_declared_only_if_needed():
         "except RuntimeError as error:\n    print('broken' if 'torchvision::nms' in str(error) else error)"
     )
     ours = python(
-        "from vitzoo_hf import vit\n"
+        "from vitzoo_hf.models import vit\n"
         "needed = vit.needs_operator_schemas()\n"
         "import time\n"
         "from concurrent.futures import ThreadPoolExecutor\n"
@@ -69,7 +69,7 @@ def test_a_working_torchvision_is_left_alone(tmp_path):
     fake_package(tmp_path, "timm")
     told = python(
         "import torch\n"
-        "from vitzoo_hf import vit\n"
+        "from vitzoo_hf.models import vit\n"
         "assert not vit.needs_operator_schemas()\n"
         "assert vit.import_timm().FAKE\n"
         "import torchvision\n"

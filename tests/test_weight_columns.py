@@ -6,12 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from vitzoo_hf import schema, zoo_folder
-from vitzoo_hf.flatten import Layout
-from vitzoo_hf.pack import pack
-from vitzoo_hf.schema import ZooError
-from vitzoo_hf.weight_columns import common_layout
+from vitzoo_hf.format import schema
+from vitzoo_hf.format.layout import Layout
+from vitzoo_hf.format.schema import ZooError
+from vitzoo_hf.publish import folder as zoo_folder
+from vitzoo_hf.publish.pack import pack
 from vitzoo_hf.zoo import Zoo
+from vitzoo_hf.zoo.weight_columns import common_layout
 
 STORAGES = [("list", "float32"), ("binary", "float32"), ("binary", "bfloat16")]
 

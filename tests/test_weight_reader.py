@@ -6,9 +6,10 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from vitzoo_hf import encoding, schema, weight_reader, zoo_folder
-from vitzoo_hf.pack import pack
-from vitzoo_hf.schema import ZooError
+from vitzoo_hf.format import encoding, schema, weight_reader
+from vitzoo_hf.format.schema import ZooError
+from vitzoo_hf.publish import folder as zoo_folder
+from vitzoo_hf.publish.pack import pack
 from vitzoo_hf.zoo import Zoo
 
 STORAGES = [("list", "float32"), ("binary", "float32"), ("binary", "float16"), ("binary", "bfloat16")]
@@ -155,7 +156,7 @@ def test_a_damaged_list_of_shards_is_refused(zoo_copy):
 def test_datasets_and_this_package_agree_on_every_encoding(stored, form):
     import datasets
 
-    from vitzoo_hf.rebuild import reconstruct, weights_of
+    from vitzoo_hf.models.rebuild import reconstruct, weights_of
 
     ours = {row["model_id"]: row["weights"].tobytes() for row in Zoo(stored).rows()}
     rows = datasets.load_dataset(str(stored), "weights", split="train").with_format(form)

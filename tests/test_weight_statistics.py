@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 from jaxtyping import config
 from scipy.stats import kurtosis
 
-from vitzoo_hf.flatten import Layout
-from vitzoo_hf.weight_statistics import Moments, statistics_of, weight_quantiles, weight_statistics
+from vitzoo_hf.format.layout import Layout
+from vitzoo_hf.metrics.weight_statistics import Moments, statistics_of, weight_quantiles, weight_statistics
 
-gram = importlib.import_module("vitzoo_hf.gram")
+gram = importlib.import_module("vitzoo_hf.metrics.squared_distances")
 LAYOUT = Layout(("a", "b.weight", "c"), ((7,), (30, 20), (1,)))
 
 

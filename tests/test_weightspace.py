@@ -8,10 +8,16 @@ from hypothesis import strategies as st
 from jaxtyping import config
 from sklearn.metrics.pairwise import cosine_distances, euclidean_distances
 
-from vitzoo_hf.flatten import Layout
-from vitzoo_hf.weightspace import cosine_similarity, norms, part_distances, task_vectors, weight_distances
+from vitzoo_hf.format.layout import Layout
+from vitzoo_hf.metrics.weight_distances import (
+    cosine_similarity,
+    norms,
+    part_distances,
+    task_vectors,
+    weight_distances,
+)
 
-gram = importlib.import_module("vitzoo_hf.gram")
+gram = importlib.import_module("vitzoo_hf.metrics.squared_distances")
 
 
 @pytest.fixture

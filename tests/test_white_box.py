@@ -7,13 +7,8 @@ import pytest
 import torch
 from sklearn.decomposition import PCA
 
-from vitzoo_hf.apply.distribution_inference import set_encoder as set_encoders
-from vitzoo_hf.apply.distribution_inference.game import Shadows, Views, play
-from vitzoo_hf.apply.distribution_inference.meta_models import standardised
-from vitzoo_hf.apply.distribution_inference.secrets import ClassSecret, NumberSecret
-from vitzoo_hf.apply.distribution_inference.set_encoder import DeepSets, SetEncoder, deep_sets, set_encoder
-from vitzoo_hf.apply.distribution_inference.stacked_mlps import Widths, mlp_outputs
-from vitzoo_hf.apply.distribution_inference.weight_features import (
+from vitzoo_hf.apply.distribution_inference.attacks import set_encoder as set_encoders
+from vitzoo_hf.apply.distribution_inference.attacks.features import (
     difference_components,
     head_features,
     last_layer,
@@ -24,10 +19,15 @@ from vitzoo_hf.apply.distribution_inference.weight_features import (
     views_of_mlps,
     vit_sets,
 )
-from vitzoo_hf.apply.distribution_inference.white_box import WHITE_BOX, label_ratio, log_odds_estimate
-from vitzoo_hf.flatten import Layout, flatten, unflatten
-from vitzoo_hf.schema import ZooError
-from vitzoo_hf.vit import create
+from vitzoo_hf.apply.distribution_inference.attacks.meta_models import standardised
+from vitzoo_hf.apply.distribution_inference.attacks.set_encoder import DeepSets, SetEncoder, deep_sets, set_encoder
+from vitzoo_hf.apply.distribution_inference.attacks.stacked_mlps import Widths, mlp_outputs
+from vitzoo_hf.apply.distribution_inference.attacks.white_box import WHITE_BOX, label_ratio, log_odds_estimate
+from vitzoo_hf.apply.distribution_inference.game import Shadows, Views, play
+from vitzoo_hf.apply.distribution_inference.secrets import ClassSecret, NumberSecret
+from vitzoo_hf.format.layout import Layout, flatten, unflatten
+from vitzoo_hf.format.schema import ZooError
+from vitzoo_hf.models.vit import create
 
 HEADS, WIDTHS = 3, Widths(4, 6)
 

@@ -8,12 +8,11 @@ import torch
 from packed_zoo import packed_zoo
 from test_cli import call
 
-from vitzoo_hf.apply.distribution_inference.attack_card import attack_card
 from vitzoo_hf.apply.distribution_inference.secrets import ClassSecret, secret_of
-from vitzoo_hf.apply.distribution_inference.zoo_attacks import BY_DEFAULT, READS, attack_zoo
+from vitzoo_hf.apply.distribution_inference.zoo_attacks import BY_DEFAULT, READS, attack_card, attack_zoo
 from vitzoo_hf.apply.distribution_inference.zoo_guards import guards_of
 from vitzoo_hf.apply.distribution_inference.zoo_views import zoo_queries
-from vitzoo_hf.schema import ZooError
+from vitzoo_hf.format.schema import ZooError
 from vitzoo_hf.zoo import Zoo
 
 TEXT = """\

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 from fashion_stand_in import stand_in, use, write_idx_folder
 
-from vitzoo_hf.blueprint import BLUEPRINTS, Blueprint
-from vitzoo_hf.images import load_images
-from vitzoo_hf.launch import default_stack
-from vitzoo_hf.schema import ZooError
-from vitzoo_hf.stacked import groups, stackable
+from vitzoo_hf.blueprint.blueprint import BLUEPRINTS, Blueprint
+from vitzoo_hf.format.schema import ZooError
+from vitzoo_hf.images.sources import load_images
+from vitzoo_hf.launch.local import default_stack
+from vitzoo_hf.training.stacked import groups, stackable
 
 FILES = sorted((BLUEPRINTS / "distribution_inference").glob("*.yaml"))
 SECRETS = {

@@ -8,12 +8,12 @@ import pytest
 import torch
 from scipy.stats import binomtest, chisquare
 
-from vitzoo_hf.images import load_images
-from vitzoo_hf.images_spec import ImagesSpec
-from vitzoo_hf.pixels import Source
-from vitzoo_hf.schema import ZooError
-from vitzoo_hf.world import Learner, World
-from vitzoo_hf.world_pool import WorldPool, coloured, colourless, flipped, in_style
+from vitzoo_hf.blueprint.images_spec import ImagesSpec
+from vitzoo_hf.blueprint.world import Learner, World
+from vitzoo_hf.format.schema import ZooError
+from vitzoo_hf.images.pixels import Source
+from vitzoo_hf.images.sources import load_images
+from vitzoo_hf.images.world_pool import WorldPool, coloured, colourless, flipped, in_style
 
 SPEC = ImagesSpec("constructed", 8, world="two-colour", region=(2, 7), queries=100, tests=200)
 COUNT = 20_000

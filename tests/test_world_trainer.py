@@ -7,16 +7,16 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from vitzoo_hf.blueprint import Blueprint
-from vitzoo_hf.checkpoint import RunFolder
-from vitzoo_hf.flatten import flatten
-from vitzoo_hf.images import load_images
-from vitzoo_hf.objectives import derive_seed
-from vitzoo_hf.rebuild import reconstruct
-from vitzoo_hf.schema import ZooError
-from vitzoo_hf.stacked import groups, train_stacked
-from vitzoo_hf.train import initial_model, train_run
-from vitzoo_hf.world_trainer import WorldTrainer
+from vitzoo_hf.blueprint.blueprint import Blueprint
+from vitzoo_hf.format.layout import flatten
+from vitzoo_hf.format.schema import ZooError
+from vitzoo_hf.images.sources import load_images
+from vitzoo_hf.models.rebuild import reconstruct
+from vitzoo_hf.training.checkpoint import RunFolder
+from vitzoo_hf.training.run import initial_model, train_run
+from vitzoo_hf.training.seeds import derive_seed
+from vitzoo_hf.training.stacked import groups, train_stacked
+from vitzoo_hf.training.world_trainer import WorldTrainer
 
 TEXT = """\
 name: worlds
@@ -269,8 +269,8 @@ def test_a_world_does_not_train_by_train_run(make, tmp_path):
 
 
 def test_packed_rows_say_what_they_were_trained_on(make, tmp_path):
-    from vitzoo_hf.pack import pack
-    from vitzoo_hf.plan import make_plan
+    from vitzoo_hf.launch.cost import make_plan
+    from vitzoo_hf.publish.pack import pack
     from vitzoo_hf.zoo import Zoo
 
     zoo = make()

@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load, load_file
 
 import vitzoo_hf as vz
-from vitzoo_hf.export import export_zoo
-from vitzoo_hf.schema import ZooError
+from vitzoo_hf.convert.export import export_zoo
+from vitzoo_hf.format.schema import ZooError
 from vitzoo_hf.zoo import Zoo
 
 
@@ -97,7 +97,7 @@ def test_an_unknown_model_is_named_with_the_closest(zoo):
 
 
 def test_probes_are_the_images_training_tested_on(zoo, tiny_blueprint):
-    from vitzoo_hf.images import load_images
+    from vitzoo_hf.images.sources import load_images
 
     images = load_images("digits", tiny_blueprint.images["digits"])
     for role in ("selection", "test"):

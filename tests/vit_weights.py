@@ -4,10 +4,10 @@ import json
 
 import torch
 
-from vitzoo_hf.apply.symmetries import sizes_of, to_tensors
-from vitzoo_hf.flatten import unflatten
-from vitzoo_hf.schema import canonical_json
-from vitzoo_hf.vit import filled, layout_of
+from vitzoo_hf.apply.rebasin.symmetries import sizes_of, to_tensors
+from vitzoo_hf.format.layout import unflatten
+from vitzoo_hf.format.schema import canonical_json
+from vitzoo_hf.models.vit import filled, layout_of
 
 ARGS = {"img_size": 8, "patch_size": 4, "in_chans": 1, "num_classes": 3}
 

@@ -5,8 +5,6 @@ import os
 import platform
 from typing import Any
 
-from vitzoo_hf.launch import default_workers
-
 PACKAGES = ("vitzoo-hf", "torch", "torchvision", "timm", "datasets", "huggingface-hub", "pyarrow", "numpy")
 
 
@@ -29,3 +27,10 @@ def describe() -> dict[str, Any]:
     devices = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     facts["cuda_devices"] = devices or "none"
     return facts
+
+
+def default_workers(device: str) -> int:
+    """One process a core this process may use; one for a CUDA device."""
+    if device.startswith("cuda"):
+        return 1
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

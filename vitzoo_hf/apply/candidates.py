@@ -7,11 +7,11 @@ import torch
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
-from vitzoo_hf.behavior import accuracy, cross_entropy
-from vitzoo_hf.population import Population
-from vitzoo_hf.rebuild import VerifiedRow, architecture_of
-from vitzoo_hf.schema import ZooError
-from vitzoo_hf.vit import layout_of, skeleton
+from vitzoo_hf.format.schema import ZooError
+from vitzoo_hf.metrics.behavior import accuracy, cross_entropy
+from vitzoo_hf.models.population import Population
+from vitzoo_hf.models.rebuild import VerifiedRow, architecture_of
+from vitzoo_hf.models.vit import layout_of, skeleton
 
 
 class Scores(NamedTuple):

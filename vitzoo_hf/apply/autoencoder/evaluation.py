@@ -13,10 +13,11 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from vitzoo_hf.apply.autoencoder import metrics
+from vitzoo_hf.apply.autoencoder.tokens import vectors_of
 from vitzoo_hf.apply.autoencoder.trained import Trained, untrained_model
-from vitzoo_hf.apply.autoencoder.vectors import vectors_of
 from vitzoo_hf.apply.candidates import candidate_logits
-from vitzoo_hf.schema import SPLITS, ZooError, did_you_mean
+from vitzoo_hf.format.messages import did_you_mean
+from vitzoo_hf.format.schema import SPLITS, ZooError
 from vitzoo_hf.zoo import Zoo
 
 LEAST_DIVERSITY, LEAST_CORRELATION = 0.7, 0.9

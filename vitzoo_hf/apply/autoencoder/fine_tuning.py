@@ -8,11 +8,11 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 from torch.nn import functional
 
-from vitzoo_hf.apply.autoencoder.behaviour import Networks
-from vitzoo_hf.blueprint import Blueprint
-from vitzoo_hf.images import load_images
-from vitzoo_hf.rebuild import usable_device
-from vitzoo_hf.schema import ZooError
+from vitzoo_hf.apply.autoencoder.metrics import Networks
+from vitzoo_hf.blueprint.blueprint import Blueprint
+from vitzoo_hf.format.schema import ZooError
+from vitzoo_hf.images.sources import load_images
+from vitzoo_hf.models.rebuild import usable_device
 from vitzoo_hf.zoo import Zoo
 
 

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional
 
-from vitzoo_hf.schema import ZooError
+from vitzoo_hf.format.schema import ZooError
 
 BEHAVIOURS = ("softmax", "distillation", "logits")
 SOFTENING = 2.0

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from vitzoo_hf.apply.autoencoder.tokens import Tokenizer
-from vitzoo_hf.schema import ZooError
+from vitzoo_hf.format.schema import ZooError
 
 INIT_STD = 0.02
 

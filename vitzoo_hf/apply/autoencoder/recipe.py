@@ -7,9 +7,10 @@ from typing import Any
 from vitzoo_hf.apply.autoencoder.losses import BEHAVIOURS
 from vitzoo_hf.apply.autoencoder.model import Sizes
 from vitzoo_hf.apply.autoencoder.scaling import CHOICES as SCALINGS
-from vitzoo_hf.corruptions import parse_corruption
-from vitzoo_hf.located_yaml import Located, load_located
-from vitzoo_hf.schema import ZooError, did_you_mean, fingerprint
+from vitzoo_hf.blueprint.located_yaml import Located, load_located
+from vitzoo_hf.format.messages import did_you_mean
+from vitzoo_hf.format.schema import ZooError, fingerprint
+from vitzoo_hf.images.corruptions import parse_corruption
 
 ARMS = {
     "S": (0.0, 1.0),

@@ -12,19 +12,19 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from vitzoo_hf import schema
 from vitzoo_hf.apply.autoencoder.model import embedding, embedding_by_layer
 from vitzoo_hf.apply.autoencoder.sampling import decoded, encoded
+from vitzoo_hf.apply.autoencoder.tokens import vectors_of
 from vitzoo_hf.apply.autoencoder.trained import Trained
-from vitzoo_hf.apply.autoencoder.vectors import vectors_of
 from vitzoo_hf.apply.candidates import candidate_scores
-from vitzoo_hf.apply.derived_rows import derived_row, write_streamed
-from vitzoo_hf.apply.destinations import check_folder
-from vitzoo_hf.checkpoint import write_atomically
-from vitzoo_hf.row_tables import records
-from vitzoo_hf.schema import ZooError, did_you_mean
+from vitzoo_hf.apply.made_zoos import check_folder, derived_row, write_streamed
+from vitzoo_hf.format import schema
+from vitzoo_hf.format.atomic import write_atomically
+from vitzoo_hf.format.messages import did_you_mean
+from vitzoo_hf.format.schema import ZooError
+from vitzoo_hf.format.tables import records
+from vitzoo_hf.publish.folder import Rows
 from vitzoo_hf.zoo import Zoo
-from vitzoo_hf.zoo_folder import Rows
 
 POOLS = ("mean", "layers")
 NUMBERS_AT_ONCE, MODELS_AT_ONCE = 2**24, 64

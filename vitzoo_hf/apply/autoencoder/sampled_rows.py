@@ -13,14 +13,13 @@ from vitzoo_hf.apply.autoencoder import metrics
 from vitzoo_hf.apply.autoencoder.fine_tuning import FineTuning, fine_tuned, training_images
 from vitzoo_hf.apply.autoencoder.rows import check_layout, results_on_test_images
 from vitzoo_hf.apply.autoencoder.sampling import Score, bootstrapped, sample
+from vitzoo_hf.apply.autoencoder.tokens import vectors_of
 from vitzoo_hf.apply.autoencoder.trained import Trained
-from vitzoo_hf.apply.autoencoder.vectors import vectors_of
 from vitzoo_hf.apply.candidates import candidate_scores
-from vitzoo_hf.apply.derived_rows import derived_row, write_derived
-from vitzoo_hf.apply.destinations import check_folder
-from vitzoo_hf.row_tables import records
-from vitzoo_hf.schema import ZooError
-from vitzoo_hf.weightspace import weight_distances
+from vitzoo_hf.apply.made_zoos import check_folder, derived_row, write_derived
+from vitzoo_hf.format.schema import ZooError
+from vitzoo_hf.format.tables import records
+from vitzoo_hf.metrics.weight_distances import weight_distances
 from vitzoo_hf.zoo import Zoo
 
 

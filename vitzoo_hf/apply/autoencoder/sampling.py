@@ -8,7 +8,8 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 from vitzoo_hf.apply.autoencoder.trained import Trained
-from vitzoo_hf.schema import ZooError, did_you_mean
+from vitzoo_hf.format.messages import did_you_mean
+from vitzoo_hf.format.schema import ZooError
 
 MODES = ("joint", "token", "number")
 BATCH = 64

@@ -6,19 +6,22 @@ position. Dense, the numbers of a layer lie one behind the other and are cut int
 gathered by index and scattered back, so the round trip is exact to the bit and has gradients.
 
 B models of D weights become N tokens of width T, of which what lies beyond the last weight is padding.
+
+Weights of rows as tensors, refused if one of them is not finite.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from vitzoo_hf.flatten import Layout
-from vitzoo_hf.schema import ZooError
+from vitzoo_hf.format.layout import Layout
+from vitzoo_hf.format.schema import ZooError
 
 BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")
 FUSED = "attn.qkv"
@@ -184,3 +187,29 @@ def _cut(rows: Int64[Tensor, "n r"], width: int) -> Int64[Tensor, "m T"]:
     padded = torch.full((n, pieces * width), PADDING)
     padded[:, :length] = rows
     return padded.view(n * pieces, width)
+
+
+def vectors_of(rows: Iterable[Mapping[str, Any]]) -> Float[Tensor, "P D"]:
+    """Weights of rows, one below the other.
+
+    Raises:
+        ZooError: naming the first row with a weight that is NaN or infinite; or if there is no row.
+    """
+    held = list(rows)
+    if not held:
+        raise ZooError("there is no model among those chosen: loosen the filter")
+    vectors = torch.stack([torch.from_numpy(row["weights"]) for row in held])
+    check_finite(vectors, [row["model_id"] for row in held])
+    return vectors
+
+
+def check_finite(vectors: Float[Tensor, "P D"], model_ids: Sequence[str]) -> None:
+    """Refuse weights that are not finite.
+
+    Raises:
+        ZooError: naming the first model with one.
+    """
+    broken = ~vectors.isfinite().all(1)
+    if broken.any():
+        name = model_ids[int(broken.int().argmax())]
+        raise ZooError(f"{name} has weights that are NaN or infinite: leave it out, by --where or Zoo.filter")

@@ -16,16 +16,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from vitzoo_hf import schema
-from vitzoo_hf.apply.autoencoder.behaviour import Networks
 from vitzoo_hf.apply.autoencoder.losses import Composite
+from vitzoo_hf.apply.autoencoder.metrics import Networks
 from vitzoo_hf.apply.autoencoder.model import Sizes, WeightAutoencoder
 from vitzoo_hf.apply.autoencoder.recipe import AutoencoderRecipe
 from vitzoo_hf.apply.autoencoder.scaling import Scaling
 from vitzoo_hf.apply.autoencoder.tokens import Tokenizer
-from vitzoo_hf.checkpoint import write_atomically
-from vitzoo_hf.rebuild import usable_device
-from vitzoo_hf.schema import ZooError
+from vitzoo_hf.format import schema
+from vitzoo_hf.format.atomic import write_atomically
+from vitzoo_hf.format.schema import ZooError
+from vitzoo_hf.models.rebuild import usable_device
 
 FILE = "autoencoder.safetensors"
 KIND = "vitzoo-autoencoder-1"

@@ -2,33 +2,137 @@
 
 Everything random in a step is drawn from a seed of that step, so that a training which was interrupted ends in the
 same weights, bit for bit, as one that was not.
+
+Query images: what decoded networks are compared on in training, and what the originals make of them.
+
+Views of models for an autoencoder: weights of the same function, a fresh one for each model of a batch.
 """
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor
 
-from vitzoo_hf.apply.autoencoder.behaviour import Networks
-from vitzoo_hf.apply.autoencoder.components import layer_components
 from vitzoo_hf.apply.autoencoder.losses import Composite, behavioural_loss, contrastive_loss, structural_loss
+from vitzoo_hf.apply.autoencoder.metrics import Networks
 from vitzoo_hf.apply.autoencoder.model import WeightAutoencoder
-from vitzoo_hf.apply.autoencoder.queries import Queries, query_outputs
 from vitzoo_hf.apply.autoencoder.recipe import AutoencoderRecipe
-from vitzoo_hf.apply.autoencoder.scaling import Scaling
-from vitzoo_hf.apply.autoencoder.tokens import Tokenizer
+from vitzoo_hf.apply.autoencoder.scaling import Scaling, layer_components
+from vitzoo_hf.apply.autoencoder.tokens import Tokenizer, check_finite
 from vitzoo_hf.apply.autoencoder.trained import FILE, Trained, resume, save, untrained_model
-from vitzoo_hf.apply.autoencoder.vectors import check_finite
-from vitzoo_hf.apply.autoencoder.views import random_views
-from vitzoo_hf.rebuild import usable_device
-from vitzoo_hf.schema import ZooError
+from vitzoo_hf.evaluation.image_sets import statistics_of
+from vitzoo_hf.format.layout import Layout, unflatten
+from vitzoo_hf.format.schema import ZooError
+from vitzoo_hf.images.corruptions import corrupted, parse_corruption
+from vitzoo_hf.models.batched import BatchedViT
+from vitzoo_hf.models.population import Population
+from vitzoo_hf.models.rebuild import usable_device
 from vitzoo_hf.zoo import Zoo
+
+
+@dataclass(frozen=True)
+class Queries:
+    """A pool of images, and the originals' outputs on it.
+
+    Attributes:
+        patches: of the pool.
+        logits: of every training model on the pool, by its id.
+    """
+
+    patches: Float[Tensor, "Q t c"]
+    logits: dict[str, Float[Tensor, "Q K"]]
+
+
+def query_outputs(train: Zoo, trained: Trained, device: torch.device) -> Queries:
+    """The pool of a recipe, and the outputs of training models, computed once.
+
+    Raises:
+        ZooError: if models differ in dataset, or the zoo has no selection images.
+    """
+    datasets = sorted(set(train.index["dataset"]))
+    if len(datasets) > 1:
+        raise ZooError(
+            f"these models were trained on {datasets}, so no images are queries for all: filter by dataset"
+        )
+    images = query_images(train, datasets[0], trained.recipe).to(device)
+    population = Population.from_rows(train.rows(), device)
+    logits = dict(zip(population.model_ids, population(images), strict=True))
+    return Queries(trained.networks.patches(images), logits)
+
+
+def query_images(zoo: Zoo, dataset: str, recipe: AutoencoderRecipe) -> Float[Tensor, "Q C H W"]:
+    """Images of a recipe's pool as the models of a dataset are fed them.
+
+    Selection images; the same, corrupted; or as many of uniform noise between their least and greatest number.
+    """
+    images, _ = zoo.probes(dataset, "selection")
+    generator = torch.Generator().manual_seed(recipe.seed)
+    images = images[torch.randperm(len(images), generator=generator)[: recipe.pool]]
+    if recipe.query_images == "data":
+        return images
+    if recipe.query_images == "noise":
+        generator = torch.Generator().manual_seed(recipe.seed)
+        low, high = float(images.min()), float(images.max())
+        return low + (high - low) * torch.rand(images.shape, generator=generator)
+    mean, std = statistics_of(zoo.manifest["images"][dataset])
+    kind, severity = parse_corruption(recipe.query_images)
+    pixels = (images * std + mean).clamp(0, 1)
+    return (corrupted(pixels, kind, severity, seed=recipe.seed) - mean) / std
+
+
+def random_views(
+    vectors: Float[Tensor, "B D"],
+    layout: Layout,
+    vit: BatchedViT,
+    families: Sequence[str],
+    generator: torch.Generator,
+) -> Float[Tensor, "B D"]:
+    """Weights of the same functions: units of MLPs and heads of attention in random orders.
+
+    Args:
+        vectors: weights of plain ViTs of one layout; they are not written to.
+        layout: of the vectors.
+        vit: sizes of the ViT.
+        families: `mlp`, `heads`, both or none.
+        generator: of the orders.
+    """
+    if not families:
+        return vectors
+    views = vectors.clone()
+    named = unflatten(views, layout)
+    B = len(vectors)
+    for number in range(vit.depth):
+        block = f"blocks.{number}."
+        if "mlp" in families:
+            order = _orders(B, vit.hidden, generator, vectors.device)
+            for name, axis in (("mlp.fc1.weight", 1), ("mlp.fc1.bias", 1), ("mlp.fc2.weight", 2)):
+                _reorder(named[block + name], order, axis)
+        if "heads" in families:
+            order = _orders(B, vit.heads, generator, vectors.device)
+            for name in ("attn.qkv.weight", "attn.qkv.bias"):
+                if block + name in named:
+                    _reorder(named[block + name].unflatten(1, (3, vit.heads, -1)), order, 2)
+            _reorder(named[block + "attn.proj.weight"].unflatten(2, (vit.heads, -1)), order, 2)
+    return views
+
+
+def _orders(models: int, size: int, generator: torch.Generator, device: torch.device) -> Int64[Tensor, "B size"]:
+    return torch.rand(models, size, generator=generator).argsort(1).to(device)
+
+
+def _reorder(tensor: Tensor, order: Int64[Tensor, "B size"], axis: int) -> None:
+    """Bring entry `order[b, i]` of model b to place i of an axis, in place."""
+    shape = [1] * tensor.ndim
+    shape[0], shape[axis] = order.shape
+    tensor.copy_(tensor.gather(axis, order.view(shape).expand_as(tensor)))
+
 
 RISE, START, END = 0.3, 1 / 25, 1e-4 / 25
 SAVE_EVERY, NOTE_EVERY = 200, 20

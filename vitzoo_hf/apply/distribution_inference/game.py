@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vitzoo_hf.apply.distribution_inference.metrics import Interval, area_under_curve, nested_interval
 from vitzoo_hf.apply.distribution_inference.secrets import ClassSecret, Secret, advantage
-from vitzoo_hf.schema import ZooError
+from vitzoo_hf.format.schema import ZooError
 
 Kind = Literal["log_probabilities", "labels", "real"]
 LABEL_EPSILON = 0.01

@@ -16,19 +16,19 @@ import torch
 from jaxtyping import Bool, Float, Float64, Int64, UInt8
 from torch import Tensor
 
+from vitzoo_hf.apply.distribution_inference.attacks.meta_models import guess_by_ridge
 from vitzoo_hf.apply.distribution_inference.game import Guesses, Shadows, Views, play
-from vitzoo_hf.apply.distribution_inference.meta_models import guess_by_ridge
 from vitzoo_hf.apply.distribution_inference.reliance import rows_in_parts
 from vitzoo_hf.apply.distribution_inference.secrets import secret_of
-from vitzoo_hf.apply.distribution_inference.world_queries import world_of
 from vitzoo_hf.apply.distribution_inference.zoo_attacks import cast_of, is_ratio, on_shadows, row_of
 from vitzoo_hf.apply.distribution_inference.zoo_guards import guards_of, plain
-from vitzoo_hf.blueprint import Blueprint
-from vitzoo_hf.images import ImageSet, load_images
-from vitzoo_hf.population import Population
+from vitzoo_hf.apply.distribution_inference.zoo_views import world_of
+from vitzoo_hf.blueprint.blueprint import Blueprint
+from vitzoo_hf.format.schema import ZooError
+from vitzoo_hf.images.sources import ImageSet, load_images
+from vitzoo_hf.images.world_pool import ROLE_PARTS, WorldPool, coloured
+from vitzoo_hf.models.population import Population
 from vitzoo_hf.progress import progress_bar
-from vitzoo_hf.schema import ZooError
-from vitzoo_hf.world_pool import ROLE_PARTS, WorldPool, coloured
 from vitzoo_hf.zoo import Zoo
 
 PERCENTS = (1, 5, 25, 50, 75, 95, 99)

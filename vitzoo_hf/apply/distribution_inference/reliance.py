@@ -10,11 +10,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from vitzoo_hf.apply.distribution_inference.world_queries import world_of
-from vitzoo_hf.behavior import accuracy
-from vitzoo_hf.population import Population
+from vitzoo_hf.apply.distribution_inference.zoo_views import world_of
+from vitzoo_hf.format.schema import ZooError
+from vitzoo_hf.metrics.behavior import accuracy
+from vitzoo_hf.models.population import Population
 from vitzoo_hf.progress import progress_bar
-from vitzoo_hf.schema import ZooError
 from vitzoo_hf.zoo import Zoo
 
 if TYPE_CHECKING:

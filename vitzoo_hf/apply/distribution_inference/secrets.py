@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float64, Int64
 from torch import Tensor
 
-from vitzoo_hf.schema import ZooError
+from vitzoo_hf.format.schema import ZooError
 
 MAX_CLASSES = 12
 TOLERANCE = 1e-9

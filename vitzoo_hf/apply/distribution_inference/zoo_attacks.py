@@ -1,4 +1,7 @@
-"""Attacks on a zoo whose rows carry a secret and a role: the game, its guards, and a table of how attacks did."""
+"""Attacks on a zoo whose rows carry a secret and a role: the game, its guards, and a table of how attacks did.
+
+The card of an attack: what was guessed from what, how well, how sure that is, and what it may be used for.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,7 +14,10 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from vitzoo_hf.apply.distribution_inference.black_box import BLACK_BOX
+from vitzoo_hf.apply.distribution_inference.attacks.black_box import BLACK_BOX
+from vitzoo_hf.apply.distribution_inference.attacks.meta_models import FEWEST_SHADOWS
+from vitzoo_hf.apply.distribution_inference.attacks.set_encoder import set_encoder
+from vitzoo_hf.apply.distribution_inference.attacks.white_box import WHITE_BOX
 from vitzoo_hf.apply.distribution_inference.game import (
     Attack,
     Guesses,
@@ -23,16 +29,16 @@ from vitzoo_hf.apply.distribution_inference.game import (
     play,
     seen_like,
 )
-from vitzoo_hf.apply.distribution_inference.meta_models import FEWEST_SHADOWS
 from vitzoo_hf.apply.distribution_inference.metrics import leaked_samples, leaked_samples_of_errors
 from vitzoo_hf.apply.distribution_inference.secrets import ClassSecret, Secret, secret_of
-from vitzoo_hf.apply.distribution_inference.set_encoder import set_encoder
-from vitzoo_hf.apply.distribution_inference.white_box import WHITE_BOX
 from vitzoo_hf.apply.distribution_inference.zoo_guards import check_pools, column_of, guards_of, plain, with_roles
 from vitzoo_hf.apply.distribution_inference.zoo_views import joined_views, zoo_features, zoo_outputs, zoo_queries
-from vitzoo_hf.model_outputs import ImageBatch
-from vitzoo_hf.schema import ZooError, did_you_mean
-from vitzoo_hf.world import SHARES
+from vitzoo_hf.blueprint.world import SHARES
+from vitzoo_hf.evaluation.outputs_cache import ImageBatch
+from vitzoo_hf.format.messages import did_you_mean
+from vitzoo_hf.format.schema import ZooError
+from vitzoo_hf.format.tables import records
+from vitzoo_hf.publish.card import template
 from vitzoo_hf.zoo import Zoo
 
 ACCESS = ("weights", "probabilities", "labels")
@@ -45,7 +51,6 @@ READS = {
     "set_encoder": "sets",
 }
 """Attacks on weights -> the features they read."""
-
 OF_ZOOS: dict[str, Attack] = {
     **BLACK_BOX,
     **{name: WHITE_BOX[name] for name in READS if name in WHITE_BOX},
@@ -351,3 +356,31 @@ def _facts(cast: Cast, space: Secret, truth: Tensor, access: str, guards: Mappin
         "shadows": int(cast.shadows.sum()),
         "guards": dict(guards),
     }
+
+
+TEMPLATE = "attack_card.md.jinja"
+
+
+def attack_card(report: Report) -> str:
+    """The card as Markdown.
+
+    Raises:
+        ZooError: if the template is missing from the installation.
+    """
+    from jinja2 import Environment, StrictUndefined
+
+    environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False)
+    rows = [_shown(row) for row in records(report.table)]
+    filled = environment.from_string(template(TEMPLATE)).render(rows=rows, **report.facts)
+    return filled.rstrip("\n") + "\n"
+
+
+def _shown(row: dict[str, Any]) -> dict[str, str]:
+    interval = f"{row['value']:.3f} ({row['low']:.3f} to {row['high']:.3f})"
+    found = {name: _number(row[name]) for name in ("auc", "advantage", "n_leaked", "shadow_value")}
+    attack = row["attack"] + (" (chosen on shadows)" if row["chosen"] else "")
+    return found | {"attack": attack, "access": row["access"], "seeds": str(row["seeds"]), "value": interval}
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3g}" if value != float("inf") else "∞"

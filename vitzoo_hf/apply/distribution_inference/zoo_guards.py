@@ -10,7 +10,8 @@ from torch import Tensor
 
 from vitzoo_hf.apply.distribution_inference.game import check_equal
 from vitzoo_hf.apply.distribution_inference.secrets import ClassSecret, Secret
-from vitzoo_hf.schema import ZooError, did_you_mean
+from vitzoo_hf.format.messages import did_you_mean
+from vitzoo_hf.format.schema import ZooError
 
 ROLES = ("target", "shadow")
 LEAST = {"target": 2, "shadow": 16}

@@ -2,6 +2,8 @@
 
 Outputs are kept in a cache by the hashes of weights and images. Weights are read model by model, and in blocks of
 columns for principal components, so that they need not fit into memory.
+
+What the queries of a zoo on a world are: which distribution each is drawn from, and with which label.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,24 +16,24 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from vitzoo_hf.apply.distribution_inference.game import Queries, Views
-from vitzoo_hf.apply.distribution_inference.secrets import Secret
-from vitzoo_hf.apply.distribution_inference.weight_features import (
+from vitzoo_hf.apply.distribution_inference.attacks.features import (
     difference_components,
     head_features,
     last_layer,
     tensor_features,
     vit_sets,
 )
-from vitzoo_hf.flatten import Layout, is_head
-from vitzoo_hf.model_outputs import ImageBatch, run_models
-from vitzoo_hf.outputs_cache import OutputsCache
+from vitzoo_hf.apply.distribution_inference.game import Queries, Views
+from vitzoo_hf.apply.distribution_inference.secrets import Secret
+from vitzoo_hf.evaluation.outputs import run_models
+from vitzoo_hf.evaluation.outputs_cache import ImageBatch, OutputsCache
+from vitzoo_hf.format.layout import Layout, is_head
+from vitzoo_hf.format.schema import ZooError
+from vitzoo_hf.format.tables import records
+from vitzoo_hf.images.world_pool import probe_origins
+from vitzoo_hf.models.rebuild import architecture_of
+from vitzoo_hf.models.vit import is_plain, skeleton
 from vitzoo_hf.progress import progress_bar
-from vitzoo_hf.rebuild import architecture_of
-from vitzoo_hf.row_tables import records
-from vitzoo_hf.schema import ZooError
-from vitzoo_hf.vit import is_plain, skeleton
-from vitzoo_hf.world_pool import probe_origins
 from vitzoo_hf.zoo import Zoo
 
 BATCH_BYTES = 2**26
@@ -285,3 +287,67 @@ def joined_views(outputs: Views | None, weights: Views | None, places: Int64[Ten
     """Outputs and features of some models as one view."""
     seen, read = outputs or Views(), weights or Views()
     return Views(seen.outputs, seen.kind, read.features, read.sets).at(places)
+
+
+@dataclass(frozen=True, eq=False)
+class WorldQueries:
+    """Images of the adversary that no model of the zoo was trained on.
+
+    Attributes:
+        images: as models are fed them.
+        labels: noise and flips included.
+        origins: the world each is drawn from, by its place in `worlds`.
+        worlds: settings of the distributions, by name, in the order of the blueprint.
+    """
+
+    images: Float[Tensor, "Q 3 H W"]
+    labels: Int64[Tensor, " Q"]
+    origins: Int64[Tensor, " Q"]
+    worlds: tuple[Mapping[str, Any], ...]
+
+    def of(self, **settings: Any) -> "WorldQueries":
+        """Those of the worlds with one of the values given, numbered anew in the order of the blueprint.
+
+        Raises:
+            ZooError: for a setting that worlds do not have, or values that none has.
+        """
+        kept = list(range(len(self.worlds)))
+        for name, value in settings.items():
+            values = list(value) if isinstance(value, list | tuple) else [value]
+            if name not in self.worlds[0]:
+                raise ZooError(f"worlds have no setting {name!r}: they have {', '.join(self.worlds[0])}")
+            kept = [number for number in kept if self.worlds[number][name] in values]
+        if not kept:
+            raise ZooError(f"no world of the queries has {settings}")
+        chosen = torch.isin(self.origins, torch.tensor(kept))
+        renamed = torch.tensor([kept.index(origin) for origin in self.origins[chosen].tolist()], dtype=torch.int64)
+        return WorldQueries(
+            self.images[chosen], self.labels[chosen], renamed, tuple(self.worlds[number] for number in kept)
+        )
+
+
+def world_queries(zoo: Zoo, dataset: str | None = None) -> WorldQueries:
+    """The query images of a zoo on a world, equally many of each of its distributions.
+
+    Raises:
+        ZooError: if the zoo has no world, or several and none is named.
+    """
+    name = world_of(zoo, dataset)
+    worlds = tuple(zoo.manifest["images"][name]["worlds"])
+    images, labels = zoo.probes(name, "selection")
+    return WorldQueries(images, labels, probe_origins(len(labels), len(worlds)), worlds)
+
+
+def world_of(zoo: Zoo, dataset: str | None = None) -> str:
+    """The name of a zoo's only world, or `dataset` if it is one.
+
+    Raises:
+        ZooError: if the zoo has no world, or several and none is named.
+    """
+    records: Mapping[str, Any] = zoo.manifest["images"]
+    known = [name for name, record in records.items() if "worlds" in record and not name.endswith("-flipped")]
+    if dataset is None and len(known) == 1:
+        return known[0]
+    if dataset not in known:
+        raise ZooError(f"{zoo.name} has these worlds: {known or 'none'}; given {dataset!r}: name one of them")
+    return str(dataset)

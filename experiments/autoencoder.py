@@ -1,0 +1,206 @@
+"""Arms of the weight autoencoder on a population: trained, measured, drawn, into the folder beside this script.
+
+python experiments/autoencoder.py ZOO NAME --runs FOLDER [--arms S S+B] [--rates 2e-3] [--seeds 0 1 2]
+python experiments/autoencoder.py ZOO NAME --runs FOLDER --variants all|NAME... [--rates 2e-3] [--seeds 0]
+
+ZOO is a population made by `autoencoder/NAME.yaml`; `aligned` is `independent` after `vitzoo rebasin`.
+What FOLDER holds already is not trained again; an interrupted
+training continues. Two processes of one thread each share the cells.
+"""
+
+import argparse
+import json
+import multiprocessing
+import subprocess
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+import torch
+from autoencoder_grid import (
+    AUTOENCODER,
+    HISTORY,
+    LAYERS,
+    MODELS,
+    VARIANTS,
+    Cell,
+    Judge,
+    cells,
+    chosen_rates,
+    measure_cell,
+    read_table,
+    variants,
+)
+from matplotlib import rc_context
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from vitzoo_hf.apply.autoencoder.recipe import ARMS, AutoencoderRecipe
+from vitzoo_hf.environment import describe
+from vitzoo_hf.report.style import PALETTE, PERCENT, STYLE, heading
+from vitzoo_hf.zoo import Zoo
+
+HERE = Path(__file__).parents[1] / "results" / "autoencoder"
+TOLD_EVERY = 100
+
+
+def main() -> None:
+    arguments = parser().parse_args()
+    if not arguments.draw_only:
+        jobs = [(cell, arguments.runs) for cell in planned(arguments)]
+        started = (prepare, (arguments.zoo,))
+        with multiprocessing.get_context("spawn").Pool(arguments.processes, *started) as pool:
+            for name, seconds in pool.imap_unordered(run, jobs, chunksize=1):
+                print(f"{name}: done after {seconds:.0f} s", flush=True)
+    write(arguments.name, arguments.runs, Zoo(arguments.zoo))
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("zoo", type=Path)
+    parser.add_argument("name")
+    parser.add_argument("--runs", type=Path, required=True)
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
+    parser.add_argument("--rates", nargs="+", type=float, default=[1e-3, 3e-3])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--scaling", default="entry")
+    parser.add_argument("--steps", type=int, default=AutoencoderRecipe().steps)
+    parser.add_argument("--variants", nargs="+", default=[], help="ablations at the first of the rates, or all")
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--draw-only", action="store_true", help="tables and figures of the cells that are finished")
+    return parser
+
+
+def planned(arguments: argparse.Namespace) -> list[Cell]:
+    """The cells that a command asks for."""
+    recipe = replace(AutoencoderRecipe(), scaling=arguments.scaling, steps=arguments.steps)
+    if arguments.variants:
+        names = list(VARIANTS) if arguments.variants == ["all"] else arguments.variants
+        return list(variants(replace(recipe, lr=arguments.rates[0]), names, arguments.seeds))
+    return list(cells(recipe, arguments.arms, arguments.rates, arguments.seeds))
+
+
+def prepare(zoo: Path) -> None:
+    """Each process has a judge of its own, which measures the baselines once."""
+    global judge
+    torch.set_num_threads(1)
+    judge = Judge(population(zoo))
+
+
+def run(job: tuple[Cell, Path]) -> tuple[str, float]:
+    """Train and measure one cell in one thread."""
+    cell, folder = job
+    start = time.perf_counter()
+
+    def tell(step: int, losses: dict[str, float]) -> None:
+        if step % TOLD_EVERY == 0:
+            left = (time.perf_counter() - start) / step * (cell.recipe.steps - step)
+            print(f"{cell.name}: step {step}, loss {losses['loss']:.4g}, {left:.0f} s left", flush=True)
+
+    measure_cell(judge, cell, folder, on_step=tell)
+    return cell.name, time.perf_counter() - start
+
+
+def population(folder: Path) -> Zoo:
+    """The models trained on digits: a parent, on other images, is none of them."""
+    return Zoo(folder).filter(dataset="digits")
+
+
+def write(name: str, runs: Path, zoo: Zoo) -> None:
+    """Tables, figures and provenance of all finished cells of a population."""
+    (HERE / "figures").mkdir(parents=True, exist_ok=True)
+    table = gathered(runs, "measures.csv")
+    rates = chosen_rates(table)
+    table["chosen"] = (table["variant"] == "") & (table["lr"] == table["arm"].map(rates))
+    table = table.sort_values(["variant", "split", "method", "arm", "lr", "seed"])
+    table[table["variant"] == ""].to_csv(HERE / f"{name}_arms.csv", index=False, float_format="%.6g")
+    if (table["variant"] != "").any():
+        table[table["variant"] != ""].to_csv(HERE / f"{name}_variants.csv", index=False, float_format="%.6g")
+    history, models = (of_grid(gathered(runs, file), rates) for file in (HISTORY, MODELS))
+    history.to_csv(HERE / f"{name}_history.csv", index=False, float_format="%.6g")
+    models = models[(models["method"] == AUTOENCODER) & (models["split"] == "test")]
+    models.to_csv(HERE / f"{name}_models.csv", index=False, float_format="%.6g")
+    layers = of_grid(gathered(runs, LAYERS), rates)
+    layers = layers[(layers["method"] == AUTOENCODER) & (layers["split"] == "test")]
+    layers.to_csv(HERE / f"{name}_layers.csv", index=False, float_format="%.6g")
+    figures = {"accuracy": draw_accuracy(models), "agreement": draw_agreement(models), "losses": draw_losses(history)}
+    for kind, figure in figures.items():
+        FigureCanvasAgg(figure)
+        figure.savefig(HERE / "figures" / f"{name}_{kind}.png", dpi=110)
+    write_provenance(name, zoo)
+    columns = ["arm", "variant", "lr", "seed", "r2", "accuracy_good", "agreement", "retention", "specificity"]
+    shown = table[(table["split"] == "test") & (table["method"] == AUTOENCODER)]
+    print(shown[[*columns, "rank_correlation", "diversity", "failures"]].to_string(index=False))
+
+
+def of_grid(table: pd.DataFrame, rates: dict[str, float]) -> pd.DataFrame:
+    """Rows of the grid's cells at the chosen learning rates."""
+    return table[(table["variant"] == "") & (table["lr"] == table["arm"].map(rates))]
+
+
+def gathered(runs: Path, file: str) -> pd.DataFrame:
+    """One table of all cells."""
+    return pd.concat([read_table(path) for path in sorted(runs.glob(f"*/{file}"))], ignore_index=True)
+
+
+def panels(table: pd.DataFrame, title: str, told: str) -> tuple[Figure, dict]:
+    """One panel an arm, in the order of the arms."""
+    arms = [arm for arm in ARMS if (table["arm"] == arm).any()]
+    with rc_context(STYLE):
+        figure = Figure(figsize=(max(6.5, 2.9 * len(arms)), 3.6), layout="constrained")
+        axes = figure.subplots(1, len(arms), squeeze=False, sharey=True)[0]
+        heading(figure, title, told)
+    return figure, dict(zip(arms, axes, strict=True))
+
+
+def draw_accuracy(models: pd.DataFrame) -> Figure:
+    figure, axes = panels(models, "Accuracy of originals and their reconstructions", "held-out models and images")
+    with rc_context(STYLE):
+        for arm, axis in axes.items():
+            part = models[models["arm"] == arm]
+            axis.plot([0, 1], [0, 1], color="#9ca3af", linewidth=0.8)
+            axis.scatter(part["accuracy_original"], part["accuracy"], s=5, alpha=0.6, color=PALETTE[0])
+            axis.set(title=arm, xlim=(0, 1), ylim=(0, 1), xlabel="original")
+            axis.xaxis.set_major_formatter(PERCENT)
+            axis.yaxis.set_major_formatter(PERCENT)
+    next(iter(axes.values())).set_ylabel("reconstruction")
+    return figure
+
+
+def draw_agreement(models: pd.DataFrame) -> Figure:
+    figure, axes = panels(models, "Agreement with one's own original", "share of held-out images; held-out models")
+    with rc_context(STYLE):
+        for arm, axis in axes.items():
+            axis.hist(models.loc[models["arm"] == arm, "agreement"], bins=25, range=(0, 1), color=PALETTE[0])
+            axis.set(title=arm, xlim=(0, 1), xlabel="agreement")
+            axis.xaxis.set_major_formatter(PERCENT)
+    next(iter(axes.values())).set_ylabel("models")
+    return figure
+
+
+def draw_losses(history: pd.DataFrame) -> Figure:
+    figure, axes = panels(history, "Losses over training", "each over its value at the first step; one line a seed")
+    with rc_context(STYLE):
+        for arm, axis in axes.items():
+            for position, part in enumerate(("structure", "behaviour", "contrast")):
+                for number, (_, run_) in enumerate(history[history["arm"] == arm].groupby("seed")):
+                    values = run_[part] if part in run_ else pd.Series(dtype=float)
+                    if values.notna().any():
+                        label = part if number == 0 else None
+                        axis.plot(run_["step"], values / values.iloc[0], color=PALETTE[position], label=label)
+            axis.set(title=arm, xlabel="step", yscale="log")
+            axis.legend(fontsize=7)
+    return figure
+
+
+def write_provenance(name: str, zoo: Zoo) -> None:
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=HERE, capture_output=True, text=True)
+    record = {key: str(value) for key, value in describe().items()}
+    record |= {"commit": commit.stdout.strip(), "date": time.strftime("%Y-%m-%d")}
+    record |= {"zoo": zoo.manifest["name"], "blueprint_fingerprint": zoo.manifest["blueprint_fingerprint"]}
+    (HERE / f"provenance_{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

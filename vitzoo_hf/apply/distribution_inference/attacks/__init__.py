@@ -1,0 +1,1 @@
+"""Attacks that infer the training distribution of a model."""

@@ -1,0 +1,243 @@
+"""Thousands of small MLPs trained at once: inputs – hidden ReLU units – one output, a row of a matrix each.
+
+Models run in groups that fit a processor's cache. Examples lie on the last axis: inputs are `[M, I, n]`, outputs
+`[M, n]`, of M models on n examples each.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor
+
+from vitzoo_hf.format.layout import Layout, unflatten
+from vitzoo_hf.progress import progress_bar
+
+GROUP_ACTIVATIONS = {"cpu": 2**16, "cuda": 2**26}
+SMALLEST_GROUP = 64
+DIVERGED = 1e6
+BETAS = (0.9, 0.999)
+
+Loss = Callable[[Float[Tensor, "M n"], Float[Tensor, "M n"], int], Float[Tensor, " M"]]
+"""Outputs, targets and the number of the step -> a loss of each model."""
+
+
+@dataclass(frozen=True)
+class Widths:
+    """Sizes of an MLP with one output.
+
+    >>> Widths(4, 32).layout.num_parameters
+    193
+    """
+
+    inputs: int
+    hidden: int
+
+    @property
+    def layout(self) -> Layout:
+        """Of the flat vector of a model."""
+        names = ("hidden.weight", "hidden.bias", "output.weight", "output.bias")
+        return Layout(names, ((self.hidden, self.inputs), (self.hidden,), (1, self.hidden), (1,)))
+
+
+@dataclass(frozen=True)
+class Training:
+    """How MLPs are trained.
+
+    Attributes:
+        lr: learning rate.
+        weight_decay: added to gradients times the weights (L2, not decoupled).
+        epochs: passes over the data; with `steps`, only their upper bound is lifted.
+        steps: updates, over as many epochs as they take; None follows `epochs`.
+        batch_size: examples an update; None takes all.
+        optimizer: `adam` or `sgd`.
+        stop_below: a model stops after the first epoch whose running training loss is below this.
+    """
+
+    lr: float = 1e-3
+    weight_decay: float = 1e-4
+    epochs: int = 20
+    steps: int | None = None
+    batch_size: int | None = 32
+    optimizer: str = "adam"
+    stop_below: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.optimizer not in ("adam", "sgd"):
+            raise ValueError(f"optimizer={self.optimizer!r}; expected 'adam' or 'sgd'")
+
+    def steps_for(self, n: int) -> int:
+        """Updates of a model on n examples that is not stopped.
+
+        >>> Training().steps_for(2048), Training(steps=100).steps_for(2048)
+        (1280, 100)
+        """
+        return self.steps if self.steps is not None else self.epochs * math.ceil(n / (self.batch_size or n))
+
+
+def initial_mlps(widths: Widths, count: int, generator: torch.Generator) -> Float[Tensor, "M P"]:
+    """Weights as PyTorch's linear layers start: uniform within one over the root of a layer's inputs."""
+    bounds = [
+        torch.full((math.prod(shape),), 1 / math.sqrt(widths.inputs if name.startswith("hidden") else widths.hidden))
+        for name, shape in zip(widths.layout.names, widths.layout.shapes, strict=True)
+    ]
+    uniform = torch.rand(count, widths.layout.num_parameters, generator=generator)
+    return (2 * uniform - 1) * torch.cat(bounds)
+
+
+def mlp_outputs(
+    vectors: Float[Tensor, "M P"], widths: Widths, inputs: Float[Tensor, "M I n"] | Float[Tensor, "1 I n"]
+) -> Float[Tensor, "M n"]:
+    """Outputs of each model on its own inputs, or of all on the same.
+
+    Example:
+        >>> mlp_outputs(torch.ones(1, 4), Widths(1, 1), torch.tensor([[[-3.0, 2.0]]]))
+        tensor([[1., 4.]])
+    """
+    parts = unflatten(vectors, widths.layout)
+    shared = inputs.expand(len(vectors), -1, -1)
+    hidden = torch.baddbmm(parts["hidden.bias"][:, :, None], parts["hidden.weight"], shared).relu()
+    return torch.baddbmm(parts["output.bias"][:, :, None], parts["output.weight"], hidden)[:, 0]
+
+
+def squared_error(outputs: Float[Tensor, "M n"], targets: Float[Tensor, "M n"], step: int) -> Float[Tensor, " M"]:
+    """Mean squared error of each model; the same at every step."""
+    return (outputs - targets).square().mean(1)
+
+
+def diverged(vectors: Float[Tensor, "M P"]) -> Bool[Tensor, " M"]:
+    """Models with a weight that is not finite, or beyond a million.
+
+    >>> diverged(torch.tensor([[0.0], [2e6], [float("nan")]]))
+    tensor([False,  True,  True])
+    """
+    return ~(vectors.abs() <= DIVERGED).all(1)
+
+
+def train_mlps(
+    widths: Widths,
+    inputs: Float[Tensor, "M I n"],
+    targets: Float[Tensor, "M n"],
+    training: Training,
+    *,
+    loss: Loss = squared_error,
+    seed: int = 0,
+    device: str | torch.device = "cpu",
+    progress: bool = False,
+) -> Float[Tensor, "M P"]:
+    """Train one model on each data set, from an initialisation of its own.
+
+    Args:
+        widths: of every model.
+        inputs: of each model's own examples.
+        targets: of the examples.
+        training: how.
+        loss: of each model, differentiable by outputs.
+        seed: of initial weights and of the order of examples, which models of a group share.
+        device: where they are trained.
+        progress: show a bar.
+
+    Returns:
+        Weights on the CPU; those of a model that diverged are kept as they are.
+
+    Example:
+        >>> x = torch.linspace(-1, 1, 64).expand(2, 1, -1)
+        >>> vectors = train_mlps(Widths(1, 8), x, 3 * x[:, 0], Training(lr=0.01, epochs=150))
+        >>> bool((squared_error(mlp_outputs(vectors, Widths(1, 8), x), 3 * x[:, 0], 0) < 0.01).all())
+        True
+    """
+    generator = torch.Generator().manual_seed(seed)
+    count, n = targets.shape
+    batch = min(training.batch_size or n, n)
+    size = max(SMALLEST_GROUP, GROUP_ACTIVATIONS[torch.device(device).type] // (widths.hidden * batch))
+    vectors = initial_mlps(widths, count, generator)
+    with progress_bar("training MLPs", "model", shown=progress, total=count) as bar:
+        for first in range(0, count, size):
+            group = slice(first, min(first + size, count))
+            held = (vectors[group].to(device), inputs[group].to(device), targets[group].to(device))
+            vectors[group] = _train_group(widths, *held, training, loss, generator).cpu()
+            bar.update(group.stop - group.start)
+    return vectors
+
+
+def _train_group(
+    widths: Widths,
+    vectors: Float[Tensor, "M P"],
+    inputs: Float[Tensor, "M I n"],
+    targets: Float[Tensor, "M n"],
+    training: Training,
+    loss: Loss,
+    generator: torch.Generator,
+) -> Float[Tensor, "M P"]:
+    """Models that train the same number of steps; those that reach the loss they stop at leave the group."""
+    n = targets.shape[1]
+    done = vectors.clone()
+    alive = torch.arange(len(vectors), device=vectors.device)
+    optimizer = _Optimizer(training, vectors)
+    for order, steps in _epochs(n, training, generator):
+        running = torch.zeros(len(alive), device=vectors.device)
+        for x, y in _batches(inputs, targets, order, training.batch_size or n)[:steps]:
+            weights = optimizer.vectors.detach().requires_grad_()
+            losses = loss(mlp_outputs(weights, widths, x), y, optimizer.steps)
+            (gradient,) = torch.autograd.grad(losses.sum(), weights)
+            optimizer.step(gradient)
+            running += losses.detach() * (y.shape[1] / n)
+        if training.stop_below is None:
+            continue
+        stopped = running < training.stop_below
+        if stopped.any():
+            done[alive[stopped]] = optimizer.vectors[stopped]
+            left = ~stopped
+            alive, inputs, targets = alive[left], inputs[left], targets[left]
+            optimizer.keep(left)
+        if not len(alive):
+            return done
+    done[alive] = optimizer.vectors
+    return done
+
+
+def _epochs(
+    n: int, training: Training, generator: torch.Generator
+) -> Iterator[tuple[Int64[Tensor, " n"] | None, int]]:
+    """The order of examples in each epoch, None where a batch is all of them, and the steps that are left."""
+    left = training.steps_for(n)
+    batches = math.ceil(n / (training.batch_size or n))
+    while left > 0:
+        yield (None if batches == 1 else torch.randperm(n, generator=generator)), left
+        left -= batches
+
+
+def _batches(
+    inputs: Float[Tensor, "M I n"], targets: Float[Tensor, "M n"], order: Int64[Tensor, " n"] | None, size: int
+) -> list[tuple[Tensor, Tensor]]:
+    """Inputs `[M, I, b]` and targets `[M, b]` of each batch."""
+    if order is None:
+        return [(inputs, targets)]
+    here = order.to(inputs.device)
+    return list(zip(inputs[..., here].split(size, 2), targets[:, here].split(size, 1), strict=True))
+
+
+class _Optimizer:
+    """Adam or gradient descent with L2, on models as rows."""
+
+    def __init__(self, training: Training, vectors: Float[Tensor, "M P"]) -> None:
+        self.training, self.vectors, self.steps = training, vectors.clone(), 0
+        self.mean, self.square = torch.zeros_like(vectors), torch.zeros_like(vectors)
+
+    def keep(self, models: Bool[Tensor, " M"]) -> None:
+        self.vectors, self.mean, self.square = self.vectors[models], self.mean[models], self.square[models]
+
+    @torch.no_grad()
+    def step(self, gradient: Float[Tensor, "M P"]) -> None:
+        self.steps += 1
+        gradient = gradient.add(self.vectors, alpha=self.training.weight_decay)
+        if self.training.optimizer == "sgd":
+            self.vectors.sub_(gradient, alpha=self.training.lr)
+            return
+        first, second = BETAS
+        self.mean.lerp_(gradient, 1 - first)
+        self.square.mul_(second).addcmul_(gradient, gradient, value=1 - second)
+        size = (self.square / (1 - second**self.steps)).sqrt_().add_(1e-8)
+        self.vectors.addcdiv_(self.mean, size, value=-self.training.lr / (1 - first**self.steps))

@@ -1,0 +1,156 @@
+"""Scores of networks along a path between weight vectors."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Float64, Int64
+from torch import Tensor
+
+from vitzoo_hf.apply.candidates import candidate_scores, check_vectors
+from vitzoo_hf.format.schema import ZooError
+
+TOGETHER = 100_000_000
+"""Weights of points that are held at once."""
+
+
+class PathScores(NamedTuple):
+    """Along a path: mean cross-entropy in nats and the share of right predictions, at positions from 0 to 1."""
+
+    positions: Float64[Tensor, " T"]
+    loss: Float64[Tensor, " T"]
+    accuracy: Float64[Tensor, " T"]
+
+    @property
+    def barrier(self) -> float:
+        """Largest rise of the loss over the line between the ends, in nats; 0 if there is none."""
+        return barrier(self.loss, self.positions)
+
+    @property
+    def accuracy_barrier(self) -> float:
+        """Largest fall of the accuracy below the line between the ends; 0 if there is none."""
+        return barrier(1 - self.accuracy, self.positions)
+
+    @property
+    def connectivity(self) -> float:
+        """The mode-connectivity measure of the errors; see `mode_connectivity`."""
+        return mode_connectivity(1 - self.accuracy)
+
+    @property
+    def midpoint(self) -> int:
+        """The place of the position closest to ½."""
+        return int((self.positions - 0.5).abs().argmin())
+
+
+def positions(count: int) -> Float64[Tensor, " T"]:
+    """So many positions from 0 to 1, both ends among them.
+
+    Raises:
+        ZooError: for fewer than 3, which would leave out the middle.
+    """
+    if count < 3:
+        raise ZooError(f"a path of {count} points has no middle: give at least 3")
+    return torch.linspace(0, 1, count, dtype=torch.float64)
+
+
+def barrier(values: Float64[Tensor, " T"], positions: Float64[Tensor, " T"]) -> float:
+    """Largest rise of values over the line between the first and the last: never below 0.
+
+    Example:
+        >>> t = positions(3)
+        >>> barrier(torch.tensor([1.0, 5.0, 3.0]).double(), t)
+        3.0
+    """
+    line = (1 - positions) * values[0] + positions * values[-1]
+    return float((values - line).max().clamp_min(0))
+
+
+def mode_connectivity(errors: Float64[Tensor, " T"]) -> float:
+    """The measure ½ (e(0) + e(1)) − e(t*), with t* where the error is farthest from the mean of the ends.
+
+    Source: Yang et al. 2021. t* is looked for between the ends, which are both equally far from their mean, so that
+    the measure does not change when the ends change places; of points equally far, the one of higher error counts.
+
+    Below 0 there is a barrier, at 0 the ends are connected, above 0 the path goes through better networks.
+
+    Args:
+        errors: at positions along a path, both ends among them.
+
+    Raises:
+        ZooError: for fewer than 3, of which none is between the ends.
+
+    Example:
+        >>> mode_connectivity(torch.tensor([0.25, 0.75, 0.25]).double())
+        -0.5
+    """
+    if len(errors) < 3:
+        raise ZooError(f"{len(errors)} errors have none between the ends of a path: give at least 3")
+    rises = errors[1:-1] - (errors[0] + errors[-1]) / 2
+    farthest = rises[rises.abs() == rises.abs().max()].max()
+    return -float(farthest)
+
+
+def straight_points(
+    first: Float[Tensor, " D"], last: Float[Tensor, " D"], positions: Float64[Tensor, " T"]
+) -> Float[Tensor, "T D"]:
+    """Points (1 − t) first + t last."""
+    t = positions.to(first)[:, None]
+    return (1 - t) * first + t * last
+
+
+def bezier_points(
+    first: Float[Tensor, " D"],
+    control: Float[Tensor, " D"],
+    last: Float[Tensor, " D"],
+    positions: Float64[Tensor, " T"],
+) -> Float[Tensor, "T D"]:
+    """Points (1 − t)² first + 2 t (1 − t) control + t² last."""
+    t = positions.to(first)[:, None]
+    return (1 - t) ** 2 * first + 2 * t * (1 - t) * control + t**2 * last
+
+
+def path_scores(
+    first: Float[Tensor, " D"],
+    last: Float[Tensor, " D"],
+    like: Mapping[str, Any],
+    images: Float[Tensor, "N C H W"],
+    labels: Int64[Tensor, " N"],
+    *,
+    control: Float[Tensor, " D"] | None = None,
+    points: int = 11,
+    device: str | torch.device = "cpu",
+) -> PathScores:
+    """Loss and accuracy along the straight path between two networks, or along a Bézier curve.
+
+    Args:
+        first: weights at t = 0, float32.
+        last: weights at t = 1, in the same layout.
+        like: a row of their architecture and head.
+        images: as the networks are fed them.
+        labels: of the images.
+        control: of a Bézier curve; None for the straight path.
+        points: positions at equal steps, both ends among them.
+        device: where the networks run.
+
+    Raises:
+        ZooError: for fewer than 3 points, weights of another length than those of `like`, or images it does not take.
+
+    Example:
+        >>> from vitzoo_hf.zoo import Zoo
+        >>> zoo = Zoo.sample().filter(stage="finetune", head="linear")
+        >>> row, other = list(zoo.rows())[:2]
+        >>> ends = [torch.from_numpy(values["weights"]) for values in (row, other)]
+        >>> path = path_scores(*ends, row, *zoo.probes("digits"), points=5)
+        >>> path.loss.shape, path.barrier >= 0
+        (torch.Size([5]), True)
+    """
+    where = positions(points)
+    check_vectors(like, *(vector for vector in (first, last, control) if vector is not None))
+    step = max(1, TOGETHER // len(first))
+    parts = []
+    for some in where.split(step):
+        ends = (first, last)
+        weights = straight_points(*ends, some) if control is None else bezier_points(first, control, last, some)
+        parts.append(candidate_scores(weights, like, images, labels, device=device))
+    loss, accuracy = (torch.cat(values).cpu() for values in zip(*parts, strict=True))
+    return PathScores(where, loss, accuracy)

@@ -1,0 +1,1 @@
+"""Recover which checkpoint initialised which from weights alone."""

@@ -1,0 +1,188 @@
+"""Networks that were made from rows of a zoo, such as averages and reconstructions, as rows of a zoo of their own.
+
+Where applications write: zoos made from zoos, which replace only an earlier one of their kind.
+"""
+
+import json
+import re
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from vitzoo_hf.format import schema
+from vitzoo_hf.format.schema import ZooError
+from vitzoo_hf.models.rebuild import VerifiedRow
+from vitzoo_hf.publish.folder import Rows, refuse_to_replace, write_zoo
+from vitzoo_hf.zoo import Zoo
+
+KINDS = {
+    "soups_of": "soups",
+    "rebasin_of": "models aligned by re-basin",
+    "reconstructions_of": "reconstructions",
+    "samples_of": "samples",
+}
+"""What the manifest of a made zoo has, and what the zoo is of."""
+
+
+def made_manifest(zoo: Zoo, kind: str) -> dict[str, Any]:
+    """The manifest of a zoo that is made from another: without files, and with what it was made of under `kind`."""
+    left_out = {"files", "subset_of", *KINDS}
+    manifest = {name: value for name, value in zoo.manifest.items() if name not in left_out}
+    return manifest | {kind: zoo.manifest["blueprint_fingerprint"], "blueprint_fingerprint": None}
+
+
+def check_folder(folder: Path, zoo: Zoo, kind: str) -> None:
+    """Refuse a folder for a made zoo before anything is computed.
+
+    Args:
+        folder: that is to be written.
+        zoo: that it is made from.
+        kind: one of `KINDS`.
+
+    Raises:
+        ZooError: if it is the folder of `zoo`, holds files that are no zoo or a zoo of another kind, or cannot be
+            written.
+    """
+    if folder.resolve() == Path(zoo.name).resolve():
+        raise ZooError(f"{folder} is the zoo that is read, and would be replaced: give another folder for the output")
+    refuse_to_replace(folder)
+    manifest = folder / schema.MANIFEST
+    if manifest.is_file() and kind not in _keys(manifest):
+        raise ZooError(
+            f"{folder} holds a zoo that is not of {KINDS[kind]}, and would be replaced: give another folder, or"
+            " remove it yourself"
+        )
+    check_writable(folder)
+
+
+def check_writable(path: Path) -> None:
+    """Refuse a file or folder that could not be made.
+
+    Raises:
+        ZooError: if the closest folder above it that exists is none, or takes no files.
+    """
+    above = next(parent for parent in path.absolute().parents if parent.exists())
+    try:
+        tempfile.TemporaryFile(dir=above).close()
+    except OSError as error:
+        raise ZooError(f"cannot write {path}: {above}: {error.strerror}; give another place") from None
+
+
+def check_file(path: Path) -> None:
+    """Refuse a file that could not be written.
+
+    Raises:
+        ZooError: if it is a folder, or as `check_writable`.
+    """
+    if path.is_dir():
+        raise ZooError(f"cannot write {path}: it is a folder; give the name of a file")
+    check_writable(path)
+
+
+def _keys(manifest: Path) -> set[str]:
+    try:
+        return set(json.loads(manifest.read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return set()
+
+
+SHARED = ("parent_id", "stage", "dataset", "architecture", "architecture_args", "head", "head_hidden", "layout")
+
+
+def derived_row(
+    zoo: Zoo,
+    sources: Sequence[Mapping[str, Any]],
+    run_id: str,
+    weights: Float[Tensor, " D"],
+    provenance: Mapping[str, Any],
+    *,
+    is_final: bool = True,
+    test_loss: float | None = None,
+    test_accuracy: float | None = None,
+) -> dict[str, Any]:
+    """A network as a row with the columns of the zoo that its sources are from, and its split.
+
+    Columns that all sources share keep their value: parent, factors. Others are null, as are results on training
+    images; `epoch` is the latest of the sources'; `split` is `test` if a source is of it, then
+    `validation`, then `train`.
+
+    Args:
+        zoo: of the sources.
+        sources: records of the index, with `split`.
+        run_id: letters, digits and `._=+-`; others are replaced.
+        weights: of the network.
+        provenance: how it was made; the zoo and the versions are added.
+        is_final: the column.
+        test_loss: on test images, measured by the caller.
+        test_accuracy: likewise.
+    """
+    own = re.sub(r"[^A-Za-z0-9._=+-]+", ".", run_id)
+    epoch = max(row["epoch"] for row in sources)
+    vector = weights.cpu().numpy()
+    results = dict.fromkeys(schema.RESULTS) | {"test_loss": test_loss, "test_accuracy": test_accuracy}
+    record = dict(provenance) | {
+        "zoo": {"name": zoo.manifest["name"], "blueprint_fingerprint": zoo.manifest["blueprint_fingerprint"]},
+        "versions": {"vitzoo_hf": schema.VERSION, "torch": torch.__version__},
+    }
+    row = {"model_id": schema.model_id(own, epoch), "run_id": own, "epoch": epoch, "is_final": is_final}
+    row |= {column: _shared(sources, column) for column in (*SHARED, *zoo.factors)}
+    row |= results | {"num_parameters": len(vector), "weights_sha256": schema.weights_sha256(vector)}
+    row |= {"dtype": "float32", "provenance": schema.canonical_json(record), "weights": vector}
+    order = [*schema.row_features(zoo.manifest["factors"])]
+    split = max((source["split"] for source in sources), key=schema.SPLITS.index)
+    return VerifiedRow({column: row[column] for column in order} | {"split": split})
+
+
+def write_derived(zoo: Zoo, rows: Sequence[Mapping[str, Any]], folder: str | Path, kind: str) -> Path:
+    """Write derived rows as a zoo, with the held-out images of the zoo that they come from.
+
+    Args:
+        zoo: of the sources.
+        rows: of `derived_row`.
+        folder: the new zoo; an earlier one of the kind that is there is replaced.
+        kind: what the rows are, such as `soups`: ends the new zoo's name.
+
+    Raises:
+        ZooError: as `check_folder`.
+    """
+    members = {split: [row for row in rows if row["split"] == split] for split in schema.SPLITS}
+    splits = {
+        split: Rows(len(part), max((row["num_parameters"] for row in part), default=0), map(_stored, part))
+        for split, part in members.items()
+    }
+    return write_streamed(zoo, splits, {row["dataset"] for row in rows}, folder, kind)
+
+
+def write_streamed(zoo: Zoo, splits: Mapping[str, Rows], datasets: set[str], folder: str | Path, kind: str) -> Path:
+    """As `write_derived`, from rows without `split` that are made while they are written.
+
+    Args:
+        zoo: of the sources.
+        splits: split -> its rows.
+        datasets: whose held-out images the new zoo holds.
+        folder: as for `write_derived`.
+        kind: likewise.
+    """
+    probes = {
+        role: [row for row in zoo.probe_rows(role) if row["dataset"] in datasets] for role in ("selection", "test")
+    }
+    check_folder(Path(folder), zoo, f"{kind}_of")
+    manifest = made_manifest(zoo, f"{kind}_of")
+    manifest |= {"name": f"{manifest['name']}-{kind}", "missing_runs": {}}
+    write_zoo(Path(folder), manifest, splits, probes, zoo.blueprint_text)
+    return Path(folder)
+
+
+def _stored(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in row.items() if name != "split"}
+
+
+def _shared(rows: Sequence[Mapping[str, Any]], column: str) -> Any:
+    """The value that all rows have in a column, or None."""
+    values = {row[column] for row in rows}
+    return values.pop() if len(values) == 1 else None

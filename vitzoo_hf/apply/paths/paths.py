@@ -1,0 +1,82 @@
+"""Paths between two networks in weight space: straight lines and quadratic Bézier curves, and what lies along them.
+
+The barrier of a path is the largest rise of the loss over the straight line between the losses of its ends,
+max over t of L(t) − (1 − t) L(0) − t L(1) (Frankle et al. 2020; Entezari et al. 2022); of accuracies, the largest
+fall below that line. The control point of a Bézier curve is trained as in Garipov et al. 2018.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+from torch.func import functional_call
+from torch.nn import functional
+
+from vitzoo_hf.apply.candidates import check_images, check_vectors
+from vitzoo_hf.apply.interpolation import bezier_points
+from vitzoo_hf.format.layout import unflatten
+from vitzoo_hf.format.schema import ZooError
+from vitzoo_hf.models.rebuild import architecture_of, usable_device
+from vitzoo_hf.models.vit import layout_of, skeleton
+
+
+def train_bezier(
+    first: Float[Tensor, " D"],
+    last: Float[Tensor, " D"],
+    like: Mapping[str, Any],
+    images: Float[Tensor, "N C H W"],
+    labels: Int64[Tensor, " N"],
+    *,
+    steps: int = 300,
+    lr: float = 3e-3,
+    batch_size: int = 128,
+    seed: int = 0,
+    device: str | torch.device = "cpu",
+) -> Float[Tensor, " D"]:
+    """The control point of a quadratic Bézier curve with a low loss along it (Garipov et al. 2018).
+
+    Each step of Adam takes one position, uniform between 0 and 1, and one batch. The control point begins in the
+    middle of the straight path; the learning rate falls to 0 along half a cosine.
+
+    Args:
+        first: weights at t = 0, float32.
+        last: weights at t = 1, in the same layout.
+        like: a row of their architecture and head.
+        images: to train on; never those that results are reported on.
+        labels: of the images.
+        steps: of Adam.
+        lr: its learning rate.
+        batch_size: images a step.
+        seed: of positions and batches.
+        device: where it is trained.
+
+    Returns:
+        float32, on the CPU.
+
+    Raises:
+        ZooError: if there is no image or one that `like` does not take, weights have another length than its own, or
+            the device is not here.
+    """
+    if not len(images):
+        raise ZooError("a Bézier curve is trained on images; none were given")
+    check_images(like, images, labels)
+    check_vectors(like, first, last)
+    place, kind = usable_device(device), architecture_of(like)
+    model, layout = skeleton(*kind), layout_of(*kind)
+    ends = [vector.detach().to(place, torch.float32) for vector in (first, last)]
+    control = ((ends[0] + ends[1]) / 2).requires_grad_()
+    optimizer = torch.optim.Adam([control], lr=lr)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, steps))
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        chosen = torch.randint(len(images), (min(batch_size, len(images)),), generator=generator)
+        t = torch.rand(1, generator=generator, dtype=torch.float64)
+        point = bezier_points(ends[0], control, ends[1], t)[0]
+        logits = functional_call(model, unflatten(point, layout), (images[chosen].to(place),))
+        optimizer.zero_grad()
+        functional.cross_entropy(logits, labels[chosen].to(place)).backward()
+        optimizer.step()
+        schedule.step()
+    return control.detach().cpu()

@@ -1,0 +1,1 @@
+"""Predict the properties of models from their weights."""

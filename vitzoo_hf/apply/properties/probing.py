@@ -1,0 +1,119 @@
+"""Features from behaviour: what models answer on a few held-out images.
+
+The baseline that any reading of weights has to meet. Images are *selection* images, never those that test
+accuracy was measured on.
+"""
+
+import numpy as np
+import torch
+from jaxtyping import Float, Float64, Int64
+from torch import Tensor
+
+from vitzoo_hf.apply.properties.features import Features
+from vitzoo_hf.evaluation.outputs_cache import digest_of
+from vitzoo_hf.format.schema import ZooError
+from vitzoo_hf.metrics.behavior import accuracy, cross_entropy
+from vitzoo_hf.models.population import Population
+from vitzoo_hf.progress import progress_bar
+from vitzoo_hf.zoo import Zoo
+
+CHUNK_BYTES = 2**28
+
+
+def probing_features(
+    zoo: Zoo,
+    dataset: str,
+    *,
+    num_images: int = 64,
+    seed: int = 0,
+    device: str | torch.device = "cpu",
+    progress: bool = False,
+) -> Features:
+    """Class probabilities of every model on the same few images: whole models, heads included.
+
+    Args:
+        zoo: classifiers of the classes of `dataset`.
+        dataset: whose selection images are used.
+        num_images: how many.
+        seed: that chooses them.
+        device: where the models run.
+        progress: show a bar.
+
+    Returns:
+        Features `probing_N`, `[P, N * K]`.
+
+    Raises:
+        ZooError: if the zoo carries no selection or test images, too few of them, or heads differ in classes.
+
+    Example:
+        >>> zoo = Zoo.sample().filter(stage="finetune")
+        >>> probing_features(zoo, "digits", num_images=4).values.shape
+        (6, 40)
+    """
+    images, _ = probing_images(zoo, dataset, num_images, seed)
+    logits, model_ids = _logits(zoo, images, device, progress)
+    probabilities = logits.softmax(-1).numpy()
+    classes = probabilities.shape[2]
+    names = tuple(f"image {image} class {label}" for image in range(num_images) for label in range(classes))
+    return Features(f"probing_{num_images}", model_ids, probabilities.reshape(len(model_ids), -1), names)
+
+
+def measured_features(
+    zoo: Zoo,
+    dataset: str,
+    *,
+    num_images: int = 64,
+    seed: int = 0,
+    device: str | torch.device = "cpu",
+    progress: bool = False,
+) -> Features:
+    """Accuracy and cross-entropy on the images of `probing_features`: unlike those, it takes their labels.
+
+    Example:
+        >>> zoo = Zoo.sample().filter(stage="finetune")
+        >>> measured_features(zoo, "digits", num_images=4).names
+        ('accuracy', 'cross-entropy')
+    """
+    images, labels = probing_images(zoo, dataset, num_images, seed)
+    logits, model_ids = _logits(zoo, images, device, progress)
+    values = torch.stack([accuracy(logits, labels).double(), cross_entropy(logits, labels).double()], 1)
+    return Features(f"measured_{num_images}", model_ids, values.numpy(), ("accuracy", "cross-entropy"))
+
+
+def probing_images(
+    zoo: Zoo, dataset: str, num_images: int, seed: int
+) -> tuple[Float[Tensor, "N C H W"], Int64[Tensor, " N"]]:
+    """Selection images drawn at random from those that equal no test image, pixel by pixel, and their labels.
+
+    Raises:
+        ZooError: if the zoo does not carry both sets, or there are too few.
+    """
+    images, labels = zoo.probes(dataset, "selection")
+    tested = {digest_of(image[None]) for image in zoo.probes(dataset, "test")[0]}
+    free = [place for place, image in enumerate(images) if digest_of(image[None]) not in tested]
+    if not 1 <= num_images <= len(free):
+        raise ZooError(
+            f"num_images is {num_images}; {dataset} has {len(free)} selection images that are no test images: "
+            "ask for 1 to as many"
+        )
+    chosen = np.sort(np.random.default_rng(seed).choice(free, num_images, replace=False))
+    return images[chosen], labels[chosen]
+
+
+def _logits(
+    zoo: Zoo, images: Float[Tensor, "N C H W"], device: str | torch.device, progress: bool
+) -> tuple[Float64[Tensor, "P N K"], tuple[str, ...]]:
+    """Of every model on every image, some models at a time."""
+    ids = zoo.model_ids
+    largest = max(zoo.to_pandas()["num_parameters"])
+    size = max(1, CHUNK_BYTES // (4 * int(largest)))
+    found = []
+    with progress_bar("probing", "model", shown=progress, total=len(ids)) as bar:
+        for first in range(0, len(ids), size):
+            chunk = ids[first : first + size]
+            population = Population.from_rows(zoo.filter(model_id=chunk).rows(), device)
+            found.append(population(images).double().cpu())
+            bar.update(len(chunk))
+    if len({part.shape[2] for part in found}) > 1:
+        raise ZooError("models differ in the number of classes: filter by `dataset`")
+    return torch.cat(found), tuple(ids)

@@ -1,0 +1,1 @@
+"""Align models by the symmetries of a vision transformer."""

@@ -1,0 +1,361 @@
+"""The command line: one verb a step. Nothing heavy is imported before a verb needs it."""
+
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from shlex import quote
+from typing import TYPE_CHECKING
+
+from cyclopts import App
+from cyclopts.exceptions import CycloptsError
+
+from vitzoo_hf.cli.attack import attack
+from vitzoo_hf.cli.autoencoder import decode, encode, sample
+from vitzoo_hf.cli.evaluate import evaluate
+from vitzoo_hf.cli.lineage import lineage
+from vitzoo_hf.cli.options import (
+    Json,
+    Quiet,
+    Ray,
+    Workers,
+    format_bytes,
+    format_duration,
+    hint,
+    join,
+    open_zoo,
+    print_json,
+    print_table,
+    table_records,
+)
+from vitzoo_hf.cli.properties import properties
+from vitzoo_hf.cli.rebasin import rebasin
+from vitzoo_hf.cli.soup import soup
+from vitzoo_hf.cli.zoo import convert, export, get, info, list_rows, push, verify
+from vitzoo_hf.format.schema import VERSION, ZooError
+
+if TYPE_CHECKING:
+    from vitzoo_hf.launch.local import Summary
+    from vitzoo_hf.zoo.zoo import Zoo
+
+CONTINUED = ("train", "evaluate", "pack", "convert", "push", "quickstart", "export", "encode")
+"""Verbs that keep what they had done when they are interrupted."""
+
+app = App(
+    name="vitzoo",
+    help="Populations of vision transformers as a Hugging Face dataset. Start with `vitzoo quickstart`.",
+    version=VERSION,
+    suppress_keyboard_interrupt=False,
+)
+app.register_install_completion_command(help="Install completion: a script, and a line in the shell's start-up file.")
+
+app.command(list_rows, name="ls")
+for verb in (
+    info,
+    get,
+    export,
+    convert,
+    push,
+    verify,
+    evaluate,
+    lineage,
+    rebasin,
+    properties,
+    soup,
+    encode,
+    decode,
+    sample,
+    attack,
+):
+    app.command(verb)
+
+
+@app.command
+def quickstart(
+    *,
+    out: Path = Path("vitzoo-quickstart"),
+    blueprint: str = "mini",
+    workers: Workers = None,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Build the mini zoo on real images, publish it as a dataset, open it, measure it.
+
+    Args:
+        out: Folder for the zoo, the report and the training checkpoints.
+        blueprint: Another zoo to build: a name, or a YAML file.
+    """
+    from vitzoo_hf.blueprint.blueprint import Blueprint
+    from vitzoo_hf.cli.quickstart import quickstart as build
+    from vitzoo_hf.cli.quickstart import summary_table
+    from vitzoo_hf.zoo.zoo import Zoo
+
+    start = time.perf_counter()
+    say = (lambda line: None) if json or quiet else print
+    outcome = build(out, blueprint=Blueprint.load(blueprint), workers=workers, progress=not (json or quiet), say=say)
+    zoo = Zoo(outcome.zoo)
+    table = summary_table(zoo)
+    if json:
+        print_json(
+            {
+                "zoo": str(outcome.zoo),
+                "report": str(outcome.report),
+                "already_done": outcome.already_done,
+                "seconds": round(time.perf_counter() - start, 1),
+                "rows": len(zoo),
+                "table": table_records(table),
+            }
+        )
+        return
+    print_table(table_records(table))
+    if outcome.already_done:
+        print(f"\nAlready done: the zoo in {outcome.zoo} is complete and measured; nothing was trained.")
+    else:
+        print(f"\n{len(zoo)} rows in {outcome.zoo} after {time.perf_counter() - start:.0f} s.")
+    if not quiet:
+        hint(
+            f"""Look at {outcome.report}, then open the zoo in Python:
+
+    from datasets import load_dataset
+    rows = load_dataset({str(outcome.zoo)!r}, split="train")      # weights and factors
+
+    import vitzoo_hf as vz
+    zoo = vz.Zoo({str(outcome.zoo)!r})
+    model = zoo.model({_best_model(zoo)!r})      # a live timm ViT
+
+or stay here: vitzoo ls {outcome.zoo} --where factor_optimizer=adamw"""
+        )
+
+
+@app.command
+def plan(
+    blueprint: str,
+    *,
+    workers: Workers = None,
+    device: str = "cpu",
+    write: Path | None = None,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Say what a blueprint will cost: runs, rows, parameters, disk, time. Nothing is trained.
+
+    Args:
+        blueprint: A name such as `mini`, or a YAML file.
+        device: Where a few steps are timed.
+        write: Write the blueprint itself into this new file instead, to be changed.
+    """
+    from vitzoo_hf.blueprint.blueprint import Blueprint
+
+    if write is not None:
+        _write_new(write, Blueprint.load(blueprint).text)
+        hint(f"Next: change {write}, then vitzoo plan {write}")
+        return
+    from vitzoo_hf.launch.cost import make_plan
+
+    cost = make_plan(Blueprint.load(blueprint), workers=workers, device=device)
+    if json:
+        print_json(cost.to_json())
+        return
+    smallest, largest = cost.parameters
+    size = f"{smallest:,}" if smallest == largest else f"{smallest:,} to {largest:,}"
+    print(f"blueprint   {cost.name}")
+    print(f"models      {cost.models} ({', '.join(f'{n} {stage}' for stage, n in cost.stages.items())})")
+    print(f"rows        {cost.rows} kept checkpoints")
+    print(f"splits      {', '.join(f'{n} runs {split}' for split, n in cost.splits.items())}")
+    print(f"parameters  {size} a model")
+    print(f"disk        {format_bytes(cost.disk_bytes)} of weights, and as much again for training checkpoints")
+    if cost.seconds is None:
+        print(f"time        unknown: {cost.note}")
+    else:
+        hours = cost.seconds * min(cost.workers, cost.models) / 3600
+        print(f"time        about {format_duration(cost.seconds)} of training on {cost.workers} worker(s)")
+        print(f"            {hours:,.{0 if hours >= 10 else 2}f} hours of one {cost.device} worker")
+        if cost.note:
+            print(f"            {cost.note}")
+    if not quiet:
+        hint(f"Next: vitzoo train {quote(blueprint)} --out RUNS")
+
+
+@app.command
+def train(
+    blueprint: str,
+    *,
+    out: Path,
+    workers: Workers = None,
+    stack: int | None = None,
+    device: str = "cpu",
+    ray: Ray = False,
+    storage: str | None = None,
+    cpus_per_run: int | None = None,
+    gpus_per_run: float | None = None,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Train every run of a blueprint; what is finished is skipped, what was interrupted continues.
+
+    Args:
+        blueprint: A name such as `mini`, or a YAML file.
+        out: Folder for the checkpoints, one subfolder a run. With --ray and no --storage, all machines must share it.
+        stack: Runs of one shape that a worker trains together; by default 1 on a CPU, and as many as fit, up to
+            32, on a GPU or of runs on a world. Runs that accumulate, autocast or decode on demand train alone.
+        device: cpu or cuda.
+        storage: With --ray: where checkpoints land, s3://… or any fsspec URL that every machine reaches; finished
+            runs are copied into --out.
+        cpus_per_run: With --ray: cores of a run or a stack; 1 by default.
+        gpus_per_run: With --ray: GPUs of a run or a stack, also a share of one; 1 by default with --device cuda.
+    """
+    from vitzoo_hf.blueprint.blueprint import Blueprint
+
+    zoo, progress = Blueprint.load(blueprint), not (json or quiet)
+    if ray is False:
+        from vitzoo_hf.launch.local import launch
+
+        if (storage, cpus_per_run, gpus_per_run) != (None, None, None):
+            raise ZooError("--storage, --cpus-per-run and --gpus-per-run belong to --ray: give it too, or drop them")
+        summary = launch(zoo, out, workers=workers, stack=stack, device=device, progress=progress)
+    else:
+        from vitzoo_hf.launch.ray import launch_on_ray
+
+        if workers is not None:
+            raise ZooError("--workers is for training without --ray: with it, --cpus-per-run decides")
+        summary = launch_on_ray(
+            zoo,
+            out,
+            address="local" if ray is True else ray,
+            device=device,
+            num_cpus=1 if cpus_per_run is None else cpus_per_run,
+            num_gpus=gpus_per_run,
+            stack=stack,
+            storage=storage,
+            progress=progress,
+        )
+    _tell(summary, zoo.name, out, json=json)
+    if not (quiet or json):
+        hint(f"Next: vitzoo pack {quote(blueprint)} {quote(str(out))} --out ZOO")
+
+
+@app.command
+def pack(
+    blueprint: str, runs: Path, *, out: Path, dtype: str = "float32", json: Json = False, quiet: Quiet = False
+) -> None:
+    """Publish trained runs as a dataset folder.
+
+    Args:
+        blueprint: The blueprint they were trained by.
+        runs: The folder `vitzoo train` filled.
+        out: Folder for the zoo; one that is there is replaced.
+        dtype: float32, or float16 or bfloat16 for half the size with rounded weights.
+    """
+    from vitzoo_hf.blueprint.blueprint import Blueprint
+    from vitzoo_hf.publish.pack import pack as write
+    from vitzoo_hf.zoo.zoo import Zoo
+
+    design = Blueprint.load(blueprint)
+    zoo = Zoo(write(design, runs, out, dtype=dtype, progress=not (json or quiet)))
+    if json:
+        print_json({"zoo": str(out), "rows": len(zoo), "missing_runs": zoo.manifest["missing_runs"]})
+        return
+    print(f"{len(zoo)} rows in {out}")
+    for run_id, reason in zoo.manifest["missing_runs"].items():
+        print(f"left out: {run_id}: {reason}")
+    if not quiet:
+        secret = design.secrets[0] if design.secrets and "role" in design.factor_types else None
+        zoo_name = quote(str(out))
+        hint(f"Next: vitzoo attack {zoo_name} --secret {secret}" if secret else f"Next: vitzoo evaluate {zoo_name}")
+
+
+@app.command
+def plot(zoo: str, *, out: Path, json: Json = False, quiet: Quiet = False) -> None:
+    """Draw the figures of an evaluated zoo, a CSV for each, and a self-contained report.html.
+
+    Args:
+        zoo: Folder, dataset id, or `sample`.
+        out: Folder for the report.
+    """
+    from vitzoo_hf.report.html import write_zoo_report
+
+    say = (lambda line: None) if json or quiet else print
+    report = write_zoo_report(open_zoo(zoo, None), out, say=say)
+    if json:
+        print_json({"report": str(report)})
+        return
+    print(report)
+
+
+@app.command
+def env(*, json: Json = False, quiet: Quiet = False) -> None:
+    """Say what this machine is and which versions are installed; paste it into a bug report."""
+    from vitzoo_hf.environment import describe
+
+    facts = describe()
+    if json:
+        print_json(facts)
+        return
+    for name, value in facts.items():
+        print(f"{name:<18}{join(value)}")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line; exit status 0, 1 for a failure, 2 for bad usage, 130 after Ctrl-C."""
+    sys.exit(run(sys.argv[1:] if arguments is None else arguments))
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one verb and return its exit status; a user's mistake is one line on standard error."""
+    if {"--quiet", "--json"} & set(arguments):
+        os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
+    try:
+        app(list(arguments), exit_on_error=False, print_error=False, result_action="return_value")
+    except CycloptsError as error:
+        print(f"vitzoo: {' '.join(str(error).split())} See `vitzoo --help`.", file=sys.stderr)
+        return 2
+    except ZooError as error:
+        print(f"vitzoo: {error}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        print(f"vitzoo: {error.filename or 'the system says'}: {error.strerror or error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        kept = bool(arguments) and arguments[0] in CONTINUED
+        rest = "continues where it was" if kept else "starts again from the beginning"
+        print(f"\nvitzoo: interrupted; the same command {rest}", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _tell(summary: "Summary", name: str, out: Path, *, json: bool) -> None:
+    if not summary.finished:
+        raise ZooError(f"no run of {name!r} was finished: {next(iter(summary.diverged.values()))}")
+    if json:
+        print_json(vars(summary))
+        return
+    print(f"{len(summary.finished)} runs finished in {out}")
+    for run_id, reason in summary.diverged.items():
+        print(f"diverged: {run_id}: {reason}")
+    if summary.orphaned:
+        print(f"not trained, for want of their parent: {', '.join(summary.orphaned)}")
+
+
+def _write_new(path: Path, text: str) -> None:
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.write(text)
+    except OSError as error:
+        raise ZooError(f"cannot write {path}: {error.strerror}") from None
+
+
+def _best_model(zoo: "Zoo") -> str:
+    """The final model that is best on the selection images."""
+    table = zoo.to_pandas("evaluations")
+    table = table[table["is_final"] & (table["stage"] == table["stage"].iloc[-1])]
+    if table["selection_accuracy"].isna().all():
+        return str(table["model_id"].iloc[-1])
+    return str(table.loc[table["selection_accuracy"].idxmax(), "model_id"])
+
+
+if __name__ == "__main__":
+    main()

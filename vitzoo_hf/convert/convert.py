@@ -1,0 +1,373 @@
+"""Everyone else's checkpoints -> a zoo, shard by shard, so that an interrupted conversion continues.
+
+A source is planned first, from listings and small files; then its checkpoints are loaded one after the other, checked
+and written. What is finished lies beside the zoo in a hidden folder with a record of each shard; the zoo appears
+when all of it is there. Checkpoints that cannot be taken are named with the reason, and the rest goes on.
+"""
+
+import itertools
+import json
+import re
+import shutil
+from collections import deque
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from filelock import FileLock, Timeout
+
+from vitzoo_hf.convert.rows import PlannedRow, SourceError, SourcePlan
+from vitzoo_hf.format import schema
+from vitzoo_hf.format.atomic import absolute, read_json, write_json
+from vitzoo_hf.format.encoding import check_dtype, rounded
+from vitzoo_hf.format.layout import Layout, flatten
+from vitzoo_hf.format.messages import one_line
+from vitzoo_hf.format.schema import FORMAT_VERSION, ZooError
+from vitzoo_hf.models.vit import layout_of
+from vitzoo_hf.progress import progress_bar
+from vitzoo_hf.publish.folder import Shard, Storage, assemble, refuse_to_replace, shard_name, swap, write_shard
+
+LICENCE = r"[a-z0-9][a-z0-9._-]{1,60}"
+ANOTHER = "a zoo that is not of this source and these options: choose another folder, or replace=True (--replace)"
+DEFAULT_SPLITS = {"by": "lineage", "seed": 0, "train": 1.0, "validation": 0.0, "test": 0.0}
+
+
+class NothingTakenError(ZooError):
+    """No checkpoint of a source can be taken.
+
+    Attributes:
+        refused: path in the source -> why.
+    """
+
+    def __init__(self, name: str, refused: Mapping[str, str]) -> None:
+        first = next(iter(refused.items()), None)
+        example = f" ({len(refused)} refused; {first[0]}: {first[1]})" if first else ": there is none"
+        super().__init__(f"{name}: no checkpoint can be taken{example}")
+        self.refused = dict(refused)
+
+
+@dataclass
+class Conversion:
+    """What became of a source.
+
+    Attributes:
+        folder: the zoo.
+        rows: checkpoints taken.
+        refused: path in the source -> why it was not taken.
+        notes: what a user of the zoo must know of its source.
+    """
+
+    folder: Path
+    rows: int
+    refused: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+def convert(
+    plan: SourcePlan,
+    folder: str | Path,
+    *,
+    dtype: str = "float32",
+    splits: Mapping[str, Any] | None = None,
+    licence: str = "unknown",
+    workers: int = 2,
+    replace: bool = False,
+    progress: bool = True,
+) -> Conversion:
+    """Write the checkpoints of a planned source as a zoo.
+
+    Run again after an interruption, it goes on with the shard it was at, and gives the same zoo.
+
+    Args:
+        plan: from `plan_source`.
+        folder: the zoo.
+        dtype: what weights are stored as: float32 is exact, float16 and bfloat16 round them to half the size.
+        splits: `by` (`lineage` or `run`), `seed` and the shares of `train`, `validation`, `test`; all in train by
+            default.
+        licence: of the weights, as the Hub names it, such as `cc-by-4.0`.
+        workers: checkpoints that are loaded at the same time.
+        replace: replace another zoo that is in `folder`, once the new one is complete.
+        progress: show a bar.
+
+    Returns:
+        What was taken, and what was refused.
+
+    Raises:
+        NothingTakenError: if no checkpoint can be taken.
+        ZooError: if the folder holds another zoo, the source has changed since the conversion began, another process
+            converts into the same folder, or the folder cannot be written.
+    """
+    check_dtype(dtype)
+    _check_options(workers, licence)
+    job = _Job(plan, dtype, dict(DEFAULT_SPLITS if splits is None else splits), licence)
+    _check_splits(job.splits)
+    folder = absolute(Path(folder))
+    refuse_to_replace(folder)
+    if (done := _already_done(job, folder)) is not None:
+        return done
+    if (folder / schema.MANIFEST).is_file() and not replace:
+        raise ZooError(f"{folder} holds {ANOTHER}")
+    if not plan.rows:
+        raise NothingTakenError(plan.name, plan.refused)
+    staging = folder.parent / f".{folder.name}.converting"
+    try:
+        staging.mkdir(parents=True, exist_ok=True)
+        with FileLock(staging.with_suffix(".lock"), timeout=0):
+            return _run(job, staging, folder, workers, progress)
+    except Timeout:
+        raise ZooError(f"another process converts into {folder}: wait for it, or choose another folder") from None
+    except OSError as error:
+        reason = error.strerror or error
+        raise ZooError(f"cannot write the zoo {folder} ({reason}); the same command continues later") from None
+
+
+def _check_options(workers: int, licence: str) -> None:
+    if workers < 1:
+        raise ZooError(f"workers is {workers}; it must be at least 1")
+    if re.fullmatch(LICENCE, licence) is None:
+        raise ZooError(f"licence {licence!r} is no name of a licence as the Hub has them, such as cc-by-4.0 or other")
+
+
+def _check_splits(splits: Mapping[str, Any]) -> None:
+    if splits["by"] not in ("lineage", "run"):
+        raise ZooError(f"splits by {splits['by']!r}: expected lineage or run")
+    shares = [splits[split] for split in schema.SPLITS]
+    if min(shares) < 0 or abs(sum(shares) - 1) > 1e-9:
+        raise ZooError(f"splits of {', '.join(f'{share:g}' for share in shares)}: shares are 0 or more and sum to 1")
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What determines the zoo."""
+
+    plan: SourcePlan
+    dtype: str
+    splits: dict[str, Any]
+    licence: str
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes with the source's plan, the storage type and the splits."""
+        rows = [[row.source, row.columns] for row in self.plan.rows]
+        options = [self.dtype, self.splits, self.licence, FORMAT_VERSION]
+        return schema.fingerprint([self.plan.name, rows, self.plan.refused, options])
+
+
+def _run(job: _Job, staging: Path, folder: Path, workers: int, progress: bool) -> Conversion:
+    """Write the shards that are missing, then put the zoo together."""
+    storage = _begin(job, staging)
+    refused = dict(job.plan.refused)
+    shards: dict[str, Shard] = {}
+    with (
+        progress_bar("converting", "row", shown=progress, total=len(job.plan.rows)) as bar,
+        ThreadPoolExecutor(workers, thread_name_prefix="vitzoo-convert") as pool,
+    ):
+        try:
+            for name, rows in _parts(job, storage).items():
+                part = _finished(staging, name) or _write(job, staging, name, rows, storage, pool)
+                bar.update(len(rows))
+                refused |= part.refused
+                if part.shard.light:
+                    shards[name] = part.shard
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+    if not shards:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise NothingTakenError(job.plan.name, refused)
+    notes = job.plan.notes + _orphans(shards)
+    assemble(staging / "zoo", _manifest(job, refused, notes), shards, {}, "")
+    swap(staging / "zoo", folder)
+    shutil.rmtree(staging, ignore_errors=True)
+    return Conversion(folder, sum(len(shard.light) for shard in shards.values()), refused, notes)
+
+
+def _already_done(job: _Job, folder: Path) -> Conversion | None:
+    """What `folder` holds, if it is this very conversion."""
+    try:
+        manifest = read_json(folder / schema.MANIFEST)
+        shards = read_json(folder / schema.SHARDS)
+        same = manifest["conversion"]["fingerprint"] == job.fingerprint
+        whole = all((folder / name).stat().st_size == entry["bytes"] for name, entry in shards.items())
+    except (ZooError, OSError, KeyError, TypeError):
+        return None
+    if not (same and whole):
+        return None
+    rows = sum(entry["rows"] for entry in shards.values())
+    return Conversion(folder, rows, manifest["refused"], manifest["notes"])
+
+
+def _begin(job: _Job, staging: Path) -> Storage:
+    """Open the staging folder of this job, or take up what was begun there.
+
+    Raises:
+        ZooError: if another conversion was begun there, and has finished a shard.
+    """
+    record = staging / "job.json"
+    if record.exists():
+        held = read_json(record)
+        if held["fingerprint"] != job.fingerprint and not any((staging / "shards").iterdir()):
+            shutil.rmtree(staging)
+        elif held["fingerprint"] != job.fingerprint:
+            raise ZooError(
+                f"{staging} holds an unfinished conversion of another source, or with other options: finish that,"
+                " delete it, or choose another folder"
+            )
+        else:
+            return Storage(job.dtype, held["largest"])
+    (staging / "shards").mkdir(parents=True, exist_ok=True)
+    largest = _largest(job.plan)
+    write_json(record, {"fingerprint": job.fingerprint, "largest": largest})
+    return Storage(job.dtype, largest)
+
+
+def _largest(plan: SourcePlan) -> int:
+    """Parameters of the largest model, by the sizes of the files where they are known."""
+    sizes = [row.size for row in plan.rows]
+    known = [size for size in sizes if size]
+    if known:
+        return max(1, max(known) // 4)
+    for row in plan.rows:
+        try:
+            return Layout.of(row.load().tensors).num_parameters
+        except ZooError:
+            continue
+    return schema.LIST_LIMIT + 1
+
+
+def _parts(job: _Job, storage: Storage) -> dict[str, list[PlannedRow]]:
+    """Path of each shard -> the rows that are to be in it."""
+    fractions = {split: job.splits[split] for split in schema.SPLITS}
+    members: dict[str, list[PlannedRow]] = {split: [] for split in schema.SPLITS}
+    for row in job.plan.rows:
+        group = row.split_group if job.splits["by"] == "lineage" else row.columns["run_id"]
+        split = schema.split_of(row.columns["run_id"], group, fractions=fractions, seed=job.splits["seed"])
+        members[split].append(row)
+    parts = {}
+    for split, rows in members.items():
+        count = -(-len(rows) // storage.shard_rows)
+        for number in range(count):
+            start = number * storage.shard_rows
+            parts[shard_name(split, number, count)] = rows[start : start + storage.shard_rows]
+    return parts
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A finished shard, and what was refused of its rows."""
+
+    shard: Shard
+    refused: dict[str, str]
+
+
+def _finished(staging: Path, name: str) -> _Part | None:
+    """The shard, if an earlier run finished it and it is still there in full length."""
+    try:
+        held = read_json(_record(staging, name))
+        layouts = {key: Layout.from_json(entries) for key, entries in held["layouts"].items()}
+        if held["light"] and (staging / "zoo" / name).stat().st_size != held["entry"]["bytes"]:
+            return None
+        return _Part(Shard(held["entry"], held["light"], layouts), held["refused"])
+    except (ZooError, OSError, KeyError, TypeError):
+        return None
+
+
+def _write(
+    job: _Job, staging: Path, name: str, rows: list[PlannedRow], storage: Storage, pool: ThreadPoolExecutor
+) -> _Part:
+    """Write a shard, then the record that it is finished."""
+    refused: dict[str, str] = {}
+    file = staging / "zoo" / name
+    taken = _taken(rows, job, refused, pool)
+    shard = write_shard(file, taken, len(rows), job.plan.factor_types, storage)
+    if not shard.light:
+        file.unlink()
+    layouts = {key: layout.to_json() for key, layout in shard.layouts.items()}
+    record = {"entry": shard.entry, "light": shard.light, "layouts": layouts, "refused": refused}
+    write_json(_record(staging, name), record, indent=None)
+    return _Part(shard, refused)
+
+
+def _record(staging: Path, name: str) -> Path:
+    return staging / "shards" / f"{Path(name).stem}.json"
+
+
+def _taken(
+    rows: list[PlannedRow], job: _Job, refused: dict[str, str], pool: ThreadPoolExecutor
+) -> Iterator[dict[str, Any]]:
+    """Whole rows in their order, loaded ahead; those that cannot be taken are noted in `refused`."""
+    upcoming = iter(rows)
+    pending: deque[tuple[PlannedRow, Future[dict[str, Any]]]] = deque()
+    for row in itertools.islice(upcoming, pool._max_workers):
+        pending.append((row, pool.submit(_row, row, job)))
+    while pending:
+        row, future = pending.popleft()
+        try:
+            whole = future.result()
+        except SourceError:
+            raise
+        except ZooError as error:
+            reason = str(error).removeprefix(row.source).lstrip(": ")
+            refused[row.source] = one_line(ZooError(reason))
+            whole = None
+        following = next(upcoming, None)
+        if following is not None:
+            pending.append((following, pool.submit(_row, following, job)))
+        if whole is not None:
+            yield whole
+
+
+def _row(planned: PlannedRow, job: _Job) -> dict[str, Any]:
+    """Load a checkpoint and check it: a row of the zoo."""
+    model = planned.load()
+    args = schema.canonical_json(model.architecture_args)
+    expected = layout_of(model.architecture, json.loads(args), model.head, model.head_hidden)
+    layout = Layout.of(model.tensors)
+    if layout != expected:
+        raise ZooError(f"{planned.source} does not have the tensors of {model.architecture} with a {model.head} head")
+    vector = flatten(model.tensors).numpy()
+    if not np.isfinite(vector).all():
+        raise ZooError(f"{planned.source} has {(~np.isfinite(vector)).sum()} weights that are not finite")
+    stored = rounded(vector, job.dtype)
+    provenance = planned.columns["provenance"] | {"source": planned.source, "flags": model.flags}
+    return {
+        **dict.fromkeys([*schema.RESULTS, *(f"factor_{name}" for name in job.plan.factor_types)]),
+        **planned.columns,
+        "architecture": model.architecture,
+        "architecture_args": args,
+        "head": model.head,
+        "head_hidden": model.head_hidden,
+        "num_parameters": layout.num_parameters,
+        "layout": layout.fingerprint,
+        "weights_sha256": schema.weights_sha256(stored),
+        "dtype": job.dtype,
+        "provenance": schema.canonical_json(provenance),
+        "weights": stored,
+    }
+
+
+def _orphans(shards: Mapping[str, Shard]) -> list[str]:
+    """A note on rows whose parent could not be taken."""
+    rows = [row for shard in shards.values() for row in shard.light]
+    known = {row["model_id"] for row in rows}
+    missing = sorted({row["parent_id"] for row in rows if row["parent_id"]} - known)
+    return [f"{len(missing)} parents are not in the zoo, {missing[0]} the first."] if missing else []
+
+
+def _manifest(job: _Job, refused: Mapping[str, str], notes: list[str]) -> dict[str, Any]:
+    return {
+        "format": schema.FORMAT_VERSION,
+        "name": job.plan.name,
+        "blueprint_fingerprint": None,
+        "conversion": {"fingerprint": job.fingerprint},
+        "licence": job.licence,
+        "factors": job.plan.factor_types,
+        "images": job.plan.images,
+        "splits": job.splits,
+        "missing_runs": {},
+        "refused": dict(refused),
+        "notes": notes,
+    }

@@ -1,0 +1,158 @@
+"""Rows -> safetensors files with timm's tensor names, folders that transformers loads, or a smaller zoo."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import safe_open, save_file
+
+from vitzoo_hf.convert.names import to_timm
+from vitzoo_hf.convert.transformers import (
+    CONFIG,
+    WEIGHTS,
+    check_known_to_transformers,
+    check_replaceable,
+    write_transformers_folder,
+)
+from vitzoo_hf.format import schema
+from vitzoo_hf.format.atomic import write_atomically
+from vitzoo_hf.format.layout import flatten, unflatten
+from vitzoo_hf.format.messages import did_you_mean
+from vitzoo_hf.format.schema import ZooError
+from vitzoo_hf.models.rebuild import architecture_of, checked_vector
+from vitzoo_hf.progress import progress_bar
+from vitzoo_hf.publish.folder import Rows, write_zoo
+from vitzoo_hf.zoo import Zoo
+
+FORMATS = ("timm", "transformers")
+
+
+def export_row(row: Mapping[str, Any], place: Path, *, format: str = "timm") -> None:
+    """Write a row's model, atomically; the row's other columns become metadata of the safetensors file, as text.
+
+    Args:
+        row: of `Zoo.rows()` or `load_dataset(…)`.
+        place: the .safetensors file to write; for transformers, the folder.
+        format: `timm`, or `transformers` for a folder that `ViTForImageClassification.from_pretrained` loads.
+
+    Raises:
+        ZooError: if the row cannot be rebuilt, transformers has no such model, or the place cannot be written.
+    """
+    _check_format(format)
+    if format == "timm" and place.suffix != ".safetensors":
+        raise ZooError(f"{place} does not end in .safetensors, which is what is written")
+    if format == "transformers" and place.suffix == ".safetensors":
+        raise ZooError(f"{place} is the name of a file; transformers reads a folder: leave .safetensors out")
+    vector, layout = checked_vector(row)
+    tensors = {name: tensor.contiguous() for name, tensor in unflatten(vector, layout).items()}
+    metadata = {
+        name: value if isinstance(value, str) else json.dumps(value)
+        for name, value in row.items()
+        if name != "weights" and value is not None
+    }
+    if format == "transformers":
+        architecture, args, head, _ = architecture_of(row)
+        write_transformers_folder(
+            place, tensors, architecture=architecture, architecture_args=args, head=head, metadata=metadata
+        )
+        return
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ZooError(f"cannot write into {place.parent}: {error.strerror}") from None
+    write_atomically(place, lambda temporary: save_file(tensors, temporary, metadata=metadata))
+
+
+def export_zoo(zoo: Zoo, folder: Path, *, format: str = "timm", progress: bool = True) -> list[Path]:
+    """Write every row of a zoo to `folder / <model_id>.safetensors`; what has the same weights already is kept.
+
+    Args:
+        zoo: the rows.
+        folder: for the files.
+        format: `timm`, or `transformers` for a folder `<model_id>` a model, with config.json and model.safetensors.
+        progress: show a bar.
+
+    Raises:
+        ZooError: if there is no row, the folder cannot be written, or transformers has not all of these models:
+            then nothing is written.
+    """
+    _check_format(format)
+    if len(zoo) == 0:
+        raise ZooError("there is no model to export: the filter matches none")
+    hashes = dict(zip(zoo.model_ids, zoo.index["weights_sha256"], strict=True))
+    suffix = ".safetensors" if format == "timm" else ""
+    places = {model_id: folder / f"{model_id}{suffix}" for model_id in hashes}
+    if format == "transformers":
+        _check_all_known(zoo)
+        for place in places.values():
+            check_replaceable(place)
+    missing = [model_id for model_id, place in places.items() if _exported_hash(place, zoo) != hashes[model_id]]
+    with progress_bar("exporting", "model", shown=progress, total=len(places)) as bar:
+        bar.update(len(places) - len(missing))
+        for row in zoo.filter(model_id=missing).rows() if missing else ():
+            export_row(row, places[row["model_id"]], format=format)
+            bar.update(1)
+    return list(places.values())
+
+
+def _check_format(format: str) -> None:
+    if format not in FORMATS:
+        raise ZooError(f"unknown format {format!r}: {did_you_mean(format, FORMATS)}")
+
+
+def _check_all_known(zoo: Zoo) -> None:
+    """Refuse a zoo with a model that transformers does not have."""
+    mlp = sum(head == schema.HEADS.index("mlp") for head in zoo.index["head"])
+    if mlp:
+        raise ZooError(
+            f"{mlp} of {len(zoo)} models have an MLP head, which transformers' ViT has not:"
+            " leave them out with --where head=linear"
+        )
+    for architecture, args in dict.fromkeys(
+        zip(zoo.index["architecture"], zoo.index["architecture_args"], strict=True)
+    ):
+        check_known_to_transformers(architecture, json.loads(args), "linear")
+
+
+def export_subset(zoo: Zoo, folder: Path, *, selection_of: Sequence[str] | None = None) -> Path:
+    """Write the rows of a filtered zoo as a zoo of their own, with their splits and held-out images.
+
+    Args:
+        zoo: the rows to keep.
+        folder: the new zoo.
+        selection_of: datasets whose selection images to take along, by default all; test images always are.
+
+    Raises:
+        ZooError: if there is no row, or the folder cannot be written.
+    """
+    if len(zoo) == 0:
+        raise ZooError("there is no model to export: the filter matches none")
+    used = set(zoo.index["dataset"])
+    wanted = {"selection": used if selection_of is None else used & set(selection_of), "test": used}
+    parts = {split: zoo.filter(split=split) for split in zoo.splits}
+    splits = {
+        split: Rows(len(part), max(part.index["num_parameters"], default=0), part.rows())
+        for split, part in parts.items()
+    }
+    probes = {
+        role: [row for row in zoo.probe_rows(role) if row["dataset"] in datasets] for role, datasets in wanted.items()
+    }
+    manifest = {name: value for name, value in zoo.manifest.items() if name != "files"}
+    manifest |= {"blueprint_fingerprint": None, "subset_of": zoo.manifest["blueprint_fingerprint"]}
+    write_zoo(folder, manifest, splits, probes, zoo.blueprint_text, dtype=zoo.index["dtype"][0])
+    return folder
+
+
+def _exported_hash(place: Path, zoo: Zoo) -> str | None:
+    """The hash of the weights that an earlier export holds; None if there is none that can be read whole."""
+    try:
+        with safe_open(place / WEIGHTS if place.is_dir() else place, framework="pt") as opened:
+            layout = zoo.layouts[(opened.metadata() or {})["layout"]]
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - it is no mapping
+        if place.is_dir():
+            tensors = to_timm(tensors, name=place.name, config=json.loads((place / CONFIG).read_text())).tensors
+        return schema.weights_sha256(flatten({name: tensors[name] for name in layout.names}).numpy())
+    except (OSError, SafetensorError, KeyError, ValueError, ZooError):
+        return None

@@ -1,0 +1,261 @@
+"""A CSV table that says of each checkpoint which run and epoch it is, and by which factors it was made.
+
+Columns that a row has anyway go there; every other column becomes a generating factor, typed by all its values.
+Mistakes in the header stop; mistakes in a line refuse what that line is about, named with the line.
+"""
+
+import csv
+import json
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from vitzoo_hf.format import schema
+from vitzoo_hf.format.messages import did_you_mean, one_line
+from vitzoo_hf.format.schema import ZooError
+
+TEXT_COLUMNS = ("model_id", "run_id", "parent_id", "stage", "dataset", "architecture", "head")
+KNOWN = (*TEXT_COLUMNS, "epoch", "is_final", "architecture_args", "head_hidden", *schema.RESULTS)
+FROM_WEIGHTS = ("num_parameters", "layout", "weights_sha256", "dtype", "provenance", "split", "weights")
+"""Columns of an index that are made again from the checkpoint."""
+
+FACTOR = re.compile(r"[a-z][a-z0-9_]*", re.ASCII)
+RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=+-]*", re.ASCII)
+INTEGER = re.compile(r"[+-]?(0|[1-9]\d*)", re.ASCII)
+NUMBER = re.compile(r"[+-]?(((0|[1-9]\d*)(\.\d*)?|\.\d+)(e[+-]?\d+)?|nan|inf(inity)?)", re.ASCII | re.IGNORECASE)
+BOOLEANS = {"true": True, "false": False}
+LARGEST_EPOCH = 2**31 - 1
+LARGEST_RESULT = 3e38
+"""Results are stored as float32."""
+MOST_DIGITS = 20
+
+
+@dataclass(frozen=True)
+class Line:
+    """What the table says of one checkpoint.
+
+    Attributes:
+        where: file and line, for messages.
+        values: known columns that are filled in.
+        factors: generating factor -> value, None where the cell is empty.
+    """
+
+    where: str
+    values: dict[str, Any]
+    factors: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Table:
+    """A factor table.
+
+    Attributes:
+        name: of its file.
+        lines: checkpoint -> what is said of it, in the order of the lines; some may be refused for other reasons.
+        factor_types: generating factor -> `string`, `float`, `int` or `bool`.
+        refused: checkpoint -> the mistake in its line.
+        notes: columns that were not taken.
+        unread: ids of models in lines that have a mistake, as far as they are told.
+    """
+
+    name: str
+    lines: dict[str, Line]
+    factor_types: dict[str, str]
+    refused: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    unread: frozenset[str] = frozenset()
+
+
+def read_table(file: Path, key: str) -> Table:
+    """Read a factor table.
+
+    Args:
+        file: CSV in UTF-8 with a header, separated by commas; an empty cell is null.
+        key: the column that names the checkpoint: `file` or `repo`.
+
+    Raises:
+        ZooError: if it cannot be read, or its header has a mistake.
+    """
+    header, records = _records(file)
+    columns = _columns(header, key, file.name)
+    cells: dict[str, dict[str, str]] = {}
+    places: dict[str, list[int]] = {}
+    refused: dict[str, str] = {}
+    for number, record in records:
+        subject = (record + [""] * len(header))[header.index(key)].strip()
+        if not subject:
+            raise ZooError(f"{file.name} line {number} has no {key}: fill it in, or remove the line")
+        places.setdefault(subject, []).append(number)
+        if len(record) != len(header):
+            refused[subject] = f"{file.name} line {number} has {len(record)} cells; its header has {len(header)}"
+        else:
+            cells[subject] = {column: value.strip() for column, value in zip(header, record, strict=True)}
+    for subject, numbers in places.items():
+        if len(numbers) > 1:
+            listed = ", ".join(str(number) for number in numbers)
+            refused[subject] = f"{file.name} lists it more than once, in lines {listed}: keep one"
+    kept = {subject: values for subject, values in cells.items() if subject not in refused}
+    types = {name: _type_of([values[column] for values in kept.values()]) for column, name in columns.items()}
+    empty = [column for column, name in columns.items() if types[name] is None]
+    if kept and empty:
+        raise ZooError(f"column {empty[0]!r} of {file.name} is empty, so its type is unknown: fill or remove it")
+    lines = {}
+    for subject, values in kept.items():
+        where = f"{file.name} line {places[subject][0]}"
+        try:
+            lines[subject] = _line(where, values, columns, types)
+        except ZooError as error:
+            refused[subject] = str(error)
+    dropped = [column for column in header if column in FROM_WEIGHTS]
+    notes = [f"Columns of {file.name} that follow from the weights were not taken: {', '.join(dropped)}."]
+    factor_types = {name: kind for name, kind in types.items() if kind is not None}
+    unread = frozenset(_told_id(cells[subject]) for subject in refused if subject in cells)
+    return Table(file.name, lines, factor_types, refused, notes if dropped else [], unread)
+
+
+def _told_id(cells: Mapping[str, str]) -> str:
+    return cells.get("model_id") or f"{cells.get('run_id')}@{cells.get('epoch')}"
+
+
+def _records(file: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
+    """The header, and the other records with the line each begins at; blank lines are left out."""
+    try:
+        with file.open(encoding="utf-8-sig", newline="") as opened:
+            reader = csv.reader(opened, strict=True)
+            header = [name.strip() for name in next(reader, [])]
+            records, begins = [], reader.line_num + 1
+            for record in reader:
+                if any(cell.strip() for cell in record):
+                    records.append((begins, record))
+                begins = reader.line_num + 1
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        reason = getattr(error, "strerror", None) or one_line(error)
+        raise ZooError(f"the table {file} cannot be read as CSV in UTF-8: {reason}") from None
+    return header, records
+
+
+def _columns(header: list[str], key: str, name: str) -> dict[str, str]:
+    """Column -> generating factor."""
+    if key not in header:
+        hint = "separate its columns by commas" if len(header) == 1 else did_you_mean(key, header or [key])
+        raise ZooError(f"{name} has no column {key!r}, which says what a line is about: {hint}")
+    twice = [column for column in header if header.count(column) > 1]
+    if twice:
+        raise ZooError(f"{name} has the column {twice[0]!r} more than once: keep one")
+    columns: dict[str, str] = {}
+    for column in header:
+        if column == key or column in KNOWN or column in FROM_WEIGHTS:
+            continue
+        factor = re.sub(r"[\s.-]+", "_", column).lower().removeprefix("factor_")
+        if not FACTOR.fullmatch(factor):
+            raise ZooError(f"{name}: {column!r} cannot name a factor: use letters, digits and _, a letter first")
+        if factor in columns.values():
+            raise ZooError(f"{name} has two columns for the factor {factor!r}: rename or remove one")
+        columns[column] = factor
+    return columns
+
+
+def _type_of(cells: list[str]) -> str | None:
+    """The narrowest type that holds every cell exactly; None if all are empty."""
+    filled = [cell for cell in cells if cell]
+    if not filled:
+        return None
+    if all(cell.lower() in BOOLEANS for cell in filled):
+        return "bool"
+    whole = [cell for cell in filled if INTEGER.fullmatch(cell)]
+    if any(len(cell) > MOST_DIGITS or not -(2**63) <= int(cell) < 2**63 for cell in whole):
+        return "string"
+    if len(whole) == len(filled):
+        return "int"
+    numbers = all(NUMBER.fullmatch(cell) for cell in filled) and any(math.isfinite(float(cell)) for cell in filled)
+    return "float" if numbers and all(int(float(cell)) == int(cell) for cell in whole) else "string"
+
+
+def _line(where: str, cells: Mapping[str, str], columns: Mapping[str, str], types: Mapping[str, str | None]) -> Line:
+    values = {}
+    for column in KNOWN:
+        if cells.get(column):
+            values[column] = _known(where, column, cells[column])
+    factors: dict[str, Any] = {}
+    for column, name in columns.items():
+        kind, cell = types[name], cells[column]
+        factors[name] = PARSERS[kind](f"{where}: {column}", cell) if kind and cell else None
+    return Line(where, _with_ids(where, values), factors)
+
+
+def _known(where: str, column: str, cell: str) -> Any:
+    what = f"{where}: {column}"
+    if column in schema.RESULTS:
+        result = _float(what, cell)
+        if abs(result) > LARGEST_RESULT:
+            raise ZooError(f"{what} is {cell}; expected a number up to {LARGEST_RESULT}")
+        return result
+    if column in ("epoch", "head_hidden"):
+        number = _int(what, cell)
+        if not 0 <= number <= LARGEST_EPOCH:
+            raise ZooError(f"{what} is {cell}; expected a number from 0 to {LARGEST_EPOCH}")
+        return number
+    if column == "is_final":
+        return _bool(what, cell)
+    if column == "architecture_args":
+        return _object(what, cell)
+    allowed = {"stage": schema.STAGES, "head": schema.HEADS}.get(column)
+    if allowed and cell not in allowed:
+        raise ZooError(f"{what} is {cell!r}: {did_you_mean(cell, allowed)}")
+    if column == "run_id" and not RUN_ID.fullmatch(cell):
+        raise ZooError(f"{what} is {cell!r}; expected letters, digits and ._=+-, a letter or digit first")
+    if column in ("model_id", "parent_id") and not schema.MODEL_ID.fullmatch(cell):
+        raise ZooError(f"{what} is {cell!r}; expected RUN@EPOCH, such as run1@20")
+    return cell
+
+
+def _with_ids(where: str, values: dict[str, Any]) -> dict[str, Any]:
+    """Run and epoch from the model's id where they are not given; refuses three that do not belong together."""
+    if "model_id" not in values:
+        return values
+    run, _, epoch = values["model_id"].rpartition("@")
+    values = {"run_id": run, "epoch": _known(where, "epoch", epoch)} | values
+    if values["model_id"] != schema.model_id(values["run_id"], values["epoch"]):
+        raise ZooError(
+            f"{where}: model_id is {values['model_id']!r};"
+            f" run and epoch make {schema.model_id(values['run_id'], values['epoch'])!r}"
+        )
+    return values
+
+
+def _float(what: str, cell: str) -> float:
+    if not NUMBER.fullmatch(cell) or not math.isfinite(float(cell)):
+        raise ZooError(f"{what} is {cell!r}; expected a finite number, or an empty cell")
+    return float(cell)
+
+
+def _int(what: str, cell: str) -> int:
+    if not INTEGER.fullmatch(cell) or len(cell) > MOST_DIGITS:
+        raise ZooError(f"{what} is {cell!r}; expected a whole number, or an empty cell")
+    return int(cell)
+
+
+def _bool(what: str, cell: str) -> bool:
+    if cell.lower() not in BOOLEANS:
+        raise ZooError(f"{what} is {cell!r}; expected true, false, or an empty cell")
+    return BOOLEANS[cell.lower()]
+
+
+def _string(what: str, cell: str) -> str:
+    return cell
+
+
+def _object(what: str, cell: str) -> dict[str, Any]:
+    try:
+        held = json.loads(cell)
+    except (json.JSONDecodeError, RecursionError):
+        held = None
+    if not isinstance(held, dict):
+        raise ZooError(f'{what} is {cell!r}; expected a JSON object, such as {{"num_classes": 10}}')
+    return held
+
+
+PARSERS: dict[str, Callable[[str, str], Any]] = {"float": _float, "int": _int, "bool": _bool, "string": _string}

@@ -1,0 +1,63 @@
+"""What kind of source somebody names: a release of a zoo, models on the Hub, or checkpoints in files."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from vitzoo_hf.convert.rows import SourcePlan
+from vitzoo_hf.convert.sources.checkpoints import plan_checkpoints
+from vitzoo_hf.convert.sources.hub_models import plan_hub_models, read_list
+from vitzoo_hf.convert.sources.places import FolderPlace, WebPlace
+from vitzoo_hf.convert.sources.release import is_release, plan_release
+from vitzoo_hf.format.schema import ZooError
+
+
+def plan_source(
+    source: str,
+    *,
+    table: Path | None = None,
+    architecture: str | None = None,
+    architecture_args: Mapping[str, Any] | None = None,
+    first_epoch: int | None = None,
+    name: str | None = None,
+) -> SourcePlan:
+    """Say what a source holds; no checkpoint is read yet.
+
+    Args:
+        source: a folder with the layout of the original ViT model zoo, or the http(s) address of one; a checkpoint
+            file, a model folder, or a folder of those; `hf:ORG/NAME`, or a .txt file of Hub model ids, one a line.
+        table: a CSV with a row a checkpoint; its columns become factors.
+        architecture: timm name, where the source does not tell it.
+        architecture_args: arguments of `timm.create_model` that shapes do not tell.
+        first_epoch: epochs completed at the first checkpoint of a release, if it is not to be found out.
+        name: of the zoo.
+
+    Raises:
+        ZooError: if there is no such source, or it is none of these.
+    """
+    told: dict[str, Any] = {"architecture": architecture, "architecture_args": architecture_args}
+    named: dict[str, Any] = {} if name is None else {"name": name}
+    if source.startswith(("http://", "https://")):
+        web = WebPlace(source)
+        if not is_release(web):
+            raise ZooError(
+                f"{source} is no release of the ViT model zoo: expected folders vit_imagenet_pretrained and"
+                " vit_cifar100_finetuned, listed as JSON"
+            )
+        return plan_release(web, first_epoch=first_epoch, **told, **named)
+    if _is_release_folder(Path(source)):
+        return plan_release(FolderPlace(Path(source)), first_epoch=first_epoch, **told, **named)
+    if first_epoch is not None:
+        raise ZooError("first_epoch is only for releases of the ViT model zoo: a table's column `epoch` tells others")
+    if source.startswith("hf:"):
+        return plan_hub_models([source.removeprefix("hf:").removeprefix("//")], table=table, **told, **named)
+    path = Path(source)
+    if not path.exists():
+        raise ZooError(f"there is no {source}: give a folder, a file, an http address, or hf:ORG/NAME")
+    if path.suffix == ".txt":
+        return plan_hub_models(read_list(path), table=table, **told, **named)
+    return plan_checkpoints(path, table=table, **told, **named)
+
+
+def _is_release_folder(path: Path) -> bool:
+    return path.is_dir() and is_release(FolderPlace(path))

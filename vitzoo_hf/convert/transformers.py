@@ -1,0 +1,154 @@
+"""A row as the folder that `ViTForImageClassification.from_pretrained` of transformers 4 and 5 loads.
+
+Models that would load there but compute something else are refused: another pooling, activation or normalization.
+"""
+
+import json
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from vitzoo_hf.convert.names import to_transformers
+from vitzoo_hf.format.schema import ZooError
+from vitzoo_hf.models.vit import skeleton
+from vitzoo_hf.publish.folder import swap
+
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+
+BLOCK_TENSORS = ("norm1", "norm2", "attn.proj", "mlp.fc1", "mlp.fc2")
+
+
+def check_known_to_transformers(architecture: str, args: Mapping[str, Any], head: str) -> float:
+    """Compare a model with the one ViT that transformers has.
+
+    Args:
+        architecture: timm name.
+        args: arguments of `timm.create_model`.
+        head: `linear` or `mlp`.
+
+    Returns:
+        The epsilon of its layer normalizations.
+
+    Raises:
+        ZooError: if transformers' ViT would compute something else.
+    """
+    if head != "linear":
+        raise ZooError("transformers has no ViT with an MLP head: choose models with --where head=linear")
+    model: Any = skeleton(architecture, args, head, None)
+    odd = _oddities(model)
+    if odd:
+        raise ZooError(f"transformers' ViT cannot compute {architecture} with {dict(args)}: it has {odd[0]}")
+    return float(model.norm.eps)
+
+
+def _oddities(model: Any) -> list[str]:
+    """What a timm ViT has that transformers' has not."""
+    if type(model).__name__ != "VisionTransformer":
+        return [f"the structure of {type(model).__name__}"]
+    odd = _tensor_oddities(model)
+    patches = model.patch_embed
+    found = {
+        f"global_pool {model.global_pool!r}": model.global_pool != "token",
+        "an image that is not square": patches.grid_size[0] != patches.grid_size[1],
+        "patches that are not square": patches.patch_size[0] != patches.patch_size[1],
+        "a class token without position": model.no_embed_class,
+        "a normalization of patches": not isinstance(patches.norm, nn.Identity),
+        "a normalization before the blocks": not isinstance(model.norm_pre, nn.Identity),
+        "a normalization before the head": not isinstance(model.fc_norm, nn.Identity),
+    }
+    odd += [what for what, is_so in found.items() if is_so]
+    norms = [model.norm]
+    for block in model.blocks:
+        attention: Any = getattr(block, "attn", None)
+        if type(block).__name__ != "Block" or type(attention).__name__ != "Attention":
+            odd.append(f"blocks of the kind {type(block).__name__}")
+            continue
+        norms += [block.norm1, block.norm2]
+        if type(block.mlp.act) is not nn.GELU or block.mlp.act.approximate != "none":
+            odd.append(f"the activation {block.mlp.act}")
+        elif abs(attention.scale - attention.head_dim**-0.5) > 1e-12:
+            odd.append(f"attention scaled by {attention.scale}")
+        elif not all(isinstance(part, nn.Identity) for part in (attention.q_norm, attention.k_norm, block.mlp.norm)):
+            odd.append("normalizations within its blocks")
+    if not all(isinstance(norm, nn.LayerNorm) for norm in norms) or len({norm.eps for norm in norms}) > 1:
+        odd.append("other normalizations than layer norms of one epsilon")
+    return odd
+
+
+def _tensor_oddities(model: Any) -> list[str]:
+    held = set(model.state_dict())
+    named = ["patch_embed.proj", "norm", "head"]
+    for number in range(len(model.blocks)):
+        named += [f"blocks.{number}.{part}" for part in BLOCK_TENSORS]
+    expected = {"cls_token", "pos_embed"} | {f"{name}.{kind}" for name in named for kind in ("weight", "bias")}
+    expected |= {f"blocks.{number}.attn.qkv.weight" for number in range(len(model.blocks))}
+    biases = {f"blocks.{number}.attn.qkv.bias" for number in range(len(model.blocks))}
+    missing = sorted(expected - held)
+    unknown = sorted(held - expected - biases)
+    return [f"no {name}" for name in missing] + [f"a tensor {name}" for name in unknown]
+
+
+def write_transformers_folder(
+    folder: Path,
+    tensors: Mapping[str, Tensor],
+    *,
+    architecture: str,
+    architecture_args: Mapping[str, Any],
+    head: str,
+    metadata: Mapping[str, str],
+) -> None:
+    """Write config.json and model.safetensors; the folder appears whole.
+
+    Args:
+        folder: to be made; an earlier export there is replaced.
+        tensors: under timm's names.
+        architecture: timm name.
+        architecture_args: arguments of `timm.create_model`.
+        head: `linear`.
+        metadata: goes into the safetensors file.
+
+    Raises:
+        ZooError: if transformers has no such model, the folder holds something else, or it cannot be written.
+    """
+    epsilon = check_known_to_transformers(architecture, architecture_args, head)
+    config, renamed = to_transformers(
+        tensors, architecture=architecture, architecture_args=architecture_args, head=head
+    )
+    config["layer_norm_eps"] = epsilon
+    check_replaceable(folder)
+    fresh = None
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        fresh = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".tmp-"))
+        fresh.chmod(0o755)
+        (fresh / CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+        save_file(renamed, fresh / WEIGHTS, metadata={**metadata, "format": "pt"})
+        (fresh / WEIGHTS).chmod(0o644)
+        swap(fresh, folder)
+    except (OSError, SafetensorError) as error:
+        raise ZooError(f"cannot write {folder}: {getattr(error, 'strerror', None) or error}") from None
+    finally:
+        if fresh is not None:
+            shutil.rmtree(fresh, ignore_errors=True)
+
+
+def check_replaceable(folder: Path) -> None:
+    """Never delete what is not an earlier export.
+
+    Raises:
+        ZooError: if the folder is there and holds anything else.
+    """
+    if not folder.exists() and not folder.is_symlink():
+        return
+    if folder.is_symlink() or not folder.is_dir():
+        raise ZooError(f"{folder} exists and is no folder: choose another place, or remove it yourself")
+    others = sorted(entry.name for entry in folder.iterdir() if entry.name not in (CONFIG, WEIGHTS))
+    if others:
+        raise ZooError(f"{folder} exists and holds {others[0]!r}: choose another folder, or remove it yourself")

@@ -1,0 +1,1 @@
+"""A zoo to the metrics of every model and pair, from a cache of model outputs."""

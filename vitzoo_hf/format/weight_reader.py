@@ -1,0 +1,284 @@
+"""Positions of rows -> their weights, from the shards of a zoo, each compared with its hash when it is first read.
+
+`shards.json` says where the weights of every row group end, so a vector is one read of a file, one mapping of it,
+or one range of a URL, and no Parquet is decoded. Shards of zoos without that list are read through pyarrow.
+"""
+
+import mmap
+import os
+import weakref
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from vitzoo_hf.format import schema
+from vitzoo_hf.format.encoding import ITEM_BYTES, vector_of, widen
+from vitzoo_hf.format.files import FolderFiles, HubFiles
+from vitzoo_hf.format.messages import REPAIR, one_line
+from vitzoo_hf.format.schema import ZooError
+
+MAPPED_BYTES = 1_000_000
+"""Vectors at least this large are mapped from a local file instead of being copied."""
+
+FETCHED_WHOLE_BYTES = 64_000_000
+"""A remote shard up to this size goes into the Hub's cache whole; of larger ones only the rows asked for are read."""
+
+DECODED_BYTES = 256_000_000
+OPEN_FILES = 64
+
+
+@dataclass(frozen=True)
+class RowTable:
+    """What the reader needs of the index, one entry a row, in the index's order."""
+
+    model_ids: Sequence[str]
+    num_parameters: np.ndarray
+    dtypes: Sequence[str]
+    sha256: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where rows lie: shard, row group, row in the group, byte offset in the file (-1 where it is not known)."""
+
+    files: list[str]
+    file: np.ndarray
+    group: np.ndarray
+    row: np.ndarray
+    offset: np.ndarray
+
+    def groups(self) -> np.ndarray:
+        """Number of the row group of each row, counted over all shards: ascending `[rows]`."""
+        new = (np.diff(self.file, prepend=-1) != 0) | (np.diff(self.group, prepend=-1) != 0)
+        return np.cumsum(new) - 1
+
+
+class _OpenFile:
+    """A descriptor that is closed when the last user of it is gone."""
+
+    def __init__(self, file: Path) -> None:
+        self.descriptor = os.open(file, os.O_RDONLY)
+        weakref.finalize(self, os.close, self.descriptor)
+
+
+class WeightReader:
+    """Reads weights of rows by their position in the index; safe to use from many threads, and to pickle.
+
+    Args:
+        files: of the zoo.
+        shards: from `read_shards`.
+        rows: of the index.
+        keep: whether small shards of a dataset go into the Hub's cache.
+    """
+
+    def __init__(
+        self,
+        files: FolderFiles | HubFiles,
+        shards: Mapping[str, Mapping[str, Any]],
+        rows: RowTable,
+        *,
+        keep: bool = True,
+    ) -> None:
+        self.files, self.rows, self.keep = files, rows, keep
+        self.places = _places(files, shards, rows)
+        self._shard_bytes = {name: entry["bytes"] for name, entry in shards.items()}
+        self._shard_sha256 = {name: entry["sha256"] for name, entry in shards.items()}
+        self._local_files: dict[str, Path] = {}
+        self._verified = np.zeros(len(rows.model_ids), dtype=bool)
+        self._unpickled()
+
+    def _unpickled(self) -> None:
+        self._open_files: OrderedDict[Path, _OpenFile] = OrderedDict()
+        self._decoded: OrderedDict[tuple[str, int], pa.Array] = OrderedDict()
+        self._lock = Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        hidden = ("_open_files", "_decoded", "_lock")
+        return {name: value for name, value in self.__dict__.items() if name not in hidden}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state
+        self._unpickled()
+
+    def row_bytes(self, position: int) -> int:
+        """Bytes that the weights of a row take in its shard."""
+        return int(self.rows.num_parameters[position]) * ITEM_BYTES[self.rows.dtypes[position]]
+
+    def read(self, position: int, *, verify: bool = True) -> np.ndarray:
+        """The vector of a row, float32 `[D]`: one's own, writable, whatever is written into it stays in memory.
+
+        A large one is a private mapping of its file, which takes memory only where it is written to.
+        """
+        local = self._local(position)
+        mappable = self.rows.dtypes[position] == "float32" and self.row_bytes(position) >= MAPPED_BYTES
+        if local is not None and mappable and self.places.offset[position] >= 0:
+            vector = self._mapped(position, local)
+            self._check(position, vector, verify)
+            return vector
+        vector = np.empty(int(self.rows.num_parameters[position]), np.float32)
+        self.read_into(position, vector, verify=verify)
+        return vector
+
+    def read_into(self, position: int, out: np.ndarray, *, verify: bool = True) -> None:
+        """Read the vector of a row into `out`, float32 `[D]`."""
+        size = int(self.rows.num_parameters[position])
+        if self.places.offset[position] < 0:
+            np.copyto(out, self._decode(position))
+        elif self.rows.dtypes[position] == "float32":
+            self._read_bytes(position, 0, out.view(np.uint8))
+        else:
+            raw = np.empty(size * ITEM_BYTES[self.rows.dtypes[position]], np.uint8)
+            self._read_bytes(position, 0, raw)
+            widen(raw, self.rows.dtypes[position], out)
+        self._check(position, out, verify)
+
+    def read_parts(self, position: int, parts: Sequence[slice], out: np.ndarray, *, verify: bool = True) -> None:
+        """Read these slices of a row's vector one behind the other into `out`.
+
+        Only their bytes are read, but for the first reading of a row that is to be verified, which reads all of it.
+        """
+        first = verify and not self._verified[position]
+        if first or self.places.offset[position] < 0:
+            whole = self.read(position, verify=verify)
+        item = ITEM_BYTES[self.rows.dtypes[position]]
+        filled = 0
+        for part in parts:
+            target = out[filled : filled + part.stop - part.start]
+            filled += target.size
+            if first or self.places.offset[position] < 0:
+                np.copyto(target, whole[part])
+            elif item == 4:
+                self._read_bytes(position, part.start * item, target.view(np.uint8))
+            else:
+                raw = np.empty(target.size * item, np.uint8)
+                self._read_bytes(position, part.start * item, raw)
+                widen(raw, self.rows.dtypes[position], target)
+
+    def _check(self, position: int, vector: np.ndarray, verify: bool) -> None:
+        if not verify or self._verified[position]:
+            return
+        if schema.weights_sha256(vector) != self.rows.sha256[position]:
+            repair = self.files.repair(self._file(position))
+            raise ZooError(f"the weights of {self.rows.model_ids[position]} do not match their hash: {repair}")
+        self._verified[position] = True
+
+    def _file(self, position: int) -> str:
+        return self.places.files[self.places.file[position]]
+
+    def _local(self, position: int) -> Path | None:
+        """The shard of a row on this machine, fetched if it is small; None where only ranges of it are read."""
+        name = self._file(position)
+        if name not in self._local_files:
+            local = self.files.local(name, self._shard_sha256[name])
+            small = self.keep and self._shard_bytes[name] <= FETCHED_WHOLE_BYTES
+            if local is None and (small or not self.files.is_remote):
+                local = self.files.path(name)
+            if local is None:
+                return None
+            self._local_files[name] = local
+        return self._local_files[name]
+
+    def _mapped(self, position: int, file: Path) -> np.ndarray:
+        start = int(self.places.offset[position])
+        aligned = start // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
+        length = start - aligned + self.row_bytes(position)
+        try:
+            mapping = mmap.mmap(self._opened(file).descriptor, length, access=mmap.ACCESS_COPY, offset=aligned)
+        except (OSError, ValueError) as error:
+            raise self._unreadable(position, error) from None
+        return np.frombuffer(mapping, "<f4", count=int(self.rows.num_parameters[position]), offset=start - aligned)
+
+    def _read_bytes(self, position: int, start: int, out: np.ndarray) -> None:
+        """Read `out.size` bytes from byte `start` of a row's weights."""
+        local = self._local(position)
+        begin = int(self.places.offset[position]) + start
+        if local is None:
+            self.files.read_into(self._file(position), begin, out.data)
+            return
+        try:
+            opened, done = self._opened(local), 0
+            while done < out.size:
+                got = os.preadv(opened.descriptor, [out[done:].data], begin + done)
+                if got == 0:
+                    raise OSError("the file was cut")
+                done += got
+        except OSError as error:
+            raise self._unreadable(position, error) from None
+
+    def _opened(self, file: Path) -> _OpenFile:
+        with self._lock:
+            opened = self._open_files.pop(file, None) or _OpenFile(file)
+            self._open_files[file] = opened
+            while len(self._open_files) > OPEN_FILES:
+                self._open_files.popitem(last=False)
+            return opened
+
+    def _decode(self, position: int) -> np.ndarray:
+        """The vector of a row of a shard that says nothing of its offsets, from its decoded row group."""
+        name, group = self._file(position), int(self.places.group[position])
+        with self._lock:
+            held = self._decoded.pop((name, group), None)
+            if held is None:
+                held = self._row_group(position, name, group)
+            self._decoded[name, group] = held
+            while len(self._decoded) > 1 and sum(array.nbytes for array in self._decoded.values()) > DECODED_BYTES:
+                self._decoded.popitem(last=False)
+        return vector_of(
+            held.slice(int(self.places.row[position]), 1),
+            name=self.rows.model_ids[position],
+            num_parameters=int(self.rows.num_parameters[position]),
+            dtype=self.rows.dtypes[position],
+        )
+
+    def _row_group(self, position: int, name: str, group: int) -> pa.Array:
+        try:
+            file = pq.ParquetFile(self.files.path(name), page_checksum_verification=True)
+            table = file.read_row_group(group, columns=["model_id", "weights"])
+            weights = table["weights"].combine_chunks()
+            weights.validate(full=False)
+            row = int(self.places.row[position])
+            if table["model_id"][row].as_py() != self.rows.model_ids[position]:
+                raise ZooError(f"{name}, row group {group}, does not hold the rows the index says; {REPAIR}")
+            return weights
+        except (OSError, pa.ArrowException, IndexError) as error:
+            raise self._unreadable(position, error) from None
+
+    def _unreadable(self, position: int, error: Exception) -> ZooError:
+        where = f"{self._file(position)}, row group {self.places.group[position]}"
+        return ZooError(f"{where}, cannot be read ({one_line(error)}); {REPAIR}")
+
+
+def _places(files: FolderFiles | HubFiles, shards: Mapping[str, Mapping[str, Any]], rows: RowTable) -> Places:
+    sizes = rows.num_parameters * np.array([ITEM_BYTES[dtype] for dtype in rows.dtypes], dtype=np.int64)
+    file, group, row, offset = [], [], [], []
+    start = 0
+    for number, (name, entry) in enumerate(shards.items()):
+        for position, (count, end) in enumerate(entry.get("groups") or _groups_of(files, name)):
+            part = sizes[start : start + count]
+            file.append(np.full(count, number))
+            group.append(np.full(count, position))
+            row.append(np.arange(count))
+            known = end > 0 and len(part) == count
+            behind = (part[::-1] + entry.get("gap", 0)).cumsum()[::-1] - entry.get("gap", 0)
+            offset.append(end - behind if known else np.full(count, -1))
+            start += count
+    if start != len(rows.model_ids):
+        raise ZooError(f"{files.name}: {start} rows of weights for {len(rows.model_ids)} of the index; {REPAIR}")
+    joined = [np.concatenate(part).astype(np.int64) for part in (file, group, row, offset)]
+    return Places(list(shards), *joined)
+
+
+def _groups_of(files: FolderFiles | HubFiles, name: str) -> list[tuple[int, int]]:
+    """Rows of each row group, from the footer of a shard that `shards.json` says nothing of."""
+    try:
+        metadata = pq.read_metadata(files.path(name))
+    except (OSError, pa.ArrowException) as error:
+        raise ZooError(f"{name} of {files.name} cannot be read ({one_line(error)}); {REPAIR}") from None
+    return [(metadata.row_group(group).num_rows, 0) for group in range(metadata.num_row_groups)]

@@ -1,0 +1,176 @@
+"""What a blueprint will cost before anything is trained: runs, rows, parameters, disk, time."""
+
+import time
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from statistics import median
+from typing import Any
+
+import torch
+
+from vitzoo_hf.blueprint.blueprint import Blueprint, Run
+from vitzoo_hf.blueprint.images_spec import ImagesSpec
+from vitzoo_hf.environment import default_workers
+from vitzoo_hf.format.schema import SPLITS, ZooError
+from vitzoo_hf.images.pixels import SmallImages
+from vitzoo_hf.images.sources import ROLES, ImageSet, load_images
+from vitzoo_hf.models.vit import create, layout_of
+from vitzoo_hf.training.run import architecture_args, fitting_args, head_hidden
+from vitzoo_hf.training.trainer import Trainer, full_batches
+
+WARMUP_STEPS = 3
+TIMED_STEPS = 8
+PATIENCE = 20.0
+PROBED_IMAGES = 4
+STAND_IN = "random images"
+STAND_IN_IMAGES = 256
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The cost of a zoo.
+
+    Attributes:
+        models: runs, each ending in one final model.
+        rows: kept checkpoints, one row each.
+        parameters: smallest and largest model.
+        disk_bytes: float32 weights of all rows; training checkpoints take as much again.
+        device: that steps were timed on.
+        seconds: estimated training time on `workers` processes; None where it could not be measured.
+        note: why `seconds` is None, or what the estimate leaves out.
+    """
+
+    name: str
+    models: int
+    rows: int
+    stages: dict[str, int]
+    splits: dict[str, int]
+    parameters: tuple[int, int]
+    disk_bytes: int
+    workers: int
+    device: str
+    seconds: float | None
+    note: str
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON values."""
+        return asdict(self)
+
+
+def make_plan(blueprint: Blueprint, *, workers: int | None = None, device: str = "cpu") -> Plan:
+    """Count everything and time a few real training steps of every kind of run.
+
+    Raises:
+        ZooError: if the architecture cannot be built, a run cannot train on its images, or the number of classes is
+            unknown without them.
+    """
+    if workers is not None and workers < 1:
+        raise ZooError(f"workers is {workers}; it must be at least 1")
+    count = workers or default_workers(device)
+    sizes = {run.run_id: _num_parameters(blueprint, run) for run in blueprint.runs}
+    seconds: float | None = None
+    notes: list[str] = []
+    try:
+        images = {name: _images(name, spec) for name, spec in blueprint.images.items()}
+    except ZooError as error:
+        notes = [str(error)]
+    else:
+        timed, notes = _estimate(blueprint, images, device)
+        seconds = timed / min(count, len(blueprint.runs))
+    return Plan(
+        name=blueprint.name,
+        models=len(blueprint.runs),
+        rows=blueprint.num_rows,
+        stages=dict(Counter(run.stage for run in blueprint.runs)),
+        splits={split: sum(run.split == split for run in blueprint.runs) for split in SPLITS},
+        parameters=(min(sizes.values()), max(sizes.values())),
+        disk_bytes=sum(4 * sizes[run.run_id] * len(run.keep_epochs) for run in blueprint.runs),
+        workers=count,
+        device=device,
+        seconds=seconds,
+        note="; ".join(notes),
+    )
+
+
+def _num_parameters(blueprint: Blueprint, run: Run) -> int:
+    spec = blueprint.images[run.images]
+    classes = spec.classes or (2 if spec.is_world else len(load_images(run.images, spec).class_names))
+    args = architecture_args(blueprint, run, classes)
+    return layout_of(blueprint.architecture, args, run.recipe.head, head_hidden(run.recipe)).num_parameters
+
+
+def _estimate(
+    blueprint: Blueprint, images: Mapping[str, tuple[ImageSet, int]], device: str
+) -> tuple[float, list[str]]:
+    """Single-worker seconds of training all runs, and what they leave out besides evaluation at kept epochs."""
+    timed: dict[tuple[Any, ...], float] = {}
+    total = 0.0
+    for run in blueprint.runs:
+        kind = (run.images, replace(run.recipe, seed=0, lr=1.0, weight_decay=0.0, momentum=0.0))
+        if kind not in timed:
+            timed[kind] = _seconds_per_image(blueprint, run, images[run.images][0], device)
+        total += timed[kind] * run.epochs * _images_per_epoch(run, images[run.images][1])
+    missing = [name for name, (found, _) in images.items() if found.licence == STAND_IN]
+    notes = [f"timed on random images for want of {name}, without reading files" for name in missing]
+    return total, notes
+
+
+def _images_per_epoch(run: Run, count: int) -> int:
+    if run.world is None or run.learner is None:
+        return count
+    return run.learner.steps(run.world, run.recipe.batch_size) * run.recipe.batch_size
+
+
+def _images(name: str, spec: ImagesSpec) -> tuple[ImageSet, int]:
+    """The images and how many train; where they are not here, a few random ones, if the blueprint says how many.
+
+    Raises:
+        ZooError: if they are not here, and `classes` or `count` is missing.
+    """
+    try:
+        found = load_images(name, spec)
+        return found, len(found.positions("train"))
+    except ZooError:
+        if spec.classes is None or spec.count is None:
+            raise
+    generator = torch.Generator().manual_seed(0)
+    side, channels = max(spec.resize or 0, spec.size), spec.channels or 3
+    shape = (STAND_IN_IMAGES, channels, side, side)
+    pixels = SmallImages(torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8), spec)
+    labels = torch.arange(STAND_IN_IMAGES) % spec.classes
+    names = tuple(str(number) for number in range(spec.classes))
+    everything = {role: torch.arange(STAND_IN_IMAGES) for role in ROLES}
+    return ImageSet(name, spec, pixels, labels, names, STAND_IN, everything), round(spec.count * (1 - spec.selection))
+
+
+def _seconds_per_image(blueprint: Blueprint, run: Run, images: ImageSet, device: str) -> float:
+    """Of training, by a few steps; with smaller batches where those of the recipe would take long."""
+    args = fitting_args(blueprint, run, images)
+    model = create(blueprint.architecture, args, head=run.recipe.head, head_hidden=head_hidden(run.recipe), seed=0)
+    trainer = Trainer(run.recipe, images, model, run.epochs, device)
+    trainer.model.train()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        size = min(run.recipe.batch_size, len(trainer.labels))
+        probed = min(PROBED_IMAGES, size)
+        expected = _times(trainer, probed, 2)[-1] * size / probed * (WARMUP_STEPS + TIMED_STEPS)
+        if expected > PATIENCE:
+            return median(_times(trainer, probed, 2)) / probed
+        return median(_times(trainer, size, WARMUP_STEPS + TIMED_STEPS)[WARMUP_STEPS:]) / size
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _times(trainer: Trainer, size: int, count: int) -> list[float]:
+    """Seconds of each of `count` steps on batches of `size` images."""
+    batches = full_batches(torch.arange(len(trainer.labels), device=trainer.device), size)
+    chosen = [batches[step % len(batches)] for step in range(count)]
+    views, crops = torch.Generator(trainer.device).manual_seed(0), torch.Generator().manual_seed(0)
+    times, start = [], time.perf_counter()
+    for batch in trainer.feed.batches(chosen, crops):
+        float(trainer.step(iter([batch]), views))
+        times.append(time.perf_counter() - start)
+        start = time.perf_counter()
+    return times

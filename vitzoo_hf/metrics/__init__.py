@@ -1,0 +1,1 @@
+"""Tensors to numbers: accuracy, calibration, agreement, CKA, distances, spectra. Pure functions that never see a zoo."""

@@ -1,0 +1,188 @@
+"""Inner products of the Gram matrices of many models, without any N x N matrix.
+
+P models, N images, F features. The inner products `<K,L>` come from tiles of the Gram matrices, of which each pair of
+models takes one product (N^2 (P F + P^2) operations), or, for the linear kernel, from products of the features of two
+models (N P^2 F^2 operations): whichever is fewer. By symmetry both need half of that. Sums over tiles are float64;
+products obey `torch.set_float32_matmul_precision`.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import reduce
+from itertools import combinations_with_replacement, product
+from math import isqrt
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Float64
+from torch import Tensor
+
+from vitzoo_hf.metrics.features import CentredFeatures
+
+TILE_ELEMENTS = 2**23
+TILE_IMAGES = 192
+DIAGONAL_IMAGES = 64
+MEDIAN_TILE = 1024
+FEATURE_COLUMNS = 2048
+MODEL_BLOCK = 64
+
+Kernel = Callable[[Tensor, slice, slice], Tensor]
+
+
+class Products(NamedTuple):
+    """What HSIC needs of the scaled Gram matrices."""
+
+    inner: Float64[Tensor, "P P"]  # <K,L> without the diagonals; only of the pairs asked for, with p <= q
+    rows: Float64[Tensor, "P N"]  # row sums without the diagonal
+    diagonal: Float64[Tensor, "P N"]
+    scales: Float64[Tensor, " P"]  # a Gram matrix is scales^2 times the scaled one; 1 for RBF
+    eps: float  # of the precision that the Gram matrices are computed in
+
+
+def linear_products(centred: CentredFeatures, num_first: int | None = None) -> Products:
+    """Of all pairs; or, with `num_first`, of each model with itself and of the first ones with the others."""
+    P, N, width = len(centred), centred.num_images, sum(centred.widths)
+    first = sum(centred.widths[:num_first])
+    across = width**2 if num_first is None else 2 * first * (width - first) + 2 * sum(F * F for F in centred.widths)
+    models = P**2 if num_first is None else 2 * num_first * (P - num_first) + 2 * P
+    diagonal = centred.squares
+    with torch.autocast(centred.device.type, enabled=False):
+        if across < N * (width + models):
+            inner = _feature_route(centred, num_first) - diagonal @ diagonal.T
+        else:
+            inner, _ = _sample_route(centred, num_first)
+    eps = torch.finfo(centred.dtype).eps
+    return Products(inner, -diagonal, diagonal, centred.scales, eps)  # rows of a centred Gram matrix sum to 0
+
+
+def rbf_products(centred: CentredFeatures, rates: Float64[Tensor, " P"], typical: Float64[Tensor, " P"]) -> Products:
+    """Of `exp(-rate |x - y|^2)`, less its value at a `typical` squared distance: HSIC ignores a constant."""
+    squares, rates = centred.squares.to(centred.dtype), rates.to(centred.dtype)
+    level = torch.expm1(-rates * typical.to(centred.dtype))
+
+    def kernel(tile: Float[Tensor, "P n m"], i: slice, j: slice) -> Float[Tensor, "P n m"]:
+        tile.mul_(2).sub_(squares[:, i, None]).sub_(squares[:, None, j]).clamp_(max=0)
+        return tile.mul_(rates[:, None, None]).expm1_().sub_(level[:, None, None])
+
+    with torch.autocast(centred.device.type, enabled=False):
+        inner, rows = _sample_route(centred, None, kernel)
+    diagonal = -level.double()[:, None].expand_as(rows)
+    return Products(inner, rows, diagonal, torch.ones_like(centred.scales), torch.finfo(centred.dtype).eps)
+
+
+def median_distances(centred: CentredFeatures) -> Float64[Tensor, " P"]:
+    """Median of all N^2 squared distances within each model, images with themselves included."""
+    whole = slice(0, centred.num_images)
+    squares = centred.squares.to(centred.dtype)
+    medians = [_median(centred.read(slice(p, p + 1), whole)[0], squares[p]) for p in range(len(centred))]
+    return torch.stack(medians).double()
+
+
+def _block_pairs(blocks: list[slice], num_first: int | None) -> list[tuple[slice, slice]]:
+    """Pairs of blocks of models: all, or, with `num_first`, of the first ones with the others."""
+    if num_first is None:
+        return list(combinations_with_replacement(blocks, 2))
+    first = [block for block in blocks if block.start < num_first]
+    return list(product(first, blocks[len(first) :]))
+
+
+def _split(run: slice, size: int, num_first: int | None) -> Iterator[slice]:
+    """Blocks of at most `size` models, none across the border between first and others."""
+    border = run.start if num_first is None else min(max(num_first, run.start), run.stop)
+    for start, stop in ((run.start, border), (border, run.stop)):
+        for p in range(start, stop, size):
+            yield slice(p, min(p + size, stop))
+
+
+def _tiles(first: slice, second: slice, height: int, width: int) -> Iterator[tuple[slice, slice]]:
+    """Tiles that cover two ranges of images, or the upper triangle of one, its diagonal in small squares."""
+    for start in range(first.start, first.stop, height):
+        i = slice(start, min(start + height, first.stop))
+        if first == second and height > DIAGONAL_IMAGES:
+            yield from _tiles(i, i, DIAGONAL_IMAGES, height)
+        elif first == second:
+            yield i, i
+        for other in range(i.stop if first == second else second.start, second.stop, width):
+            yield i, slice(other, min(other + width, second.stop))
+
+
+def _sample_route(
+    centred: CentredFeatures, num_first: int | None, kernel: Kernel | None = None
+) -> tuple[Float64[Tensor, "P P"], Float64[Tensor, "P N"]]:
+    """Inner products of the Gram matrices off their diagonals, and, of a kernel that is not linear, row sums."""
+    P, N = len(centred), centred.num_images
+    pairs = _block_pairs(list(_split(slice(0, P), MODEL_BLOCK, num_first)), num_first)
+    inner = torch.zeros(P, P, dtype=torch.float64, device=centred.device)
+    rows = torch.zeros(P, N, dtype=torch.float64, device=centred.device)
+    height = min(TILE_IMAGES, max(16, isqrt(TILE_ELEMENTS // (2 * P)) // 16 * 16))
+    width = max(height, min(5 * TILE_IMAGES, TILE_ELEMENTS // (P * height) // 16 * 16))
+    memory = torch.empty(P * min(height, N) * min(width, N), dtype=centred.dtype, device=centred.device)
+    for first, second, left, right in centred.block_pairs():
+        for i, j in _tiles(first, second, height, width):
+            shape = (P, i.stop - i.start, j.stop - j.start)
+            tile = memory[: P * shape[1] * shape[2]].view(shape)
+            within, beside = (slice(s.start - b.start, s.stop - b.start) for s, b in ((i, first), (j, second)))
+            for run, a, b in zip(centred.runs, left, right, strict=True):
+                torch.bmm(a[:, within], b[:, beside].transpose(1, 2), out=tile[run])
+            if kernel is not None:
+                kernel(tile, i, j)
+            if i == j:
+                tile.diagonal(dim1=1, dim2=2).zero_()
+            if kernel is not None:
+                rows[:, i] += tile.sum(2)
+                rows[:, j] += tile.sum(1) * (i != j)
+            flat, copies = tile.flatten(1), 1 if i == j else 2
+            for p, q in pairs:
+                inner[p, q] += copies * (flat[p] @ flat[q].T)
+            if num_first is not None:
+                inner.diagonal().add_(copies * torch.linalg.vector_norm(flat, dim=1).double().square())
+    return inner, rows
+
+
+def _feature_route(centred: CentredFeatures, num_first: int | None = None) -> Float64[Tensor, "P P"]:
+    """`|X_p^T X_q|^2`, the inner products of whole Gram matrices, for blocks of models side by side."""
+    P = len(centred)
+    inner = torch.zeros(P, P, dtype=torch.float64, device=centred.device)
+    blocks: list[slice] = []
+    for run in centred.runs:
+        blocks += _split(run, max(1, FEATURE_COLUMNS // centred.widths[run.start]), num_first)
+    pairs = _block_pairs(blocks, num_first)
+    if num_first is not None:
+        pairs += [(slice(p, p + 1), slice(p, p + 1)) for p in range(P)]
+    for p, q in pairs:
+        parts = (
+            _side_by_side(centred.read(p, images)).T @ _side_by_side(centred.read(q, images))
+            for images in centred.blocks()
+        )
+        products = reduce(torch.add, parts)
+        split = products.unflatten(0, (p.stop - p.start, -1)).unflatten(2, (q.stop - q.start, -1))
+        inner[p, q] = split.double().square().sum((1, 3))
+    return inner
+
+
+def _side_by_side(models: Float[Tensor, "P n F"]) -> Float[Tensor, "n PF"]:
+    return models.transpose(0, 1).flatten(1)
+
+
+def _median(model: Float[Tensor, "N F"], squares: Float[Tensor, " N"]) -> Float[Tensor, ""]:
+    """Median of all N^2 squared distances, by the digits of their float32 bits: exact, and no N x N matrix."""
+    ranks = torch.tensor([(len(model) ** 2 - 1) // 2, len(model) ** 2 // 2], device=model.device)
+    coarse = _digit_counts(model, squares, None)
+    digits = torch.searchsorted(coarse.cumsum(0), ranks, right=True)
+    ranks -= (coarse.cumsum(0) - coarse)[digits]
+    fine = torch.stack([_digit_counts(model, squares, digit) for digit in digits.unique()])[[0, -1]]
+    rest = torch.searchsorted(fine.cumsum(1), ranks[:, None], right=True).squeeze(1)
+    return (digits << 16 | rest).int().view(torch.float32).mean().to(model.dtype)
+
+
+def _digit_counts(model: Float[Tensor, "N F"], squares: Float[Tensor, " N"], leading: Tensor | None) -> Tensor:
+    """How often each value of the upper 16 bits occurs, or of the lower 16 where the upper are `leading`."""
+    counts = torch.zeros(2**16, dtype=torch.int64, device=model.device)
+    whole = slice(0, len(model))
+    for i, j in _tiles(whole, whole, MEDIAN_TILE, MEDIAN_TILE):
+        distances = squares[i, None] + squares[j] - 2 * (model[i] @ model[j].T)
+        if i == j:
+            distances.fill_diagonal_(0)
+        bits = distances.clamp(min=0).float().abs().flatten().view(torch.int32)
+        digits = bits >> 16 if leading is None else (bits & 0xFFFF)[bits >> 16 == leading]
+        counts += digits.bincount(minlength=2**16) * (1 if i == j else 2)
+    return counts

@@ -1,0 +1,394 @@
+"""Rows -> a population: the weights of many models, and the forward pass of them all on the same images.
+
+Models of one layout form a group. A group of plain ViTs runs in tiles of some models by some images, a few dozen
+model-images each, whose activations stay in the processor's cache: all models at once on few images, one model at a
+time on many. Other architectures run as the modules they are, one model at a time. Which way is taken depends on
+sizes and device alone, so that the same call gives the same numbers; `Population.describe` tells it.
+"""
+
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from vitzoo_hf.format.layout import Layout, unflatten
+from vitzoo_hf.format.messages import did_you_mean
+from vitzoo_hf.format.schema import ZooError, canonical_json
+from vitzoo_hf.models.batched import READOUTS, BatchedViT, Outputs, outputs_of_module
+from vitzoo_hf.models.rebuild import architecture_of, checked_vector, usable_device
+from vitzoo_hf.models.vit import layout_of, skeleton
+
+TILE_BYTES = {"cpu": 2**22, "cuda": 2**26}
+"""Of the widest activation in a tile: what the processor's cache holds beside weights and other activations."""
+LEAST_IMAGES, MOST_MODEL_IMAGES = 8, {"cpu": 64, "cuda": 8192}
+MODULE_IMAGES = 256
+ACTIVATIONS = 16  # times the widest activation: what a forward holds at its peak, as a bound
+SHARE_OF_MEMORY = 0.5
+STACKED_PARAMETERS = 2_000_000
+"""Smaller models are copied into one matrix, so that tiles of them are views; larger ones stay where they are."""
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Group:
+    """The models of one layout: their positions in the population and their weights.
+
+    Attributes:
+        positions: in the population.
+        layout: of every vector.
+        vectors: flat weights, `[P, D]` of small models or one `[D]` a model; on the device, or on the CPU where
+            they would fill half of it.
+        model: without weights.
+        batched: the batched forward; None for an architecture that it does not know.
+        forward: the same, compiled if it is to be.
+        num_outputs: of the head.
+        views: of `vectors` by tensor, made once: making them takes as long as a small forward.
+    """
+
+    positions: list[int]
+    layout: Layout
+    vectors: Float[Tensor, "P D"] | list[Float[Tensor, " D"]]
+    model: nn.Module
+    batched: BatchedViT | None
+    forward: Callable[..., Outputs] | None
+    num_outputs: int
+    views: dict[tuple[int, int], dict[str, Tensor]] = field(default_factory=dict, repr=False)
+
+    def named(self, first: int, vectors: Float[Tensor, "M D"]) -> dict[str, Tensor]:
+        """The tensors of models from `first` on; `vectors` are theirs, as stored or copied to compute in."""
+        key, own = (first, len(vectors)), self.vectors
+        if not isinstance(own, Tensor) or own.dtype != vectors.dtype or own[first].data_ptr() != vectors.data_ptr():
+            return unflatten(vectors, self.layout)
+        if key not in self.views:
+            self.views[key] = unflatten(vectors, self.layout)
+        return self.views[key]
+
+    def tile(self, device: torch.device, num_images: int, precision: str, scale: float = 1.0) -> tuple[int, int]:
+        """Models and images that run together; `scale` below 1 for a smaller tile."""
+        if self.batched is None:
+            return 1, max(1, int(min(num_images, MODULE_IMAGES) * scale))
+        width = PRECISIONS[precision].itemsize
+        kind = device.type if device.type in TILE_BYTES else "cuda"
+        wanted = TILE_BYTES[kind] // (self.batched.widest * width)
+        fitting = _free_memory(device) // (self.batched.widest * width * ACTIVATIONS)
+        most = max(1, int(min(max(wanted, LEAST_IMAGES), MOST_MODEL_IMAGES[kind], fitting) * scale))
+        images = min(num_images, most)
+        return max(1, min(len(self.positions), most // images)), images
+
+
+@dataclass(frozen=True)
+class Population:
+    """Models held together on a device.
+
+    Attributes:
+        model_ids: in the order of the rows; the first axis of everything returned.
+        precision: what the forward computes in; results are float32 whatever it is.
+
+    Example:
+        >>> from vitzoo_hf.zoo import Zoo
+        >>> population = Population.from_rows(Zoo.sample().filter(stage="finetune").rows())
+        >>> population(torch.zeros(5, 1, 16, 16)).shape
+        torch.Size([6, 5, 10])
+    """
+
+    model_ids: list[str]
+    groups: list[Group]
+    device: torch.device
+    precision: str = "float32"
+    _scale: list[float] = field(default_factory=lambda: [1.0], repr=False)
+
+    @classmethod
+    def from_rows(
+        cls,
+        rows: Iterable[Mapping[str, Any]],
+        device: str | torch.device = "cpu",
+        *,
+        precision: str = "float32",
+        compiled: bool = False,
+    ) -> "Population":
+        """Models of any rows of a zoo.
+
+        Args:
+            rows: of `zoo.rows()` or `load_dataset(...)`; weights that are not verified yet are, against their hash.
+            device: where the models run. Weights that would fill more than half of its free memory stay on the
+                CPU, and the next model's are copied while one runs.
+            compiled: compile the forward of plain ViTs once for each architecture and tile, half a minute each; on
+                CUDA as graphs that are replayed. On a CPU it gained nothing in `benchmarks/LOG.md`.
+            precision: `bfloat16` and `float16` round weights and activations; `precision_effect` of
+                `vitzoo_hf.evaluation.precision` says what it costs.
+
+        Raises:
+            ZooError: if there is no row, one cannot be rebuilt, or the precision is unknown.
+        """
+        if precision not in PRECISIONS:
+            raise ZooError(f"unknown precision {precision!r}: {did_you_mean(precision, PRECISIONS)}")
+        place = usable_device(device)
+        model_ids: list[str] = []
+        members: dict[str, list[tuple[int, Tensor]]] = {}
+        kinds: dict[str, tuple[str, dict[str, Any], str, int | None]] = {}
+        for position, row in enumerate(rows):
+            vector, layout = checked_vector(row)
+            kind = architecture_of(row)
+            key = f"{layout.fingerprint} {canonical_json(kind)}"
+            kinds[key] = kind
+            members.setdefault(key, []).append((position, vector))
+            model_ids.append(row.get("model_id", str(position)))
+        if not model_ids:
+            raise ZooError("a population needs at least one row; the filter or dataset gave none")
+        total = sum(vector.numel() for entries in members.values() for _, vector in entries)
+        stays = total * 4 > SHARE_OF_MEMORY * _free_memory(place)
+        home = torch.device("cpu") if stays else place
+        groups = [_group(kinds[key], entries, home, compiled, place) for key, entries in members.items()]
+        return cls(model_ids, groups, place, precision)
+
+    def __len__(self) -> int:
+        return len(self.model_ids)
+
+    def __call__(self, images: Float[Tensor, "N C H W"]) -> Float[Tensor, "P N K"]:
+        """Logits of every model on the same images.
+
+        Raises:
+            ZooError: if the models differ in the number of outputs.
+        """
+        self._check_outputs()
+        return self._gathered(self._tiles(images, None), "logits")
+
+    def outputs(self, images: Float[Tensor, "N C H W"]) -> tuple[Float[Tensor, "P N K"], Float[Tensor, "P N F"]]:
+        """Logits and features in one pass.
+
+        Raises:
+            ZooError: if the models differ in the number of outputs or the width of features.
+        """
+        self._check_outputs()
+        tiles = list(self._tiles(images, None))
+        return self._gathered(tiles, "logits"), self._gathered(tiles, "features")
+
+    def _check_outputs(self) -> None:
+        outputs = sorted({group.num_outputs for group in self.groups})
+        if len(outputs) > 1:
+            raise ZooError(
+                f"these models have {outputs} outputs, so their logits do not stack: filter by `dataset` or `stage`,"
+                " or take `.features(images)`"
+            )
+
+    def features(self, images: Float[Tensor, "N C H W"]) -> Float[Tensor, "P N F"]:
+        """Features of every model before its head (the class token after the last norm)."""
+        return self._gathered(self._tiles(images, None), "features")
+
+    def block_features(self, images: Float[Tensor, "N C H W"], readout: str = "token") -> Float[Tensor, "P L N F"]:
+        """The output of every block of every model; `cka(….flatten(0, 1))` compares every layer with every other.
+
+        Args:
+            images: normalised as the models were fed them.
+            readout: `token`, the class token, or `mean`, that of all other tokens.
+
+        Raises:
+            ZooError: if the models differ in depth or width, or for another readout.
+        """
+        return self._gathered(self._tiles(images, readout), "blocks")
+
+    def each(self, images: Float[Tensor, "N C H W"], *, readout: str | None = None) -> list[Outputs]:
+        """Outputs of every model by itself, `[1, N, …]`, so that architectures and heads may differ.
+
+        Raises:
+            ZooError: for images that a model cannot take, or another readout.
+        """
+        found: list[Outputs | None] = [None] * len(self)
+        for positions, outputs in self._tiles(images, readout):
+            for number, position in enumerate(positions):
+                found[position] = outputs.of(number)
+        return [outputs for outputs in found if outputs is not None]
+
+    def _gathered(self, outputs: Iterable[tuple[list[int], Outputs]], part: str) -> Tensor:
+        """One part of the outputs of all models, as one tensor."""
+        tiles = [(positions, getattr(found, part)) for positions, found in outputs]
+        if len({values.shape[1:] for _, values in tiles}) > 1:
+            raise ZooError("these models differ in feature width or depth: filter by `architecture`")
+        if len(tiles) == 1:
+            return tiles[0][1]
+        whole = torch.empty(len(self), *tiles[0][1].shape[1:], device=tiles[0][1].device)
+        for positions, values in tiles:
+            whole[positions] = values
+        return whole
+
+    def _tiles(self, images: Tensor, readout: str | None) -> Iterator[tuple[list[int], Outputs]]:
+        """Outputs of some models after the others: their positions, and what they give."""
+        if images.ndim != 4 or len(images) == 0:
+            raise ZooError(f"images have shape {tuple(images.shape)}; expected [N, C, H, W] with N of at least 1")
+        if images.dtype != torch.float32:
+            raise ZooError(f"images are {images.dtype}; expected float32, normalised as `zoo.probes` gives them")
+        if readout is not None and readout not in READOUTS:
+            raise ZooError(f"unknown readout {readout!r}: {did_you_mean(readout, READOUTS)}")
+        with torch.inference_mode():
+            for group in self.groups:
+                self._check_images(group, images)
+                model: Any = group.model
+                if readout == "token" and model.cls_token is None:
+                    name = self.model_ids[group.positions[0]]
+                    raise ZooError(f"{name} has no class token: take readout='mean'")
+                for first, outputs in self._run(group, images, readout):
+                    yield group.positions[first : first + len(outputs.features)], outputs
+
+    def trunks(self) -> Float[Tensor, "P D"]:
+        """Weights of every model without its head.
+
+        Raises:
+            ZooError: if the trunks differ in layout.
+        """
+        trunks: list[Tensor] = [torch.empty(0)] * len(self)
+        for group in self.groups:
+            kept = group.layout.trunk()
+            for position, vector in zip(group.positions, group.vectors, strict=True):
+                trunks[position] = vector[kept]
+        if len({len(trunk) for trunk in trunks}) > 1:
+            raise ZooError(
+                "these models differ in trunk, so their weights have no distance: filter by `architecture`"
+            )
+        return torch.stack(trunks)
+
+    def describe(self, num_images: int) -> list[str]:
+        """A line a group: how its forward runs on so many images."""
+        lines = []
+        for group in self.groups:
+            models, images = group.tile(self.device, num_images, self.precision, self._scale[0])
+            way = "batched products" if models > 1 else "one model at a time"
+            way = way if group.batched is not None else "the module itself, one model at a time"
+            lines.append(
+                f"{len(group.positions)} models of {group.layout.num_parameters:,} parameters: {way},"
+                f" tiles of {models} models x {images} images, {self.precision} on {self.device}"
+            )
+        return lines
+
+    def _check_images(self, group: Group, images: Tensor) -> None:
+        wanted: Any = group.batched.image if group.batched is not None else None
+        if wanted is not None and tuple(images.shape[1:]) != wanted:
+            raise ZooError(
+                f"{self.model_ids[group.positions[0]]} cannot take images of shape {tuple(images.shape)}:"
+                f" it takes [N, {', '.join(map(str, wanted))}]"
+            )
+
+    def _run(self, group: Group, images: Tensor, readout: str | None) -> Iterator[tuple[int, Outputs]]:
+        """Outputs of tiles of models on all images: the first model's number, and what the tile gives."""
+        dtype = PRECISIONS[self.precision]
+        inputs = images.to(self.device, dtype)
+        inputs = group.batched.patches(inputs) if group.batched is not None else inputs
+        models, _ = group.tile(self.device, len(images), self.precision, self._scale[0])
+        for first, tensors in _weights(group, models, self.device, dtype):
+            names = [self.model_ids[position] for position in group.positions[first : first + models]]
+            whole: Outputs | None = None
+            start = 0
+            while start < len(inputs):
+                _, step = group.tile(self.device, len(images), self.precision, self._scale[0])
+                try:
+                    part = _forward(group, tensors, inputs[start : start + step], readout)
+                except torch.OutOfMemoryError:
+                    self._smaller(step)
+                    continue
+                except (RuntimeError, AssertionError) as error:
+                    if _is_out_of_memory(error):
+                        self._smaller(step)
+                        continue
+                    raise ZooError(f"{names[0]} cannot take images of shape {tuple(images.shape)}: {error}") from None
+                if step >= len(inputs) and self.precision == "float32":
+                    whole = part
+                    break
+                whole = part.room_for(len(inputs)) if whole is None else whole
+                whole.fill(part, start)
+                start += step
+            assert whole is not None
+            yield first, whole
+
+    def _smaller(self, step: int) -> None:
+        """Halve all further tiles after memory ran out."""
+        if step == 1:
+            raise ZooError(f"a single image does not fit into the memory of {self.device} beside the weights")
+        self._scale[0] /= 2
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _group(
+    kind: tuple[str, dict[str, Any], str, int | None],
+    entries: list[tuple[int, Tensor]],
+    home: torch.device,
+    compiled: bool,
+    place: torch.device,
+) -> Group:
+    vectors = [vector.to(home) for _, vector in entries]
+    layout = layout_of(*kind)
+    model = skeleton(*kind)
+    batched = BatchedViT.of(model)
+    return Group(
+        positions=[position for position, _ in entries],
+        layout=layout,
+        vectors=torch.stack(vectors) if layout.num_parameters <= STACKED_PARAMETERS else vectors,
+        model=model,
+        batched=batched,
+        forward=_compiled(batched, place) if compiled and batched is not None else batched,
+        num_outputs=int(kind[1]["num_classes"]),
+    )
+
+
+def _compiled(batched: BatchedViT, place: torch.device) -> Callable[..., Outputs]:
+    """The forward compiled for each shape; more shapes than fit are an error, never a silent return to eager."""
+    from torch._dynamo import config as dynamo_config
+
+    mode = "reduce-overhead" if place.type == "cuda" else "default"
+    forward = torch.compile(batched.__call__, dynamic=False, mode=mode)
+
+    def run(*given: Any) -> Outputs:
+        with dynamo_config.patch(recompile_limit=64, fail_on_recompile_limit_hit=True):
+            return forward(*given)
+
+    return run
+
+
+def _weights(
+    group: Group, models: int, device: torch.device, dtype: torch.dtype
+) -> Iterator[tuple[int, dict[str, Tensor]]]:
+    """Tensors of tiles of models on the device; those of the next tile are copied while one is in use."""
+    starts = range(0, len(group.positions), models)
+    stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+    ahead = _copied(group, 0, models, device, dtype, stream)
+    for first in starts:
+        vectors, done = ahead
+        if first + models < len(group.positions):
+            ahead = _copied(group, first + models, models, device, dtype, stream)
+        if done is not None:
+            torch.cuda.current_stream(device).wait_event(done)
+            vectors.record_stream(torch.cuda.current_stream(device))
+        yield first, group.named(first, vectors)
+
+
+def _copied(
+    group: Group, first: int, models: int, device: torch.device, dtype: torch.dtype, stream: Any
+) -> tuple[Tensor, Any]:
+    """Vectors of a tile of models in the dtype to compute in, and the event that says they have arrived."""
+    part = group.vectors[first : first + models]
+    vectors = part if isinstance(part, Tensor) else part[0][None] if len(part) == 1 else torch.stack(part)
+    if stream is None or vectors.is_cuda:
+        return vectors.to(device, dtype), None
+    pinned = vectors.to(dtype).pin_memory()
+    with torch.cuda.stream(stream):
+        there = pinned.to(device, non_blocking=True)
+        return there, stream.record_event()
+
+
+def _forward(group: Group, tensors: dict[str, Tensor], inputs: Tensor, readout: str | None) -> Outputs:
+    """Outputs of a tile."""
+    if group.forward is not None:
+        return group.forward(tensors, inputs, readout)
+    return outputs_of_module(group.model, {name: value[0] for name, value in tensors.items()}, inputs, readout)
+
+
+def _free_memory(device: torch.device) -> int:
+    """Bytes that may be taken on the device; on the CPU tiles are small and weights lie there already."""
+    return int(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else sys.maxsize
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    return "can't allocate memory" in str(error) or "not enough memory" in str(error)

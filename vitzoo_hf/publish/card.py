@@ -1,0 +1,141 @@
+"""What a zoo holds -> its dataset card: the YAML header that `load_dataset` and the viewer read, and a text.
+
+The text is `cards/zoo_card.md.jinja`; everything in it is counted from the folder or told by the manifest.
+"""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from vitzoo_hf.format import schema
+from vitzoo_hf.format.messages import did_you_mean
+from vitzoo_hf.format.schema import ZooError
+from vitzoo_hf.publish import card_results, card_sections
+from vitzoo_hf.publish.card_facts import Facts
+from vitzoo_hf.publish.markdown import one_line, plain
+from vitzoo_hf.publish.viewer import default_config
+
+TEMPLATE = "zoo_card.md.jinja"
+LICENCE = "cc-by-4.0"
+
+LICENCES = (
+    *("apache-2.0", "mit", "bsd-2-clause", "bsd-3-clause", "openrail", "unlicense", "gpl-3.0", "agpl-3.0", "cc0-1.0"),
+    *("cc-by-2.0", "cc-by-3.0", "cc-by-4.0", "cc-by-sa-3.0", "cc-by-sa-4.0", "cc-by-nc-4.0", "cc-by-nc-sa-4.0"),
+    *("cc-by-nc-nd-4.0", "cc-by-nd-4.0", "odc-by", "odbl", "pddl", "cdla-permissive-2.0"),
+)
+"""Licences the Hub knows by name; any other is given to it as `other`, with its name."""
+
+SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))
+
+
+def card_text(
+    folder: Path, manifest: Mapping[str, Any], *, repository: str | None = None, default: str | None = None
+) -> str:
+    """The README.md of a zoo, which is the same whenever it is written for the same files.
+
+    Args:
+        folder: has the Parquet files; neither `zoo.json` nor a card need be there.
+        manifest: what `zoo.json` says, or will say; `default_config` and `licence` are used if they are there.
+        repository: dataset id for the examples; by default `ORG/` and the zoo's name.
+        default: config that `load_dataset` and the viewer open; by default the manifest's, or the whole rows while
+            the viewer can show a page of them.
+
+    Raises:
+        ZooError: if the folder has no readable index, or `repository` or `default` cannot be.
+    """
+    from huggingface_hub import DatasetCard, DatasetCardData
+
+    if repository is not None and not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", repository, re.ASCII):
+        raise ZooError(f"{repository!r} is no dataset id: expected ORG/NAME")
+    facts = Facts.read(folder)
+    opened = _default(facts, manifest, default)
+    name = one_line(manifest["name"]) or "zoo"
+    card = DatasetCard.from_template(
+        card_data=DatasetCardData(**_header(facts, manifest, name, opened)),
+        template_str=template(),
+        **_sections(facts, manifest, opened),
+        title=plain(name),
+        repository=repository or card_sections.repository_name(name),
+    )
+    return card.content.rstrip("\n") + "\n"
+
+
+def template(name: str = TEMPLATE) -> str:
+    """The text of a card's template, from the installed package or from a checkout.
+
+    Raises:
+        ZooError: if neither has it.
+    """
+    package = Path(__file__).parent
+    for folder in (package, package.parent):
+        if (folder / "cards" / name).is_file():
+            return (folder / "cards" / name).read_text(encoding="utf-8")
+    raise ZooError(f"the template {package / 'cards' / name} is missing: install vitzoo-hf again")
+
+
+def _default(facts: Facts, manifest: Mapping[str, Any], default: str | None) -> str:
+    wanted = default or manifest.get("default_config")
+    if wanted is None:
+        fitting = {default_config(facts.largest, facts.encoding, dtype) for dtype in facts.dtypes}
+        wanted = "weights" if fitting == {"weights"} else "index"
+    if wanted not in facts.configs:
+        raise ZooError(f"the default config {wanted!r} is not in the zoo: {did_you_mean(str(wanted), facts.configs)}")
+    return str(wanted)
+
+
+def _header(facts: Facts, manifest: Mapping[str, Any], name: str, opened: str) -> dict[str, Any]:
+    licence = one_line(manifest.get("licence") or LICENCE)
+    header = {"license": licence.lower()}
+    if licence.lower() not in LICENCES:
+        header = {
+            "license": "other",
+            "license_name": re.sub(r"[^a-z0-9.]+", "-", licence.lower()).strip("-.") or "other",
+        }
+    label = next((label for limit, label in SIZES if len(facts.rows) < limit), "1M<n<10M")
+    return header | {
+        "pretty_name": name,
+        "task_categories": ["image-classification"],
+        "tags": ["model-zoo", "weight-space-learning", "vision-transformer", "vitzoo-hf"],
+        "size_categories": [label],
+        "configs": [_config_entry(facts, config, opened) for config in facts.configs],
+    }
+
+
+def _config_entry(facts: Facts, config: str, opened: str) -> dict[str, Any]:
+    """One of `configs`; `datasets` keys its cache of local folders on the header alone, hence the hash of files."""
+    files = [{"split": split, "path": f"{config}/{split}-*.parquet"} for split in facts.configs[config]]
+    entry = {"config_name": config, "description": f"files {facts.digest(config)}", "data_files": files}
+    return entry | ({"default": True} if config == opened else {})
+
+
+def _sections(facts: Facts, manifest: Mapping[str, Any], opened: str) -> dict[str, Any]:
+    """What the template is filled with, besides the names."""
+    licence = one_line(manifest.get("licence") or LICENCE)
+    return {
+        "default": opened,
+        "split": facts.rows[0]["split"],
+        "index_file": card_sections.first_path(facts, "index"),
+        "weights_file": card_sections.first_path(facts, "weights"),
+        "encoding": facts.encoding,
+        "dtype": facts.dtypes[0],
+        "inside": card_sections.inside(facts),
+        "config_table": card_sections.configs(facts, opened),
+        "column_table": card_sections.columns(facts, manifest),
+        "accuracy": card_results.accuracy(facts, manifest),
+        "evaluations": card_results.evaluations(facts),
+        "pairs": card_results.pairs(facts),
+        "kept": card_sections.kept(facts),
+        "recipe": card_sections.recipe(facts),
+        "images": card_sections.images(facts, manifest),
+        "versions": card_sections.versions(facts),
+        "blueprint": card_sections.blueprint(facts),
+        "subset": manifest.get("subset_of") is not None,
+        "factors": card_sections.factors(facts, manifest),
+        "splits": card_sections.splits(facts, manifest),
+        "licence": plain(licence.upper() if licence.lower() in LICENCES else licence),
+        "image_licences": card_sections.licences(manifest),
+        "traps": card_sections.traps(facts, manifest),
+        "shards": (facts.folder / schema.SHARDS).is_file(),
+        "version": schema.VERSION,
+    }

@@ -1,0 +1,230 @@
+"""What a zoo's folder holds, counted from its light tables and the footers of its shards; no weight is read."""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from vitzoo_hf.format import schema
+from vitzoo_hf.format.atomic import read_json
+from vitzoo_hf.format.schema import ZooError
+
+CLASSES = {"stage": schema.STAGES, "head": schema.HEADS}
+
+
+@dataclass(frozen=True)
+class DataFile:
+    """A Parquet file of a zoo.
+
+    Attributes:
+        path: within the folder.
+        rows: how many it has.
+        size: in bytes.
+    """
+
+    path: str
+    rows: int
+    size: int
+
+    @property
+    def config(self) -> str:
+        """The config it belongs to, which is its folder."""
+        return self.path.split("/")[0]
+
+    @property
+    def split(self) -> str:
+        """The split it belongs to, which its name begins with."""
+        return self.path.split("/")[1].split("-")[0]
+
+
+@dataclass(frozen=True)
+class Facts:
+    """A zoo's folder as its card needs it.
+
+    Attributes:
+        folder: the zoo.
+        files: its Parquet files, in the order of configs and splits.
+        rows: the index, with a `split`, names instead of class numbers, and parsed provenance.
+    """
+
+    folder: Path
+    files: list[DataFile]
+    rows: list[dict[str, Any]]
+
+    @classmethod
+    def read(cls, folder: Path) -> "Facts":
+        """The facts of a folder; weight shards that are not in it count as `shards.json` says.
+
+        Raises:
+            ZooError: if a table is damaged or missing, or `index` and `weights` differ in their rows.
+        """
+        try:
+            files = _data_files(folder)
+            index = [file for file in files if file.config == "index"]
+            facts = cls(folder, files, [row for file in index for row in _index_rows(folder / file.path, file.split)])
+            encoding = facts.encoding if facts.rows else None
+        except (OSError, pa.ArrowException, KeyError, TypeError, ValueError) as error:
+            raise ZooError(
+                f"no card can be written for {folder}: {' '.join(str(error).split())[:200]}; pack the zoo again"
+            ) from None
+        counts = {config: facts.split_rows(config) for config in ("index", "weights")}
+        if encoding is None or counts["index"] != counts["weights"]:
+            raise ZooError(
+                f"no card can be written for {folder}: `weights` has rows {counts['weights']}, `index`"
+                f" {counts['index']}; pack the zoo again"
+            )
+        return facts
+
+    @cached_property
+    def configs(self) -> dict[str, dict[str, list[DataFile]]]:
+        """Config -> split -> files."""
+        held: dict[str, dict[str, list[DataFile]]] = {}
+        for file in self.files:
+            held.setdefault(file.config, {}).setdefault(file.split, []).append(file)
+        return held
+
+    def split_rows(self, config: str) -> dict[str, int]:
+        """Split -> rows of a config; empty if the zoo does not have it."""
+        held = self.configs.get(config, {})
+        return {split: sum(file.rows for file in files) for split, files in held.items()}
+
+    @cached_property
+    def runs(self) -> dict[str, list[dict[str, Any]]]:
+        """Run -> its rows, epochs ascending."""
+        held: dict[str, list[dict[str, Any]]] = {}
+        for row in self.rows:
+            held.setdefault(row["run_id"], []).append(row)
+        return {run_id: sorted(rows, key=lambda row: row["epoch"]) for run_id, rows in held.items()}
+
+    @cached_property
+    def finals(self) -> list[dict[str, Any]]:
+        """The last row of every run."""
+        return [rows[-1] for rows in self.runs.values()]
+
+    @cached_property
+    def encoding(self) -> str:
+        """How the weights are stored: `list` or `binary`."""
+        for file in self.files:
+            if file.config == "weights" and (self.folder / file.path).is_file():
+                kind = pq.read_schema(self.folder / file.path).field("weights").type
+                return "list" if pa.types.is_list(kind) or pa.types.is_large_list(kind) else "binary"
+        return "list" if self.largest <= schema.LIST_LIMIT and self.dtypes == ["float32"] else "binary"
+
+    @cached_property
+    def largest(self) -> int:
+        """Parameters of the largest row."""
+        return max(row["num_parameters"] for row in self.rows)
+
+    @cached_property
+    def dtypes(self) -> list[str]:
+        """What the weights are stored as."""
+        return sorted({row["dtype"] for row in self.rows})
+
+    @cached_property
+    def accuracies(self) -> list[dict[str, Any]]:
+        """The last rows that have a test accuracy on the images that most of them were trained on."""
+        measured = [row for row in self.finals if row["test_accuracy"] is not None]
+        if not measured:
+            return []
+        (dataset, _), *_ = Counter(row["dataset"] for row in measured).most_common(1)
+        return [row for row in measured if row["dataset"] == dataset]
+
+    def recipes(self, stage: str) -> list[dict[str, Any]]:
+        """The recipes of a stage's runs, where their provenance has one."""
+        found = [row["provenance"].get("recipe") for row in self.finals if row["stage"] == stage]
+        return [recipe for recipe in found if isinstance(recipe, dict)]
+
+    def versions(self) -> dict[str, list[str]]:
+        """Software -> the versions that runs were trained with."""
+        held: dict[str, set[str]] = {}
+        for row in self.finals:
+            versions = row["provenance"].get("versions")
+            for name, version in versions.items() if isinstance(versions, Mapping) else ():
+                held.setdefault(str(name), set()).add(str(version))
+        return {name: sorted(held[name]) for name in sorted(held)}
+
+    def column_types(self) -> dict[str, str]:
+        """Columns of a whole row -> what type they have."""
+        first = next(file for file in self.files if file.config == "index")
+        held = {field.name: str(field.type) for field in pq.read_schema(self.folder / first.path)}
+        held |= {name: f"class: {', '.join(names)}" for name, names in CLASSES.items() if name in held}
+        return held | {"weights": "list of float32" if self.encoding == "list" else "binary"}
+
+    def table(self, config: str, columns: Iterable[str]) -> list[dict[str, Any]]:
+        """Columns of all rows of a light config; None where it was written before there was such a column."""
+        files = [self.folder / file.path for file in self.files if file.config == config]
+        empty = dict.fromkeys(columns)
+        return [
+            empty | row
+            for file in files
+            for row in pq.read_table(
+                file, columns=[name for name in empty if name in pq.read_schema(file).names]
+            ).to_pylist()
+        ]
+
+    @cached_property
+    def probes(self) -> dict[str, dict[str, int]]:
+        """Split of the held-out images -> dataset -> how many the zoo carries."""
+        return {
+            split: dict(value_counts(self._column("probes", split, "dataset"), "dataset"))
+            for split in self.configs.get("probes", {})
+        }
+
+    def _column(self, config: str, split: str, name: str) -> list[dict[str, Any]]:
+        files = self.configs[config][split]
+        return [row for file in files for row in pq.read_table(self.folder / file.path, columns=[name]).to_pylist()]
+
+    def digest(self, config: str) -> str:
+        """Changes with the content of a config; that of weights is known by their hashes in the index."""
+        digest = hashlib.sha256()
+        for file in self.files:
+            if file.config == config:
+                digest.update(f"{file.path} {file.rows} {file.size}\n".encode())
+            if file.config == ("index" if config == "weights" else config):
+                digest.update((self.folder / file.path).read_bytes())
+        return digest.hexdigest()[:16]
+
+
+def _data_files(folder: Path) -> list[DataFile]:
+    shards = read_json(folder / schema.SHARDS) if (folder / schema.SHARDS).is_file() else {}
+    held = {name: DataFile(name, entry["rows"], entry["bytes"]) for name, entry in shards.items()}
+    for file in folder.glob("*/*.parquet"):
+        if not file.parent.name.startswith("."):
+            name = file.relative_to(folder).as_posix()
+            held[name] = DataFile(name, pq.read_metadata(file).num_rows, file.stat().st_size)
+    return sorted(held.values(), key=_order)
+
+
+def _order(file: DataFile) -> tuple[int, str, int, str]:
+    return (*position(file.config, schema.CONFIGS), *position(file.split, (*schema.SPLITS, "selection")))
+
+
+def position(name: str, known: tuple[str, ...]) -> tuple[int, str]:
+    """A key that sorts known names in their order, and others behind them by name."""
+    return (known.index(name) if name in known else len(known), name)
+
+
+def _index_rows(file: Path, split: str) -> list[dict[str, Any]]:
+    rows = pq.read_table(file).to_pylist()
+    parsed: dict[str | None, dict[str, Any]] = {}
+    for row in rows:
+        text = row["provenance"]
+        if text not in parsed:
+            value = json.loads(text) if text else {}
+            parsed[text] = value if isinstance(value, dict) else {}
+        named = {name: names[row[name]] for name, names in CLASSES.items() if isinstance(row[name], int)}
+        row |= named | {"provenance": parsed[text], "split": split}
+    return rows
+
+
+def value_counts(rows: Iterable[Mapping[str, Any]], column: str) -> list[tuple[Any, int]]:
+    """Values of a column with how often each occurs, ascending, None last."""
+    counts = Counter(row[column] for row in rows)
+    return sorted(counts.items(), key=lambda entry: (entry[0] is None, 0 if entry[0] is None else entry[0]))

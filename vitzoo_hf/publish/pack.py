@@ -1,0 +1,270 @@
+"""Checkpoints -> a zoo: a folder of Parquet that `datasets.load_dataset` opens, exactly what goes to the Hub.
+
+`weights` and `index` have one file or more a split, `probes` the held-out images as the models are fed them. The
+folder appears complete or not at all.
+"""
+
+import io
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from vitzoo_hf.blueprint.blueprint import Blueprint, Run
+from vitzoo_hf.format import schema
+from vitzoo_hf.format.atomic import read_json
+from vitzoo_hf.format.encoding import check_dtype, rounded
+from vitzoo_hf.format.layout import Layout, flatten
+from vitzoo_hf.format.schema import ZooError
+from vitzoo_hf.images.sources import ImageSet, load_images
+from vitzoo_hf.images.world_pool import flipped
+from vitzoo_hf.models.vit import layout_of
+from vitzoo_hf.publish.folder import Rows, write_zoo
+from vitzoo_hf.training.checkpoint import RunFolder
+from vitzoo_hf.training.run import architecture_args, head_hidden, is_finished
+
+MAX_PROBES = 20_000
+PROBES_AT_ONCE = 256
+TRAINED_ON = {
+    "trained_images": "int",
+    "trained_distinct_images": "int",
+    "trained_steps": "int",
+    "trained_epsilon": "float",
+    "trained_environments": "string",
+    "trained_sha256": "string",
+}
+"""Columns of runs on a world: images drawn, how many differ, optimiser steps, privacy spent, images by environment,
+and a hash of the images."""
+
+
+def pack(blueprint: Blueprint, runs: Path, folder: Path, *, dtype: str = "float32", progress: bool = True) -> Path:
+    """Write the finished runs of a blueprint as a zoo.
+
+    Args:
+        blueprint: what was trained.
+        runs: the folder `launch` filled.
+        folder: the zoo; one that is there already is replaced once the new one is complete.
+        dtype: what weights are stored as: float32 is exact, float16 and bfloat16 round them to half the size.
+        progress: show a bar.
+
+    Returns:
+        `folder`.
+
+    Raises:
+        ZooError: if a run is unfinished or saw other images, a checkpoint is damaged or not finite, or the folder
+            cannot be written.
+    """
+    check_dtype(dtype)
+    kept, missing = _runs_to_pack(blueprint, runs)
+    for run in kept:
+        images = load_images(run.images, blueprint.images[run.images])
+        RunFolder(runs / run.run_id).check_images(images.begun_with, record=False)
+    members = {split: [run for run in kept if run.split == split] for split in schema.SPLITS}
+    write_zoo(
+        folder,
+        _manifest(blueprint, missing),
+        {
+            split: Rows(
+                sum(len(run.keep_epochs) for run in part),
+                max((_num_parameters(blueprint, run) for run in part), default=0),
+                _rows(blueprint, part, runs, dtype),
+            )
+            for split, part in members.items()
+        },
+        {role: _probes(blueprint, role) for role in ("selection", "test")},
+        blueprint.text,
+        dtype=dtype,
+        progress=progress,
+    )
+    return folder
+
+
+def is_packed(blueprint: Blueprint, folder: Path) -> bool:
+    """Whether `folder` holds the zoo of exactly this blueprint with all its files in full length."""
+    try:
+        manifest = read_json(folder / schema.MANIFEST)
+        same = manifest["blueprint_fingerprint"] == blueprint.fingerprint
+        files = manifest["files"] | read_json(folder / schema.SHARDS)
+        sizes = {name: (folder / name).stat().st_size for name in files}
+        return same and all(sizes[name] == entry["bytes"] for name, entry in files.items())
+    except (ZooError, OSError, KeyError, TypeError):
+        return False
+
+
+def _runs_to_pack(blueprint: Blueprint, runs: Path) -> tuple[list[Run], dict[str, str]]:
+    kept, missing, unfinished = [], {}, []
+    for run in blueprint.runs:
+        divergence = RunFolder(runs / run.run_id).divergence
+        if divergence:
+            missing[run.run_id] = f"diverged in epoch {divergence['epoch']}"
+        elif run.parent_run in missing:
+            missing[run.run_id] = f"its parent {run.parent_run} is missing"
+        elif is_finished(blueprint, run, runs):
+            kept.append(run)
+        else:
+            unfinished.append(run.run_id)
+    if unfinished:
+        raise ZooError(
+            f"{len(unfinished)} of {len(blueprint.runs)} runs in {runs} are unfinished, {unfinished[0]} the first:"
+            " run `vitzoo train` again"
+        )
+    if not kept:
+        raise ZooError(f"no run of {blueprint.name!r} in {runs} can be packed: all of them diverged")
+    return kept, missing
+
+
+def _num_parameters(blueprint: Blueprint, run: Run) -> int:
+    args, recipe = _architecture_args(blueprint, run), run.recipe
+    return layout_of(blueprint.architecture, args, recipe.head, head_hidden(recipe)).num_parameters
+
+
+def _architecture_args(blueprint: Blueprint, run: Run) -> dict[str, Any]:
+    images = load_images(run.images, blueprint.images[run.images])
+    return architecture_args(blueprint, run, len(images.class_names))
+
+
+def _rows(blueprint: Blueprint, members: Iterable[Run], runs: Path, dtype: str) -> Iterator[dict[str, Any]]:
+    for run in members:
+        place = RunFolder(runs / run.run_id)
+        args = schema.canonical_json(_architecture_args(blueprint, run))
+        provenance = _provenance(blueprint, run, place.spec)
+        drawn = _drawn(blueprint, run)
+        for epoch in run.keep_epochs:
+            tensors, results = place.load_epoch(epoch)
+            layout = Layout.of(tensors)
+            vector = rounded(finite_weights(flatten(tensors), schema.model_id(run.run_id, epoch)), dtype)
+            yield {
+                "model_id": schema.model_id(run.run_id, epoch),
+                "run_id": run.run_id,
+                "parent_id": run.parent_id,
+                "stage": run.stage,
+                "epoch": epoch,
+                "is_final": epoch == run.epochs,
+                "dataset": run.images,
+                "architecture": blueprint.architecture,
+                "architecture_args": args,
+                "head": run.recipe.head,
+                "head_hidden": head_hidden(run.recipe),
+                **{f"factor_{name}": run.factors[name] for name in blueprint.factor_types},
+                **{f"factor_{name}": value for name, value in drawn.items()},
+                **_made(run, results),
+                **{name: results.get(name) for name in schema.RESULTS},
+                "num_parameters": layout.num_parameters,
+                "layout": layout.fingerprint,
+                "weights_sha256": schema.weights_sha256(vector),
+                "dtype": dtype,
+                "provenance": provenance,
+                "weights": vector,
+            }
+
+
+def _on_worlds(blueprint: Blueprint) -> bool:
+    return any(run.world is not None for run in blueprint.runs)
+
+
+def _drawn(blueprint: Blueprint, run: Run) -> dict[str, Any]:
+    """`TRAINED_ON` of a run, but for its steps; nothing in a zoo without worlds."""
+    if not _on_worlds(blueprint):
+        return {}
+    pool = load_images(run.images, blueprint.images[run.images]).pool
+    if run.world is None or run.learner is None or pool is None:
+        return dict.fromkeys(TRAINED_ON)
+    record = pool.training_draw(run.world, run.learner, run.recipe.seed).record()
+    return {
+        "trained_images": record["num_images"],
+        "trained_distinct_images": record["num_distinct_images"],
+        "trained_environments": "+".join(map(str, record["images_by_environment"])),
+        "trained_sha256": record["positions_sha256"],
+    }
+
+
+def _made(run: Run, results: Mapping[str, Any]) -> dict[str, Any]:
+    """Of `TRAINED_ON`, what training recorded."""
+    if run.world is None:
+        return {}
+    return {"factor_trained_steps": int(results["steps"]), "factor_trained_epsilon": results.get("epsilon")}
+
+
+def finite_weights(vector: Tensor, model_id: str) -> np.ndarray:
+    """The vector as little-endian float32.
+
+    Raises:
+        ZooError: if a weight is not finite, naming the row.
+    """
+    values = vector.numpy().astype("<f4", copy=False)
+    bad = int(values.size - np.isfinite(values).sum())
+    if bad:
+        raise ZooError(f"{model_id} has {bad} weights that are not finite: train the run again or leave it out")
+    return values
+
+
+def _provenance(blueprint: Blueprint, run: Run, spec: Mapping[str, Any]) -> str:
+    hashes = load_images(run.images, blueprint.images[run.images]).sha256
+    return schema.canonical_json(
+        {
+            "blueprint": blueprint.name,
+            "blueprint_fingerprint": blueprint.fingerprint,
+            "run_fingerprint": spec["fingerprint"],
+            "recipe": spec["recipe"],
+            **{name: spec[name] for name in ("world", "learner") if name in spec},
+            "images": spec["images"] | ({"sha256": hashes} if hashes else {}),
+            "epochs": spec["epochs"],
+            "versions": spec["versions"],
+        }
+    )
+
+
+def _probes(blueprint: Blueprint, role: str) -> list[dict[str, Any]]:
+    """Held-out images of every dataset that has few enough of them to travel with the zoo."""
+    rows: list[dict[str, Any]] = []
+    for images in _image_sets(blueprint):
+        if len(images.splits[role]) <= MAX_PROBES and (role == "test" or not _is_flipped(blueprint, images)):
+            rows += list(_probe_rows(images, role))
+    return rows
+
+
+def _image_sets(blueprint: Blueprint) -> list[ImageSet]:
+    """Those that runs train on, and `NAME-flipped`, those of worlds with colours of their own in other colours."""
+    used = dict.fromkeys(run.images for run in blueprint.runs)
+    sets = [load_images(name, blueprint.images[name]) for name in used]
+    for name in used:
+        spec = blueprint.images[name]
+        if any(set(world.agreements) != {0.5} for world in spec.worlds):
+            others = tuple(dict.fromkeys(map(flipped, spec.worlds)))
+            sets.append(load_images(f"{name}-flipped", replace(spec, worlds=others)))
+    return sets
+
+
+def _is_flipped(blueprint: Blueprint, images: ImageSet) -> bool:
+    return images.name not in blueprint.images
+
+
+def _probe_rows(images: ImageSet, role: str) -> Iterator[dict[str, Any]]:
+    from PIL import Image
+
+    positions = iter(images.positions(role).tolist())
+    for batch, labels in images.batches(role, PROBES_AT_ONCE):
+        for image, label in zip(batch.numpy(), labels.tolist(), strict=True):
+            buffer = io.BytesIO()
+            Image.fromarray(image[0] if len(image) == 1 else image.transpose(1, 2, 0)).save(buffer, "PNG")
+            yield {
+                "dataset": images.name,
+                "position": next(positions),
+                "label": label,
+                "image": {"bytes": buffer.getvalue(), "path": None},
+            }
+
+
+def _manifest(blueprint: Blueprint, missing: Mapping[str, str]) -> dict[str, Any]:
+    return {
+        "format": schema.FORMAT_VERSION,
+        "name": blueprint.name,
+        "blueprint_fingerprint": blueprint.fingerprint,
+        "factors": blueprint.factor_types | (TRAINED_ON if _on_worlds(blueprint) else {}),
+        "images": {images.name: images.record for images in _image_sets(blueprint)},
+        "splits": blueprint.splits,
+        "missing_runs": dict(missing),
+    }

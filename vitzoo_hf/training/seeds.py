@@ -1,0 +1,74 @@
+"""Seeds of the steps of a run, and the global generators while it trains."""
+
+import hashlib
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def derive_seed(seed: int, purpose: str, epoch: int = 0) -> int:
+    """A seed for one purpose and epoch, unrelated to those of the others.
+
+    >>> derive_seed(42, "order", 1) != derive_seed(42, "views", 1)
+    True
+    """
+    digest = hashlib.sha256(f"{seed}:{purpose}:{epoch}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+@dataclass
+class GlobalDraws:
+    """The global generators as one training of several has them, whose turns alternate in one process.
+
+    Over all turns, `taken()` draws what `seeded_globals` would draw at one stretch.
+    """
+
+    seed: int
+    device: str
+
+    def __post_init__(self) -> None:
+        with seeded_globals(self.seed):
+            self._state = self._global_state()
+
+    @contextmanager
+    def taken(self) -> Iterator[None]:
+        """Draw from these; those found are put back afterwards."""
+        before = self._global_state()
+        self._set_global_state(self._state)
+        try:
+            yield
+        finally:
+            self._state = self._global_state()
+            self._set_global_state(before)
+
+    def _global_state(self) -> tuple[Any, Any, Tensor, Tensor | None]:
+        on_cuda = torch.cuda.get_rng_state(self.device) if self.device.startswith("cuda") else None
+        return random.getstate(), np.random.get_state(), torch.get_rng_state(), on_cuda
+
+    def _set_global_state(self, state: tuple[Any, Any, Tensor, Tensor | None]) -> None:
+        random.setstate(state[0])
+        np.random.set_state(state[1])
+        torch.set_rng_state(state[2])
+        if state[3] is not None:
+            torch.cuda.set_rng_state(state[3], self.device)
+
+
+@contextmanager
+def seeded_globals(seed: int) -> Iterator[None]:
+    """Seed the global generators that timm's Mixup and RandomErasing draw from; put them back afterwards."""
+    before = random.getstate(), np.random.get_state()
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(before[0])
+            np.random.set_state(before[1])

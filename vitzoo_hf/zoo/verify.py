@@ -1,0 +1,145 @@
+"""Hash every file of a zoo again, in a folder or on the Hub, and name what is damaged, down to the row."""
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vitzoo_hf.format import schema
+from vitzoo_hf.format.files import FolderFiles, HubFiles
+from vitzoo_hf.format.manifest import open_files, read_manifest, read_shards
+from vitzoo_hf.format.schema import ZooError
+from vitzoo_hf.format.weight_reader import RowTable, WeightReader
+from vitzoo_hf.progress import progress_bar
+
+CHUNK_BYTES = 16_000_000
+
+
+@dataclass
+class Verification:
+    """What was compared.
+
+    Attributes:
+        files: number of files hashed.
+        size: bytes hashed.
+        damaged: file -> what is wrong with it.
+        rows: damaged file of weights -> the models in it that are lost, if the index is intact; others can be read.
+    """
+
+    files: int = 0
+    size: int = 0
+    damaged: dict[str, str] = field(default_factory=dict)
+    rows: dict[str, list[str]] = field(default_factory=dict)
+
+    @property
+    def intact(self) -> bool:
+        """Whether nothing is damaged."""
+        return not self.damaged
+
+
+def verify(path: str | Path, *, revision: str | None = None, progress: bool = True) -> Verification:
+    """Compare every file of a zoo with the hash in its manifest.
+
+    Of a dataset on the Hub every file is read once, in ranges, and nothing is kept.
+
+    Args:
+        path: a folder, or a dataset id.
+        revision: branch, tag or commit of a dataset.
+        progress: show a bar.
+
+    Raises:
+        ZooError: if there is no zoo, or its manifest or its list of shards cannot be read.
+    """
+    files = open_files(path, revision)
+    manifest = read_manifest(files.path(schema.MANIFEST))
+    listed = manifest["files"] | read_shards(files, manifest)
+    listed = {name: entry for name, entry in listed.items() if name != "README.md"}  # cards are there to be edited
+    found = Verification()
+    with progress_bar(
+        "verifying", "B", shown=progress, total=sum(entry["bytes"] for entry in listed.values())
+    ) as bar:
+        for name, entry in listed.items():
+            reason = _damage(files, name, entry, bar)
+            found.files += 1
+            found.size += entry["bytes"]
+            if reason is not None:
+                found.damaged[name] = reason
+    found.damaged |= _odd_files(files, manifest, listed)
+    shards = [name for name in found.damaged if name.startswith("weights/") and name in listed]
+    if shards and not any(name.startswith("index/") for name in found.damaged):
+        found.rows = _lost_rows(files, manifest, shards)
+    return found
+
+
+def _odd_files(
+    files: FolderFiles | HubFiles, manifest: Mapping[str, Any], listed: Mapping[str, Any]
+) -> dict[str, str]:
+    """What is wrong beside the listed files: a card that is missing, and files that `datasets` would read too."""
+    odd = {} if files.exists("README.md") else {"README.md": "missing: `load_dataset` needs the configs in it"}
+    if isinstance(files, FolderFiles):
+        folder = files.folder
+        configs = {name.split("/")[0] for name in listed if "/" in name}
+        held = {
+            file.relative_to(folder).as_posix() for config in configs for file in (folder / config).glob("*.parquet")
+        }
+        odd |= dict.fromkeys(sorted(held - listed.keys()), "not a file of this zoo, and `load_dataset` would read it")
+    return odd
+
+
+def _damage(files: FolderFiles | HubFiles, name: str, entry: Mapping[str, Any], bar: Any) -> str | None:
+    """What is wrong with a file, or None."""
+    if not files.exists(name):
+        return "missing"
+    local = files.local(name)
+    if local is not None and local.stat().st_size != entry["bytes"]:
+        return f"{local.stat().st_size} bytes, not {entry['bytes']}"
+    digest = hashlib.sha256()
+    buffer = memoryview(bytearray(min(CHUNK_BYTES, max(1, entry["bytes"]))))
+    for start in range(0, entry["bytes"], CHUNK_BYTES):
+        part = buffer[: min(CHUNK_BYTES, entry["bytes"] - start)]
+        try:
+            files.read_into(name, start, part)
+        except ZooError as error:
+            return str(error)
+        digest.update(part)
+        bar.update(len(part))
+    return None if digest.hexdigest() == entry["sha256"] else "its content does not match its hash"
+
+
+def _lost_rows(
+    files: FolderFiles | HubFiles, manifest: Mapping[str, Any], damaged: Iterable[str]
+) -> dict[str, list[str]]:
+    """Damaged file of weights -> the models in it that do not match their hash or cannot be read."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    shards = read_shards(files, manifest)
+    names = [f"index/{split}-" for split in schema.SPLITS]
+    index = [name for start in names for name in sorted(manifest["files"]) if name.startswith(start)]
+    columns = ["model_id", "num_parameters", "dtype", "weights_sha256"]
+    table = pa.concat_tables([pq.read_table(files.path(name), columns=columns) for name in index])
+    ids, sizes, dtypes, hashes = (table[name].to_pylist() for name in columns)
+    try:
+        reader = WeightReader(files, shards, RowTable(ids, np.array(sizes), dtypes, hashes), keep=False)
+    except ZooError:
+        return {}
+    numbers = {name: number for number, name in enumerate(shards)}
+    return {
+        name: [
+            ids[position]
+            for position in np.flatnonzero(reader.places.file == numbers[name]).tolist()
+            if not _whole(reader, position)
+        ]
+        for name in damaged
+    }
+
+
+def _whole(reader: WeightReader, position: int) -> bool:
+    try:
+        reader.read_into(position, np.empty(int(reader.rows.num_parameters[position]), np.float32))
+    except ZooError:
+        return False
+    return True

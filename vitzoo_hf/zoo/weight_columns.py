@@ -1,0 +1,227 @@
+"""The weights of all rows in blocks of columns, so that pairs of models are measured without holding them all.
+
+Each block `[P, c]` is some columns of every model. Where `shards.json` says where rows lie, its pieces are read from
+the shards as they are, one `pread` or HTTP range a row, while the block before is used; rows of older zoos are first
+decoded into a temporary file. Memory is two blocks, whatever the number of models and weights.
+"""
+
+import os
+import tempfile
+import weakref
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vitzoo_hf.format.layout import Layout, is_head
+from vitzoo_hf.format.schema import ZooError
+from vitzoo_hf.models.rebuild import usable_device
+from vitzoo_hf.zoo.stream import RowSource
+
+BLOCK_BYTES = 64_000_000
+COLUMNS_UNIT = 4096  # blocks wider than this are a multiple of it: what weights are multiplied in
+
+Run = tuple[slice, int]
+"""Columns of the common layout, and where they start in the vector of a row."""
+
+
+class WeightColumns:
+    """Blocks of columns of the weights of a zoo's rows, in the order of their layout; made by `Zoo.weight_columns`.
+
+    Iterating reads every weight once and gives `(columns, block)`: a slice of the common layout, and those weights,
+    float32 `[P, c]`. The memory of a block is used again: it holds until the next is asked for. Rows are
+    compared with their hashes only after `verified`, or by `vitzoo verify`.
+
+    Args:
+        source: the rows.
+        device: where blocks go.
+        num_workers: threads that read the rows of a block.
+        block_bytes: memory of a block.
+
+    Attributes:
+        layout: of the columns: that of the models where they share one, else that without their heads.
+        model_ids: of the rows, the first axis of every block.
+
+    Raises:
+        ZooError: if there is no row, rows differ in layout beyond the head, or an argument is below 1.
+    """
+
+    def __init__(
+        self,
+        source: RowSource,
+        *,
+        device: str | torch.device = "cpu",
+        num_workers: int = 1,
+        block_bytes: int = BLOCK_BYTES,
+    ) -> None:
+        if num_workers < 1 or block_bytes < 1:
+            raise ZooError(f"num_workers is {num_workers} and block_bytes {block_bytes}; both must be at least 1")
+        self.source, self.device, self.num_workers = source, usable_device(device), num_workers
+        self.positions = source.positions.tolist()
+        if not self.positions:
+            raise ZooError("there are no weights to read: the filter matches no row")
+        self.model_ids = [source.reader.rows.model_ids[position] for position in self.positions]
+        used = {source.layout_ids[position]: None for position in self.positions}
+        self.layout = common_layout({layout_id: source.layouts[layout_id] for layout_id in used})
+        self._runs = {layout_id: _runs(self.layout, source.layouts[layout_id]) for layout_id in used}
+        width = max(1, block_bytes // (4 * len(self.positions)))
+        if width > COLUMNS_UNIT:
+            width -= width % COLUMNS_UNIT
+        self.width = min(width, self.layout.num_parameters)
+        self._decoded: _DecodedRows | None = None
+        self._verify = False
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all weights, as float32."""
+        return 4 * len(self.positions) * self.layout.num_parameters
+
+    def verified(self) -> "WeightColumns":
+        """These columns, and from now on each row is read whole and compared with its hash when it is first read."""
+        self._verify = True
+        return self
+
+    def blocks(self, wanted: Sequence[slice] | None = None) -> list[slice]:
+        """The columns of each block, of those only that hold wanted columns."""
+        size = self.layout.num_parameters
+        blocks = [slice(start, min(start + self.width, size)) for start in range(0, size, self.width)]
+        if wanted is None:
+            return blocks
+        return [
+            block for block in blocks if any(part.start < block.stop and block.start < part.stop for part in wanted)
+        ]
+
+    def __iter__(self) -> Iterator[tuple[slice, Tensor]]:
+        return self.read()
+
+    def read(self, wanted: Sequence[slice] | None = None) -> Iterator[tuple[slice, Tensor]]:
+        """As iterating, but only the blocks that hold wanted columns."""
+        self._decode_where_needed()
+        blocks = self.blocks(wanted)
+        pinned = self.device.type == "cuda"
+        buffers = [torch.empty(len(self.positions), self.width, pin_memory=pinned) for _ in blocks[:2]]
+        ahead: deque[list[Future[None]]] = deque()
+        with ThreadPoolExecutor(self.num_workers, thread_name_prefix="vitzoo-columns") as pool:
+            try:
+                for number in range(len(blocks) + 1):
+                    if number < len(blocks):
+                        ahead.append(self._submit(pool, blocks[number], buffers[number % 2]))
+                    if number > 0:
+                        for future in ahead.popleft():
+                            future.result()
+                        columns = blocks[number - 1]
+                        block = buffers[(number - 1) % 2][:, : columns.stop - columns.start]
+                        yield columns, block.to(self.device)
+            finally:
+                for future in [future for futures in ahead for future in futures]:
+                    future.cancel()
+
+    def _submit(self, pool: ThreadPoolExecutor, columns: slice, buffer: Tensor) -> list[Future[None]]:
+        """Have the workers fill a block, each some rows."""
+        rows = np.array_split(np.arange(len(self.positions)), min(self.num_workers, len(self.positions)))
+        return [pool.submit(self._read, part.tolist(), columns, buffer.numpy()) for part in rows]
+
+    def rows(self) -> Iterator[Tensor]:
+        """Row by row instead: every model's weights in the common layout, float32 `[D]`, in memory of one's own."""
+        self._decode_where_needed()
+        columns = slice(0, self.layout.num_parameters)
+        for position in self.positions:
+            vector = np.empty(columns.stop, np.float32)
+            self._fill(position, columns, vector)
+            yield torch.from_numpy(vector).to(self.device)
+
+    def _read(self, rows: Sequence[int], columns: slice, buffer: np.ndarray) -> None:
+        for row in rows:
+            self._fill(self.positions[row], columns, buffer[row, : columns.stop - columns.start])
+
+    def _fill(self, position: int, columns: slice, out: np.ndarray) -> None:
+        if self._decoded is not None and position in self._decoded.rows:
+            self._decoded.read_into(position, columns.start, out)
+        else:
+            parts = list(_overlaps(self._runs[self.source.layout_ids[position]], columns))
+            self.source.reader.read_parts(position, parts, out, verify=self._verify)
+
+    def _decode_where_needed(self) -> None:
+        """Write rows whose place in a shard is not known into a temporary file, once."""
+        unknown = [position for position in self.positions if self.source.reader.places.offset[position] < 0]
+        if self._decoded is not None or not unknown:
+            return
+        decoded = _DecodedRows(self.layout.num_parameters)
+        vector = np.empty(self.layout.num_parameters, np.float32)
+        for position in unknown:
+            self._fill(position, slice(0, vector.size), vector)
+            decoded.append(position, vector)
+        self._decoded = decoded
+
+
+class _DecodedRows:
+    """Vectors of float32 in a temporary file without a name, which is gone when the last user of it is."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.rows: dict[int, int] = {}
+        file = tempfile.TemporaryFile()  # noqa: SIM115
+        self._descriptor = file.fileno()
+        weakref.finalize(self, file.close)
+
+    def append(self, position: int, vector: np.ndarray) -> None:
+        data, start, done = vector.view(np.uint8).data, 4 * self.size * len(self.rows), 0
+        while done < len(data):
+            done += os.pwrite(self._descriptor, data[done:], start + done)
+        self.rows[position] = len(self.rows)
+
+    def read_into(self, position: int, start: int, out: np.ndarray) -> None:
+        data, begin, done = out.view(np.uint8).data, 4 * (self.size * self.rows[position] + start), 0
+        while done < len(data):
+            done += os.preadv(self._descriptor, [data[done:]], begin + done)
+
+
+def common_layout(layouts: dict[str, Layout]) -> Layout:
+    """The layout that models share: theirs if there is one, else that of their trunks, without heads.
+
+    Raises:
+        ZooError: naming the layouts, if they differ beyond the head.
+    """
+    first, *others = layouts.values()
+    if not others:
+        return first
+    trunks = {layout_id: _trunk(layout) for layout_id, layout in layouts.items()}
+    if len({trunk.fingerprint for trunk in trunks.values()}) > 1:
+        shown = ", ".join(
+            f"{layout_id}: {len(trunk.names)} tensors of {trunk.num_parameters} weights"
+            for layout_id, trunk in sorted(trunks.items())
+        )
+        raise ZooError(
+            f"these models have {len(trunks)} layouts that differ beyond the head ({shown}), so their weights have "
+            "no distance: filter by `layout` or `architecture`"
+        )
+    return next(iter(trunks.values()))
+
+
+def _trunk(layout: Layout) -> Layout:
+    kept = [(name, shape) for name, shape in zip(layout.names, layout.shapes, strict=True) if not is_head(name)]
+    return Layout(tuple(name for name, _ in kept), tuple(shape for _, shape in kept))
+
+
+def _runs(common: Layout, layout: Layout) -> list[Run]:
+    """Where the columns of the common layout lie in vectors of this one, neighbours together."""
+    runs: list[Run] = []
+    places = dict(layout.items())
+    for name, columns in common.items():
+        start = places[name].start
+        if runs and runs[-1][1] - runs[-1][0].start == start - columns.start:
+            runs[-1] = (slice(runs[-1][0].start, columns.stop), runs[-1][1])
+        else:
+            runs.append((columns, start))
+    return runs
+
+
+def _overlaps(runs: Sequence[Run], columns: slice) -> Iterator[slice]:
+    """The slices of a row's vector that hold these columns."""
+    for held, start in runs:
+        first, last = max(held.start, columns.start), min(held.stop, columns.stop)
+        if first < last:
+            yield slice(start + first - held.start, start + last - held.start)
