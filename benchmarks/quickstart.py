@@ -34,7 +34,7 @@ def main() -> None:
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "quickstart"
-        command = [sys.executable, "-m", "vitzoo_hf.cli", "quickstart", "--out", str(out), "--json"]
+        command = [sys.executable, "-m", "vitzoo_hf", "quickstart", "--out", str(out), "--json"]
         seconds, peak = measure([*command, "--blueprint", str(SMOKE)] if given.smoke else command)
         figures = {"seconds": f"{seconds:.0f}", "peak_memory_mb": f"{peak / 1e6:.0f}"} | describe_zoo(out / "zoo")
     environment = {name: str(value) for name, value in describe().items()}

@@ -168,8 +168,8 @@ def with_interval(values: pd.Series) -> str:
 
 def write_readme() -> None:
     sections = [
-        "# Task arithmetic\n\nWritten by `experiments/arithmetic.py`; every number is from a CSV beside this file. AdamW"
-        " children with a linear head and one seed; scales are chosen on selection images; intervals are 95 %"
+        "# Task arithmetic\n\nWritten by `experiments/arithmetic.py`; every number is from a CSV beside this file. "
+        "AdamW children with a linear head and one seed; scales are chosen on selection images; intervals are 95 %"
         " bootstraps over runs or pairs, in points of test accuracy.",
         "The parents do not know digits, so negation is measured on children. A first version edited the parent and"
         " read digits through a child's head: 11 % before anything was negated, so nothing could be forgotten; it"

@@ -19,10 +19,10 @@ TITLE = """# Distribution inference: what models tell of the distribution they w
 Written by `experiments/distribution_report.py` from the tables beside it.
 
 ```
-python experiments/distribution_inference.py --tier smoke                      # the published synthetic tasks, 5 cells
-python experiments/distribution_inference.py --tier standard --runs FOLDER     # 64 cells: 512 targets, 1024 shadows
-python experiments/world_cells.py --folder FOLDER                              # ViTs; --only null dmi_erm for some
-python experiments/world_draws.py --folder FOLDER                              # some of these, other draws of the pool
+python experiments/distribution_inference.py --tier smoke                  # the published synthetic tasks, 5 cells
+python experiments/distribution_inference.py --tier standard --runs FOLDER # 64 cells: 512 targets, 1024 shadows
+python experiments/world_cells.py --folder FOLDER                          # ViTs; --only null dmi_erm for some
+python experiments/world_draws.py --folder FOLDER                          # some of these, other draws of the pool
 python experiments/distribution_report.py
 ```
 

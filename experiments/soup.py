@@ -214,9 +214,9 @@ def draw_epochs(name: str, table: pd.DataFrame) -> None:
 
 def write_readme() -> None:
     sections = [
-        "# Soups and epoch averaging\n\nWritten by `experiments/soup.py`; every number is from a CSV beside this file."
-        " Choices are made on selection images, and figures are of test images. Intervals are 95 % bootstraps: in"
-        " the CSVs over test images, paired; in the tables here over groups or runs, which share parents and test"
+        "# Soups and epoch averaging\n\nWritten by `experiments/soup.py`; every number is from a CSV beside this"
+        " file. Choices are made on selection images, and figures are of test images. Intervals are 95 % bootstraps:"
+        " in the CSVs over test images, paired; in the tables here over groups or runs, which share parents and test"
         " images and are not quite independent.",
         (HERE / "NOTES.md").read_text().strip(),
     ]

@@ -167,7 +167,7 @@ def test_help_imports_nothing_heavy(arguments):
 
 
 def test_a_verb_that_fails_late_ends_with_status_1():
-    command = [sys.executable, "-m", "vitzoo_hf.cli", "get", "sample", "nope", "--out", "x.safetensors"]
+    command = [sys.executable, "-m", "vitzoo_hf", "get", "sample", "nope", "--out", "x.safetensors"]
     for _ in range(4):
         done = subprocess.run(command, capture_output=True, text=True)
         assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr

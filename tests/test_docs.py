@@ -43,32 +43,17 @@ def test_readme_lists_every_setting_source_and_verb():
     assert verbs == set(re.findall(r"^\| `vitzoo (\w+)", README, re.MULTILINE))
 
 
-def test_readme_file_table_is_the_disk():
-    listed = re.findall(
-        r"^\| `((?:vitzoo_hf/|loading_script/|cards/|examples/|benchmarks/|tests/)\S*)`", README, re.MULTILINE
-    )
-    modules = {f"vitzoo_hf/{file.name}" for file in (REPOSITORY / "vitzoo_hf").glob("*.py")}
-    folders = {
-        f"vitzoo_hf/{folder.name}/"
-        for folder in (REPOSITORY / "vitzoo_hf").iterdir()
-        if folder.is_dir() and folder.name != "__pycache__" and any(folder.iterdir())
-    }
-    top = {"loading_script/", "cards/", "examples/", "benchmarks/", "tests/"}
-    assert sorted(listed) == sorted((modules | folders | top) - {"vitzoo_hf/__init__.py"})
-
-
-def test_readme_table_of_files_is_in_the_order_of_the_layers():
+def test_readme_table_of_packages_is_the_disk_in_the_order_of_the_layers():
+    """One row a package, from the bottom of the import contract to its top, and one a folder beside the package."""
     import tomllib
 
     contract = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"][0]
-    rank = {
-        name.strip().removeprefix("vitzoo_hf."): position
-        for position, layer in enumerate(reversed(contract["layers"]))
-        for name in layer.split("|")
-    }
-    listed = re.findall(r"^\| `vitzoo_hf/(\w+)\.py`", README, re.MULTILINE)
-    ranks = [rank[name] for name in listed]
-    assert ranks == sorted(ranks)
+    layers = [name.strip() for layer in reversed(contract["layers"]) for name in layer.split("|")]
+    packages = [name for name in layers if (REPOSITORY / "vitzoo_hf" / name).is_dir()]
+    assert re.findall(r"^\| `vitzoo_hf/(\w+)/`", README, re.MULTILINE) == packages
+    top = re.findall(r"^\| `(\w+)/`", README, re.MULTILINE)
+    assert {"loading_script", "cards", "experiments", "examples", "benchmarks", "results", "tests"} <= set(top)
+    assert all((REPOSITORY / folder).is_dir() for folder in top)
 
 
 def test_readme_results_are_those_of_the_results_file(tmp_path, monkeypatch):

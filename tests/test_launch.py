@@ -16,7 +16,8 @@ from vitzoo_hf.launch.local import default_stack, launch
 from vitzoo_hf.training.checkpoint import RunFolder
 
 TINY = Path(__file__).parent / "tiny.yaml"
-LAUNCH = "from pathlib import Path; from vitzoo_hf.launch.local import launch; from vitzoo_hf.blueprint.blueprint import Blueprint\n"
+LAUNCH = "from pathlib import Path; from vitzoo_hf.launch.local import launch\n"
+LAUNCH += "from vitzoo_hf.blueprint.blueprint import Blueprint\n"
 LAUNCH += "if __name__ == '__main__': launch(Blueprint.load({tiny!r}), Path({folder!r}), workers=2, progress=False)"
 
 

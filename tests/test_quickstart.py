@@ -106,7 +106,7 @@ def test_the_command_prints_json(finished, capsys):
 def test_killed_at_ten_random_moments_it_ends_in_the_same_zoo(finished, tmp_path):
     folder, _ = finished
     expected = Zoo(folder / "zoo")
-    command = [sys.executable, "-m", "vitzoo_hf.cli", "quickstart", "--out", tmp_path, "--blueprint", TINY, "--quiet"]
+    command = [sys.executable, "-m", "vitzoo_hf", "quickstart", "--out", tmp_path, "--blueprint", TINY, "--quiet"]
     moments = random.Random(0)
     for _ in range(10):
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL)

@@ -250,7 +250,7 @@ def test_autoencoder_sizes_in_the_readmes():
 
 
 def test_autoencoder_readme_is_what_its_script_writes(monkeypatch):
-    monkeypatch.syspath_prepend(RESULTS)
+    monkeypatch.syspath_prepend(RESULTS.parent / "experiments")
     import autoencoder_report
 
     assert autoencoder_report.report() == (AUTOENCODER / "README.md").read_text(encoding="utf-8")
@@ -271,7 +271,7 @@ def autoencoder_commands() -> dict[str, list[list[str]]]:
 
 @pytest.mark.parametrize("population", ["shared", "independent", "aligned"])
 def test_commands_of_the_autoencoder_give_the_committed_cells(population, autoencoder_commands, monkeypatch):
-    monkeypatch.syspath_prepend(RESULTS)
+    monkeypatch.syspath_prepend(RESULTS.parent / "experiments")
     import autoencoder
 
     asked = [autoencoder.parser().parse_args(arguments) for arguments in autoencoder_commands["autoencoder"]]
@@ -284,7 +284,7 @@ def test_commands_of_the_autoencoder_give_the_committed_cells(population, autoen
 
 
 def test_commands_of_the_autoencoder_give_the_committed_curves_and_uses(autoencoder_commands, monkeypatch):
-    monkeypatch.syspath_prepend(RESULTS)
+    monkeypatch.syspath_prepend(RESULTS.parent / "experiments")
     import autoencoder_curve
 
     asked = [autoencoder_curve.parser().parse_args(each) for each in autoencoder_commands["autoencoder_curve"]]
@@ -306,7 +306,7 @@ def test_arithmetic_in_the_readme():
 
 
 def test_distribution_inference_criteria_and_readmes_are_what_their_script_writes(monkeypatch):
-    monkeypatch.syspath_prepend(RESULTS)
+    monkeypatch.syspath_prepend(RESULTS.parent / "experiments")
     import distribution_report
 
     folder, worlds = RESULTS / "distribution_inference", distribution_report.read("worlds.csv")
@@ -326,7 +326,7 @@ def test_distribution_inference_criteria_and_readmes_are_what_their_script_write
 
 
 def test_what_the_report_says_of_learners_and_of_missed_criteria_in_words(monkeypatch):
-    monkeypatch.syspath_prepend(RESULTS)
+    monkeypatch.syspath_prepend(RESULTS.parent / "experiments")
     import distribution_report
 
     worlds = distribution_report.Worlds(distribution_report.read("worlds.csv"))

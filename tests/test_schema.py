@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vitzoo_hf.format import schema
+from vitzoo_hf.format.messages import did_you_mean
 from vitzoo_hf.format.schema import ZooError
 
 SHARES = {"train": 0.7, "validation": 0.1, "test": 0.2}
@@ -96,5 +97,5 @@ def test_fingerprints_ignore_key_order_only():
 
 
 def test_long_lists_of_names_are_cut():
-    hint = schema.did_you_mean("zzz", [f"a{number}" for number in range(20)])
+    hint = did_you_mean("zzz", [f"a{number}" for number in range(20)])
     assert hint.endswith("a11, … (20 in all)")

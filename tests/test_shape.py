@@ -48,13 +48,13 @@ def test_public_names():
         vz.nothing  # noqa: B018
 
 
-def test_functions_keep_their_names_beside_modules_of_the_same_name():
+def test_public_functions_keep_their_names_beside_packages():
     code = "import vitzoo_hf.metrics.cka, vitzoo_hf.evaluation.evaluate, vitzoo_hf as vz; import sys;"
     code += "sys.exit(not (callable(vz.cka) and callable(vz.evaluate)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_only_vit_imports_timm():
+def test_timm_is_imported_where_its_import_is_prepared():
     importing = []
     for module in MODULES:
         for node in ast.walk(ast.parse(module.read_text(encoding="utf-8"))):
@@ -62,18 +62,63 @@ def test_only_vit_imports_timm():
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             if any(name.split(".")[0] == "timm" for name in names):
                 importing.append(module.name)
-    assert set(importing) == {"vit.py"}
+    assert set(importing) == {"timm_import.py", "vit.py"}
 
 
 def test_pickles_are_read_in_one_place_and_only_as_plain_tensors():
     for module in MODULES:
         text = module.read_text(encoding="utf-8")
         assert "torch.save(" not in text
-        if module.name != "files.py":
+        if module.name != "pickles.py":
             assert "import pickle" not in text
             assert "torch.load(" not in text
-    (call,) = re.findall(r"torch\.load\(opened.*\)", (REPOSITORY / "vitzoo_hf" / "foreign" / "files.py").read_text())
+    (call,) = re.findall(
+        r"torch\.load\(opened.*\)", (REPOSITORY / "vitzoo_hf" / "convert" / "pickles.py").read_text()
+    )
     assert "weights_only=True" in call
+
+
+LARGEST_FOLDER = 14
+
+
+def test_folders_stay_small():
+    for folder in {module.parent for module in MODULES}:
+        assert len(list(folder.glob("*.py"))) <= LARGEST_FOLDER, folder
+
+
+def folder_imports() -> dict[str, set[str]]:
+    """Module -> the modules of the package that it imports at any level, types only aside."""
+    names = {".".join(module.relative_to(REPOSITORY).with_suffix("").parts): module for module in MODULES}
+    imports = {}
+    for name, module in names.items():
+        tree = ast.parse(module.read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+                node.body = []
+        targets = set()
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("vitzoo_hf"):
+                for alias in node.names:
+                    inner = f"{node.module}.{alias.name}"
+                    targets.add(inner if inner in names else node.module)
+        imports[name] = {target if target in names else f"{target}.__init__" for target in targets}
+    return imports
+
+
+@pytest.mark.parametrize("depth", [2, 3, 4], ids=["packages", "modules and folders", "modules"])
+def test_no_circle_of_imports(depth):
+    """Between packages, between the modules and folders inside a package, and between single modules."""
+    import networkx as nx
+
+    graph = nx.DiGraph()
+    for name, targets in folder_imports().items():
+        source = tuple(name.split(".")[:depth])
+        for target in targets:
+            # a package's front hands on names of its modules, which do not import it back
+            if not target.endswith("__init__") and not name.endswith("__init__"):
+                graph.add_edge(source, tuple(target.split(".")[:depth]))
+    graph.remove_edges_from(nx.selfloop_edges(graph))
+    assert not list(nx.simple_cycles(graph))
 
 
 @pytest.mark.parametrize(

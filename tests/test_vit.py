@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from vitzoo_hf import timm_import
 from vitzoo_hf.format.layout import Layout
 from vitzoo_hf.format.schema import ZooError
 from vitzoo_hf.models import vit
@@ -47,18 +48,18 @@ def test_timm_loads_on_this_machine_and_schemas_are_declared_only_if_needed():
         "except RuntimeError as error:\n    print('broken' if 'torchvision::nms' in str(error) else error)"
     )
     ours = python(
-        "from vitzoo_hf.models import vit\n"
-        "needed = vit.needs_operator_schemas()\n"
+        "from vitzoo_hf import timm_import\n"
+        "needed = timm_import.needs_operator_schemas()\n"
         "import time\n"
         "from concurrent.futures import ThreadPoolExecutor\n"
-        "needs = vit.needs_operator_schemas\n"
-        "vit.needs_operator_schemas = lambda: [needs(), time.sleep(0.2)][0]\n"
+        "needs = timm_import.needs_operator_schemas\n"
+        "timm_import.needs_operator_schemas = lambda: [needs(), time.sleep(0.2)][0]\n"
         "with ThreadPoolExecutor(4) as pool:\n"
-        "    timm, *others = pool.map(lambda _: vit.import_timm(), range(4))\n"
+        "    timm, *others = pool.map(lambda _: timm_import.import_timm(), range(4))\n"
         "assert all(other is timm for other in others)\n"
-        "assert vit.import_timm() is timm and timm.is_model('vit_tiny_patch16_224')\n"
-        "assert bool(vit._declared_operators) == needed\n"
-        "assert not vit.needs_operator_schemas()\n"
+        "assert timm_import.import_timm() is timm and timm.is_model('vit_tiny_patch16_224')\n"
+        "assert bool(timm_import._declared_operators) == needed\n"
+        "assert not timm_import.needs_operator_schemas()\n"
         "print('broken' if needed else 'works')"
     )
     assert ours == plain
@@ -69,12 +70,12 @@ def test_a_working_torchvision_is_left_alone(tmp_path):
     fake_package(tmp_path, "timm")
     told = python(
         "import torch\n"
-        "from vitzoo_hf.models import vit\n"
-        "assert not vit.needs_operator_schemas()\n"
-        "assert vit.import_timm().FAKE\n"
+        "from vitzoo_hf import timm_import\n"
+        "assert not timm_import.needs_operator_schemas()\n"
+        "assert timm_import.import_timm().FAKE\n"
         "import torchvision\n"
         "assert torchvision.FAKE\n"
-        "assert not vit._declared_operators\n"
+        "assert not timm_import._declared_operators\n"
         "print(hasattr(torch.ops.torchvision, 'nms'))",
         tmp_path,
     )
@@ -84,29 +85,29 @@ def test_a_working_torchvision_is_left_alone(tmp_path):
 @pytest.fixture
 def fresh(monkeypatch):
     """As before the first import of timm, on a CPU build of torch with an extension that does not load."""
-    monkeypatch.setattr(vit, "_declared_operators", [])
-    monkeypatch.setattr(vit, "_torchvision_extension_loads", lambda: False)
+    monkeypatch.setattr(timm_import, "_declared_operators", [])
+    monkeypatch.setattr(timm_import, "_torchvision_extension_loads", lambda: False)
     monkeypatch.delitem(sys.modules, "torchvision", raising=False)
     monkeypatch.setattr(torch.version, "cuda", None)
     monkeypatch.setattr(torch.version, "hip", None)
-    assert vit.needs_operator_schemas()
+    assert timm_import.needs_operator_schemas()
     return monkeypatch
 
 
 def test_a_loading_extension_needs_nothing(fresh):
     fresh.setattr(vit, "_torchvision_extension_loads", lambda: True)
-    assert not vit.needs_operator_schemas()
+    assert not timm_import.needs_operator_schemas()
 
 
 def test_an_imported_torchvision_needs_nothing(fresh):
     fresh.setitem(sys.modules, "torchvision", types.ModuleType("torchvision"))
-    assert not vit.needs_operator_schemas()
+    assert not timm_import.needs_operator_schemas()
 
 
 @pytest.mark.parametrize("build", ["cuda", "hip"])
 def test_gpu_builds_of_torch_are_never_touched(fresh, build):
     fresh.setattr(torch.version, build, "12.8")
-    assert not vit.needs_operator_schemas()
+    assert not timm_import.needs_operator_schemas()
 
 
 @pytest.mark.parametrize(("extension", "loads"), [(None, True), (b"not a shared library", False)])
@@ -114,7 +115,7 @@ def test_the_extension_is_judged_by_loading_it(monkeypatch, tmp_path, extension,
     fake_package(tmp_path, "torchvision", extension)
     monkeypatch.delitem(sys.modules, "torchvision", raising=False)
     monkeypatch.syspath_prepend(tmp_path)
-    assert vit._torchvision_extension_loads() is loads
+    assert timm_import._torchvision_extension_loads() is loads
     assert "torchvision" not in sys.modules
 
 
@@ -175,7 +176,7 @@ def test_kaiming_reaches_a_linear_head():
 def test_timm_init_is_timms_own():
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(5)
-        expected = vit.import_timm().create_model(NAME, pretrained=False, **ARGS)
+        expected = timm_import.import_timm().create_model(NAME, pretrained=False, **ARGS)
     model = vit.create(NAME, ARGS, seed=5)
     assert all(torch.equal(value, expected.state_dict()[name]) for name, value in model.state_dict().items())
 

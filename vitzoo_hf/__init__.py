@@ -3,10 +3,10 @@
 Importing this package loads neither torch nor timm: each public name is imported when it is first used.
 """
 
-import sys
+import ast
 from importlib import import_module
-from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from vitzoo_hf.format import schema
 
@@ -51,67 +51,27 @@ if TYPE_CHECKING:
 
 __version__ = schema.VERSION
 
-_PUBLIC = {
-    "Blueprint": "blueprint",
-    "FeatureFile": "feature_file",
-    "Layout": "flatten",
-    "MinibatchCKA": "cka_batches",
-    "Population": "population",
-    "Zoo": "zoo",
-    "ZooError": "schema",
-    "accuracy": "behavior",
-    "agreement": "behavior_pairs",
-    "brier_score": "behavior",
-    "cka": "cka",
-    "class_accuracy": "behavior",
-    "cohen_kappa": "behavior_pairs",
-    "cka_between": "cka",
-    "cosine_similarity": "weightspace",
-    "cross_entropy": "behavior",
-    "error_consistency": "behavior_pairs",
-    "error_overlap": "behavior_pairs",
-    "evaluate": "evaluate",
-    "expected_calibration_error": "behavior",
-    "flatten": "flatten",
-    "jensen_shannon": "behavior_pairs",
-    "prediction_entropy": "behavior",
-    "part_distances": "weightspace",
-    "predictions": "behavior",
-    "reconstruct": "rebuild",
-    "singular_values": "spectra",
-    "stable_rank": "spectra",
-    "task_vectors": "weightspace",
-    "unflatten": "flatten",
-    "verify": "verify",
-    "weight_distances": "weightspace",
-    "weight_quantiles": "weight_statistics",
-    "weight_statistics": "weight_statistics",
-    "weights_of": "rebuild",
-    "zoo_task_vectors": "weight_metrics",
-    "zoo_weight_metrics": "weight_metrics",
-}
 
-__all__ = ["__version__", *sorted(_PUBLIC)]
+def _modules_by_name() -> dict[str, str]:
+    """Public name -> its module, read from the imports above, so that the list stands once."""
+    tree = ast.parse(Path(__file__).read_text(encoding="utf-8"))
+    (block,) = (node for node in tree.body if isinstance(node, ast.If))
+    imports = [node for node in block.body if isinstance(node, ast.ImportFrom)]
+    return {alias.name: node.module or "" for node in imports for alias in node.names}
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _PUBLIC:
+_MODULES = _modules_by_name()
+
+__all__ = ["__version__", *sorted(_MODULES)]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"{__name__}.{_PUBLIC[name]}"), name)
+    value = getattr(import_module(_MODULES[name]), name)
     globals()[name] = value
     return value
 
 
 def __dir__() -> list[str]:
     return sorted(set(__all__) | set(globals()))
-
-
-class _Package(ModuleType):
-    """Keeps `vitzoo_hf.metrics.cka` and its like the function, although a module of the same name is imported too."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if not (name in _PUBLIC and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

@@ -130,7 +130,7 @@ class Blueprint:
 
 MOST_EPOCHS = 100_000
 FACTOR_KINDS = {str: "string", float: "float", int: "int", bool: "bool"}
-BLUEPRINTS = Path(__file__).parent / "blueprints"
+BLUEPRINTS = Path(__file__).parents[1] / "blueprints"
 
 
 def _parse(root: Located, text: str) -> Blueprint:

@@ -35,8 +35,8 @@ class ImagesSpec:
 
     `world: two-colour` makes a world of the images: grey becomes one of two colours, and the label is whether the
     class is in the first or second half. Each run draws its own images, from `train` as a target or from `selection`
-    as a shadow, by settings of its own (`vitzoo_hf.blueprint.world`). `style` makes images of group 1: rotated by 90 degrees,
-    inverted, thick, or of other `classes`; `region` are the classes whose labels `flip_rate` flips. Of the
+    as a shadow, by settings of its own (`vitzoo_hf.blueprint.world`). `style` makes images of group 1: rotated by 90
+    degrees, inverted, thick, or of other `classes`; `region` are the classes whose labels `flip_rate` flips. Of the
     adversary's images `queries` are kept from shadows, as the zoo's selection images; `tests` are the test images;
     both are drawn equally from all `worlds` of the blueprint, which nobody writes by hand.
     """

@@ -23,6 +23,7 @@ from vitzoo_hf.evaluation.outputs_cache import ImageBatch, OutputsCache
 from vitzoo_hf.evaluation.pairs import measure_pairs
 from vitzoo_hf.evaluation.precision import precision_effect
 from vitzoo_hf.format import schema
+from vitzoo_hf.format.messages import did_you_mean
 from vitzoo_hf.format.schema import ZooError
 from vitzoo_hf.format.tables import records
 from vitzoo_hf.metrics.behavior import (
@@ -79,7 +80,7 @@ class Report:
             ZooError: for an unknown metric.
         """
         if metric not in schema.PAIR_METRICS:
-            raise ZooError(f"unknown pair metric {metric!r}: {schema.did_you_mean(metric, schema.PAIR_METRICS)}")
+            raise ZooError(f"unknown pair metric {metric!r}: {did_you_mean(metric, schema.PAIR_METRICS)}")
         ids = list(dict.fromkeys([*self.pairs["model_a"], *self.pairs["model_b"]]))
         table = self.pairs.pivot(index="model_a", columns="model_b", values=metric).reindex(index=ids, columns=ids)
         table = table.combine_first(table.T).loc[ids, ids]

@@ -5,8 +5,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    pass
-from torch import Tensor
+    from torch import Tensor
 
 
 def counted(count: int, one: str, many: str) -> str:
@@ -45,6 +44,6 @@ def did_you_mean(given: str, known: Iterable[str]) -> str:
     return f"expected one of: {shown}"
 
 
-def describe(tensor: Tensor) -> str:
+def describe(tensor: "Tensor") -> str:
     """Type and shape, for messages."""
     return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"

@@ -1,1 +1,1 @@
-"""Tensors to numbers: accuracy, calibration, agreement, CKA, distances, spectra. Pure functions that never see a zoo."""
+"""Tensors to numbers: accuracy, calibration, agreement, CKA, distances, spectra. Pure functions of tensors."""

@@ -67,7 +67,7 @@ def template(name: str = TEMPLATE) -> str:
     Raises:
         ZooError: if neither has it.
     """
-    package = Path(__file__).parent
+    package = Path(__file__).parents[1]
     for folder in (package, package.parent):
         if (folder / "cards" / name).is_file():
             return (folder / "cards" / name).read_text(encoding="utf-8")

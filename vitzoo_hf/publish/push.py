@@ -96,7 +96,7 @@ def push(
     Example:
         >>> push("zoo", "no-organisation")
         Traceback (most recent call last):
-        vitzoo_hf.format.schema.ZooError: 'no-organisation' is no dataset id: expected ORG/NAME, of letters, digits, -, _, .
+        vitzoo_hf.format.schema.ZooError: 'no-organisation' is no dataset id: expected ORG/NAME, of letters, ...
     """
     _check_id(repository)
     _check_tag(tag)

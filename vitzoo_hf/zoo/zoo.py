@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
     from vitzoo_hf.publish.push import Push
 
-SAMPLE = Path(__file__).parent / "sample"
+SAMPLE = Path(__file__).parents[1] / "sample"
 
 
 class Zoo:
