@@ -31,8 +31,9 @@ SHOWN = {"r2": "R²", "balanced_accuracy": "balanced accuracy"}
 INTRODUCTION = """# Predicted properties
 
 Written by `experiments/properties.py` from the CSV files beside it. A cell is the score, its 95 % interval over
-held-out groups, and in brackets the mean of what shuffled labels give: R² of numbers, balanced accuracy of classes. The
-files also hold Kendall's tau, mean absolute error, accuracy, the 5th and 95th percentile of shuffled labels, and counts.
+held-out groups, and in brackets the mean of what shuffled labels give: R² of numbers, balanced accuracy of
+classes. The files also hold Kendall's tau, mean absolute error, accuracy, the 5th and 95th percentile of shuffled
+labels, and counts.
 
 Features: `constant` none at all (the mean, or the class of most); `epoch` the number of epochs; `training_log` epoch,
 loss and accuracy on training images; of the trunk alone, `norm`, `statistics` (mean, variance and five quantiles of

@@ -1,23 +1,18 @@
-"""Folders by one absolute name, and held by one process at a time."""
+"""Write files whole or not at all, read JSON, and hold a folder for one process."""
 
+import json
 import os
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 
 from vitzoo_hf.format.schema import ZooError
-
-if TYPE_CHECKING:
-    pass
-import json
-import tempfile
-from collections.abc import Callable
-
-from safetensors import SafetensorError
 
 
 def absolute(folder: Path) -> Path:
