@@ -22,7 +22,7 @@ PROGRAMS = r"(vitzoo|pip|python|pytest|git|for|grid|curve|apt|docker|uv|hf)\b"
 TOO_LONG = "takes minutes to hours: "
 OTHER_RUNS = "the runs are those of another blueprint here"
 PLACEHOLDER = "names a placeholder"
-LINEAR, OTHER = "sl-s1--adamw-linear@2", "sl-s1--sgd-linear@2"
+LINEAR, OTHER = "sl-s1--adamw-lr0.001-linear@2", "sl-s1--sgd-lr0.001-linear@2"
 RECIPE = """steps: 5
 batch_size: 2
 queries: 8

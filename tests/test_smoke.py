@@ -74,7 +74,9 @@ SMOKES = {
     f"{EXPERIMENTS}/lineage.py": Smoke("GRID", prints="epochs after", slow=True),
     f"{EXPERIMENTS}/properties.py": Smoke("GRID grid --final --repeats 1 --shuffles 1", prints="", slow=True),
     f"{EXPERIMENTS}/publish.py": Smoke("GRID grid", prints="grid", slow=True),
-    f"{EXPERIMENTS}/rebasin.py": Smoke("GRID grid --pairs 1 --images 50", prints="rebasin", slow=True),
+    f"{EXPERIMENTS}/rebasin.py": Smoke(
+        "GRID grid --pairs 1 --within 1 --curves 1 --images 50", prints="rebasin", slow=True
+    ),
     f"{EXPERIMENTS}/soup.py": Smoke("GRID grid", prints="", slow=True),
     f"{EXPERIMENTS}/world_cells.py": Smoke("--folder OUT --smoke", prints="advantage", slow=True, fashion_mnist=True),
     f"{EXPERIMENTS}/world_draws.py": Smoke(
