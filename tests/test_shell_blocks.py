@@ -12,6 +12,7 @@ from typing import NamedTuple
 import pytest
 from foreign_layouts import served, write_release
 from local_hub import LocalHub
+from soup_zoo import noisy_zoo
 from test_foreign_hub_models import CONFIG, publish, save, state
 
 REPOSITORY = Path(__file__).parent.parent
@@ -22,7 +23,7 @@ PROGRAMS = r"(vitzoo|pip|python|pytest|git|for|grid|curve|apt|docker|uv|hf)\b"
 TOO_LONG = "takes minutes to hours: "
 OTHER_RUNS = "the runs are those of another blueprint here"
 PLACEHOLDER = "names a placeholder"
-LINEAR, OTHER = "sl-s1--adamw-linear@2", "sl-s1--sgd-linear@2"
+LINEAR, OTHER = "sl-s1--adamw-lr0.001-linear@2", "sl-s1--sgd-lr0.001-linear@2"
 RECIPE = """steps: 5
 batch_size: 2
 queries: 8
@@ -66,7 +67,7 @@ INSTEAD = {
         "vitzoo rebasin ZOO --pairs 1 --kind across --ladder --where stage=finetune --images 100 --out pairs.csv",
     ),
     "vitzoo rebasin ZOO MODEL --by activations --out ALIGNED": Instead(
-        PLACEHOLDER, f"vitzoo rebasin ZOO {LINEAR} --by activations --where head=linear --out ALIGNED"
+        PLACEHOLDER, "vitzoo rebasin ZOO run0@1 --by activations --where is_final=true --out ALIGNED"
     ),
     "python experiments/distribution_inference.py --tier smoke": Instead(
         TOO_LONG + IN_SMALL, "python experiments/distribution_inference.py --tier smoke --stop-after 0"
@@ -165,6 +166,8 @@ class Surroundings:
         self.folder, self.zoo, self.runs, self.hub, self.server = folder, zoo, runs, hub, server
 
     def make(self, commands: str) -> None:
+        if "--autoencoder" in commands:  # needs models of one layout in every split
+            noisy_zoo(self.folder / "ZOO", self.zoo, runs=15, epochs=1, splits=("train", "validation", "test"))
         made = set(re.findall(r"--out (?:\$PWD/)?(\S+)", commands))
         for name in set(re.findall(r"[\w./-]+", commands)) - made:
             self.make_one(name)
@@ -174,6 +177,8 @@ class Surroundings:
 
     def make_one(self, name: str) -> None:
         place = self.folder / name
+        if place.exists():
+            return
         if name in ("ZOO", "vitzoo-quickstart/zoo"):
             shutil.copytree(self.zoo, place)
         elif name == "RUNS":

@@ -18,6 +18,7 @@ from vitzoo_hf.zoo import Zoo
 
 REPOSITORY = Path(__file__).parent.parent
 BENCHMARKS, EXPERIMENTS = "benchmarks", "results"
+FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 
 
 class Smoke(NamedTuple):
@@ -28,12 +29,14 @@ class Smoke(NamedTuple):
         prints: part of the ratios, table or place that it prints; empty for a script that writes files and no more.
         first: another script with its arguments, whose results in OUT this one reads.
         slow: takes more than about 15 s of a core.
+        fashion_mnist: reads images that neither pip nor the repository brings.
     """
 
     arguments: str = "--smoke"
     prints: str = "="
     first: tuple[str, str] | None = None
     slow: bool = False
+    fashion_mnist: bool = False
 
 
 AUTOENCODERS = "NOISY noisy --runs OUT --steps 3 --rates 1e-3 --seeds 0 --arms S --processes 1"
@@ -51,7 +54,7 @@ SMOKES = {
     f"{BENCHMARKS}/stacked_training.py": Smoke(prints="ratio="),
     f"{BENCHMARKS}/storage.py": Smoke(prints="times_to_parquet_on_list="),
     f"{BENCHMARKS}/stream.py": Smoke(prints="ours_over_it_wall="),
-    f"{BENCHMARKS}/world_training.py": Smoke(prints="over_together=", slow=True),
+    f"{BENCHMARKS}/world_training.py": Smoke(prints="over_together=", slow=True, fashion_mnist=True),
     f"{EXPERIMENTS}/arithmetic.py": Smoke("GRID grid", prints="", slow=True),
     f"{EXPERIMENTS}/autoencoder.py": Smoke(AUTOENCODERS, prints="rank_correlation", slow=True),
     f"{EXPERIMENTS}/autoencoder_curve.py": Smoke(
@@ -71,10 +74,14 @@ SMOKES = {
     f"{EXPERIMENTS}/lineage.py": Smoke("GRID", prints="epochs after", slow=True),
     f"{EXPERIMENTS}/properties.py": Smoke("GRID grid --final --repeats 1 --shuffles 1", prints="", slow=True),
     f"{EXPERIMENTS}/publish.py": Smoke("GRID grid", prints="grid", slow=True),
-    f"{EXPERIMENTS}/rebasin.py": Smoke("GRID grid --pairs 1 --images 50", prints="rebasin", slow=True),
+    f"{EXPERIMENTS}/rebasin.py": Smoke(
+        "GRID grid --pairs 1 --within 1 --curves 1 --images 50", prints="rebasin", slow=True
+    ),
     f"{EXPERIMENTS}/soup.py": Smoke("GRID grid", prints="", slow=True),
-    f"{EXPERIMENTS}/world_cells.py": Smoke("--folder OUT --smoke", prints="advantage", slow=True),
-    f"{EXPERIMENTS}/world_draws.py": Smoke("--folder OUT --draws 2 --smoke", prints="value", slow=True),
+    f"{EXPERIMENTS}/world_cells.py": Smoke("--folder OUT --smoke", prints="advantage", slow=True, fashion_mnist=True),
+    f"{EXPERIMENTS}/world_draws.py": Smoke(
+        "--folder OUT --draws 2 --smoke", prints="value", slow=True, fashion_mnist=True
+    ),
 }
 
 
@@ -138,6 +145,8 @@ def test_script_runs_in_its_smallest_size(
     script: str, repository: Path, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     smoke, out, here = SMOKES[script], tmp_path / "out", tmp_path / "here"
+    if smoke.fashion_mnist and not any(FASHION_MNIST.glob("*.gz")):
+        pytest.skip("needs Debian's dataset-fashion-mnist")
     out.mkdir()
     here.mkdir()
 
