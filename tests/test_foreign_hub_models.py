@@ -5,6 +5,7 @@ import io
 import json
 import threading
 import time
+from importlib.metadata import version
 
 import pytest
 import torch
@@ -98,7 +99,9 @@ def test_only_what_is_needed_is_downloaded_when_it_is_loaded_through_short_failu
     assert hub.run(code, tmp_path / "home") == ["hub-models", len(save(state(1)))]
     assert not hub.asked("/resolve/")
     hub.inject("fail", "/api/models/org/one", times=2, value=503)
-    hub.inject("fail", "/org/one/resolve/", times=8, value=503)
+    # before version 1 the Hub's client does not ask again by itself, and only our attempts count
+    times = 8 if int(version("huggingface_hub").split(".")[0]) >= 1 else 5
+    hub.inject("fail", "/org/one/resolve/", times=times, value=503)
     zoo, _ = converted(hub, tmp_path, ["org/one"])
     assert list(zoo.index["weights_sha256"]) == [sha256(1)]
     assert not hub.asked(r"h5|pytorch_model")
