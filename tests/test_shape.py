@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from places import REPOSITORY
 
-REPOSITORY = Path(__file__).parent.parent
 MODULES = sorted((REPOSITORY / "vitzoo_hf").rglob("*.py"))
 
 
@@ -76,6 +76,35 @@ def test_pickles_are_read_in_one_place_and_only_as_plain_tensors():
         r"torch\.load\(opened.*\)", (REPOSITORY / "vitzoo_hf" / "convert" / "pickles.py").read_text()
     )
     assert "weights_only=True" in call
+
+
+TOPICS = {
+    "apply/autoencoder": ["memory"],
+    "apply/distribution_inference": ["membership_memory", "memory", "reliance_memory"],
+    "apply/soup": ["memory"],
+    "blueprint": ["paper", "world_blueprints"],
+    "convert": ["hostile"],
+    "experiments": ["results", "smoke"],
+    "launch": ["faults", "relative_folders"],
+    "metrics": ["cka_batches", "feature_file", "spectra"],
+    "publish": ["hub"],
+    "report": ["plot_modes"],
+    "zoo": ["memory", "olah", "remote"],
+}
+"""Folder of tests -> what its files are about that are named after no module or folder of the package."""
+
+
+def test_tests_are_laid_out_like_the_package():
+    """A folder of tests is one of the package or experiments/; its files are named after a module, or a topic."""
+    topics = {}
+    for file in sorted((REPOSITORY / "tests").rglob("*/test_*.py")):
+        folder = file.parent.relative_to(REPOSITORY / "tests")
+        tested = REPOSITORY / folder if folder.name == "experiments" else REPOSITORY / "vitzoo_hf" / folder
+        assert tested.is_dir(), f"{file} lies in no folder of the package"
+        name = file.stem.removeprefix("test_")
+        if not (tested / f"{name}.py").is_file() and not (tested / name).is_dir() and name != tested.name:
+            topics.setdefault(folder.as_posix(), []).append(name)
+    assert topics == TOPICS
 
 
 LARGEST_FOLDER = 14
