@@ -5,7 +5,7 @@ import torch
 from made_rows import make_row
 
 from vitzoo_hf.format import schema
-from vitzoo_hf.models.vit import layout_of
+from vitzoo_hf.models.architecture import Architecture
 from vitzoo_hf.publish import folder as zoo_folder
 from vitzoo_hf.zoo import Zoo
 
@@ -19,7 +19,7 @@ ARGUMENTS = {
     "num_classes": 10,
 }
 ARCHITECTURE = ("vit_tiny_patch16_224", ARGUMENTS, "linear", None)
-LAYOUT = layout_of(*ARCHITECTURE)
+LAYOUT = Architecture(*ARCHITECTURE).layout
 
 
 def draw(*shape, seed=0):
