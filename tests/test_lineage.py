@@ -11,8 +11,8 @@ from test_weight_metrics import LAYOUT, TINY, draw, write
 
 from vitzoo_hf.apply.lineage.epochs import order_along_path, order_epochs, random_taus
 from vitzoo_hf.apply.lineage.lineage import Forest, recover_lineage
+from vitzoo_hf.apply.lineage.metrics import Truth, forest_scores, tree_accuracy, truth_of
 from vitzoo_hf.apply.lineage.plot import forest_figure, lineage_table, radial_places
-from vitzoo_hf.apply.lineage.scores import Truth, forest_scores, tree_accuracy, truth_of
 from vitzoo_hf.format import schema
 from vitzoo_hf.format.schema import ZooError
 from vitzoo_hf.models.vit import layout_of

@@ -11,9 +11,9 @@ from jaxtyping import Float64, Int64
 from sklearn.model_selection import GroupKFold
 
 from vitzoo_hf.apply.properties.features import WEIGHT_FEATURES, Features, table_features
+from vitzoo_hf.apply.properties.metrics import intervals, scores
 from vitzoo_hf.apply.properties.models import check_model, prepare, ridge_predictions, tree_predictions
 from vitzoo_hf.apply.properties.probing import measured_features, probing_features, probing_images
-from vitzoo_hf.apply.properties.scores import intervals, scores
 from vitzoo_hf.apply.properties.targets import (
     SPLITS,
     Target,
