@@ -168,7 +168,7 @@ def damage(zoo, model_id, folder):
 
 
 def test_an_empty_zoo_is_refused(two_trees):
-    with pytest.raises(ZooError, match="no model to find the lineage of"):
+    with pytest.raises(ZooError, match="no model to recover the lineage of"):
         recover_lineage(two_trees.filter(model_id=[]), progress=False)
 
 

@@ -240,9 +240,8 @@ def is_sibling(distance: Float64[np.ndarray, "P P"], root: int) -> bool:
     if len(neighbours) < 2:
         return False
     away = distance[root][neighbours]
-    cosine = (
-        away[:, None] ** 2 + away[None] ** 2 - distance[np.ix_(neighbours, neighbours)] ** 2
-    )  # the law of cosines
+    # the law of cosines
+    cosine = away[:, None] ** 2 + away[None] ** 2 - distance[np.ix_(neighbours, neighbours)] ** 2
     cosine /= 2 * away[:, None] * away[None]
     return bool(cosine[np.triu_indices(len(neighbours), 1)].mean() > SIBLING_COSINE)
 

@@ -116,7 +116,7 @@ def weighted_sums(
     counts = {len(shares) for shares in coefficients.values()}
     if len(counts) > 1:
         raise ZooError(
-            f"models have {min(counts)} to {max(counts)} coefficients: give every model one coefficient a sum"
+            f"models have {min(counts)} to {max(counts)} coefficients: give every model the same number, one a sum"
         )
     place, totals = usable_device(device), torch.empty(0)
     for row in zoo.filter(model_id=list(coefficients)).rows():
