@@ -1,17 +1,17 @@
 """Evaluate weight vectors that are not stored in a zoo, such as averages or interpolations of its rows."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
+from vitzoo_hf.format.row import Row, RowLike
 from vitzoo_hf.format.schema import ZooError
 from vitzoo_hf.metrics.behavior import accuracy, cross_entropy
+from vitzoo_hf.models.architecture import Architecture
 from vitzoo_hf.models.population import Population
-from vitzoo_hf.models.rebuild import VerifiedRow, architecture_of
-from vitzoo_hf.models.vit import layout_of, skeleton
 
 
 class Scores(NamedTuple):
@@ -21,44 +21,41 @@ class Scores(NamedTuple):
     accuracy: Float64[Tensor, " P"]
 
 
-def _kind(like: Mapping[str, Any]) -> tuple[str, dict[str, Any], str, int | None]:
-    """Architecture and head of a row, with or without its weights."""
-    return architecture_of({"weights": None, **like})  # `architecture_of` refuses rows without that column
-
-
-def check_images(like: Mapping[str, Any], images: Tensor, labels: Tensor | None = None) -> None:
+def check_images(like: RowLike, images: Tensor, labels: Tensor | None = None) -> None:
     """Refuse images that do not fit a row's architecture, and labels that do not fit the images.
 
     Raises:
         ZooError: if the number of channels is not the architecture's, or there is not one label an image.
     """
-    model: Any = skeleton(*_kind(like))
+    row = Row.of(like)
+    model: Any = Architecture.of(row).skeleton
     channels = model.patch_embed.proj.in_channels
     if images.ndim != 4 or images.shape[1] != channels:
         raise ZooError(
-            f"the images are {list(images.shape)}, and networks like {like.get('model_id', 'the row')} take"
-            f" [N, {channels}, H, W]: take the images of its dataset, Zoo.probes({str(like.get('dataset'))!r})"
+            f"the images are {list(images.shape)}, and networks like {row.name} take"
+            f" [N, {channels}, H, W]: take the images of its dataset, Zoo.probes({str(row.dataset)!r})"
         )
     if labels is not None and len(labels) != len(images):
         raise ZooError(f"{len(images)} images have {len(labels)} labels: give one label an image")
 
 
-def check_vectors(like: Mapping[str, Any], *vectors: Tensor) -> None:
+def check_vectors(like: RowLike, *vectors: Tensor) -> None:
     """Refuse vectors that do not fit a row's architecture and head.
 
     Raises:
         ZooError: if a vector has another number of weights than the row.
     """
-    size = layout_of(*_kind(like)).num_parameters
+    row = Row.of(like)
+    size = Architecture.of(row).layout.num_parameters
     for vector in vectors:
         if vector.shape != (size,):
             raise ZooError(
-                f"weights of shape {list(vector.shape)} do not fit {like.get('model_id', 'the row')}, whose"
+                f"weights of shape {list(vector.shape)} do not fit {row.name}, whose"
                 f" architecture and head have [{size}]: take models of one architecture and head"
             )
 
 
-def candidate_rows(weights: Float[Tensor, "P D"], like: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+def candidate_rows(weights: Float[Tensor, "P D"], like: RowLike) -> Iterator[Row]:
     """Make rows from weights: the columns of `like` with new weights and without a hash.
 
     Args:
@@ -68,17 +65,19 @@ def candidate_rows(weights: Float[Tensor, "P D"], like: Mapping[str, Any]) -> It
     Raises:
         ZooError: if a weight is not finite.
     """
-    columns = {name: value for name, value in like.items() if name not in ("weights", "weights_sha256", "model_id")}
+    row = Row.of(like)
+    columns = {name: row[name] for name in row if name not in ("weights", "weights_sha256", "model_id")}
     for position, vector in enumerate(weights):
         if not vector.isfinite().all():
             raise ZooError(f"candidate {position} of {len(weights)} has weights that are not finite")
-        # `VerifiedRow`, because there is no hash to compare with, and finiteness has just been checked
-        yield VerifiedRow({**columns, "model_id": f"candidate {position}", "dtype": "float32", "weights": vector})
+        changes = {"model_id": f"candidate {position}", "dtype": "float32", "weights": vector}
+        # verified, because there is no hash to compare with, and finiteness has just been checked
+        yield Row({**columns, **changes}, verified=True)
 
 
 def candidate_logits(
     weights: Float[Tensor, "P D"],
-    like: Mapping[str, Any],
+    like: RowLike,
     images: Float[Tensor, "N C H W"],
     *,
     device: str | torch.device = "cpu",
@@ -98,7 +97,7 @@ def candidate_logits(
 
 def candidate_scores(
     weights: Float[Tensor, "P D"],
-    like: Mapping[str, Any],
+    like: RowLike,
     images: Float[Tensor, "N C H W"],
     labels: Int64[Tensor, " N"],
     *,

@@ -20,8 +20,7 @@ from torch import Tensor, nn
 from vitzoo_hf.apply.rebasin.by_weights import best_order, best_rotation, pair_heads
 from vitzoo_hf.apply.rebasin.symmetries import Sizes, Symmetry, Tensors, check_families
 from vitzoo_hf.format.schema import ZooError
-from vitzoo_hf.models.rebuild import architecture_of
-from vitzoo_hf.models.vit import filled
+from vitzoo_hf.models.architecture import Architecture
 
 BATCH = 128
 ZERO = torch.zeros((), dtype=torch.float64)
@@ -148,7 +147,7 @@ def _watched(
 ) -> tuple[nn.Module, dict[str, Tensor]]:
     """A model, and the dictionary into which every forward writes its activations, `[samples, units]`."""
     placed = {name: tensor.to(device, torch.float32) for name, tensor in tensors.items()}
-    model: Any = filled(*architecture_of(like), placed)
+    model: Any = Architecture.of(like).module(placed)
     activations: dict[str, Tensor] = {}
 
     def keep(name: str) -> Hook:
