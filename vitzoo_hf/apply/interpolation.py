@@ -3,14 +3,14 @@
 A path of T points costs T evaluations of a network on all images.
 """
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
 from vitzoo_hf.apply.candidates import candidate_scores, check_vectors
+from vitzoo_hf.format.row import RowLike
 from vitzoo_hf.format.schema import ZooError
 
 TOGETHER = 100_000_000
@@ -115,7 +115,7 @@ def bezier_points(
 def path_scores(
     first: Float[Tensor, " D"],
     last: Float[Tensor, " D"],
-    like: Mapping[str, Any],
+    like: RowLike,
     images: Float[Tensor, "N C H W"],
     labels: Int64[Tensor, " N"],
     *,

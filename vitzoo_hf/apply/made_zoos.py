@@ -100,7 +100,7 @@ def derived_row(
     sources: Sequence[Mapping[str, Any]],
     run_id: str,
     weights: Float[Tensor, " D"],
-    provenance: Mapping[str, Any],
+    provenance: Mapping[str, object],
     *,
     is_final: bool = True,
     test_loss: float | None = None,

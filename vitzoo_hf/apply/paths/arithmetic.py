@@ -6,9 +6,8 @@ Against the child's own epoch 0, it may have every parameter, because epoch 0 ha
 training began with.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from vitzoo_hf.apply.candidates import candidate_scores
 from vitzoo_hf.format.layout import Layout, trunk_layout
+from vitzoo_hf.format.row import Row, RowLike
 from vitzoo_hf.format.schema import ZooError
 from vitzoo_hf.metrics.weight_distances import task_vectors
 from vitzoo_hf.models.rebuild import checked_vector
@@ -51,7 +51,7 @@ class TaskVector:
         return TaskVector(scale * self.values, self.layout, f"{scale:g} * ({self.name})")
 
 
-def task_vector(child: Mapping[str, Any], base: Mapping[str, Any], *, head: bool = False) -> TaskVector:
+def task_vector(child: RowLike, base: RowLike, *, head: bool = False) -> TaskVector:
     """The weights of a row less the weights that its training began from.
 
     Args:
@@ -70,9 +70,10 @@ def task_vector(child: Mapping[str, Any], base: Mapping[str, Any], *, head: bool
         >>> edited_weights(child, -1 * change).shape == child["weights"].shape
         True
     """
+    child, base = Row.of(child), Row.of(base)
     (after, layout), (before, other) = (checked_vector(row) for row in (child, base))
-    name = f"{child['model_id']} - {base['model_id']}"
-    if head and (layout.fingerprint, child["dataset"]) != (other.fingerprint, base["dataset"]):
+    name = f"{child.name} - {base.name}"
+    if head and (layout.fingerprint, child.dataset) != (other.fingerprint, base.dataset):
         raise ZooError(f"{name}: their heads differ in kind or classes: take the trunk alone (head=False)")
     part = layout if head else trunk_layout(layout)
     if not head and part.fingerprint != trunk_layout(other).fingerprint:
@@ -85,20 +86,19 @@ def task_vector(child: Mapping[str, Any], base: Mapping[str, Any], *, head: bool
     return TaskVector(task_vectors(ends[0][None], ends[1][None])[0], part, name)
 
 
-def edited_weights(row: Mapping[str, Any], change: TaskVector) -> Float[Tensor, " D"]:
+def edited_weights(row: RowLike, change: TaskVector) -> Float[Tensor, " D"]:
     """The weights of a row plus a task vector; tensors that are not in the task vector keep their values.
 
     Raises:
         ZooError: if the row lacks a tensor of the task vector, or has it in another shape.
     """
+    row = Row.of(row)
     vector, layout = checked_vector(row)
     shapes = dict(zip(layout.names, layout.shapes, strict=True))
     edited = vector.clone()
     for (name, place), shape in zip(change.layout.items(), change.layout.shapes, strict=True):
         if shapes.get(name) != shape:
-            raise ZooError(
-                f"{row['model_id']} has no tensor {name!r} of shape {list(shape)}, which {change.name} changes"
-            )
+            raise ZooError(f"{row.name} has no tensor {name!r} of shape {list(shape)}, which {change.name} changes")
         edited[layout.place(name)] += change.values[place]
     return edited
 
@@ -113,7 +113,7 @@ def random_change(like: TaskVector, seed: int) -> TaskVector:
 
 
 def scale_table(
-    row: Mapping[str, Any],
+    row: RowLike,
     change: TaskVector,
     scales: Sequence[float],
     images: Float[Tensor, "N C H W"],

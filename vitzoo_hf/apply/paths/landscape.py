@@ -3,15 +3,15 @@
 A slice of resolution R costs R × R evaluations of a network on all images.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
 from vitzoo_hf.apply.candidates import candidate_scores
+from vitzoo_hf.format.row import Row, RowLike
 from vitzoo_hf.format.schema import ZooError
 from vitzoo_hf.models.rebuild import checked_vector
 
@@ -90,7 +90,7 @@ def plane_through(vectors: Float[Tensor, "3 D"]) -> Plane:
 
 
 def landscape_slice(
-    rows: Sequence[Mapping[str, Any]],
+    rows: Sequence[RowLike],
     images: Float[Tensor, "N C H W"],
     labels: Int64[Tensor, " N"],
     *,
@@ -123,11 +123,12 @@ def landscape_slice(
         raise ZooError(
             f"{len(rows)} rows and resolution {resolution}; a plane takes 3 rows, and 2 points a side or more"
         )
+    members = [Row.of(row) for row in rows]
     for column in SAME:
-        values = {str(row[column]) for row in rows}
+        values = {str(row[column]) for row in members}
         if len(values) > 1:
             raise ZooError(f"a plane takes rows of one {column}, and these have {', '.join(sorted(values))}")
-    plane = plane_through(torch.stack([checked_vector(row)[0] for row in rows]))
+    plane = plane_through(torch.stack([checked_vector(row)[0] for row in members]))
     low, high = plane.corners.min(0).values, plane.corners.max(0).values
     extent = margin * (high - low)
     steps = torch.linspace(0, 1, resolution, dtype=torch.float64)
@@ -135,9 +136,9 @@ def landscape_slice(
     places = torch.stack([x.repeat(resolution), y.repeat_interleave(resolution)], 1)
     chunk = max(1, CHUNK_BYTES // (12 * len(plane.origin)))  # a point in float64 and its copy in float32
     scores = [
-        candidate_scores(plane.at(part), rows[0], images, labels, device=device) for part in places.split(chunk)
+        candidate_scores(plane.at(part), members[0], images, labels, device=device) for part in places.split(chunk)
     ]
     shape = (resolution, resolution)
     loss, accuracy = (torch.cat([getattr(part, name) for part in scores]).cpu() for name in ("loss", "accuracy"))
-    ids = [row["model_id"] for row in rows]
+    ids = [row.model_id for row in members]
     return LandscapeSlice(x, y, loss.view(shape), accuracy.view(shape), plane.corners, ids)

@@ -5,9 +5,6 @@ max over t of L(t) − (1 − t) L(0) − t L(1) (Frankle et al. 2020; Entezari 
 curve is trained as in Garipov et al. 2018. Training costs one forward and one backward pass of a batch a step.
 """
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
@@ -17,6 +14,7 @@ from torch.nn import functional
 from vitzoo_hf.apply.candidates import check_images, check_vectors
 from vitzoo_hf.apply.interpolation import bezier_points
 from vitzoo_hf.format.layout import unflatten
+from vitzoo_hf.format.row import RowLike
 from vitzoo_hf.format.schema import ZooError
 from vitzoo_hf.models.architecture import Architecture
 from vitzoo_hf.models.rebuild import usable_device
@@ -25,7 +23,7 @@ from vitzoo_hf.models.rebuild import usable_device
 def train_bezier(
     first: Float[Tensor, " D"],
     last: Float[Tensor, " D"],
-    like: Mapping[str, Any],
+    like: RowLike,
     images: Float[Tensor, "N C H W"],
     labels: Int64[Tensor, " N"],
     *,

@@ -7,7 +7,7 @@ every class, and the largest value decides. Ridge costs one singular value decom
 import importlib.util
 import warnings
 from collections.abc import Sequence
-from typing import Protocol, TypedDict
+from typing import Protocol, TypedDict, runtime_checkable
 
 import numpy as np
 import torch
@@ -167,6 +167,7 @@ def check_model(model: str) -> None:
         )
 
 
+@runtime_checkable  # for checks of annotations at run time
 class _Trees(Protocol):
     """The part of scikit-learn's interface of models that is used here."""
 

@@ -3,10 +3,10 @@
 A pair costs one path of networks, and as many paths and alignments as there are variants.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import combinations
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -27,6 +27,7 @@ from vitzoo_hf.apply.rebasin.rebasin import (
 )
 from vitzoo_hf.apply.rebasin.symmetries import FAMILIES
 from vitzoo_hf.format.messages import did_you_mean
+from vitzoo_hf.format.row import Row
 from vitzoo_hf.format.schema import ZooError
 from vitzoo_hf.format.tables import records as table_records
 from vitzoo_hf.models.rebuild import usable_device
@@ -141,7 +142,7 @@ def pair_barriers(
             if dataset not in images_of:
                 test = some_images(*zoo.probes(dataset), num_images, seed)
                 images_of[dataset] = (*test, matching_images(zoo, dataset, seed) if matched else None)
-            lines = _barriers_of(*rows, variants, *images_of[dataset], points, align, device)
+            lines = _barriers_of(*rows, variants, images_of[dataset], points, align, device)
             records += [{"model_a": first, "model_b": second, "dataset": dataset, **line} for line in lines]
             bar.update(1)
     return pd.DataFrame(records)
@@ -169,17 +170,16 @@ def check_pairs(zoo: Zoo, pairs: Sequence[tuple[str, str]]) -> None:
 
 
 def _barriers_of(
-    one: Mapping[str, Any],
-    other: Mapping[str, Any],
+    one: Row,
+    other: Row,
     variants: Sequence[Variant],
-    images: Tensor,
-    labels: Tensor,
-    matching: Tensor | None,
+    image_sets: tuple[Tensor, Tensor, Tensor | None],
     points: int,
     align: Callable[..., Rebasin],
     device: str | torch.device,
 ) -> Iterator[dict[str, str | float]]:
     """Measures of one pair, as stored and by every variant."""
+    images, labels, matching = image_sets
     first, second = (finite_weights(row) for row in (one, other))
     path = path_scores(first, second, one, images, labels, points=points, device=device)
     apart = float((first.double() - second.double()).norm())

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from vitzoo_hf.apply.rebasin.by_weights import best_order, best_rotation, pair_heads
 from vitzoo_hf.apply.rebasin.symmetries import Sizes, Symmetry, Tensors, check_families
+from vitzoo_hf.format.row import RowLike
 from vitzoo_hf.format.schema import ZooError
 from vitzoo_hf.models.architecture import Architecture
 
@@ -72,7 +73,7 @@ class Moments:
 def align_by_activations(
     target: Tensors,
     source: Tensors,
-    like: Mapping[str, Any],
+    like: RowLike,
     sizes: Sizes,
     families: Sequence[str],
     images: Float[Tensor, "N C H W"],
@@ -143,7 +144,7 @@ def _by_head(similarity: Float64[Tensor, "d d"], heads: int) -> Float64[Tensor, 
 
 
 def _watched(
-    tensors: Tensors, like: Mapping[str, Any], sizes: Sizes, device: str | torch.device
+    tensors: Tensors, like: RowLike, sizes: Sizes, device: str | torch.device
 ) -> tuple[nn.Module, dict[str, Tensor]]:
     """A model, and the dictionary into which every forward writes its activations, `[samples, units]`."""
     placed = {name: tensor.to(device, torch.float32) for name, tensor in tensors.items()}

@@ -1,8 +1,7 @@
 """Re-basin: move a row towards another row by symmetries of the architecture, which do not change its function."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -22,6 +21,7 @@ from vitzoo_hf.apply.rebasin.symmetries import (
     transform,
 )
 from vitzoo_hf.format.messages import did_you_mean
+from vitzoo_hf.format.row import Row, RowLike
 from vitzoo_hf.format.schema import ZooError
 from vitzoo_hf.models.rebuild import checked_vector
 from vitzoo_hf.zoo import Zoo
@@ -55,8 +55,8 @@ class Rebasin:
 
 
 def rebasin(
-    target_row: Mapping[str, Any],
-    row: Mapping[str, Any],
+    target_row: RowLike,
+    row: RowLike,
     *,
     families: Sequence[str] = FAMILIES,
     by: str = "weights",
@@ -127,7 +127,7 @@ def check_way(by: str) -> None:
         raise ZooError(f"unknown way of alignment {by!r}: {did_you_mean(by, WAYS)}")
 
 
-def _check_way_and_images(by: str, like: Mapping[str, Any], images: Tensor | None) -> None:
+def _check_way_and_images(by: str, like: RowLike, images: Tensor | None) -> None:
     check_way(by)
     if by != "weights":
         if images is None:
@@ -135,7 +135,7 @@ def _check_way_and_images(by: str, like: Mapping[str, Any], images: Tensor | Non
         check_images(like, images)
 
 
-def finite_weights(row: Mapping[str, Any]) -> Float[Tensor, " D"]:
+def finite_weights(row: RowLike) -> Float[Tensor, " D"]:
     """The vector of a row, which must be finite.
 
     Raises:
@@ -145,29 +145,28 @@ def finite_weights(row: Mapping[str, Any]) -> Float[Tensor, " D"]:
     bad = int((~vector.isfinite()).sum())
     if bad:
         raise ZooError(
-            f"{row.get('model_id')} has {bad} weights that are not finite: name another model, or leave this one out"
+            f"{Row.of(row).name} has {bad} weights that are not finite: name another model, or leave this one out"
             " with --where"
         )
     return vector
 
 
-def check_same_layout(target: Mapping[str, Any], row: Mapping[str, Any]) -> None:
+def check_same_layout(target: RowLike, row: RowLike) -> None:
     """Refuse two rows that differ in architecture, head or layout.
 
     Raises:
         ZooError: if they differ; the message names the first such column.
     """
-    names = ("architecture", "architecture_args", "head", "head_hidden")
-    for name in names:
+    target, row = Row.of(target), Row.of(row)
+    for name in ("architecture", "architecture_args", "head", "head_hidden"):
         if target.get(name) != row.get(name):
             raise ZooError(
-                f"{row.get('model_id')} has {name} {row.get(name)}, {target.get('model_id')} has {target.get(name)}:"
+                f"{row.name} has {name} {row.get(name)}, {target.name} has {target.get(name)}:"
                 " re-basin aligns models of one architecture and head"
             )
-    if target.get("layout") != row.get("layout"):
+    if target.layout != row.layout:
         raise ZooError(
-            f"{row.get('model_id')} has layout {row.get('layout')}, {target.get('model_id')} {target.get('layout')}:"
-            " re-basin aligns models of one layout"
+            f"{row.name} has layout {row.layout}, {target.name} {target.layout}: re-basin aligns models of one layout"
         )
 
 

@@ -1,7 +1,8 @@
 """Write rows that are aligned to one row as a zoo of their own."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from vitzoo_hf.apply.made_zoos import check_folder, made_manifest
 from vitzoo_hf.apply.rebasin.rebasin import matching_images, rebasin
 from vitzoo_hf.apply.rebasin.symmetries import FAMILIES, check_families
+from vitzoo_hf.format.row import Row, RowLike
 from vitzoo_hf.format.schema import ZooError, weights_sha256
 from vitzoo_hf.publish.folder import Rows, write_zoo
 from vitzoo_hf.zoo import Zoo
@@ -20,7 +22,7 @@ NARROWING = ("head", "stage", "dataset", "head_hidden", "architecture")
 """Columns that may distinguish layouts, the most familiar first."""
 
 
-def aligned_row(target_row: Mapping[str, Any], row: Mapping[str, Any], **options: Any) -> dict[str, Any]:
+def aligned_row(target_row: RowLike, row: RowLike, **options: Any) -> dict[str, Any]:
     """Align a row to another row, with a new hash, and a provenance that states the options.
 
     The target row itself comes back in the form in which the families are aligned.
@@ -33,11 +35,12 @@ def aligned_row(target_row: Mapping[str, Any], row: Mapping[str, Any], **options
     Raises:
         ZooError: if `rebasin` refuses the rows or options.
     """
+    target_row, row = Row.of(target_row), Row.of(row)
     result = rebasin(target_row, row, **options)
-    is_target = row["model_id"] == target_row["model_id"]
+    is_target = row.model_id == target_row.model_id
     weights = (result.target if is_target else result.aligned).numpy()
     settings = {name: value for name, value in options.items() if name not in ("images", "device")}
-    note = {"reference": target_row["model_id"], **settings}
+    note = {"reference": target_row.model_id, **settings}
     provenance = json.dumps({**json.loads(row["provenance"] or "{}"), "rebasin": note})
     columns = {"weights": weights, "weights_sha256": weights_sha256(weights), "dtype": "float32"}
     return {**row, **columns, "provenance": provenance}
@@ -98,14 +101,12 @@ def rebasin_zoo(
             f"the rows have {len(layouts)} layouts; re-basin aligns models of one: narrow them down by"
             f" {_narrowing(zoo.to_pandas(), reference)}"
         )
-    images = matching_images(zoo, target["dataset"], seed) if by != "weights" else None
-    options: dict[str, Any] = {"families": families, "by": by, "images": images, "restarts": restarts}
-    options |= {"sweeps": sweeps, "seed": seed, "device": device}
+    images = matching_images(zoo, str(target.dataset), seed) if by != "weights" else None
+    align = partial(aligned_row, target, families=families, by=by, images=images, restarts=restarts)
+    align = partial(align, sweeps=sweeps, seed=seed, device=device)
     splits = {split: zoo.filter(split=split) for split in zoo.splits}
     parts = {
-        split: Rows(
-            len(part), int(target["num_parameters"]), (aligned_row(target, row, **options) for row in part.rows())
-        )
+        split: Rows(len(part), int(target["num_parameters"]), map(align, part.rows()))
         for split, part in splits.items()
         if len(part)
     }

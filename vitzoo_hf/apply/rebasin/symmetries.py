@@ -24,6 +24,7 @@ from torch import Tensor
 
 from vitzoo_hf.format.layout import Layout, unflatten
 from vitzoo_hf.format.messages import did_you_mean
+from vitzoo_hf.format.row import Row, RowLike
 from vitzoo_hf.format.schema import ZooError
 from vitzoo_hf.models.architecture import Architecture
 from vitzoo_hf.models.vit import is_plain
@@ -43,7 +44,7 @@ class Sizes(NamedTuple):
     classifier: int
 
 
-def sizes_of(row: Mapping[str, Any]) -> tuple[Sizes, Layout]:
+def sizes_of(row: RowLike) -> tuple[Sizes, Layout]:
     """Sizes and layout of a row's architecture.
 
     Raises:
@@ -53,7 +54,7 @@ def sizes_of(row: Mapping[str, Any]) -> tuple[Sizes, Layout]:
     model: Any = architecture.skeleton
     if not is_plain(model):
         raise ZooError(
-            f"{row.get('model_id', 'the row')} is a {architecture.name} with parts whose symmetries are not known:"
+            f"{Row.of(row).name} is a {architecture.name} with parts whose symmetries are not known:"
             " re-basin takes plain pre-norm ViTs (learned positions, class token, GELU, no layer scale, no q/k norm)"
         )
     block = model.blocks[0]

@@ -6,7 +6,6 @@ summed in float64, which is rounded once. Memory is a few vectors, whatever the 
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int64
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from vitzoo_hf.apply.candidates import Scores, candidate_scores
 from vitzoo_hf.evaluation.evaluate import is_classifier
+from vitzoo_hf.format.row import Row
 from vitzoo_hf.format.schema import ZooError
 from vitzoo_hf.format.tables import records
 from vitzoo_hf.models.rebuild import usable_device
@@ -78,16 +78,16 @@ def check_ingredients(zoo: Zoo, *, classify: bool = True) -> None:
         )
 
 
-def weights_on(row: Mapping[str, Any], device: torch.device) -> Float[Tensor, " D"]:
+def weights_on(row: Row, device: torch.device) -> Float[Tensor, " D"]:
     """The vector of a row of `Zoo.rows()` on a device.
 
     Raises:
         ZooError: if a weight is not finite, naming the row.
     """
-    vector = torch.from_numpy(row["weights"])
+    vector = torch.from_numpy(row.weights)
     bad = int((~vector.isfinite()).sum())
     if bad:
-        raise ZooError(f"{row['model_id']} has {bad} weights that are not finite: leave it out with --where")
+        raise ZooError(f"{row.model_id} has {bad} weights that are not finite: leave it out with --where")
     return vector.to(device)
 
 
@@ -120,12 +120,12 @@ def weighted_sums(
         )
     place, totals = usable_device(device), torch.empty(0)
     for row in zoo.filter(model_id=list(coefficients)).rows():
-        vector, shares = weights_on(row, place), coefficients[row["model_id"]]
+        vector, shares = weights_on(row, place), coefficients[row.model_id]
         if not len(totals):
             totals = torch.zeros(len(shares), len(vector), dtype=torch.float64, device=place)
         if totals.shape != (len(shares), len(vector)):
             raise ZooError(
-                f"{row['model_id']} has {len(vector)} weights and earlier rows {totals.shape[1]}: give one layout"
+                f"{row.model_id} has {len(vector)} weights and earlier rows {totals.shape[1]}: give one layout"
             )
         for total, share in zip(totals, shares, strict=True):
             total.add_(vector, alpha=share)
@@ -219,12 +219,10 @@ def single_accuracies(
     """Model -> its accuracy on some images; models run one at a time."""
     place = usable_device(device)
     return {
-        row["model_id"]: float(_scores(weights_on(row, place), row, images, labels, place).accuracy)
+        row.model_id: float(_scores(weights_on(row, place), row, images, labels, place).accuracy)
         for row in zoo.rows()
     }
 
 
-def _scores(
-    vector: Float[Tensor, " D"], like: Mapping[str, Any], images: Tensor, labels: Tensor, device: torch.device
-) -> Scores:
+def _scores(vector: Float[Tensor, " D"], like: Row, images: Tensor, labels: Tensor, device: torch.device) -> Scores:
     return candidate_scores(vector[None], like, images, labels, device=device)

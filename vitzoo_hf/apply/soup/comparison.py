@@ -8,7 +8,6 @@ selection and test images, or not at all where the cache has its outputs; a soup
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import torch
@@ -228,7 +227,7 @@ def _soup(method: str, zoo: Zoo, outputs: _GroupOutputs, seed: int, device: str 
 
 def _measured(
     soup: Soup, group: dict[str, object], zoo: Zoo, outputs: _GroupOutputs, seed: int, device: str | torch.device
-) -> tuple[MeasuredSoup, dict[str, Any]]:
+) -> tuple[MeasuredSoup, dict[str, object]]:
     """The soup with its results on test images, and its row of the table."""
     like, test = next(zoo.rows()), outputs.batches["test"]
     logits = candidate_logits(soup.weights[None], like, test.images, device=device).cpu()
@@ -242,10 +241,11 @@ def _measured(
     best = max(on_selection, key=on_selection.__getitem__)
     # ingredients of coefficient 0 run too: the ensemble is of all that a learned soup was given
     ensemble, logit_ensemble = outputs.ensembles(soup.ingredients)
-    line: dict[str, Any] = {**group, "method": soup.method, "candidates": len(zoo)}
+    test_accuracy = float(right.double().mean())
+    line: dict[str, object] = {**group, "method": soup.method, "candidates": len(zoo)}
     line |= {"ingredients": sum(share != 0 for share in soup.coefficients.values())}
     line |= {"selection_accuracy": selection_accuracy}
-    line |= {"test_accuracy": float(right.double().mean()), "best_single": best}
+    line |= {"test_accuracy": test_accuracy, "best_single": best}
     line |= {"best_single_selection": on_selection[best], "best_single_test": on_test[best]}
     line |= {"oracle_test": max(on_test.values())}
     line |= {"mean_test": sum(on_test[model_id] for model_id in soup.ingredients) / len(soup.ingredients)}
@@ -256,4 +256,4 @@ def _measured(
         line |= {name: difference.mean, f"{name}_low": difference.low, f"{name}_high": difference.high}
     line["test_images"] = len(right)
     loss = float(cross_entropy(logits, test.labels))
-    return MeasuredSoup(soup, group, loss, line["test_accuracy"], len(right)), line
+    return MeasuredSoup(soup, group, loss, test_accuracy, len(right)), line

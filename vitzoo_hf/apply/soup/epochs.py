@@ -6,7 +6,6 @@ average, and every gain is reported on test images. All averages of a run take o
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import pandas as pd
 import torch
@@ -17,6 +16,7 @@ from vitzoo_hf.apply.candidates import Scores, candidate_scores
 from vitzoo_hf.apply.intervals import gains
 from vitzoo_hf.apply.soup.averaging import Soup, weighted_sums
 from vitzoo_hf.evaluation.evaluate import is_classifier
+from vitzoo_hf.format.row import Row
 from vitzoo_hf.format.schema import ZooError
 from vitzoo_hf.format.tables import records
 from vitzoo_hf.progress import progress_bar
@@ -132,7 +132,7 @@ def average_epochs(
         dataset: {role: zoo.probes(dataset, role) for role in ("selection", "test")}
         for dataset in dict.fromkeys(rows[-1]["dataset"] for rows in runs.values())
     }
-    lines: list[dict[str, Any]] = []
+    lines: list[dict[str, object]] = []
     soups: dict[str, Soup] = {}
     with progress_bar("averaging epochs", "run", shown=progress, total=len(runs)) as bar:
         for run_id, rows in runs.items():
@@ -142,16 +142,16 @@ def average_epochs(
     return EpochAverages(pd.DataFrame(lines), soups, left_out)
 
 
-def _runs(zoo: Zoo) -> tuple[dict[str, list[dict[str, Any]]], dict[str, str]]:
+def _runs(zoo: Zoo) -> tuple[dict[str, list[Row]], dict[str, str]]:
     """Run -> its trained rows, epochs ascending; and the runs left out, with the reason."""
-    by_run: dict[str, list[dict[str, Any]]] = {}
-    for row in records(zoo.to_pandas()):
-        by_run.setdefault(row["run_id"], []).append(row)
-    runs: dict[str, list[dict[str, Any]]] = {}
+    by_run: dict[str, list[Row]] = {}
+    for row in map(Row, records(zoo.to_pandas())):
+        by_run.setdefault(row.run_id, []).append(row)
+    runs: dict[str, list[Row]] = {}
     left_out: dict[str, str] = {}
     for run_id, rows in by_run.items():
         # epoch 0 is the state before training, or the parent: an average with it mixes two models
-        trained = sorted((row for row in rows if row["epoch"] > 0), key=lambda row: int(row["epoch"]))
+        trained = sorted((row for row in rows if row.epoch > 0), key=lambda row: row.epoch)
         if len(trained) < 2:
             left_out[run_id] = "keeps no two trained epochs"
         elif not is_classifier(trained[-1], zoo.manifest):
@@ -169,14 +169,14 @@ def _runs(zoo: Zoo) -> tuple[dict[str, list[dict[str, Any]]], dict[str, str]]:
 
 def _averages_of_run(
     zoo: Zoo,
-    rows: Sequence[Mapping[str, Any]],
+    rows: Sequence[Row],
     images: Mapping[str, tuple[Tensor, Int64[Tensor, " N"]]],
     last: Sequence[int],
     decays: Sequence[float],
     device: str | torch.device,
-) -> tuple[list[dict[str, Any]], Soup]:
+) -> tuple[list[dict[str, object]], Soup]:
     """The rows of the table of a run, and the average that its selection images select."""
-    epochs = {row["epoch"]: row["model_id"] for row in rows}
+    epochs = {row.epoch: row.model_id for row in rows}
     shares = {ALONE: coefficients_of_last(list(epochs), 1)}
     shares |= {f"last {k}": coefficients_of_last(list(epochs), k) for k in last if 1 < k <= len(epochs)}
     shares |= {f"exponential {decay:g}": exponential_coefficients(list(epochs), decay) for decay in decays}
@@ -185,14 +185,14 @@ def _averages_of_run(
     }
     vectors = weighted_sums(zoo, coefficients, device=device)  # all averages in one pass over the epochs
     if not vectors.isfinite().all():
-        raise ZooError(f"an average of {rows[-1]['run_id']} is not finite: leave the run out with --where")
+        raise ZooError(f"an average of {rows[-1].run_id} is not finite: leave the run out with --where")
     scores: dict[str, Scores] = {
         role: candidate_scores(vectors, rows[-1], *part, device=device) for role, part in images.items()
     }
     ranked = list(zip(scores["selection"].accuracy.tolist(), (-scores["selection"].loss).tolist(), strict=True))
     selected = max(range(len(ranked)), key=ranked.__getitem__)
     about = {name: rows[-1][name] for name in ("run_id", "parent_id", "stage", "dataset", "head", *zoo.factors)}
-    lines = [
+    lines: list[dict[str, object]] = [
         about
         | {"average": name, "epochs": len(shares[name])}
         | {f"{role}_{part}": float(getattr(scores[role], part)[m]) for role in images for part in Scores._fields}
@@ -205,7 +205,7 @@ def _averages_of_run(
         vectors[selected].clone(),
         ingredients,
         name.replace(" ", "-"),
-        lines[selected]["selection_accuracy"],
+        float(scores["selection"].accuracy[selected]),
         len(images["selection"][1]),
         {"candidates": list(shares)},
     )

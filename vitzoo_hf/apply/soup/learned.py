@@ -5,7 +5,6 @@ turn the gradient by the mixture into the gradient by the coefficients, `dL/dc_i
 """
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from jaxtyping import Float, Float64, Int64
@@ -15,6 +14,7 @@ from torch.nn.functional import cross_entropy
 from vitzoo_hf.apply.candidates import candidate_scores
 from vitzoo_hf.apply.soup.averaging import Soup, check_ingredients, weights_on
 from vitzoo_hf.format.layout import Layout, unflatten
+from vitzoo_hf.format.row import Row
 from vitzoo_hf.format.schema import ZooError
 from vitzoo_hf.models.rebuild import reconstruct, usable_device
 from vitzoo_hf.zoo import Zoo
@@ -134,10 +134,9 @@ class _Mixture:
     """The network whose weights are `sum_i c_i theta_i`."""
 
     def __init__(self, zoo: Zoo, device: torch.device) -> None:
-        self.like: Mapping[str, Any] = {}
         for row in zoo.rows():
             weights_on(row, torch.device("cpu"))  # columns are read without hashes: every row is checked here
-            self.like = row
+            self.like: Row = row
         self.columns: WeightColumns = zoo.weight_columns(device=device)
         self.layout: Layout = self.columns.layout
         self.model: nn.Module = reconstruct(self.like, device=device, copy=True)

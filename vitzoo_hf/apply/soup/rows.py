@@ -2,10 +2,10 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from vitzoo_hf.apply.made_zoos import check_folder, derived_row, write_derived
 from vitzoo_hf.apply.soup.averaging import Soup
+from vitzoo_hf.format.row import Row
 from vitzoo_hf.format.schema import ZooError
 from vitzoo_hf.format.tables import records
 from vitzoo_hf.zoo import Zoo
@@ -13,7 +13,7 @@ from vitzoo_hf.zoo import Zoo
 
 def soup_row(
     zoo: Zoo, soup: Soup, *, name: str = "", test_loss: float | None = None, test_accuracy: float | None = None
-) -> dict[str, Any]:
+) -> Row:
     """A soup as a row: the columns of the zoo, and a provenance that names every ingredient.
 
     Columns in which all ingredients agree, such as the parent or a factor, keep their value. Other columns are null,
@@ -38,7 +38,7 @@ def soup_row(
     return derived_row(zoo, rows, run_id, soup.weights, provenance, test_loss=test_loss, test_accuracy=test_accuracy)
 
 
-def write_soups(zoo: Zoo, rows: Sequence[Mapping[str, Any]], folder: str | Path) -> Path:
+def write_soups(zoo: Zoo, rows: Sequence[Row], folder: str | Path) -> Path:
     """Write soups as a zoo, with the held-out images of the zoo of their ingredients.
 
     A soup goes into the split of its ingredients. Of ingredients from several splits, `test` goes before `validation`
@@ -55,14 +55,14 @@ def write_soups(zoo: Zoo, rows: Sequence[Mapping[str, Any]], folder: str | Path)
     if not rows:
         raise ZooError("there is no soup to write: give at least one row of `soup_row`")
     check_folder(Path(folder), zoo, "soups_of")
-    ids = [row["model_id"] for row in rows]
+    ids = [row.model_id for row in rows]
     twice = sorted({model_id for model_id in ids if ids.count(model_id) > 1})
     if twice:
         raise ZooError(f"{len(twice)} ids belong to several soups, {twice[0]} the first: give every soup a name")
     return write_derived(zoo, rows, folder, "soups")
 
 
-def _provenance(soup: Soup, rows: Sequence[Mapping[str, Any]]) -> dict[str, object]:
+def _provenance(soup: Soup, rows: Sequence[Mapping[str, object]]) -> dict[str, object]:
     images = {"dataset": rows[0]["dataset"], "role": "selection", "images": soup.num_selection_images}
     return {
         "soup": soup.method,
@@ -70,7 +70,7 @@ def _provenance(soup: Soup, rows: Sequence[Mapping[str, Any]]) -> dict[str, obje
             {
                 "model_id": row["model_id"],
                 "weights_sha256": row["weights_sha256"],
-                "coefficient": soup.coefficients[row["model_id"]],
+                "coefficient": soup.coefficients[str(row["model_id"])],
             }
             for row in rows
         ],
