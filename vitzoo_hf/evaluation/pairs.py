@@ -16,6 +16,7 @@ from torch import Tensor
 from vitzoo_hf.evaluation.outputs_cache import OutputsCache
 from vitzoo_hf.evaluation.weight_metrics import zoo_weight_metrics
 from vitzoo_hf.format import schema
+from vitzoo_hf.format.layout import trunk_key
 from vitzoo_hf.format.schema import ZooError
 from vitzoo_hf.metrics.agreement import agreement, cohen_kappa, error_consistency, error_overlap, jensen_shannon
 from vitzoo_hf.metrics.behavior import predictions
@@ -97,11 +98,9 @@ def _of_weights(
     zoo: Zoo, rows: Sequence[Mapping[str, Any]], device: str | torch.device, progress: bool
 ) -> dict[str, Float64[Tensor, "P P"]]:
     """Distances between trunks, for models whose trunks have one layout."""
-    members: dict[tuple[str, ...], list[int]] = {}
+    members: dict[str, list[int]] = {}
     for position, row in enumerate(rows):
-        layout = zoo.layouts[row["layout"]]
-        trunk = [f"{name} {shape}" for name, shape in zip(layout.names, layout.shapes, strict=True)]
-        members.setdefault(tuple(part for part in trunk if not part.startswith("head.")), []).append(position)
+        members.setdefault(trunk_key(zoo.layouts[row["layout"]]), []).append(position)
     names = {"weight_l2": "l2", "weight_l2_normalized": "normalized_l2", "weight_cosine": "cosine"}
     found = {name: _nan(len(rows)) for name in names}
     for positions in members.values():

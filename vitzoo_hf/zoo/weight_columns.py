@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vitzoo_hf.format.layout import Layout, is_head
+from vitzoo_hf.format.layout import Layout, trunk_layout
 from vitzoo_hf.format.schema import ZooError
 from vitzoo_hf.models.rebuild import usable_device
 from vitzoo_hf.zoo.stream import RowSource
@@ -188,7 +188,7 @@ def common_layout(layouts: dict[str, Layout]) -> Layout:
     first, *others = layouts.values()
     if not others:
         return first
-    trunks = {layout_id: _trunk(layout) for layout_id, layout in layouts.items()}
+    trunks = {layout_id: trunk_layout(layout) for layout_id, layout in layouts.items()}
     if len({trunk.fingerprint for trunk in trunks.values()}) > 1:
         shown = ", ".join(
             f"{layout_id}: {len(trunk.names)} tensors of {trunk.num_parameters} weights"
@@ -199,11 +199,6 @@ def common_layout(layouts: dict[str, Layout]) -> Layout:
             "no distance: filter by `layout` or `architecture`"
         )
     return next(iter(trunks.values()))
-
-
-def _trunk(layout: Layout) -> Layout:
-    kept = [(name, shape) for name, shape in zip(layout.names, layout.shapes, strict=True) if not is_head(name)]
-    return Layout(tuple(name for name, _ in kept), tuple(shape for _, shape in kept))
 
 
 def _runs(common: Layout, layout: Layout) -> list[Run]:
