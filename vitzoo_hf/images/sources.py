@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -114,7 +114,6 @@ class ImageSet:
         return normalize(images, self.spec.mean, self.spec.std)
 
 
-@lru_cache(maxsize=8)
 def load_images(name: str, spec: ImagesSpec) -> ImageSet:
     """Load and split the images of a blueprint; prepare them, unless that happens on demand.
 

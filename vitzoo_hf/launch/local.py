@@ -273,16 +273,18 @@ def _work(connection: Connection, blueprint: Blueprint, folder: Path, device: st
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     import torch
 
+    from vitzoo_hf.images.prepared import PreparedBlueprint
     from vitzoo_hf.training.stacked import train_stacked
 
     torch.set_num_threads(1)
+    prepared = PreparedBlueprint(blueprint)
     runs = {run.run_id: run for run in blueprint.runs}
     try:
         while True:
             group = [runs[run_id] for run_id in connection.recv()]
             try:
                 diverged = train_stacked(
-                    blueprint,
+                    prepared,
                     group,
                     folder,
                     device=device,

@@ -17,6 +17,7 @@ from filelock import FileLock, Timeout
 from vitzoo_hf.blueprint.blueprint import Blueprint, Run
 from vitzoo_hf.format.atomic import exclusive
 from vitzoo_hf.format.schema import VERSION, ZooError
+from vitzoo_hf.images.prepared import PreparedBlueprint
 from vitzoo_hf.launch.run_storage import RunStorage
 from vitzoo_hf.models.rebuild import usable_device
 from vitzoo_hf.timm_import import import_timm
@@ -114,7 +115,7 @@ def train_stored(job: Job, runs: Sequence[Run], on_epoch: Callable[[str, int], N
         ZooError: as `train_stacked`; and if storage cannot be used, or holds a damaged parent.
     """
     if job.storage is None:
-        return train_stacked(job.blueprint, runs, job.folder, device=job.device, on_epoch=on_epoch)
+        return train_stacked(_prepared(job.blueprint), runs, job.folder, device=job.device, on_epoch=on_epoch)
     storage = RunStorage(job.storage)
 
     def keep(run_id: str, epoch: int) -> None:
@@ -126,10 +127,21 @@ def train_stored(job: Job, runs: Sequence[Run], on_epoch: Callable[[str, int], N
             storage.fetch(run.run_id, folder)
         for parent_id in sorted({run.parent_id for run in runs if run.parent_id}):
             _fetch_parent(storage, parent_id, folder)
-        diverged = train_stacked(job.blueprint, runs, folder, device=job.device, on_epoch=keep)
+        diverged = train_stacked(_prepared(job.blueprint), runs, folder, device=job.device, on_epoch=keep)
         for run in runs:
             storage.store(run.run_id, folder)
     return diverged
+
+
+_last_prepared: list[PreparedBlueprint] = []
+
+
+def _prepared(blueprint: Blueprint) -> PreparedBlueprint:
+    """The blueprint with its images, which stay in memory for the next task of this process."""
+    # Ray unpickles the blueprint anew for every task, and gives tasks of several launches to one process
+    if not _last_prepared or _last_prepared[0].blueprint != blueprint:
+        _last_prepared[:] = [PreparedBlueprint(blueprint)]
+    return _last_prepared[0]
 
 
 def _fetch_parent(storage: RunStorage, parent_id: str, folder: Path) -> None:

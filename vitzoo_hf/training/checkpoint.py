@@ -20,6 +20,9 @@ from vitzoo_hf.format.atomic import read_json, write_atomically, write_json
 from vitzoo_hf.format.layout import flatten
 from vitzoo_hf.format.schema import ZooError, weights_sha256
 
+Results = dict[str, float | None]
+"""Results of a kept epoch by name, such as `test_accuracy`; None where a run has no such result."""
+
 
 @dataclass(frozen=True)
 class RunFolder:
