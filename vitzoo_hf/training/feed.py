@@ -100,8 +100,8 @@ class Feed(ABC):
         """
         make = partial(self._images, draws=draws)
         # one thread, so that batches draw in their order
-        made = mapped_ahead(make, batches) if self.ahead else map(make, batches)
-        for positions, images in zip(batches, made, strict=True):
+        all_images = mapped_ahead(make, batches) if self.ahead else map(make, batches)
+        for positions, images in zip(batches, all_images, strict=True):
             pixels = images.to(positions.device)
             pixels = pixels if pixels.is_floating_point() else pixels.float() / 255
             views = [self._view(view, draws).unflatten(0, positions.shape) for view in pixels]
