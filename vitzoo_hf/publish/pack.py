@@ -19,12 +19,12 @@ from vitzoo_hf.format.atomic import read_json
 from vitzoo_hf.format.encoding import check_dtype, rounded
 from vitzoo_hf.format.layout import Layout, flatten
 from vitzoo_hf.format.schema import ZooError
+from vitzoo_hf.images.prepared import PreparedBlueprint
 from vitzoo_hf.images.sources import ImageSet, load_images
 from vitzoo_hf.images.world_pool import flipped
-from vitzoo_hf.models.architecture import Architecture
 from vitzoo_hf.publish.folder import Rows, write_zoo
 from vitzoo_hf.training.checkpoint import RunFolder
-from vitzoo_hf.training.run import is_finished, run_architecture
+from vitzoo_hf.training.run import architecture_of, is_finished
 
 MAX_PROBES = 20_000
 PROBES_AT_ONCE = 256
@@ -59,22 +59,23 @@ def pack(blueprint: Blueprint, runs: Path, folder: Path, *, dtype: str = "float3
     """
     check_dtype(dtype)
     kept, missing = _runs_to_pack(blueprint, runs)
+    prepared = PreparedBlueprint(blueprint)
     for run in kept:
-        images = load_images(run.images, blueprint.images[run.images])
-        RunFolder(runs / run.run_id).check_images(images.begun_with, record=False)
+        RunFolder(runs / run.run_id).check_images(prepared.images_of(run).begun_with, record=False)
     members = {split: [run for run in kept if run.split == split] for split in schema.SPLITS}
+    image_sets = _image_sets(prepared)
     write_zoo(
         folder,
-        _manifest(blueprint, missing),
+        _manifest(blueprint, image_sets, missing),
         {
             split: Rows(
                 sum(len(run.keep_epochs) for run in part),
-                max((_num_parameters(blueprint, run) for run in part), default=0),
-                _rows(blueprint, part, runs, dtype),
+                max((architecture_of(prepared, run).layout.num_parameters for run in part), default=0),
+                _rows(prepared, part, runs, dtype),
             )
             for split, part in members.items()
         },
-        {role: _probes(blueprint, role) for role in ("selection", "test")},
+        {role: _probes(blueprint, image_sets, role) for role in ("selection", "test")},
         blueprint.text,
         dtype=dtype,
         progress=progress,
@@ -116,22 +117,14 @@ def _runs_to_pack(blueprint: Blueprint, runs: Path) -> tuple[list[Run], dict[str
     return kept, missing
 
 
-def _num_parameters(blueprint: Blueprint, run: Run) -> int:
-    return _architecture(blueprint, run).layout.num_parameters
-
-
-def _architecture(blueprint: Blueprint, run: Run) -> Architecture:
-    images = load_images(run.images, blueprint.images[run.images])
-    return run_architecture(blueprint, run, len(images.class_names))
-
-
-def _rows(blueprint: Blueprint, members: Iterable[Run], runs: Path, dtype: str) -> Iterator[dict[str, Any]]:
+def _rows(prepared: PreparedBlueprint, members: Iterable[Run], runs: Path, dtype: str) -> Iterator[dict[str, Any]]:
+    blueprint = prepared.blueprint
     for run in members:
         place = RunFolder(runs / run.run_id)
-        architecture = _architecture(blueprint, run)
+        architecture = architecture_of(prepared, run)
         args = schema.canonical_json(dict(architecture.args))
-        provenance = _provenance(blueprint, run, place.spec)
-        drawn = _drawn(blueprint, run)
+        provenance = _provenance(prepared, run, place.spec)
+        drawn = _drawn(prepared, run)
         for epoch in run.keep_epochs:
             tensors, results = place.load_epoch(epoch)
             layout = Layout.of(tensors)
@@ -165,11 +158,11 @@ def _on_worlds(blueprint: Blueprint) -> bool:
     return any(run.world is not None for run in blueprint.runs)
 
 
-def _drawn(blueprint: Blueprint, run: Run) -> dict[str, Any]:
+def _drawn(prepared: PreparedBlueprint, run: Run) -> dict[str, Any]:
     """`TRAINED_ON` of a run, but for its steps; nothing in a zoo without worlds."""
-    if not _on_worlds(blueprint):
+    if not _on_worlds(prepared.blueprint):
         return {}
-    pool = load_images(run.images, blueprint.images[run.images]).pool
+    pool = prepared.images_of(run).pool
     if run.world is None or run.learner is None or pool is None:
         return dict.fromkeys(TRAINED_ON)
     record = pool.training_draw(run.world, run.learner, run.recipe.seed).record()
@@ -201,8 +194,8 @@ def finite_weights(vector: Tensor, model_id: str) -> np.ndarray:
     return values
 
 
-def _provenance(blueprint: Blueprint, run: Run, spec: Mapping[str, Any]) -> str:
-    hashes = load_images(run.images, blueprint.images[run.images]).sha256
+def _provenance(prepared: PreparedBlueprint, run: Run, spec: Mapping[str, Any]) -> str:
+    blueprint, hashes = prepared.blueprint, prepared.images_of(run).sha256
     return schema.canonical_json(
         {
             "blueprint": blueprint.name,
@@ -217,19 +210,20 @@ def _provenance(blueprint: Blueprint, run: Run, spec: Mapping[str, Any]) -> str:
     )
 
 
-def _probes(blueprint: Blueprint, role: str) -> list[dict[str, Any]]:
+def _probes(blueprint: Blueprint, image_sets: Iterable[ImageSet], role: str) -> list[dict[str, Any]]:
     """Held-out images of every dataset that has few enough of them to travel with the zoo."""
     rows: list[dict[str, Any]] = []
-    for images in _image_sets(blueprint):
+    for images in image_sets:
         if len(images.splits[role]) <= MAX_PROBES and (role == "test" or not _is_flipped(blueprint, images)):
             rows += list(_probe_rows(images, role))
     return rows
 
 
-def _image_sets(blueprint: Blueprint) -> list[ImageSet]:
+def _image_sets(prepared: PreparedBlueprint) -> list[ImageSet]:
     """Those that runs train on, and `NAME-flipped`, those of worlds with colours of their own in other colours."""
+    blueprint = prepared.blueprint
     used = dict.fromkeys(run.images for run in blueprint.runs)
-    sets = [load_images(name, blueprint.images[name]) for name in used]
+    sets = [prepared.images(name) for name in used]
     for name in used:
         spec = blueprint.images[name]
         if any(set(world.agreements) != {0.5} for world in spec.worlds):
@@ -258,13 +252,13 @@ def _probe_rows(images: ImageSet, role: str) -> Iterator[dict[str, Any]]:
             }
 
 
-def _manifest(blueprint: Blueprint, missing: Mapping[str, str]) -> dict[str, Any]:
+def _manifest(blueprint: Blueprint, image_sets: Iterable[ImageSet], missing: Mapping[str, str]) -> dict[str, Any]:
     return {
         "format": schema.FORMAT_VERSION,
         "name": blueprint.name,
         "blueprint_fingerprint": blueprint.fingerprint,
         "factors": blueprint.factor_types | (TRAINED_ON if _on_worlds(blueprint) else {}),
-        "images": {images.name: images.record for images in _image_sets(blueprint)},
+        "images": {images.name: images.record for images in image_sets},
         "splits": blueprint.splits,
         "missing_runs": dict(missing),
     }
