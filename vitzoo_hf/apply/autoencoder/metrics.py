@@ -21,9 +21,8 @@ from vitzoo_hf.format.layout import Layout, unflatten
 from vitzoo_hf.format.schema import ZooError
 from vitzoo_hf.metrics.agreement import agreement, error_overlap
 from vitzoo_hf.metrics.weight_distances import weight_distances
-from vitzoo_hf.models.batched import BatchedViT, stacked_logits, trainable_vit
-from vitzoo_hf.models.rebuild import architecture_of
-from vitzoo_hf.models.vit import layout_of, skeleton
+from vitzoo_hf.models.architecture import Architecture
+from vitzoo_hf.models.batched import BatchedViT
 
 
 @dataclass(frozen=True)
@@ -31,12 +30,12 @@ class Networks:
     """Networks whose weights are the vectors of one layout.
 
     Attributes:
-        architecture: name, arguments, head and hidden width, as `vit.create` takes them.
+        architecture: architecture of the networks.
         layout: layout of the vectors.
         vit: sizes of the plain ViT.
     """
 
-    architecture: tuple[str, dict[str, Any], str, int | None]
+    architecture: Architecture
     layout: Layout
     vit: BatchedViT
 
@@ -47,20 +46,22 @@ class Networks:
         Raises:
             ZooError: for an architecture other than a plain ViT without dropout.
         """
-        return cls.of(*architecture_of(row))
+        return cls.of(Architecture.of(row))
 
     @classmethod
-    def of(cls, name: str, args: Mapping[str, Any], head: str, hidden: int | None) -> "Networks":
+    def of(cls, architecture: Architecture) -> "Networks":
         """Make the networks of an architecture and head.
 
         Raises:
             ZooError: for an architecture other than a plain ViT without dropout.
         """
-        kind = (name, dict(args), head, hidden)
-        vit = trainable_vit(skeleton(*kind))
+        vit = BatchedViT.trainable(architecture.skeleton)
         if vit is None:
-            raise ZooError(f"a behavioural loss needs plain ViTs without dropout; {name!r} with {kind[1]} is none")
-        return cls(kind, layout_of(*kind), vit)
+            raise ZooError(
+                f"a behavioural loss needs plain ViTs without dropout; {architecture.name!r} with"
+                f" {dict(architecture.args)} is none"
+            )
+        return cls(architecture, architecture.layout, vit)
 
     def patches(self, images: Float[Tensor, "N C H W"]) -> Float[Tensor, "N t c"]:
         """Cut images into the patches of the patch embedding."""
@@ -68,7 +69,7 @@ class Networks:
 
     def logits(self, vectors: Float[Tensor, "P D"], patches: Float[Tensor, "N t c"]) -> Float[Tensor, "P N C"]:
         """Outputs of P networks on the same images, differentiable in the vectors."""
-        return stacked_logits(self.vit, unflatten(vectors, self.layout), patches.expand(len(vectors), -1, -1, -1))
+        return self.vit(unflatten(vectors, self.layout), patches, in_place=False).logits
 
 
 def layer_r2(

@@ -259,7 +259,7 @@ def check_layout(zoo: Zoo, trained: Trained) -> None:
     layout = trained.networks.layout.fingerprint
     if layouts != {layout}:
         raise ZooError(
-            f"this autoencoder takes models of layout {layout} with a {trained.networks.architecture[2]} head; those"
+            f"this autoencoder takes models of layout {layout} with a {trained.networks.architecture.head} head; those"
             f" chosen have {', '.join(sorted(layouts))}: filter, such as by `head`"
         )
 
