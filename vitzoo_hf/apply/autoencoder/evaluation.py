@@ -4,9 +4,8 @@ Good models are the better half of the held-out models by accuracy on selection 
 measured on test images. All held-out and training models are in memory at once.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, TypedDict
+from typing import TypedDict
 
 import torch
 from jaxtyping import Float, Int64
@@ -18,6 +17,7 @@ from vitzoo_hf.apply.autoencoder.tokens import vectors_of
 from vitzoo_hf.apply.autoencoder.trained import Trained, untrained_model
 from vitzoo_hf.apply.candidates import candidate_logits
 from vitzoo_hf.format.messages import did_you_mean
+from vitzoo_hf.format.row import Row
 from vitzoo_hf.format.schema import SPLITS, ZooError
 from vitzoo_hf.zoo import Zoo
 
@@ -105,7 +105,7 @@ class HeldOut:
         best: position of the training model with the best accuracy on selection images.
     """
 
-    row: Mapping[str, Any]
+    row: Row
     model_ids: list[str]
     vectors: Float[Tensor, "P D"]
     training: Float[Tensor, "Q D"]
@@ -146,7 +146,7 @@ class HeldOut:
         accuracies = accuracy(vectors)
         return cls(
             row=rows[0],
-            model_ids=[row["model_id"] for row in rows],
+            model_ids=[row.model_id for row in rows],
             vectors=vectors,
             training=training,
             predictions=logits.argmax(2),

@@ -7,9 +7,8 @@ prototype that is good at the task but is not the model that went in.
 `Networks` computes the outputs of all decoded networks in one forward pass, with gradients to their weights.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Float64, Int64
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from vitzoo_hf.apply.autoencoder.tokens import Tokenizer
 from vitzoo_hf.format.layout import Layout, unflatten
+from vitzoo_hf.format.row import RowLike
 from vitzoo_hf.format.schema import ZooError
 from vitzoo_hf.metrics.agreement import agreement, error_overlap
 from vitzoo_hf.metrics.weight_distances import weight_distances
@@ -40,7 +40,7 @@ class Networks:
     vit: BatchedViT
 
     @classmethod
-    def like(cls, row: Mapping[str, Any]) -> "Networks":
+    def like(cls, row: RowLike) -> "Networks":
         """Make the networks of the architecture and head of a row.
 
         Raises:

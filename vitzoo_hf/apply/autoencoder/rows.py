@@ -25,6 +25,7 @@ from vitzoo_hf.apply.made_zoos import check_folder, derived_row, write_streamed
 from vitzoo_hf.format import schema
 from vitzoo_hf.format.atomic import write_atomically
 from vitzoo_hf.format.messages import did_you_mean
+from vitzoo_hf.format.row import Row
 from vitzoo_hf.format.schema import ZooError
 from vitzoo_hf.format.tables import records
 from vitzoo_hf.publish.folder import Rows
@@ -85,7 +86,7 @@ def encode_rows(
     vectors: list[Tensor] = []
     for batch in _batches(zoo.rows(), trained):
         codes = encoded(trained, vectors_of(batch))
-        names = [row["model_id"] for row in batch]
+        names = [row.model_id for row in batch]
         ids += names
         vectors.append(embedding(codes) if pool == "mean" else embedding_by_layer(codes, trained.tokenizer.lengths))
         if latents:
@@ -179,7 +180,7 @@ def write_reconstructions(
 
 def _reconstructed(
     zoo: Zoo,
-    batch: list[dict[str, Any]],
+    batch: list[Row],
     trained: Trained,
     latents: Mapping[str, Tensor] | None,
     index: pd.DataFrame,
@@ -199,15 +200,17 @@ def _reconstructed(
             "autoencoder": fingerprint,
             "latents": "given" if latents is not None else "encoded",
         }
-        new_row = derived_row(
-            zoo,
-            [light[row["model_id"]]],
-            f"reconstruction--{row['run_id']}",
-            vector,
-            record,
-            is_final=row["is_final"],
-            test_loss=loss,
-            test_accuracy=accuracy,
+        new_row = dict(
+            derived_row(
+                zoo,
+                [light[row["model_id"]]],
+                f"reconstruction--{row['run_id']}",
+                vector,
+                record,
+                is_final=row["is_final"],
+                test_loss=loss,
+                test_accuracy=accuracy,
+            )
         )
         del new_row["split"]
         error = (vector - original).double().square().sum()
@@ -226,7 +229,7 @@ def _reconstructed(
 
 
 def results_on_test_images(
-    zoo: Zoo, weights: Float[Tensor, "P D"], like: Sequence[Mapping[str, Any]], device: str
+    zoo: Zoo, weights: Float[Tensor, "P D"], like: Sequence[Row], device: str
 ) -> tuple[list[float | None], list[float | None]]:
     """Loss and accuracy of networks on the test images of the datasets of rows; None where the zoo has no images.
 
@@ -259,14 +262,14 @@ def check_layout(zoo: Zoo, trained: Trained) -> None:
     layout = trained.networks.layout.fingerprint
     if layouts != {layout}:
         raise ZooError(
-            f"this autoencoder takes models of layout {layout} with a {trained.networks.architecture.head} head; those"
-            f" chosen have {', '.join(sorted(layouts))}: filter, such as by `head`"
+            f"this autoencoder takes models of layout {layout} with a {trained.networks.architecture.head} head;"
+            f" those chosen have {', '.join(sorted(layouts))}: filter, such as by `head`"
         )
 
 
-def _batches(rows: Iterator[dict[str, Any]], trained: Trained) -> Iterator[list[dict[str, Any]]]:
+def _batches(rows: Iterator[Row], trained: Trained) -> Iterator[list[Row]]:
     size = max(1, min(MODELS_AT_ONCE, NUMBERS_AT_ONCE // trained.networks.layout.num_parameters))
-    batch: list[dict[str, Any]] = []
+    batch: list[Row] = []
     for row in rows:
         batch.append(row)
         if len(batch) == size:

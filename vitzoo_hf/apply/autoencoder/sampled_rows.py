@@ -20,6 +20,7 @@ from vitzoo_hf.apply.autoencoder.tokens import vectors_of
 from vitzoo_hf.apply.autoencoder.trained import Trained
 from vitzoo_hf.apply.candidates import candidate_scores
 from vitzoo_hf.apply.made_zoos import check_folder, derived_row, write_derived
+from vitzoo_hf.format.row import Row
 from vitzoo_hf.format.schema import ZooError
 from vitzoo_hf.format.tables import records
 from vitzoo_hf.metrics.weight_distances import weight_distances
@@ -163,10 +164,10 @@ def _prompts(zoo: Zoo, trained: Trained) -> tuple[Zoo, str]:
 
 
 def _nearest(
-    weights: Float[Tensor, "P D"], training: Float[Tensor, "Q D"], rows: list[dict[str, Any]]
+    weights: Float[Tensor, "P D"], training: Float[Tensor, "Q D"], rows: list[Row]
 ) -> dict[str, list[str] | list[float]]:
     near = metrics.nearest(weights, training)
-    names = [rows[place]["model_id"] for place in near.position.tolist()]
+    names = [rows[place].model_id for place in near.position.tolist()]
     return {"nearest": names, "nearest_distance": near.distance.tolist()}
 
 

@@ -11,16 +11,16 @@ The module also stacks the weights of rows and refuses weights that are not fini
 """
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Float64, Int64
 from torch import Tensor
 
 from vitzoo_hf.format.layout import Layout
+from vitzoo_hf.format.row import Row
 from vitzoo_hf.format.schema import ZooError
 
 BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")
@@ -204,7 +204,7 @@ def _cut(rows: Int64[Tensor, "n r"], width: int) -> Int64[Tensor, "m W"]:
     return padded.view(n * pieces, width)
 
 
-def vectors_of(rows: Iterable[Mapping[str, Any]]) -> Float[Tensor, "P D"]:
+def vectors_of(rows: Iterable[Row]) -> Float[Tensor, "P D"]:
     """Stack the weights of rows.
 
     Raises:
@@ -213,8 +213,8 @@ def vectors_of(rows: Iterable[Mapping[str, Any]]) -> Float[Tensor, "P D"]:
     models = list(rows)
     if not models:
         raise ZooError("there is no model among those chosen: loosen the filter")
-    vectors = torch.stack([torch.from_numpy(row["weights"]) for row in models])
-    check_finite(vectors, [row["model_id"] for row in models])
+    vectors = torch.stack([torch.from_numpy(row.weights) for row in models])
+    check_finite(vectors, [row.model_id for row in models])
     return vectors
 
 
