@@ -1,7 +1,7 @@
 """The game of distribution inference: an adversary knows the secrets of shadow models and guesses those of targets.
 
-An attack is a function of shadows, views of the targets, and a seed. It never gets the secrets of targets: only `play`
-compares them with its guesses. Guards refuse a cell in which anything but the secret differs between models.
+An attack is a function of shadows, views of the targets, and a seed. It never gets the secrets of targets: only
+`play` compares them with its guesses. Guards refuse a cell in which anything but the secret differs between models.
 """
 
 import math
@@ -78,7 +78,7 @@ class Views:
 
 
 def label_only(outputs: Float[Tensor, "P Q C"], *, epsilon: float = LABEL_EPSILON) -> Float[Tensor, "P Q C"]:
-    """Log-probabilities of a label-only adversary: `1 - epsilon` for the predicted class, `epsilon` shared by all others.
+    """Log-probabilities of a label-only adversary: `1 - epsilon` for the predicted class, the rest shared.
 
     Example:
         >>> label_only(torch.tensor([[[2.0, 1.0]]])).exp()
