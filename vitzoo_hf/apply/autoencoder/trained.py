@@ -208,12 +208,13 @@ def _read(file: Path) -> tuple[Record, dict[str, dict[str, Tensor]]]:
     try:
         with safe_open(file, framework="pt") as opened:
             metadata = opened.metadata() or {}
-        record = json.loads(metadata.get("record", "{}"))
+        content = json.loads(metadata.get("record", "{}"))
         tensors = load_file(file)
     except (OSError, SafetensorError, ValueError):
         raise ZooError(f"{file} is damaged: delete it, and train again") from None
-    if not isinstance(record, dict) or record.get("kind") != KIND:
+    if not isinstance(content, dict) or content.get("kind") != KIND:
         raise ZooError(f"{file} is no autoencoder of this library, or of an older version: train again")
+    record = Record(**content)
     if "digest" in record and record["digest"] != _digest(tensors):
         raise ZooError(f"{file} is damaged: its tensors are not those that were written; train again")
     parts: dict[str, dict[str, Tensor]] = {name: {} for name in ("model", "optimizer", "scaling")}

@@ -75,7 +75,7 @@ class Report:
     """
 
     table: pd.DataFrame
-    facts: Mapping[str, object]
+    facts: Mapping[str, Any]
     guesses: pd.DataFrame
 
 

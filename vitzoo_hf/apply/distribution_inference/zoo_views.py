@@ -78,7 +78,7 @@ def zoo_queries(zoo: Zoo, column: str, secret: Secret, *, num_queries: int, seed
 def _origins(
     record: Mapping[str, Any], column: str, secret: Secret, count: int
 ) -> tuple[Int64[Tensor, " Q"], Tensor | None]:
-    """Query set of each selection image, -1 for none, and secret of each set; one set and no secret without a world."""
+    """Query set of each selection image, -1 for none, and secret of each set; without a world one set, no secret."""
     worlds, name = record.get("worlds", ()), column.removeprefix("factor_")
     by_world = [secret.encoded(world[name]) if name in world else None for world in worlds]
     distinct = [values for values in dict.fromkeys(by_world) if values is not None]

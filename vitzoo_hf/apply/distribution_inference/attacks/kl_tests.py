@@ -58,14 +58,14 @@ def _by_divergence(shadows: Shadows, targets: Views, *, calibrated: bool) -> Gue
     if not isinstance(shadows.secret, ClassSecret):
         apart = _divergences(views, views, queries).mean(0)
         return Guesses(clamped(shadows, _nearest(apart, between.mean(0), shadows.secrets, calibrated=calibrated)))
-    within = _divergences(views, views, queries) if calibrated else None
+    of_shadows = _divergences(views, views, queries) if calibrated else None
     check_classes(shadows, fewest=2 if calibrated else 1)
 
     def share_of_second(first: Tensor, second: Tensor) -> Tensor:
         share = _share_of_second(between, first, second)
-        if within is None:
+        if of_shadows is None:
             return share
-        return _rounded(share + 0.5 - _threshold_of_shares(*_shares_of_shadows(within, first, second)))
+        return _rounded(share + 0.5 - _threshold_of_shares(*_shares_of_shadows(of_shadows, first, second)))
 
     return guess_by_pairs(shadows, share_of_second, rounded=True)
 
@@ -122,15 +122,15 @@ def _share_of_second(
 
 
 def _shares_of_shadows(
-    within: Float64[Tensor, "O S S"], first: Bool[Tensor, " S"], second: Bool[Tensor, " S"]
+    of_shadows: Float64[Tensor, "O S S"], first: Bool[Tensor, " S"], second: Bool[Tensor, " S"]
 ) -> tuple[Float64[Tensor, " s"], Bool[Tensor, " s"]]:
     """Share of each shadow of two classes by the pairs without it, and whether it is of the second class."""
     members = first | second
-    within, second = within[:, members][:, :, members].clone(), second[members]
+    of_shadows, second = of_shadows[:, members][:, :, members].clone(), second[members]
     pairs_with_itself = torch.where(second, torch.inf, -torch.inf).double()  # which then vote for the first class
-    within.diagonal(dim1=1, dim2=2).copy_(pairs_with_itself)
+    of_shadows.diagonal(dim1=1, dim2=2).copy_(pairs_with_itself)
     counts = torch.where(second, second.sum(), (~second).sum()).double()
-    return _rounded(_share_of_second(within, ~second, second) * counts / (counts - 1)), second
+    return _rounded(_share_of_second(of_shadows, ~second, second) * counts / (counts - 1)), second
 
 
 def _threshold_of_shares(shares: Float64[Tensor, " s"], second: Bool[Tensor, " s"]) -> float:
@@ -144,10 +144,10 @@ def _threshold_of_shares(shares: Float64[Tensor, " s"], second: Bool[Tensor, " s
 
 
 def _nearest(
-    within: Float64[Tensor, "S S"], between: Float64[Tensor, "S T"], secrets: Tensor, *, calibrated: bool
+    of_shadows: Float64[Tensor, "S S"], between: Float64[Tensor, "S T"], secrets: Tensor, *, calibrated: bool
 ) -> Tensor:
     """Mean secret of the nearest shadows, their count selected on shadows; calibrated: on a line fitted to them."""
-    apart = within.clone().fill_diagonal_(torch.inf)
+    apart = of_shadows.clone().fill_diagonal_(torch.inf)
     order = apart.argsort(dim=0, stable=True)
     if len(secrets) < 2:
         raise ZooError("one shadow has no other to be compared with: give at least 2")
