@@ -10,13 +10,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from torch import Tensor
-
 from vitzoo_hf.blueprint.blueprint import Blueprint, Run
 from vitzoo_hf.format import schema
 from vitzoo_hf.format.atomic import read_json
-from vitzoo_hf.format.encoding import check_dtype, rounded
+from vitzoo_hf.format.encoding import check_dtype, check_finite, rounded
 from vitzoo_hf.format.layout import Layout, flatten
 from vitzoo_hf.format.schema import ZooError
 from vitzoo_hf.images.sources import ImageSet, load_images
@@ -135,9 +132,11 @@ def _rows(blueprint: Blueprint, members: Iterable[Run], runs: Path, dtype: str) 
         for epoch in run.keep_epochs:
             tensors, results = place.load_epoch(epoch)
             layout = Layout.of(tensors)
-            vector = rounded(finite_weights(flatten(tensors), schema.model_id(run.run_id, epoch)), dtype)
+            model_id, weights = schema.model_id(run.run_id, epoch), flatten(tensors)
+            check_finite([weights], [model_id])
+            vector = rounded(weights.numpy(), dtype)
             yield {
-                "model_id": schema.model_id(run.run_id, epoch),
+                "model_id": model_id,
                 "run_id": run.run_id,
                 "parent_id": run.parent_id,
                 "stage": run.stage,
@@ -186,19 +185,6 @@ def _made(run: Run, results: Mapping[str, Any]) -> dict[str, Any]:
     if run.world is None:
         return {}
     return {"factor_trained_steps": int(results["steps"]), "factor_trained_epsilon": results.get("epsilon")}
-
-
-def finite_weights(vector: Tensor, model_id: str) -> np.ndarray:
-    """The vector as little-endian float32.
-
-    Raises:
-        ZooError: if a weight is not finite, naming the row.
-    """
-    values = vector.numpy().astype("<f4", copy=False)
-    bad = int(values.size - np.isfinite(values).sum())
-    if bad:
-        raise ZooError(f"{model_id} has {bad} weights that are not finite: train the run again or leave it out")
-    return values
 
 
 def _provenance(blueprint: Blueprint, run: Run, spec: Mapping[str, Any]) -> str:

@@ -6,15 +6,14 @@ them, so an interrupted push is continued by the next one. Then one commit puts 
 
 import itertools
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vitzoo_hf.format import schema
-from vitzoo_hf.format.files import ATTEMPTS
-from vitzoo_hf.format.hub_errors import hub_failure, is_transient, pause
+from vitzoo_hf.format.hub_errors import hub_failure, retried
 from vitzoo_hf.format.hub_http import http_errors, status_code
 from vitzoo_hf.format.messages import REPAIR
 from vitzoo_hf.format.schema import ZooError
@@ -205,7 +204,7 @@ def _client(token: str | None, *, needs_login: bool) -> "huggingface_hub.HfApi":
 
 def _create(api: "huggingface_hub.HfApi", repository: str, *, private: bool) -> _Remote:
     """A new dataset; without `private`, what the organisation has as default."""
-    _patiently(lambda: api.create_repo(repository, private=private or None, repo_type="dataset", exist_ok=True))
+    retried(lambda: api.create_repo(repository, private=private or None, repo_type="dataset", exist_ok=True))
     remote = _read_remote(api, repository)
     _check_remote(repository, remote, private=private)
     return remote
@@ -217,9 +216,9 @@ def _read_remote(api: "huggingface_hub.HfApi", repository: str) -> _Remote:
     from huggingface_hub.hf_api import RepoFile
 
     try:
-        info = _patiently(lambda: api.dataset_info(repository))
-        refs = _patiently(lambda: api.list_repo_refs(repository, repo_type="dataset"))
-        entries = _patiently(
+        info = retried(lambda: api.dataset_info(repository))
+        refs = retried(lambda: api.list_repo_refs(repository, repo_type="dataset"))
+        entries = retried(
             lambda: list(api.list_repo_tree(repository, repo_type="dataset", recursive=True, revision=info.sha))
         )
     except RepositoryNotFoundError:
@@ -296,7 +295,7 @@ def _commit(
             # the answer to an earlier attempt was lost; whether it was ours is checked after the push
             return api.dataset_info(repository).sha
 
-    return _patiently(attempt)
+    return retried(attempt)
 
 
 def _set_tags(
@@ -309,10 +308,10 @@ def _set_tags(
     fixed: str | None,
 ) -> None:
     if held.get(moving) not in (None, commit):
-        _patiently(lambda: _delete_tag(api, repository, moving))
+        retried(lambda: _delete_tag(api, repository, moving))
     for tag in (moving, fixed):
         if tag is not None and held.get(tag) != commit:
-            _patiently(
+            retried(
                 lambda tag=tag: api.create_tag(  # type: ignore[misc]
                     repository, tag=tag, revision=commit, repo_type="dataset", exist_ok=True
                 )
@@ -331,18 +330,6 @@ def _delete_tag(api: "huggingface_hub.HfApi", repository: str, tag: str) -> None
 def _batches(items: list[Any], size: int) -> Iterator[list[Any]]:
     for start in range(0, len(items), size):
         yield items[start : start + size]
-
-
-def _patiently(call: Callable[[], Any]) -> Any:
-    """Repeat a request while the Hub is busy or the connection breaks."""
-    for failures in itertools.count(1):
-        try:
-            return call()
-        except Exception as error:
-            if isinstance(error, ZooError) or not is_transient(error) or failures >= ATTEMPTS:
-                raise
-            pause(failures, error)
-    return None
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from scipy.optimize import linear_sum_assignment
 from sklearn.metrics import adjusted_rand_score
 
 from vitzoo_hf.apply.lineage.trees import renumbered
+from vitzoo_hf.format import schema
 from vitzoo_hf.report.factors import run_of
 
 DRAWS = 400
@@ -55,20 +56,14 @@ def truth_of(index: pd.DataFrame) -> Truth | None:
         return None
     place = {model_id: row for row, model_id in enumerate(index["model_id"])}
     parent = np.array([place.get(model_id, -1) if model_id else -1 for model_id in parents], dtype=np.int64)
-    leader: dict[str, str] = {}
-
-    def find(name: str) -> str:
-        while leader.setdefault(name, name) != name:
-            name = leader[name]
-        return name
-
+    pairs = []
     for model_id, run_id, parent_id in zip(index["model_id"], index["run_id"], parents, strict=True):
-        leader[find(f"run {run_id}")] = find(f"model {model_id}")
+        pairs.append((f"model {model_id}", f"run {run_id}"))
         if parent_id:
-            leader[find(f"model {parent_id}")] = find(f"model {model_id}")
-            leader[find(f"run {run_of(parent_id)}")] = find(f"model {model_id}")
-    groups = np.array([find(f"model {model_id}") for model_id in index["model_id"]])
-    return Truth(renumbered(groups), parent)
+            pairs.append((f"model {model_id}", f"model {parent_id}"))
+            pairs.append((f"model {model_id}", f"run {run_of(parent_id)}"))
+    trees = schema.union_find(pairs)
+    return Truth(renumbered(np.array([trees[f"model {model_id}"] for model_id in index["model_id"]])), parent)
 
 
 def tree_accuracy(found: Int64[np.ndarray, " P"], true: Int64[np.ndarray, " P"]) -> float:
