@@ -15,7 +15,7 @@ import numpy as np
 
 from vitzoo_hf.environment import describe
 from vitzoo_hf.format import schema
-from vitzoo_hf.models.vit import layout_of
+from vitzoo_hf.models.architecture import Architecture
 from vitzoo_hf.publish.folder import Rows, write_zoo
 
 REPOSITORY = Path(__file__).parent.parent
@@ -38,7 +38,7 @@ MICRO = (
 def random_rows(architecture: tuple[Any, ...], count: int, *, dtype: str = "float32") -> Iterator[dict[str, Any]]:
     """Rows of random weights, as large as real ones."""
     name, args, head, hidden = architecture
-    layout = layout_of(*architecture)
+    layout = Architecture(*architecture).layout
     for number in range(count):
         vector = np.random.default_rng(number).standard_normal(layout.num_parameters, np.float32) * np.float32(0.02)
         yield {
@@ -66,7 +66,7 @@ def random_rows(architecture: tuple[Any, ...], count: int, *, dtype: str = "floa
 
 def random_zoo(folder: Path, architecture: tuple[Any, ...], count: int) -> Path:
     """A zoo of random models in `folder`."""
-    largest = layout_of(*architecture).num_parameters
+    largest = Architecture(*architecture).layout.num_parameters
     manifest = {
         "format": schema.FORMAT_VERSION,
         "name": "random",

@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 
 from vitzoo_hf.format import schema
 from vitzoo_hf.format.shards import write_parquet
+from vitzoo_hf.models.architecture import Architecture
 from vitzoo_hf.models.rebuild import weights_of
-from vitzoo_hf.models.vit import layout_of
 from vitzoo_hf.zoo import Zoo
 
 LARGE_ROWS = 8
@@ -46,7 +46,7 @@ def large(folder: Path) -> list[dict]:
     save_file({"weights": torch.from_numpy(models[0]["weights"])}, folder / "one.safetensors")
     del models
     shards = sorted((place / "weights").glob("*.parquet"))
-    target = torch.empty(layout_of(*LARGE).num_parameters)
+    target = torch.empty(Architecture(*LARGE).layout.num_parameters)
     checked = Zoo(place)
     list(checked.stream(batch_size=1, reuse=True))
 

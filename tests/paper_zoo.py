@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from vitzoo_hf.format import schema
-from vitzoo_hf.models.vit import layout_of
+from vitzoo_hf.models.architecture import Architecture
 from vitzoo_hf.publish.folder import Shard, assemble, shard_name
 
 SHARD_ROWS = 5
@@ -30,7 +30,7 @@ def write_light_files(folder: Path) -> None:
     for row in rows:
         share = hashlib.sha256(row["run_id"].encode()).digest()[0] / 256
         parts["train" if share < 0.7 else "validation" if share < 0.85 else "test"].append(row)
-    layouts = {row["layout"]: layout_of(*_architecture(row["stage"], row["head"])) for row in rows}
+    layouts = {row["layout"]: Architecture(*_architecture(row["stage"], row["head"])).layout for row in rows}
     shards = {}
     for split, members in parts.items():
         count = -(-len(members) // SHARD_ROWS)
@@ -80,7 +80,7 @@ def _run(
     run_id: str, parent_id: str | None, stage: str, epochs: int, factors: dict[str, Any]
 ) -> Iterator[dict[str, Any]]:
     name, args, head, hidden = _architecture(stage, factors["head"])
-    layout = layout_of(name, args, head, hidden)
+    layout = Architecture(name, args, head, hidden).layout
     recipe = factors | {"batch_size": 256, "schedule": "constant", "mixup": 0.8, "cutmix": 1.0, "random_erase": 0.25}
     recipe |= {"label_smoothing": 0.1, "weight_decay": 0.0, "momentum": 0.0, "freeze_trunk": False}
     versions = {"timm": "1.0.31", "torch": "2.13.0", "vitzoo_hf": schema.VERSION}

@@ -4,6 +4,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from vitzoo_hf.models import vit
+from vitzoo_hf.models.architecture import Architecture
 from vitzoo_hf.models.batched import BatchedViT
 
 NAME = "vit_tiny_patch16_224"
@@ -103,7 +104,7 @@ def test_other_families_are_not_taken_for_plain_ones(name):
 
 
 def test_a_vit_s_of_the_paper_is_plain():
-    batched = BatchedViT.of(vit.skeleton("vit_small_patch16_224", {"num_classes": 100}, "mlp", 256))
+    batched = Architecture("vit_small_patch16_224", {"num_classes": 100}, "mlp", 256).batched
     assert (batched.tokens, batched.heads, batched.depth, batched.widest) == (197, 6, 12, 197 * 1536)
 
 

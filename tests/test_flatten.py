@@ -148,9 +148,9 @@ def test_nothing_is_a_vector_too():
 
 
 def test_parts_of_a_network():
-    from vitzoo_hf.models.vit import layout_of
+    from vitzoo_hf.models.architecture import Architecture
 
-    layout = layout_of("vit_tiny_patch16_224", {"depth": 2, "num_classes": 10}, "mlp", 8)
+    layout = Architecture("vit_tiny_patch16_224", {"depth": 2, "num_classes": 10}, "mlp", 8).layout
     blocks = layout.parts("block")
     assert list(blocks) == ["embedding", "blocks.0", "blocks.1", "norm", "head"]
     assert blocks["embedding"] == ["cls_token", "pos_embed", "patch_embed.proj.weight", "patch_embed.proj.bias"]

@@ -15,7 +15,7 @@ from vitzoo_hf.apply.lineage.plot import forest_figure, lineage_table, radial_pl
 from vitzoo_hf.apply.lineage.scores import Truth, forest_scores, tree_accuracy, truth_of
 from vitzoo_hf.format import schema
 from vitzoo_hf.format.schema import ZooError
-from vitzoo_hf.models.vit import layout_of
+from vitzoo_hf.models.architecture import Architecture
 from vitzoo_hf.publish import folder as zoo_folder
 from vitzoo_hf.zoo import Zoo
 
@@ -97,7 +97,7 @@ def test_one_model_and_equal_models_have_an_answer(two_trees, tmp_path):
 
 def test_models_of_different_trunks_are_of_different_trees(tmp_path):
     wide = TINY | {"embed_dim": 24}
-    layouts = {"narrow": (TINY, LAYOUT), "wide": (wide, layout_of("vit_tiny_patch16_224", wide, "linear", None))}
+    layouts = {"narrow": (TINY, LAYOUT), "wide": (wide, Architecture("vit_tiny_patch16_224", wide).layout)}
     vectors, _ = family([3])
     rows = []
     for number, name in enumerate(["narrow", "wide", "narrow", "wide", "narrow"]):

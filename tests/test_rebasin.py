@@ -19,8 +19,9 @@ from vitzoo_hf.apply.rebasin.canonical import canonical
 from vitzoo_hf.apply.rebasin.rebasin import finite_weights, matching_images, rebasin, rebasin_zoo
 from vitzoo_hf.apply.rebasin.symmetries import FAMILIES, Symmetry, apply, sizes_of
 from vitzoo_hf.cli.app import run
+from vitzoo_hf.format.row import Row
 from vitzoo_hf.format.schema import ZooError
-from vitzoo_hf.models.rebuild import VerifiedRow, reconstruct
+from vitzoo_hf.models.rebuild import reconstruct
 from vitzoo_hf.zoo import Zoo
 from vitzoo_hf.zoo.verify import verify
 
@@ -215,8 +216,8 @@ def test_rows_that_do_not_fit_are_told_in_one_line(tiny_zoo, tuned, capsys):
 
 def test_weights_that_are_not_finite_name_the_model(tuned):
     one, other = (dict(row) for row in list(tuned.rows())[:2])
-    broken = VerifiedRow(
-        {**other, "weights": np.where(np.arange(len(other["weights"])) == 3, np.nan, other["weights"])}
+    broken = Row(
+        {**other, "weights": np.where(np.arange(len(other["weights"])) == 3, np.nan, other["weights"])}, verified=True
     )
     with pytest.raises(ZooError, match=f"{other['model_id']} has 1 weights that are not finite: name another model"):
         rebasin(one, broken, families=("mlp",))

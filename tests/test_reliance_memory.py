@@ -14,7 +14,7 @@ from PIL import Image
 import side_by_side
 from vitzoo_hf.format import schema
 from vitzoo_hf.apply.distribution_inference.reliance import world_behaviour
-from vitzoo_hf.models.vit import layout_of
+from vitzoo_hf.models.architecture import Architecture
 from vitzoo_hf.zoo import Zoo
 from vitzoo_hf.publish.folder import Rows, write_zoo
 
@@ -35,7 +35,7 @@ for position in range(16):
     image = {"bytes": buffer.getvalue(), "path": None}
     probes.append({"dataset": "none", "position": position, "label": position % 2, "image": image})
 rows = side_by_side.random_rows(large, 20)
-largest = layout_of(*large).num_parameters
+largest = Architecture(*large).layout.num_parameters
 write_zoo(folder, manifest, {"train": Rows(20, largest, rows)}, {"test": probes}, "")
 table = world_behaviour(Zoo(folder), progress=False)
 assert len(table) == 20

@@ -10,7 +10,7 @@ import pytest
 from vitzoo_hf.apply.autoencoder.model import Sizes
 from vitzoo_hf.apply.autoencoder.tokens import Tokenizer
 from vitzoo_hf.blueprint.blueprint import Blueprint
-from vitzoo_hf.models.vit import layout_of
+from vitzoo_hf.models.architecture import Architecture
 
 RESULTS = Path(__file__).parent.parent / "results"
 DESK, AUTOENCODER = RESULTS / "desk", RESULTS / "autoencoder"
@@ -237,7 +237,7 @@ def test_autoencoder_on_other_initial_weights_in_the_readme():
 def test_autoencoder_sizes_in_the_readmes():
     blueprint = Blueprint.load(AUTOENCODER / "independent.yaml")
     args = {**blueprint.architecture_args, "num_classes": 10}
-    layout = layout_of(blueprint.architecture, args, "linear", None)
+    layout = Architecture(blueprint.architecture, args).layout
     tokens, numbers = Tokenizer.of(layout).num_tokens, layout.num_parameters
     usual = Sizes().latent
     assert f"ViTs of {numbers:,} parameters" in TOP

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from vitzoo_hf.blueprint.blueprint import Recipe
 from vitzoo_hf.format.schema import ZooError
 from vitzoo_hf.models import vit
-from vitzoo_hf.models.batched import stacked_logits, stacked_patches, trainable_vit
+from vitzoo_hf.models.batched import BatchedViT
 from vitzoo_hf.training.losses import info_nce, make_erase, make_mix, stacked_cross_entropy, stacked_info_nce
 from vitzoo_hf.training.seeds import GlobalDraws, seeded_globals
 from vitzoo_hf.training.stacked_optimizers import StackedOptimizer
@@ -53,8 +53,8 @@ def test_outputs_and_gradients_are_those_of_the_modules_in_float64(
     args |= {"num_heads": heads, "num_classes": 4}
     models = models_of(args, count, **({"head": "mlp", "head_hidden": 5} if mlp else {}))
     images = torch.randn(count, batch, channels, *size, generator=torch.Generator().manual_seed(1))
-    sizes, tensors = trainable_vit(models[0]), leaves(models)
-    logits = stacked_logits(sizes, tensors, stacked_patches(sizes, images))
+    sizes, tensors = BatchedViT.trainable(models[0]), leaves(models)
+    logits = sizes.logits(tensors, images)
     gradients = torch.autograd.grad(logits.square().mean((1, 2)).sum(), list(tensors.values()))
     for number, model in enumerate(models):
         expected = model.double()(images[number].double())
@@ -73,16 +73,14 @@ def test_outputs_and_gradients_are_those_of_the_modules_in_float64(
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, 1e38])
 def test_models_do_not_mix(bad):
     models = models_of(SMALL, 3)
-    sizes = trainable_vit(models[0])
+    sizes = BatchedViT.trainable(models[0])
     images = torch.randn(3, 4, 1, 8, 8)
     found = []
     for value in (None, bad):
         tensors = leaves(models)
         if value is not None:
             images[1] = value
-        losses = stacked_cross_entropy(
-            stacked_logits(sizes, tensors, stacked_patches(sizes, images)), torch.zeros(3, 4, dtype=torch.int64)
-        )
+        losses = stacked_cross_entropy(sizes.logits(tensors, images), torch.zeros(3, 4, dtype=torch.int64))
         found.append((losses, torch.autograd.grad(losses.sum(), list(tensors.values()))))
     (before, clean), (after, hurt) = found
     assert not torch.equal(before[1], after[1])
@@ -95,9 +93,9 @@ def test_models_do_not_mix(bad):
     "drawing", ["drop_rate", "pos_drop_rate", "proj_drop_rate", "attn_drop_rate", "drop_path_rate", "patch_drop_rate"]
 )
 def test_models_that_draw_while_they_train_are_not_taken(drawing):
-    assert trainable_vit(vit.create(NAME, SMALL)) is not None
-    assert trainable_vit(vit.create(NAME, SMALL | {drawing: 0.1})) is None
-    assert trainable_vit(vit.create(NAME, SMALL | {"qk_norm": True})) is None
+    assert BatchedViT.trainable(vit.create(NAME, SMALL)) is not None
+    assert BatchedViT.trainable(vit.create(NAME, SMALL | {drawing: 0.1})) is None
+    assert BatchedViT.trainable(vit.create(NAME, SMALL | {"qk_norm": True})) is None
 
 
 values = st.floats(0, 0.5)

@@ -11,6 +11,7 @@ from vitzoo_hf import timm_import
 from vitzoo_hf.format.layout import Layout
 from vitzoo_hf.format.schema import ZooError
 from vitzoo_hf.models import vit
+from vitzoo_hf.models.architecture import Architecture
 
 NAME = "vit_tiny_patch16_224"
 ARGS = {
@@ -224,28 +225,28 @@ def test_a_model_without_outputs_is_refused():
 
 def test_a_skeleton_holds_no_memory_and_is_shared():
     before = torch.random.get_rng_state()
-    vit.skeleton(NAME, ARGS | {"depth": 3}, "linear", None)
-    skeleton = vit.skeleton(NAME, ARGS, "linear", None)
+    assert Architecture(NAME, ARGS | {"depth": 3}).skeleton is not None
+    skeleton = Architecture(NAME, ARGS).skeleton
     assert all(tensor.is_meta for tensor in (*skeleton.parameters(), *skeleton.buffers()))
     assert not any(module.training for module in skeleton.modules())
-    assert vit.skeleton(NAME, dict(reversed(ARGS.items())), "linear", None) is skeleton
-    assert vit.skeleton(NAME, ARGS | {"depth": 2}, "linear", None) is not skeleton
+    assert Architecture(NAME, dict(reversed(ARGS.items()))).skeleton is skeleton
+    assert Architecture(NAME, ARGS | {"depth": 2}).skeleton is not skeleton
     assert torch.equal(before, torch.random.get_rng_state())
 
 
 @pytest.mark.parametrize(("head", "hidden"), [("linear", None), ("mlp", 8)])
 def test_the_layout_is_that_of_a_created_model(head, hidden):
     state = vit.create(NAME, ARGS, head=head, head_hidden=hidden).state_dict()
-    assert vit.layout_of(NAME, ARGS, head, hidden) == Layout.of(state)
+    assert Architecture(NAME, ARGS, head, hidden).layout == Layout.of(state)
 
 
 def test_a_filled_model_has_the_tensors_themselves_and_nothing_of_the_skeleton():
     state = vit.create(NAME, ARGS, seed=1).state_dict()
-    model = vit.filled(NAME, ARGS, "linear", None, state)
+    model = Architecture(NAME, ARGS).module(state)
     assert {name: tensor.data_ptr() for name, tensor in model.state_dict().items()} == {
         name: tensor.data_ptr() for name, tensor in state.items()
     }
-    skeleton = vit.skeleton(NAME, ARGS, "linear", None)
+    skeleton = Architecture(NAME, ARGS).skeleton
     assert skeleton.head.weight.is_meta
     shared = {id(module) for module in skeleton.modules()}
     for module in model.modules():
@@ -257,7 +258,7 @@ def test_a_filled_model_has_the_tensors_themselves_and_nothing_of_the_skeleton()
 def test_a_filled_model_is_as_good_as_a_created_one():
     """Training it, hooks on it and deep copies of it leave other models of its architecture alone."""
     whole = vit.create(NAME, ARGS, seed=1)
-    one, other = (vit.filled(NAME, ARGS, "linear", None, whole.state_dict()) for _ in range(2))
+    one, other = (Architecture(NAME, ARGS).module(whole.state_dict()) for _ in range(2))
     assert str(one) == str(whole.eval())
     one.train().blocks[0].register_forward_hook(lambda *arguments: calls.append(1))
     calls = []
@@ -281,7 +282,7 @@ def test_tensors_that_do_not_fit_are_refused():
         (state | {"head.bias": torch.zeros(3)}, r"head\.bias has shape \(3,\), not"),
     ]:
         with pytest.raises(ZooError, match=f"weights do not fit the model: .*{told}"):
-            vit.filled(NAME, ARGS, "linear", None, tensors)
+            Architecture(NAME, ARGS).module(tensors)
 
 
 @pytest.mark.parametrize("width", [0, -1, 99_999_999_999])

@@ -12,14 +12,14 @@ from vitzoo_hf.format.layout import unflatten
 from vitzoo_hf.format.schema import ZooError
 from vitzoo_hf.metrics.weight_distances import part_distances, weight_distances
 from vitzoo_hf.metrics.weight_statistics import matrices_of, weight_quantiles, weight_statistics
-from vitzoo_hf.models.vit import layout_of
+from vitzoo_hf.models.architecture import Architecture
 from vitzoo_hf.publish import folder as zoo_folder
 from vitzoo_hf.zoo import Zoo
 from vitzoo_hf.zoo import weight_columns as column_module
 
 TINY = {"img_size": 8, "patch_size": 4, "in_chans": 1, "embed_dim": 16, "depth": 2, "num_heads": 2, "num_classes": 10}
 ARCHITECTURE = ("vit_tiny_patch16_224", TINY, "linear", None)
-LAYOUT = layout_of(*ARCHITECTURE)
+LAYOUT = Architecture(*ARCHITECTURE).layout
 
 
 def write(folder, vectors, *, binary=True, dtype="float32", parents=None):

@@ -1,13 +1,11 @@
 """Small ViTs with weights that no symmetry leaves alone, and their forward in float64 by timm."""
 
-import json
-
 import torch
 
 from vitzoo_hf.apply.rebasin.symmetries import sizes_of, to_tensors
 from vitzoo_hf.format.layout import unflatten
 from vitzoo_hf.format.schema import canonical_json
-from vitzoo_hf.models.vit import filled, layout_of
+from vitzoo_hf.models.architecture import Architecture
 
 ARGS = {"img_size": 8, "patch_size": 4, "in_chans": 1, "num_classes": 3}
 
@@ -16,7 +14,7 @@ def vit_row(seed, *, width=12, heads=3, depth=2, mlp_ratio=2, head_hidden=None):
     """A row of a random ViT: every tensor is drawn, norms around 1 and all biases among them."""
     args = {**ARGS, "embed_dim": width, "num_heads": heads, "depth": depth, "mlp_ratio": mlp_ratio}
     head = "linear" if head_hidden is None else "mlp"
-    layout = layout_of("vit_tiny_patch16_224", args, head, head_hidden)
+    layout = Architecture("vit_tiny_patch16_224", args, head, head_hidden).layout
     generator = torch.Generator().manual_seed(seed)
     parts = []
     for name, shape in zip(layout.names, layout.shapes, strict=True):
@@ -42,9 +40,8 @@ def tensors_of(row):
 
 def logits_of(row, vector):
     """Logits of timm's own module, in float64, on the same random images."""
-    args = json.loads(row["architecture_args"])
     layout = sizes_of(row)[1]
-    model = filled(row["architecture"], args, row["head"], row["head_hidden"], unflatten(vector.double(), layout))
+    model = Architecture.of(row).module(unflatten(vector.double(), layout))
     images = torch.randn(6, 1, 8, 8, generator=torch.Generator().manual_seed(0)).double()
     with torch.inference_mode():
         return model(images)

@@ -1,17 +1,17 @@
 """Weights that are no row of a zoo, averages and interpolations of rows, and how the networks they make behave."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
+from vitzoo_hf.format.row import Row, RowLike
 from vitzoo_hf.format.schema import ZooError
 from vitzoo_hf.metrics.behavior import accuracy, cross_entropy
+from vitzoo_hf.models.architecture import Architecture
 from vitzoo_hf.models.population import Population
-from vitzoo_hf.models.rebuild import VerifiedRow, architecture_of
-from vitzoo_hf.models.vit import layout_of, skeleton
 
 
 class Scores(NamedTuple):
@@ -21,18 +21,13 @@ class Scores(NamedTuple):
     accuracy: Float64[Tensor, " P"]
 
 
-def _kind(like: Mapping[str, Any]) -> tuple[str, dict[str, Any], str, int | None]:
-    """Architecture and head of a row, which may come without its weights."""
-    return architecture_of({"weights": None, **like})
-
-
-def check_images(like: Mapping[str, Any], images: Tensor, labels: Tensor | None = None) -> None:
+def check_images(like: RowLike, images: Tensor, labels: Tensor | None = None) -> None:
     """Refuse images that networks of a row's architecture do not take, and labels that are not one an image.
 
     Raises:
         ZooError: for other channels, or another number of labels than of images.
     """
-    model: Any = skeleton(*_kind(like))
+    model: Any = Architecture.of(like).skeleton
     channels = model.patch_embed.proj.in_channels
     if images.ndim != 4 or images.shape[1] != channels:
         raise ZooError(
@@ -43,13 +38,13 @@ def check_images(like: Mapping[str, Any], images: Tensor, labels: Tensor | None 
         raise ZooError(f"{len(images)} images have {len(labels)} labels: give one label an image")
 
 
-def check_vectors(like: Mapping[str, Any], *vectors: Tensor) -> None:
+def check_vectors(like: RowLike, *vectors: Tensor) -> None:
     """Refuse vectors that are not weights of a row's architecture and head.
 
     Raises:
         ZooError: for another number of weights.
     """
-    wanted = layout_of(*_kind(like)).num_parameters
+    wanted = Architecture.of(like).layout.num_parameters
     for vector in vectors:
         if vector.shape != (wanted,):
             raise ZooError(
@@ -58,7 +53,7 @@ def check_vectors(like: Mapping[str, Any], *vectors: Tensor) -> None:
             )
 
 
-def candidate_rows(weights: Float[Tensor, "P D"], like: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+def candidate_rows(weights: Float[Tensor, "P D"], like: RowLike) -> Iterator[Row]:
     """Rows, without a hash, of networks of the architecture and head of another row.
 
     Args:
@@ -72,13 +67,13 @@ def candidate_rows(weights: Float[Tensor, "P D"], like: Mapping[str, Any]) -> It
     for position, vector in enumerate(weights):
         if not vector.isfinite().all():
             raise ZooError(f"candidate {position} of {len(weights)} has weights that are not finite")
-        row = VerifiedRow({**kept, "model_id": f"candidate {position}", "dtype": "float32", "weights": vector})
-        yield row
+        columns = {**kept, "model_id": f"candidate {position}", "dtype": "float32", "weights": vector}
+        yield Row(columns, verified=True)
 
 
 def candidate_logits(
     weights: Float[Tensor, "P D"],
-    like: Mapping[str, Any],
+    like: RowLike,
     images: Float[Tensor, "N C H W"],
     *,
     device: str | torch.device = "cpu",
@@ -98,7 +93,7 @@ def candidate_logits(
 
 def candidate_scores(
     weights: Float[Tensor, "P D"],
-    like: Mapping[str, Any],
+    like: RowLike,
     images: Float[Tensor, "N C H W"],
     labels: Int64[Tensor, " N"],
     *,

@@ -14,8 +14,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from vitzoo_hf.format import schema
+from vitzoo_hf.format.row import Row
 from vitzoo_hf.format.schema import ZooError
-from vitzoo_hf.models.rebuild import VerifiedRow
 from vitzoo_hf.publish.folder import Rows, refuse_to_replace, write_zoo
 from vitzoo_hf.zoo import Zoo
 
@@ -103,7 +103,7 @@ def derived_row(
     is_final: bool = True,
     test_loss: float | None = None,
     test_accuracy: float | None = None,
-) -> dict[str, Any]:
+) -> Row:
     """A network as a row with the columns of the zoo that its sources are from, and its split.
 
     Columns that all sources share keep their value: parent, factors. Others are null, as are results on training
@@ -134,10 +134,10 @@ def derived_row(
     row |= {"dtype": "float32", "provenance": schema.canonical_json(record), "weights": vector}
     order = [*schema.row_features(zoo.manifest["factors"])]
     split = max((source["split"] for source in sources), key=schema.SPLITS.index)
-    return VerifiedRow({column: row[column] for column in order} | {"split": split})
+    return Row({column: row[column] for column in order} | {"split": split}, verified=True)
 
 
-def write_derived(zoo: Zoo, rows: Sequence[Mapping[str, Any]], folder: str | Path, kind: str) -> Path:
+def write_derived(zoo: Zoo, rows: Sequence[Row], folder: str | Path, kind: str) -> Path:
     """Write derived rows as a zoo, with the held-out images of the zoo that they come from.
 
     Args:
@@ -177,7 +177,7 @@ def write_streamed(zoo: Zoo, splits: Mapping[str, Rows], datasets: set[str], fol
     return Path(folder)
 
 
-def _stored(row: Mapping[str, Any]) -> dict[str, Any]:
+def _stored(row: Row) -> dict[str, Any]:
     return {name: value for name, value in row.items() if name != "split"}
 
 

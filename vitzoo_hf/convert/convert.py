@@ -24,7 +24,7 @@ from vitzoo_hf.format.encoding import check_dtype, check_finite, rounded
 from vitzoo_hf.format.layout import Layout, flatten
 from vitzoo_hf.format.messages import one_line
 from vitzoo_hf.format.schema import FORMAT_VERSION, ZooError
-from vitzoo_hf.models.vit import layout_of
+from vitzoo_hf.models.architecture import Architecture
 from vitzoo_hf.progress import progress_bar
 from vitzoo_hf.publish.folder import Shard, Storage, assemble, refuse_to_replace, shard_name, swap, write_shard
 from vitzoo_hf.read_ahead import mapped_ahead
@@ -303,7 +303,7 @@ def _row(planned: PlannedRow, job: _Job) -> dict[str, Any]:
     """Load a checkpoint and check it: a row of the zoo."""
     model = planned.load()
     args = schema.canonical_json(model.architecture_args)
-    expected = layout_of(model.architecture, json.loads(args), model.head, model.head_hidden)
+    expected = Architecture(model.architecture, json.loads(args), model.head, model.head_hidden).layout
     layout = Layout.of(model.tensors)
     if layout != expected:
         raise ZooError(f"{planned.source} does not have the tensors of {model.architecture} with a {model.head} head")

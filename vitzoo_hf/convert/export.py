@@ -21,7 +21,8 @@ from vitzoo_hf.format.atomic import write_atomically
 from vitzoo_hf.format.layout import flatten, unflatten
 from vitzoo_hf.format.messages import did_you_mean
 from vitzoo_hf.format.schema import ZooError
-from vitzoo_hf.models.rebuild import architecture_of, checked_vector
+from vitzoo_hf.models.architecture import Architecture
+from vitzoo_hf.models.rebuild import checked_vector
 from vitzoo_hf.progress import progress_bar
 from vitzoo_hf.publish.folder import Rows, write_zoo
 from vitzoo_hf.zoo import Zoo
@@ -53,10 +54,8 @@ def export_row(row: Mapping[str, Any], place: Path, *, format: str = "timm") -> 
         if name != "weights" and value is not None
     }
     if format == "transformers":
-        architecture, args, head, _ = architecture_of(row)
-        write_transformers_folder(
-            place, tensors, architecture=architecture, architecture_args=args, head=head, metadata=metadata
-        )
+        architecture = Architecture.of(row)
+        write_transformers_folder(place, tensors, architecture=architecture, metadata=metadata)
         return
     try:
         place.parent.mkdir(parents=True, exist_ok=True)

@@ -14,7 +14,7 @@ from torch import Tensor
 from vitzoo_hf.convert.rows import LoadedModel
 from vitzoo_hf.format.layout import Layout
 from vitzoo_hf.format.schema import ZooError
-from vitzoo_hf.models.vit import layout_of
+from vitzoo_hf.models.architecture import Architecture
 
 PREFIXES = ("model.", "module.", "_orig_mod.", "vit.")
 HEAD_DIM = 64
@@ -79,7 +79,7 @@ def to_timm(
             f"{name} is no {architecture} as timm makes it ({size}), and its heads cannot be seen from its weights:"
             " give num_heads in --architecture-args"
         )
-    layout = layout_of(architecture, args, head, hidden)
+    layout = Architecture(architecture, args, head, hidden).layout
     _compare(held, layout, architecture, name)
     ordered = {key: held[key].contiguous() for key in layout.names}
     return LoadedModel(ordered, architecture, args, head, hidden, flags)
@@ -215,7 +215,7 @@ def _fitting(
     shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
     for name in ("img_size", "patch_size", "in_chans", "embed_dim", "depth", "mlp_ratio"):
         try:
-            layout = layout_of(architecture, args, head, hidden)
+            layout = Architecture(architecture, args, head, hidden).layout
         except ZooError:
             layout = None
         if layout is not None and dict(zip(layout.names, layout.shapes, strict=True)) == shapes:
@@ -229,8 +229,8 @@ def _is_default(
     architecture: str, args: Mapping[str, Any], name: str, value: Any, head: str, hidden: int | None
 ) -> bool:
     try:
-        plain = layout_of(architecture, args, head, hidden)
-        return plain == layout_of(architecture, {**args, name: value}, head, hidden)
+        plain = Architecture(architecture, args, head, hidden).layout
+        return plain == Architecture(architecture, {**args, name: value}, head, hidden).layout
     except ZooError:
         return False
 
@@ -352,7 +352,5 @@ TO_TRANSFORMERS = (
 
 
 def _heads_of(architecture: str, args: Mapping[str, Any]) -> int:
-    from vitzoo_hf.models.vit import skeleton
-
-    model: Any = skeleton(architecture, args, "linear", None)
+    model: Any = Architecture(architecture, args).skeleton
     return int(model.blocks[0].attn.num_heads)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from vitzoo_hf.convert.names import to_transformers
 from vitzoo_hf.format.schema import ZooError
-from vitzoo_hf.models.vit import skeleton
+from vitzoo_hf.models.architecture import Architecture
 from vitzoo_hf.publish.folder import swap
 
 CONFIG = "config.json"
@@ -41,7 +41,7 @@ def check_known_to_transformers(architecture: str, args: Mapping[str, Any], head
     """
     if head != "linear":
         raise ZooError("transformers has no ViT with an MLP head: choose models with --where head=linear")
-    model: Any = skeleton(architecture, args, head, None)
+    model: Any = Architecture(architecture, args, head).skeleton
     odd = _oddities(model)
     if odd:
         raise ZooError(f"transformers' ViT cannot compute {architecture} with {dict(args)}: it has {odd[0]}")

@@ -15,8 +15,7 @@ from vitzoo_hf.environment import default_workers
 from vitzoo_hf.format.schema import SPLITS, ZooError
 from vitzoo_hf.images.pixels import SmallImages
 from vitzoo_hf.images.sources import ROLES, ImageSet, load_images
-from vitzoo_hf.models.vit import create, layout_of
-from vitzoo_hf.training.run import architecture_args, fitting_args, head_hidden
+from vitzoo_hf.training.run import fitting_architecture, run_architecture
 from vitzoo_hf.training.trainer import Trainer, full_batches
 
 WARMUP_STEPS = 3
@@ -96,8 +95,7 @@ def make_plan(blueprint: Blueprint, *, workers: int | None = None, device: str =
 def _num_parameters(blueprint: Blueprint, run: Run) -> int:
     spec = blueprint.images[run.images]
     classes = spec.classes or (2 if spec.is_world else len(load_images(run.images, spec).class_names))
-    args = architecture_args(blueprint, run, classes)
-    return layout_of(blueprint.architecture, args, run.recipe.head, head_hidden(run.recipe)).num_parameters
+    return run_architecture(blueprint, run, classes).layout.num_parameters
 
 
 def _estimate(
@@ -146,8 +144,7 @@ def _images(name: str, spec: ImagesSpec) -> tuple[ImageSet, int]:
 
 def _seconds_per_image(blueprint: Blueprint, run: Run, images: ImageSet, device: str) -> float:
     """Of training, by a few steps; with smaller batches where those of the recipe would take long."""
-    args = fitting_args(blueprint, run, images)
-    model = create(blueprint.architecture, args, head=run.recipe.head, head_hidden=head_hidden(run.recipe), seed=0)
+    model = fitting_architecture(blueprint, run, images).build(seed=0)
     trainer = Trainer(run.recipe, images, model, run.epochs, device)
     trainer.model.train()
     threads = torch.get_num_threads()

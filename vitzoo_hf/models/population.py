@@ -7,7 +7,7 @@ sizes and device alone, so that the same call gives the same numbers; `Populatio
 """
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,10 +17,11 @@ from torch import Tensor, nn
 
 from vitzoo_hf.format.layout import Layout, unflatten
 from vitzoo_hf.format.messages import did_you_mean
-from vitzoo_hf.format.schema import ZooError, canonical_json
+from vitzoo_hf.format.row import Row, RowLike
+from vitzoo_hf.format.schema import ZooError
+from vitzoo_hf.models.architecture import Architecture
 from vitzoo_hf.models.batched import READOUTS, BatchedViT, Outputs, outputs_of_module
-from vitzoo_hf.models.rebuild import architecture_of, checked_vector, usable_device
-from vitzoo_hf.models.vit import layout_of, skeleton
+from vitzoo_hf.models.rebuild import checked_vector, usable_device
 
 TILE_BYTES = {"cpu": 2**22, "cuda": 2**26}
 """Of the widest activation in a tile: what the processor's cache holds beside weights and other activations."""
@@ -104,7 +105,7 @@ class Population:
     @classmethod
     def from_rows(
         cls,
-        rows: Iterable[Mapping[str, Any]],
+        rows: Iterable[RowLike],
         device: str | torch.device = "cpu",
         *,
         precision: str = "float32",
@@ -128,21 +129,17 @@ class Population:
             raise ZooError(f"unknown precision {precision!r}: {did_you_mean(precision, PRECISIONS)}")
         place = usable_device(device)
         model_ids: list[str] = []
-        members: dict[str, list[tuple[int, Tensor]]] = {}
-        kinds: dict[str, tuple[str, dict[str, Any], str, int | None]] = {}
-        for position, row in enumerate(rows):
-            vector, layout = checked_vector(row)
-            kind = architecture_of(row)
-            key = f"{layout.fingerprint} {canonical_json(kind)}"
-            kinds[key] = kind
-            members.setdefault(key, []).append((position, vector))
+        members: dict[Architecture, list[tuple[int, Tensor]]] = {}
+        for position, row in enumerate(map(Row.of, rows)):
+            vector, _ = checked_vector(row)
+            members.setdefault(Architecture.of(row), []).append((position, vector))
             model_ids.append(row.get("model_id", str(position)))
         if not model_ids:
             raise ZooError("a population needs at least one row; the filter or dataset gave none")
         total = sum(vector.numel() for entries in members.values() for _, vector in entries)
         stays = total * 4 > SHARE_OF_MEMORY * _free_memory(place)
         home = torch.device("cpu") if stays else place
-        groups = [_group(kinds[key], entries, home, compiled, place) for key, entries in members.items()]
+        groups = [_group(architecture, entries, home, compiled, place) for architecture, entries in members.items()]
         return cls(model_ids, groups, place, precision)
 
     def __len__(self) -> int:
@@ -312,24 +309,22 @@ class Population:
 
 
 def _group(
-    kind: tuple[str, dict[str, Any], str, int | None],
+    architecture: Architecture,
     entries: list[tuple[int, Tensor]],
     home: torch.device,
     compiled: bool,
     place: torch.device,
 ) -> Group:
     vectors = [vector.to(home) for _, vector in entries]
-    layout = layout_of(*kind)
-    model = skeleton(*kind)
-    batched = BatchedViT.of(model)
+    layout, batched = architecture.layout, architecture.batched
     return Group(
         positions=[position for position, _ in entries],
         layout=layout,
         vectors=torch.stack(vectors) if layout.num_parameters <= STACKED_PARAMETERS else vectors,
-        model=model,
+        model=architecture.skeleton,
         batched=batched,
         forward=_compiled(batched, place) if compiled and batched is not None else batched,
-        num_outputs=int(kind[1]["num_classes"]),
+        num_outputs=architecture.num_outputs,
     )
 
 

@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from vitzoo_hf.format.layout import Layout
 from vitzoo_hf.format.messages import did_you_mean
-from vitzoo_hf.format.schema import HEADS, ZooError, canonical_json
+from vitzoo_hf.format.schema import HEADS, ZooError
 from vitzoo_hf.timm_import import import_timm
 
 INITS = ("timm", "kaiming")
@@ -129,23 +129,12 @@ def _check_head(head: str, head_hidden: int | None) -> None:
         raise ZooError(f"head_hidden is {head_hidden}; expected 1 to {WIDEST_HEAD:,}")
 
 
-def skeleton(architecture: str, args: Mapping[str, Any], head: str, head_hidden: int | None) -> nn.Module:
-    """A module of this architecture in eval mode, shared by every caller: use it through `functional_call` only.
-
-    It is built once an architecture, on the meta device: it holds no weights of its own.
-    """
-    return _skeleton(architecture, canonical_json(dict(args)), head, head_hidden)[0]
-
-
-def filled(
-    architecture: str, args: Mapping[str, Any], head: str, head_hidden: int | None, tensors: Mapping[str, Tensor]
-) -> nn.Module:
-    """A module of one's own in eval mode, whose parameters are these tensors themselves.
+def module_with(skeleton: nn.Module, layout: Layout, tensors: Mapping[str, Tensor]) -> nn.Module:
+    """A copy of a skeleton in eval mode, whose parameters are these tensors themselves.
 
     Raises:
-        ZooError: if names or shapes differ from the architecture's.
+        ZooError: if names or shapes differ from the layout's.
     """
-    layout = layout_of(architecture, args, head, head_hidden)
     wrong = [f"{name} is missing" for name in layout.names if name not in tensors]
     wrong += [f"{name} is unknown" for name in tensors.keys() - set(layout.names)]
     wrong += [
@@ -155,7 +144,7 @@ def filled(
     ]
     if wrong:
         raise ZooError(f"weights do not fit the model: {wrong[0]}; {len(wrong)} tensors differ in all")
-    return _twin(skeleton(architecture, args, head, head_hidden), "", tensors, {})
+    return _twin(skeleton, "", tensors, {})
 
 
 def _twin(module: nn.Module, prefix: str, tensors: Mapping[str, Tensor], made: dict[int, nn.Module]) -> nn.Module:
@@ -191,13 +180,14 @@ class _WithoutValues(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def layout_of(architecture: str, args: Mapping[str, Any], head: str, head_hidden: int | None) -> Layout:
-    """The layout of this architecture's flat vector."""
-    return _skeleton(architecture, canonical_json(dict(args)), head, head_hidden)[1]
-
-
 @lru_cache(maxsize=16)
-def _skeleton(architecture: str, args_json: str, head: str, head_hidden: int | None) -> tuple[nn.Module, Layout]:
+def skeleton_and_layout(
+    architecture: str, args_json: str, head: str, head_hidden: int | None
+) -> tuple[nn.Module, Layout]:
+    """A module of this architecture in eval mode and the layout of its flat weights, shared by every caller.
+
+    It is built once an architecture, on the meta device: it holds no weights of its own.
+    """
     with torch.device("meta"), _WithoutValues():
         model = create(architecture, json.loads(args_json), head=head, head_hidden=head_hidden).eval()
     unsaved = {name for name, _ in model.named_buffers()} - set(model.state_dict())

@@ -19,8 +19,7 @@ from vitzoo_hf.format.encoding import ITEM_BYTES, encoding_of
 from vitzoo_hf.format.layout import Layout
 from vitzoo_hf.format.schema import ZooError
 from vitzoo_hf.format.shards import ROW_GROUP_BYTES, write_parquet
-from vitzoo_hf.models.rebuild import architecture_of
-from vitzoo_hf.models.vit import layout_of
+from vitzoo_hf.models.architecture import Architecture
 from vitzoo_hf.progress import progress_bar
 from vitzoo_hf.publish.card import card_text
 
@@ -227,7 +226,7 @@ def _remember(
     """Pass groups on, keeping their light columns and noting their layouts."""
     for group in groups:
         for row in group:
-            layouts.setdefault(row["layout"], layout_of(*architecture_of(row)))
+            layouts.setdefault(row["layout"], Architecture.of(row).layout)
             light.append({name: value for name, value in row.items() if name != "weights"})
         yield group
 

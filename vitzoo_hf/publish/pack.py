@@ -18,10 +18,10 @@ from vitzoo_hf.format.layout import Layout, flatten
 from vitzoo_hf.format.schema import ZooError
 from vitzoo_hf.images.sources import ImageSet, load_images
 from vitzoo_hf.images.world_pool import flipped
-from vitzoo_hf.models.vit import layout_of
+from vitzoo_hf.models.architecture import Architecture
 from vitzoo_hf.publish.folder import Rows, write_zoo
 from vitzoo_hf.training.checkpoint import RunFolder
-from vitzoo_hf.training.run import architecture_args, head_hidden, is_finished
+from vitzoo_hf.training.run import is_finished, run_architecture
 
 MAX_PROBES = 20_000
 PROBES_AT_ONCE = 256
@@ -114,19 +114,19 @@ def _runs_to_pack(blueprint: Blueprint, runs: Path) -> tuple[list[Run], dict[str
 
 
 def _num_parameters(blueprint: Blueprint, run: Run) -> int:
-    args, recipe = _architecture_args(blueprint, run), run.recipe
-    return layout_of(blueprint.architecture, args, recipe.head, head_hidden(recipe)).num_parameters
+    return _architecture(blueprint, run).layout.num_parameters
 
 
-def _architecture_args(blueprint: Blueprint, run: Run) -> dict[str, Any]:
+def _architecture(blueprint: Blueprint, run: Run) -> Architecture:
     images = load_images(run.images, blueprint.images[run.images])
-    return architecture_args(blueprint, run, len(images.class_names))
+    return run_architecture(blueprint, run, len(images.class_names))
 
 
 def _rows(blueprint: Blueprint, members: Iterable[Run], runs: Path, dtype: str) -> Iterator[dict[str, Any]]:
     for run in members:
         place = RunFolder(runs / run.run_id)
-        args = schema.canonical_json(_architecture_args(blueprint, run))
+        architecture = _architecture(blueprint, run)
+        args = schema.canonical_json(dict(architecture.args))
         provenance = _provenance(blueprint, run, place.spec)
         drawn = _drawn(blueprint, run)
         for epoch in run.keep_epochs:
@@ -145,8 +145,8 @@ def _rows(blueprint: Blueprint, members: Iterable[Run], runs: Path, dtype: str) 
                 "dataset": run.images,
                 "architecture": blueprint.architecture,
                 "architecture_args": args,
-                "head": run.recipe.head,
-                "head_hidden": head_hidden(run.recipe),
+                "head": architecture.head,
+                "head_hidden": architecture.head_hidden,
                 **{f"factor_{name}": run.factors[name] for name in blueprint.factor_types},
                 **{f"factor_{name}": value for name, value in drawn.items()},
                 **_made(run, results),

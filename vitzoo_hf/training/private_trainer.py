@@ -17,7 +17,6 @@ from vitzoo_hf.blueprint.blueprint import Run
 from vitzoo_hf.format.layout import unflatten
 from vitzoo_hf.format.schema import ZooError
 from vitzoo_hf.images.sources import ImageSet
-from vitzoo_hf.models.batched import stacked_logits, stacked_patches
 from vitzoo_hf.training.seeds import derive_seed
 from vitzoo_hf.training.stacked_trainer import Draws
 from vitzoo_hf.training.trainer import learning_rate_share
@@ -102,7 +101,7 @@ class PrivateTrainer(WorldTrainer):
         inputs, labels = self._fed(batch, draws)
         tensors = unflatten(self.weights.detach().expand(batch.shape[1], -1).clone(), self.layout)
         changing = [tensors[name].requires_grad_() for name in self.trained.names]
-        logits = stacked_logits(self.vit, tensors, stacked_patches(self.vit, inputs[0][:, None]))[:, 0]
+        logits = self.vit.logits(tensors, inputs[0][:, None])[:, 0]
         losses = cross_entropy(logits, self._softened(labels)[0], reduction="none")
         gradients = torch.autograd.grad(losses.sum(), changing)
         return torch.cat([gradient.flatten(1) for gradient in gradients], 1), losses.detach()

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from vitzoo_hf.blueprint.blueprint import Blueprint, Recipe, Run
+from vitzoo_hf.blueprint.blueprint import Blueprint, Run
 from vitzoo_hf.format.layout import is_head
 from vitzoo_hf.format.schema import VERSION, ZooError, fingerprint
 from vitzoo_hf.images.sources import ImageSet, load_images
-from vitzoo_hf.models.vit import create
+from vitzoo_hf.models.architecture import Architecture
 from vitzoo_hf.timm_import import import_timm
 from vitzoo_hf.training.checkpoint import RunFolder
 from vitzoo_hf.training.seeds import derive_seed
@@ -138,47 +138,40 @@ def run_spec(blueprint: Blueprint, run: Run) -> dict[str, Any]:
     return {"fingerprint": fingerprint(decides), **decides, "recipe": asdict(run.recipe), "versions": versions}
 
 
-def architecture_args(blueprint: Blueprint, run: Run, num_classes: int) -> dict[str, Any]:
-    """Arguments of `timm.create_model` for a run: a contrastive head projects, the others classify."""
-    outputs = run.recipe.projection_dim if run.recipe.regime == "contrastive" else num_classes
-    return blueprint.architecture_args | {"num_classes": outputs}
+def run_architecture(blueprint: Blueprint, run: Run, num_classes: int) -> Architecture:
+    """The architecture of a run: a contrastive head projects, the others classify."""
+    recipe = run.recipe
+    outputs = recipe.projection_dim if recipe.regime == "contrastive" else num_classes
+    args = blueprint.architecture_args | {"num_classes": outputs}
+    return Architecture(
+        blueprint.architecture, args, recipe.head, recipe.head_hidden if recipe.head == "mlp" else None
+    )
 
 
-def head_hidden(recipe: Recipe) -> int | None:
-    """Width of the hidden layer of an MLP head; None for a linear head."""
-    return recipe.head_hidden if recipe.head == "mlp" else None
-
-
-def fitting_args(blueprint: Blueprint, run: Run, images: ImageSet) -> dict[str, Any]:
-    """`architecture_args`, once it is sure that the model takes these images.
+def fitting_architecture(blueprint: Blueprint, run: Run, images: ImageSet) -> Architecture:
+    """`run_architecture`, once it is sure that the model takes these images.
 
     Raises:
         ZooError: if channels or size differ.
     """
-    args = architecture_args(blueprint, run, len(images.class_names))
-    channels, size = args.get("in_chans", 3), args.get("img_size", images.spec.size)
+    architecture = run_architecture(blueprint, run, len(images.class_names))
+    channels = architecture.args.get("in_chans", 3)
+    size = architecture.args.get("img_size", images.spec.size)
     height, width = size if isinstance(size, list) else (size, size)
     if (channels, height, width) != (images.pixels.channels, images.spec.size, images.spec.size):
         raise ZooError(
             f"{blueprint.architecture} takes {channels} channels of {height}×{width}, images {run.images!r} have"
             f" {images.pixels.channels} of {images.spec.size}×{images.spec.size}: set size and channels of the images"
         )
-    return args
+    return architecture
 
 
 def initial_model(blueprint: Blueprint, run: Run, images: ImageSet, folder: Path) -> nn.Module:
     """The model at epoch 0: seeded, with its parent's trunk if it has a parent."""
-    args = fitting_args(blueprint, run, images)
-    recipe = run.recipe
+    architecture = fitting_architecture(blueprint, run, images)
     alike = run.learner is not None and run.learner.shared_init
-    model = create(
-        blueprint.architecture,
-        args,
-        head=recipe.head,
-        head_hidden=head_hidden(recipe),
-        init=recipe.init,
-        seed=derive_seed(0 if alike else recipe.seed, "init"),
-    )
+    seed = derive_seed(0 if alike else run.recipe.seed, "init")
+    model = architecture.build(init=run.recipe.init, seed=seed)
     if run.parent_id and run.parent_run:
         parent = RunFolder(folder / run.parent_run)
         tensors, _ = parent.load_epoch(int(run.parent_id.rpartition("@")[2]))

@@ -23,8 +23,8 @@ from vitzoo_hf.format.layout import Layout
 from vitzoo_hf.format.schema import ZooError
 from vitzoo_hf.images.pixels import PreparedImages
 from vitzoo_hf.images.sources import ImageSet, load_images
-from vitzoo_hf.models.batched import trainable_vit
-from vitzoo_hf.models.vit import skeleton
+from vitzoo_hf.models.architecture import Architecture
+from vitzoo_hf.models.batched import BatchedViT
 from vitzoo_hf.training.checkpoint import RunFolder
 from vitzoo_hf.training.private_trainer import PrivateTrainer
 from vitzoo_hf.training.run import RESUME_SECONDS, holds_all, initial_model, opened, train_run
@@ -76,7 +76,9 @@ def groups(runs: Sequence[Run], most: int) -> list[tuple[Run, ...]]:
 
 def stackable(blueprint: Blueprint) -> bool:
     """Whether models of this blueprint train together: plain ViTs that draw nothing themselves while they train."""
-    return trainable_vit(skeleton(blueprint.architecture, blueprint.architecture_args, "linear", None)) is not None
+    return (
+        BatchedViT.trainable(Architecture(blueprint.architecture, blueprint.architecture_args).skeleton) is not None
+    )
 
 
 def is_plain_recipe(recipe: Recipe) -> bool:
@@ -90,8 +92,8 @@ def memory_of(blueprint: Blueprint, run: Run) -> int:
     A weight takes seven numbers: itself, its gradient twice, two that AdamW remembers, two in between. An image takes
     what autograd keeps of every block, about 12 times the width and 3 times the hidden width a token, twice.
     """
-    model = skeleton(blueprint.architecture, blueprint.architecture_args, "linear", None)
-    vit = trainable_vit(model)
+    model = Architecture(blueprint.architecture, blueprint.architecture_args).skeleton
+    vit = BatchedViT.trainable(model)
     assert vit is not None
     layout = Layout.of(model.state_dict())
     width = layout.shapes[layout.names.index("norm.bias")][0]

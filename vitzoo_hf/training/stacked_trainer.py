@@ -18,7 +18,7 @@ from vitzoo_hf.format.schema import ZooError
 from vitzoo_hf.images.augment import augment
 from vitzoo_hf.images.preparation import standardize
 from vitzoo_hf.images.sources import ImageSet
-from vitzoo_hf.models.batched import stacked_logits, stacked_patches, trainable_vit
+from vitzoo_hf.models.batched import BatchedViT
 from vitzoo_hf.training.losses import make_erase, make_mix, stacked_cross_entropy, stacked_info_nce
 from vitzoo_hf.training.seeds import GlobalDraws, derive_seed
 from vitzoo_hf.training.stacked_optimizers import StackedOptimizer
@@ -56,7 +56,7 @@ class StackedTrainer:
     def __init__(
         self, recipes: Sequence[Recipe], images: ImageSet, models: Sequence[nn.Module], epochs: int, device: str
     ) -> None:
-        vit = trainable_vit(models[0])
+        vit = BatchedViT.trainable(models[0])
         if vit is None:
             raise ZooError("only plain ViTs without dropout train together: train these models one by one")
         self.vit, self.images, self.epochs, self.device = vit, images, epochs, device
@@ -165,7 +165,7 @@ class StackedTrainer:
         return standardize(view, spec.mean, spec.std)
 
     def _losses(self, inputs: Tensor, targets: Tensor | None, tensors: dict[str, Tensor]) -> Float[Tensor, " G"]:
-        outputs = stacked_logits(self.vit, tensors, stacked_patches(self.vit, inputs))
+        outputs = self.vit.logits(tensors, inputs)
         if targets is None:
             return stacked_info_nce(outputs, self.recipe.temperature)
         return stacked_cross_entropy(outputs, targets)

@@ -19,7 +19,6 @@ from vitzoo_hf.images.augment import augment
 from vitzoo_hf.images.preparation import standardize
 from vitzoo_hf.images.sources import ImageSet
 from vitzoo_hf.images.world_pool import Draw, WorldPool, coloured, colourless
-from vitzoo_hf.models.batched import stacked_logits, stacked_patches
 from vitzoo_hf.training.seeds import derive_seed
 from vitzoo_hf.training.stacked_trainer import Draws, StackedTrainer
 from vitzoo_hf.training.trainer import EVALUATION_BATCH
@@ -99,7 +98,7 @@ class WorldTrainer(StackedTrainer):
         inputs, labels = self._fed(batch, draws)
         tensors = unflatten(self.weights, self.layout)
         changing = [tensors[name].requires_grad_() for name in self.trained.names]
-        logits = stacked_logits(self.vit, tensors, stacked_patches(self.vit, inputs))
+        logits = self.vit.logits(tensors, inputs)
         targets = self._softened(labels)
         losses = cross_entropy(logits.flatten(0, 1), targets.flatten(0, 1), reduction="none").view(labels.shape)
         ended = self.stopped > 0
@@ -177,7 +176,7 @@ class WorldTrainer(StackedTrainer):
         for entries in torch.arange(min(MEASURED_IMAGES, max(self.counts))).split(EVALUATION_BATCH):
             each = slice(int(entries[0]), int(entries[-1]) + 1)
             images = self._standardized(self._images(self.places[:, each], self.colours[:, each]))
-            logits = stacked_logits(self.vit, tensors, stacked_patches(self.vit, images)).double()
+            logits = self.vit.logits(tensors, images).double()
             labels = self.own_labels[:, each]
             losses.append(cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view(labels.shape))
             right.append((logits.argmax(2) == labels).double())

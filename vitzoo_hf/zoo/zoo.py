@@ -7,7 +7,7 @@ are needed: small ones through the Hub's cache, of large ones only the rows that
 
 import copy
 from collections.abc import Iterator, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,11 +20,12 @@ from torch import Tensor, nn
 from vitzoo_hf.format import schema
 from vitzoo_hf.format.manifest import check_sizes, open_files, read_layouts, read_manifest, read_shards
 from vitzoo_hf.format.messages import REPAIR, did_you_mean
+from vitzoo_hf.format.row import Row
 from vitzoo_hf.format.schema import ZooError
 from vitzoo_hf.format.tables import LightTables, check_classes, features_of, matches, with_class_names
 from vitzoo_hf.format.weight_reader import RowTable, WeightReader
 from vitzoo_hf.images.preparation import normalize
-from vitzoo_hf.models.rebuild import VerifiedRow, reconstruct
+from vitzoo_hf.models.rebuild import reconstruct
 from vitzoo_hf.zoo.stream import RowSource, Stream, light_columns
 from vitzoo_hf.zoo.weight_columns import BLOCK_BYTES, WeightColumns
 
@@ -166,22 +167,21 @@ class Zoo:
             mask &= matches(table[column], column, condition)
         return self._at(self._positions[mask[self._positions]])
 
-    def rows(self, *, verify: bool = True) -> Iterator[dict[str, Any]]:
-        """Every row with its weights, a float32 array `[D]` of one's own; class columns as names.
+    def rows(self, *, verify: bool = True) -> Iterator[Row]:
+        """Every row, read-only; its weights, float32 `[D]`, are read when they are first asked for.
 
         Args:
             verify: compare every row with its hash when it is first read.
 
         Raises:
-            ZooError: naming the first damaged row.
+            ZooError: naming the damaged row, when its weights are asked for.
         """
         for position in self._positions.tolist():
             self._check_layout(position)
-            weights = self._reader.read(position, verify=verify)
-            row = {name: values[position] for name, values in self._records.items()} | {"weights": weights}
-            yield VerifiedRow(row) if verify else row
+            columns = {name: values[position] for name, values in self._records.items()}
+            yield Row(columns, partial(self._reader.read, position, verify=verify), verified=verify)
 
-    def row(self, model_id: str) -> dict[str, Any]:
+    def row(self, model_id: str) -> Row:
         """One row with its weights.
 
         Raises:

@@ -20,9 +20,8 @@ from vitzoo_hf.apply.autoencoder.tokens import Tokenizer
 from vitzoo_hf.format.layout import Layout, unflatten
 from vitzoo_hf.format.schema import ZooError
 from vitzoo_hf.metrics.weight_distances import weight_distances
-from vitzoo_hf.models.batched import BatchedViT, stacked_logits, trainable_vit
-from vitzoo_hf.models.rebuild import architecture_of
-from vitzoo_hf.models.vit import layout_of, skeleton
+from vitzoo_hf.models.architecture import Architecture
+from vitzoo_hf.models.batched import BatchedViT
 
 
 @dataclass(frozen=True)
@@ -30,12 +29,12 @@ class Networks:
     """The networks that vectors of one layout make.
 
     Attributes:
-        architecture: name, arguments, head and hidden width, as `vit.create` takes them.
+        architecture: of the networks.
         layout: of the vectors.
         vit: sizes of the plain ViT.
     """
 
-    architecture: tuple[str, dict[str, Any], str, int | None]
+    architecture: Architecture
     layout: Layout
     vit: BatchedViT
 
@@ -46,20 +45,22 @@ class Networks:
         Raises:
             ZooError: for an architecture other than a plain ViT without dropout.
         """
-        return cls.of(*architecture_of(row))
+        return cls.of(Architecture.of(row))
 
     @classmethod
-    def of(cls, name: str, args: Mapping[str, Any], head: str, hidden: int | None) -> "Networks":
+    def of(cls, architecture: Architecture) -> "Networks":
         """Those of an architecture and head.
 
         Raises:
             ZooError: as `like`.
         """
-        kind = (name, dict(args), head, hidden)
-        vit = trainable_vit(skeleton(*kind))
+        vit = BatchedViT.trainable(architecture.skeleton)
         if vit is None:
-            raise ZooError(f"a behavioural loss needs plain ViTs without dropout; {name!r} with {kind[1]} is none")
-        return cls(kind, layout_of(*kind), vit)
+            raise ZooError(
+                f"a behavioural loss needs plain ViTs without dropout; {architecture.name!r} with"
+                f" {dict(architecture.args)} is none"
+            )
+        return cls(architecture, architecture.layout, vit)
 
     def patches(self, images: Float[Tensor, "n C H W"]) -> Float[Tensor, "n t c"]:
         """Images cut as the patch embedding takes them."""
@@ -67,7 +68,7 @@ class Networks:
 
     def logits(self, vectors: Float[Tensor, "M D"], patches: Float[Tensor, "n t c"]) -> Float[Tensor, "M n K"]:
         """Outputs of M networks on the same images, differentiable in the vectors."""
-        return stacked_logits(self.vit, unflatten(vectors, self.layout), patches.expand(len(vectors), -1, -1, -1))
+        return self.vit(unflatten(vectors, self.layout), patches, in_place=False).logits
 
 
 def layer_r2(

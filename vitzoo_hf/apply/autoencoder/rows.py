@@ -236,7 +236,7 @@ def check_layout(zoo: Zoo, trained: Trained) -> None:
     own = trained.networks.layout.fingerprint
     if layouts != {own}:
         raise ZooError(
-            f"this autoencoder takes models of layout {own} with a {trained.networks.architecture[2]} head; those"
+            f"this autoencoder takes models of layout {own} with a {trained.networks.architecture.head} head; those"
             f" chosen have {', '.join(sorted(layouts))}: filter, such as by `head`"
         )
 

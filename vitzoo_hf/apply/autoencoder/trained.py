@@ -25,6 +25,7 @@ from vitzoo_hf.apply.autoencoder.tokens import Tokenizer
 from vitzoo_hf.format import schema
 from vitzoo_hf.format.atomic import write_atomically
 from vitzoo_hf.format.schema import ZooError
+from vitzoo_hf.models.architecture import Architecture
 from vitzoo_hf.models.rebuild import usable_device
 
 FILE = "autoencoder.safetensors"
@@ -100,7 +101,7 @@ def load_autoencoder(folder: str | Path, *, device: str = "cpu") -> Trained:
     record, tensors = _read(file)
     try:
         recipe = _recipe(record["recipe"])
-        networks = Networks.of(*record["architecture"])
+        networks = Networks.of(Architecture(*record["architecture"]))
         tokenizer = Tokenizer.of(networks.layout, width=recipe.token_width or None, dense=recipe.dense)
         with torch.device("meta"):
             model = WeightAutoencoder(tokenizer, recipe.sizes)
@@ -127,11 +128,12 @@ def save(file: Path, trained: Trained, optimizer: torch.optim.Optimizer, stream:
         tensors["scaling.components"] = trained.components
     held = optimizer.state_dict()["state"]
     tensors |= {f"optimizer.{n}.{key}": value for n, entry in held.items() for key, value in entry.items()}
+    networks = trained.networks.architecture
     record = {
         "kind": KIND,
         "recipe": asdict(trained.recipe),
         "fingerprint": trained.recipe.fingerprint,
-        "architecture": list(trained.networks.architecture),
+        "architecture": [networks.name, dict(networks.args), networks.head, networks.head_hidden],
         "layout": trained.networks.layout.fingerprint,
         "step": trained.step,
         "scales": trained.loss.scales,

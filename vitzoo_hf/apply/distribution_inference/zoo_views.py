@@ -31,8 +31,8 @@ from vitzoo_hf.format.layout import Layout, is_head
 from vitzoo_hf.format.schema import ZooError
 from vitzoo_hf.format.tables import records
 from vitzoo_hf.images.world_pool import probe_origins
-from vitzoo_hf.models.rebuild import architecture_of
-from vitzoo_hf.models.vit import is_plain, skeleton
+from vitzoo_hf.models.architecture import Architecture
+from vitzoo_hf.models.vit import is_plain
 from vitzoo_hf.progress import progress_bar
 from vitzoo_hf.zoo import Zoo
 
@@ -277,7 +277,7 @@ def _batches(zoo: Zoo, group: Group, layout: Layout) -> Iterator[Float[Tensor, "
 
 def _heads(zoo: Zoo) -> int:
     row: Mapping[str, Any] = next(zoo.filter(model_id=zoo.model_ids[:1]).rows())
-    model: Any = skeleton(*architecture_of(row))
+    model: Any = Architecture.of(row).skeleton
     if not is_plain(model):
         raise ZooError(f"{row['model_id']} is no plain ViT, whose neurons and heads are known: leave set_encoder out")
     return int(model.blocks[0].attn.num_heads)

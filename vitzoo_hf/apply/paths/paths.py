@@ -18,8 +18,8 @@ from vitzoo_hf.apply.candidates import check_images, check_vectors
 from vitzoo_hf.apply.interpolation import bezier_points
 from vitzoo_hf.format.layout import unflatten
 from vitzoo_hf.format.schema import ZooError
-from vitzoo_hf.models.rebuild import architecture_of, usable_device
-from vitzoo_hf.models.vit import layout_of, skeleton
+from vitzoo_hf.models.architecture import Architecture
+from vitzoo_hf.models.rebuild import usable_device
 
 
 def train_bezier(
@@ -63,8 +63,8 @@ def train_bezier(
         raise ZooError("a Bézier curve is trained on images; none were given")
     check_images(like, images, labels)
     check_vectors(like, first, last)
-    place, kind = usable_device(device), architecture_of(like)
-    model, layout = skeleton(*kind), layout_of(*kind)
+    place, architecture = usable_device(device), Architecture.of(like)
+    model, layout = architecture.skeleton, architecture.layout
     ends = [vector.detach().to(place, torch.float32) for vector in (first, last)]
     control = ((ends[0] + ends[1]) / 2).requires_grad_()
     optimizer = torch.optim.Adam([control], lr=lr)

@@ -18,8 +18,7 @@ from torch import Tensor
 from vitzoo_hf.apply.rebasin.by_weights import best_order, best_rotation, pair_heads
 from vitzoo_hf.apply.rebasin.symmetries import Sizes, Symmetry, Tensors, check_families
 from vitzoo_hf.format.schema import ZooError
-from vitzoo_hf.models.rebuild import architecture_of
-from vitzoo_hf.models.vit import filled
+from vitzoo_hf.models.architecture import Architecture
 
 BATCH = 128
 
@@ -144,7 +143,7 @@ def _watched(
 ) -> tuple[Any, dict[str, Tensor]]:
     """A model, and the dictionary into which each forward puts its activations, `[samples, units]`."""
     there = {name: tensor.to(device, torch.float32) for name, tensor in tensors.items()}
-    model: Any = filled(*architecture_of(like), there)
+    model: Any = Architecture.of(like).module(there)
     seen: dict[str, Tensor] = {}
 
     def keep(name: str) -> Any:

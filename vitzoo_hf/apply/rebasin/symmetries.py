@@ -25,8 +25,8 @@ from torch import Tensor
 from vitzoo_hf.format.layout import Layout, unflatten
 from vitzoo_hf.format.messages import did_you_mean
 from vitzoo_hf.format.schema import ZooError
-from vitzoo_hf.models.rebuild import architecture_of
-from vitzoo_hf.models.vit import is_plain, layout_of, skeleton
+from vitzoo_hf.models.architecture import Architecture
+from vitzoo_hf.models.vit import is_plain
 
 Tensors = dict[str, Tensor]
 FAMILIES = ("mlp", "heads", "maps", "residual", "invertible", "rotation")
@@ -49,16 +49,17 @@ def sizes_of(row: Mapping[str, Any]) -> tuple[Sizes, Layout]:
     Raises:
         ZooError: if it is not the plain pre-norm ViT whose symmetries are known.
     """
-    kind = architecture_of(row)
-    model: Any = skeleton(*kind)
+    architecture = Architecture.of(row)
+    model: Any = architecture.skeleton
     if not is_plain(model):
         raise ZooError(
-            f"{row.get('model_id', 'the row')} is a {kind[0]} with parts whose symmetries are not known: re-basin"
-            " takes plain pre-norm ViTs (learned positions, class token, GELU, no layer scale, no q/k norm)"
+            f"{row.get('model_id', 'the row')} is a {architecture.name} with parts whose symmetries are not known:"
+            " re-basin takes plain pre-norm ViTs (learned positions, class token, GELU, no layer scale, no q/k norm)"
         )
     block = model.blocks[0]
     width, hidden = model.embed_dim, block.mlp.fc1.out_features
-    return Sizes(len(model.blocks), width, block.attn.num_heads, hidden, kind[3] or 0), layout_of(*kind)
+    sizes = Sizes(len(model.blocks), width, block.attn.num_heads, hidden, architecture.head_hidden or 0)
+    return sizes, architecture.layout
 
 
 def check_families(families: Sequence[str]) -> tuple[str, ...]:
