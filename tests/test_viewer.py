@@ -17,7 +17,7 @@ from vitzoo_hf.publish import viewer
 from vitzoo_hf.publish.card import card_text
 from vitzoo_hf.publish.viewer import default_config
 
-SAMPLE = Path(schema.__file__).parent / "sample"
+SAMPLE = Path(schema.__file__).parents[1] / "sample"
 VIT_S = 22_050_664
 FACTORS = {"lr": "float", "optimizer": "string"}
 

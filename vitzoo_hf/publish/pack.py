@@ -1,7 +1,7 @@
-"""Checkpoints -> a zoo: a folder of Parquet that `datasets.load_dataset` opens, exactly what goes to the Hub.
+"""Pack checkpoints as a zoo: a folder of Parquet that `datasets.load_dataset` opens, and that is pushed to the Hub.
 
-`weights` and `index` have one file or more a split, `probes` the held-out images as the models are fed them. The
-folder appears complete or not at all.
+The configs `weights` and `index` have a row a checkpoint, `probes` the held-out images as the models are fed them.
+The folder appears complete or not at all. Each checkpoint is read once; one row group is in memory at a time.
 """
 
 import io
@@ -33,33 +33,33 @@ TRAINED_ON = {
     "trained_environments": "string",
     "trained_sha256": "string",
 }
-"""Columns of runs on a world: images drawn, how many differ, optimiser steps, privacy spent, images by environment,
-and a hash of the images."""
+"""Columns of runs on a world: number of training images, number of distinct ones, optimiser steps, privacy spent,
+images by environment, and a hash of the images."""
 
 
 def pack(blueprint: Blueprint, runs: Path, folder: Path, *, dtype: str = "float32", progress: bool = True) -> Path:
     """Write the finished runs of a blueprint as a zoo.
 
     Args:
-        blueprint: what was trained.
-        runs: the folder `launch` filled.
-        folder: the zoo; one that is there already is replaced once the new one is complete.
-        dtype: what weights are stored as: float32 is exact, float16 and bfloat16 round them to half the size.
+        blueprint: the blueprint of the runs.
+        runs: the folder that `launch` filled.
+        folder: the zoo; an earlier zoo in it is replaced once the new one is complete.
+        dtype: number format of the stored weights: float32 is exact, float16 and bfloat16 take half the size.
         progress: show a bar.
 
     Returns:
         `folder`.
 
     Raises:
-        ZooError: if a run is unfinished or saw other images, a checkpoint is damaged or not finite, or the folder
-            cannot be written.
+        ZooError: if a run is unfinished or was trained on other images, a checkpoint is damaged or not finite, or the
+            folder cannot be written.
     """
     check_dtype(dtype)
-    kept, missing = _runs_to_pack(blueprint, runs)
-    for run in kept:
+    packable, missing = _runs_to_pack(blueprint, runs)
+    for run in packable:
         images = load_images(run.images, blueprint.images[run.images])
         RunFolder(runs / run.run_id).check_images(images.begun_with, record=False)
-    members = {split: [run for run in kept if run.split == split] for split in schema.SPLITS}
+    members = {split: [run for run in packable if run.split == split] for split in schema.SPLITS}
     write_zoo(
         folder,
         _manifest(blueprint, missing),
@@ -80,7 +80,7 @@ def pack(blueprint: Blueprint, runs: Path, folder: Path, *, dtype: str = "float3
 
 
 def is_packed(blueprint: Blueprint, folder: Path) -> bool:
-    """Whether `folder` holds the zoo of exactly this blueprint with all its files in full length."""
+    """Return whether `folder` holds a zoo of exactly this blueprint with all its files in full length."""
     try:
         manifest = read_json(folder / schema.MANIFEST)
         same = manifest["blueprint_fingerprint"] == blueprint.fingerprint
@@ -92,7 +92,8 @@ def is_packed(blueprint: Blueprint, folder: Path) -> bool:
 
 
 def _runs_to_pack(blueprint: Blueprint, runs: Path) -> tuple[list[Run], dict[str, str]]:
-    kept, missing, unfinished = [], {}, []
+    """List the runs to pack, and why each of the other runs of the blueprint is missing."""
+    packable, missing, unfinished = [], {}, []
     for run in blueprint.runs:
         divergence = RunFolder(runs / run.run_id).divergence
         if divergence:
@@ -100,7 +101,7 @@ def _runs_to_pack(blueprint: Blueprint, runs: Path) -> tuple[list[Run], dict[str
         elif run.parent_run in missing:
             missing[run.run_id] = f"its parent {run.parent_run} is missing"
         elif is_finished(blueprint, run, runs):
-            kept.append(run)
+            packable.append(run)
         else:
             unfinished.append(run.run_id)
     if unfinished:
@@ -108,9 +109,9 @@ def _runs_to_pack(blueprint: Blueprint, runs: Path) -> tuple[list[Run], dict[str
             f"{len(unfinished)} of {len(blueprint.runs)} runs in {runs} are unfinished, {unfinished[0]} the first:"
             " run `vitzoo train` again"
         )
-    if not kept:
+    if not packable:
         raise ZooError(f"no run of {blueprint.name!r} in {runs} can be packed: all of them diverged")
-    return kept, missing
+    return packable, missing
 
 
 def _num_parameters(blueprint: Blueprint, run: Run) -> int:
@@ -122,7 +123,8 @@ def _architecture(blueprint: Blueprint, run: Run) -> Architecture:
     return run_architecture(blueprint, run, len(images.class_names))
 
 
-def _rows(blueprint: Blueprint, members: Iterable[Run], runs: Path, dtype: str) -> Iterator[dict[str, Any]]:
+def _rows(blueprint: Blueprint, members: Iterable[Run], runs: Path, dtype: str) -> Iterator[dict[str, object]]:
+    """Yield the rows of runs with their weights, epochs ascending."""
     for run in members:
         place = RunFolder(runs / run.run_id)
         architecture = _architecture(blueprint, run)
@@ -149,7 +151,7 @@ def _rows(blueprint: Blueprint, members: Iterable[Run], runs: Path, dtype: str) 
                 "head_hidden": architecture.head_hidden,
                 **{f"factor_{name}": run.factors[name] for name in blueprint.factor_types},
                 **{f"factor_{name}": value for name, value in drawn.items()},
-                **_made(run, results),
+                **_training_record(run, results),
                 **{name: results.get(name) for name in schema.RESULTS},
                 "num_parameters": layout.num_parameters,
                 "layout": layout.fingerprint,
@@ -164,8 +166,8 @@ def _on_worlds(blueprint: Blueprint) -> bool:
     return any(run.world is not None for run in blueprint.runs)
 
 
-def _drawn(blueprint: Blueprint, run: Run) -> dict[str, Any]:
-    """`TRAINED_ON` of a run, but for its steps; nothing in a zoo without worlds."""
+def _drawn(blueprint: Blueprint, run: Run) -> dict[str, int | str | None]:
+    """Return the columns of `TRAINED_ON` that follow from the run's images; none in a zoo without worlds."""
     if not _on_worlds(blueprint):
         return {}
     pool = load_images(run.images, blueprint.images[run.images]).pool
@@ -180,14 +182,15 @@ def _drawn(blueprint: Blueprint, run: Run) -> dict[str, Any]:
     }
 
 
-def _made(run: Run, results: Mapping[str, Any]) -> dict[str, Any]:
-    """Of `TRAINED_ON`, what training recorded."""
+def _training_record(run: Run, results: Mapping[str, Any]) -> dict[str, int | float | None]:
+    """Return the columns of `TRAINED_ON` that training recorded."""
     if run.world is None:
         return {}
     return {"factor_trained_steps": int(results["steps"]), "factor_trained_epsilon": results.get("epsilon")}
 
 
 def _provenance(blueprint: Blueprint, run: Run, spec: Mapping[str, Any]) -> str:
+    """Return the column `provenance` of a run's rows, as JSON."""
     hashes = load_images(run.images, blueprint.images[run.images]).sha256
     return schema.canonical_json(
         {
@@ -203,9 +206,9 @@ def _provenance(blueprint: Blueprint, run: Run, spec: Mapping[str, Any]) -> str:
     )
 
 
-def _probes(blueprint: Blueprint, role: str) -> list[dict[str, Any]]:
-    """Held-out images of every dataset that has few enough of them to travel with the zoo."""
-    rows: list[dict[str, Any]] = []
+def _probes(blueprint: Blueprint, role: str) -> list[dict[str, object]]:
+    """Return the probe images of every dataset that has at most `MAX_PROBES` of them."""
+    rows: list[dict[str, object]] = []
     for images in _image_sets(blueprint):
         if len(images.splits[role]) <= MAX_PROBES and (role == "test" or not _is_flipped(blueprint, images)):
             rows += list(_probe_rows(images, role))
@@ -213,14 +216,19 @@ def _probes(blueprint: Blueprint, role: str) -> list[dict[str, Any]]:
 
 
 def _image_sets(blueprint: Blueprint) -> list[ImageSet]:
-    """Those that runs train on, and `NAME-flipped`, those of worlds with colours of their own in other colours."""
+    """Return the image sets that runs train on, and `NAME-flipped` where worlds correlate colour and label.
+
+    In a flipped set colour agrees with the label in one of ten images: a model that reads the label from the colour
+    is wrong there.
+    """
     used = dict.fromkeys(run.images for run in blueprint.runs)
     sets = [load_images(name, blueprint.images[name]) for name in used]
     for name in used:
         spec = blueprint.images[name]
         if any(set(world.agreements) != {0.5} for world in spec.worlds):
-            others = tuple(dict.fromkeys(map(flipped, spec.worlds)))
-            sets.append(load_images(f"{name}-flipped", replace(spec, worlds=others)))
+            # an agreement of 0.5 is no correlation, so there is nothing to flip
+            mirrored = tuple(dict.fromkeys(map(flipped, spec.worlds)))
+            sets.append(load_images(f"{name}-flipped", replace(spec, worlds=mirrored)))
     return sets
 
 
@@ -228,7 +236,7 @@ def _is_flipped(blueprint: Blueprint, images: ImageSet) -> bool:
     return images.name not in blueprint.images
 
 
-def _probe_rows(images: ImageSet, role: str) -> Iterator[dict[str, Any]]:
+def _probe_rows(images: ImageSet, role: str) -> Iterator[dict[str, object]]:
     from PIL import Image
 
     positions = iter(images.positions(role).tolist())
@@ -244,7 +252,7 @@ def _probe_rows(images: ImageSet, role: str) -> Iterator[dict[str, Any]]:
             }
 
 
-def _manifest(blueprint: Blueprint, missing: Mapping[str, str]) -> dict[str, Any]:
+def _manifest(blueprint: Blueprint, missing: Mapping[str, str]) -> dict[str, object]:
     return {
         "format": schema.FORMAT_VERSION,
         "name": blueprint.name,
