@@ -30,7 +30,6 @@ from vitzoo_hf.zoo import Zoo
 
 HERE = Path(__file__).parents[1] / "results" / "rebasin"
 GOOD = 0.9
-WITHIN, CURVES = 20, 5
 POPULATIONS = {
     "pretrained": "pre-trained, supervised, independent initialisations",
     "same start": "pre-trained, supervised, of one initialisation",
@@ -57,6 +56,8 @@ def main() -> None:
     parser.add_argument("zoo", type=Path)
     parser.add_argument("name")
     parser.add_argument("--pairs", type=int, default=60)
+    parser.add_argument("--within", type=int, default=20, help="pairs of fine-tuned models of one parent")
+    parser.add_argument("--curves", type=int, default=5, help="pairs a population with curves and exactness")
     parser.add_argument("--images", type=int, default=1000)
     parser.add_argument("--only", choices=["barriers", "curves", "exactness", "report"])
     parser.add_argument("--again", nargs="*", default=[], choices=list(POPULATIONS))
@@ -64,22 +65,23 @@ def main() -> None:
     arguments = parser.parse_args()
     (HERE / "figures").mkdir(parents=True, exist_ok=True)
     zoo = Zoo(arguments.zoo)
-    pairs = dict(chosen_pairs(zoo, arguments.pairs))
+    pairs = dict(chosen_pairs(zoo, arguments.pairs, arguments.within))
+    few = {population: some_pairs(chosen, arguments.curves) for population, chosen in pairs.items()}
     if arguments.rung:
         measure_rung(zoo, arguments.name, arguments.rung)
     elif arguments.only in (None, "barriers"):
         measure_barriers(zoo, pairs, arguments.images, arguments.name, arguments.again)
     if arguments.only in (None, "curves"):
-        measure_curves(zoo, pairs, arguments.images, arguments.name)
+        measure_curves(zoo, few, arguments.images, arguments.name)
     if arguments.only in (None, "exactness"):
-        measure_exactness(zoo, pairs, arguments.name)
+        measure_exactness(zoo, few, arguments.name)
     draw_ladder(arguments.name)
     draw_paths(arguments.name)
     (HERE / "README.md").write_text(readme())
     print(HERE)
 
 
-def chosen_pairs(zoo: Zoo, count: int) -> Iterator[tuple[str, list[tuple[str, str]]]]:
+def chosen_pairs(zoo: Zoo, count: int, within: int) -> Iterator[tuple[str, list[tuple[str, str]]]]:
     """Population -> pairs; of fine-tuned models those of at least 0.9 accuracy on selection images."""
     index = zoo.to_pandas()
     first = index[(index["stage"] == "pretrain") & index["is_final"] & (index["factor_regime"] == "supervised")]
@@ -100,7 +102,7 @@ def chosen_pairs(zoo: Zoo, count: int) -> Iterator[tuple[str, list[tuple[str, st
     ]
     drawn = np.random.default_rng(SEED).permutation(len(across))[:count]
     yield "across", [across[number] for number in sorted(drawn)]
-    yield "within", sample_pairs(tuned, WITHIN, seed=SEED, kind="within")
+    yield "within", sample_pairs(tuned, within, seed=SEED, kind="within")
 
 
 def run_of(model_id: str) -> str:
@@ -165,7 +167,7 @@ def measure_curves(zoo: Zoo, pairs: dict, images: int, name: str) -> None:
     """Straight paths and trained Bézier curves, before and after the richest re-basin, of some pairs."""
     points, summaries = [], []
     for population, chosen in pairs.items():
-        for first, second in some_pairs(chosen):
+        for first, second in chosen:
             one, other = zoo.row(first), zoo.row(second)
             test = some_images(*zoo.probes(one["dataset"]), images, SEED)
             selection = zoo.probes(one["dataset"], "selection")
@@ -190,15 +192,15 @@ def measure_curves(zoo: Zoo, pairs: dict, images: int, name: str) -> None:
         pd.DataFrame(summaries).to_csv(HERE / f"{name}_paths.csv", index=False, float_format="%.5g")
 
 
-def some_pairs(chosen: list[tuple[str, str]]) -> list[tuple[str, str]]:
-    return [chosen[number] for number in sorted(np.random.default_rng(SEED).permutation(len(chosen))[:CURVES])]
+def some_pairs(chosen: list[tuple[str, str]], count: int) -> list[tuple[str, str]]:
+    return [chosen[number] for number in sorted(np.random.default_rng(SEED).permutation(len(chosen))[:count])]
 
 
 def measure_exactness(zoo: Zoo, pairs: dict, name: str) -> None:
     """How far a re-basin moves logits, computed in float64 from the float32 weights it gives."""
     records = []
     for population, chosen in pairs.items():
-        for first, second in some_pairs(chosen):
+        for first, second in chosen:
             one, other = zoo.row(first), zoo.row(second)
             images = some_images(*zoo.probes(one["dataset"]), 200, SEED)[0]
             matching = matching_images(zoo, one["dataset"], SEED)

@@ -10,11 +10,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before anything loads the libra
 
 import pytest
 import torch
+from places import TINY
 from shared_folders import SharedFolders, root_of
 
 from vitzoo_hf.blueprint.blueprint import Blueprint
-
-TESTS = Path(__file__).parent
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -44,7 +43,7 @@ def _private_caches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def tiny_blueprint() -> Blueprint:
-    return Blueprint.load(TESTS / "tiny.yaml")
+    return Blueprint.load(TINY)
 
 
 @pytest.fixture(scope="session")
@@ -63,7 +62,7 @@ def build_tiny(folder: Path) -> None:
     from vitzoo_hf.publish.pack import pack
     from vitzoo_hf.zoo import Zoo
 
-    blueprint = Blueprint.load(TESTS / "tiny.yaml")
+    blueprint = Blueprint.load(TINY)
     launch(blueprint, folder / "runs", workers=2, progress=False)
     pack(blueprint, folder / "runs", folder / "zoo", progress=False)
     evaluate(Zoo(folder / "zoo"), progress=False).write(folder / "zoo")

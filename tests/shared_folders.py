@@ -18,8 +18,8 @@ from pathlib import Path
 import pytest
 import torch
 from filelock import FileLock
+from places import TESTS
 
-TESTS = Path(__file__).parent
 PACKAGES = ("datasets", "numpy", "pandas", "pyarrow", "safetensors", "scikit-learn", "scipy", "timm", "torch")
 PREFIX = "vitzoo-shared-"
 UNUSED_SECONDS = 24 * 3600
@@ -109,7 +109,7 @@ def digest(folder: Path) -> str:
 
 def hashes_of_files() -> dict[Path, bytes]:
     """Hashes of all that a build may read of this repository."""
-    files = {*TESTS.glob("*.yaml"), *TESTS.glob("*.py")}
+    files = {*TESTS.glob("*.yaml"), *TESTS.rglob("*.py")}
     for folder in (TESTS.parent / "vitzoo_hf", TESTS.parent / "cards"):
         files |= {file for file in folder.rglob("*") if file.is_file() and file.suffix != ".pyc"}
     return {file: hashlib.sha256(file.read_bytes()).digest() for file in sorted(files)}

@@ -5,11 +5,10 @@ import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from places import REPOSITORY
 
-REPOSITORY = Path(__file__).parent.parent
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
@@ -108,3 +107,20 @@ def test_constraints_cover_torch_and_its_torchvision():
     text = (REPOSITORY / "constraints.txt").read_text()
     assert "torch==" in text
     assert "torchvision==" in text
+
+
+def test_lowest_constraints_are_the_bounds_of_the_package():
+    """Torch's bound is lower than what could be run, which docs/dependencies.md says."""
+    import tomllib
+
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    bounds = dict(re.match(r"([\w-]+)>=([\w.]+)", text).groups() for text in project["dependencies"])
+    lowest = dict(re.findall(r"^([\w-]+)==([\w.]+)$", (REPOSITORY / "constraints-lowest.txt").read_text(), re.M))
+    newest = dict(re.findall(r"^([\w-]+)==([\w.]+)$", (REPOSITORY / "constraints.txt").read_text(), re.M))
+    assert lowest.pop("torch") == newest["torch"]
+    assert lowest["torchvision"] == newest["torchvision"]
+    bounds.pop("torch")
+    whole = re.compile(r"(\.0)+$")
+    assert {name: whole.sub("", lowest[name]) for name in bounds} == {
+        name: whole.sub("", bound) for name, bound in bounds.items()
+    }

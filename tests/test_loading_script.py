@@ -14,13 +14,14 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from places import REPOSITORY
 from safetensors.torch import save_file
 
 from vitzoo_hf.format import schema
 from vitzoo_hf.format.encoding import rounded
 from vitzoo_hf.format.shards import write_parquet
 
-SCRIPTS = Path(__file__).parent.parent / "loading_script"
+SCRIPTS = REPOSITORY / "loading_script"
 
 
 @pytest.fixture(scope="module")

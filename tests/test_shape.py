@@ -1,14 +1,16 @@
 """The shape of the code: sizes, layers, public names, what importing costs, linters."""
 
 import ast
+import json
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import measure_house
 import pytest
+from places import REPOSITORY
 
-REPOSITORY = Path(__file__).parent.parent
 MODULES = sorted((REPOSITORY / "vitzoo_hf").rglob("*.py"))
 
 
@@ -78,12 +80,92 @@ def test_pickles_are_read_in_one_place_and_only_as_plain_tensors():
     assert "weights_only=True" in call
 
 
-LARGEST_FOLDER = 14
+TOPICS = {
+    "apply/autoencoder": ["memory"],
+    "apply/distribution_inference": ["membership_memory", "memory", "reliance_memory"],
+    "apply/soup": ["memory"],
+    "blueprint": ["paper", "world_blueprints"],
+    "convert": ["hostile"],
+    "experiments": ["results", "smoke"],
+    "launch": ["faults", "relative_folders"],
+    "metrics": ["cka_batches", "feature_file", "spectra"],
+    "publish": ["hub"],
+    "report": ["plot_modes"],
+    "zoo": ["memory", "olah", "remote"],
+}
+"""Folder of tests -> what its files are about that are named after no module or folder of the package."""
 
 
-def test_folders_stay_small():
-    for folder in {module.parent for module in MODULES}:
-        assert len(list(folder.glob("*.py"))) <= LARGEST_FOLDER, folder
+def test_tests_are_laid_out_like_the_package():
+    """A folder of tests is one of the package or experiments/; its files are named after a module, or a topic."""
+    topics = {}
+    for file in sorted((REPOSITORY / "tests").rglob("*/test_*.py")):
+        folder = file.parent.relative_to(REPOSITORY / "tests")
+        tested = REPOSITORY / folder if folder.name == "experiments" else REPOSITORY / "vitzoo_hf" / folder
+        assert tested.is_dir(), f"{file} lies in no folder of the package"
+        name = file.stem.removeprefix("test_")
+        if not (tested / f"{name}.py").is_file() and not (tested / name).is_dir() and name != tested.name:
+            topics.setdefault(folder.as_posix(), []).append(name)
+    assert topics == TOPICS
+
+
+def test_the_house_keeps_its_limits():
+    figures = measure_house.limited()
+    assert figures.pop("contracts of independence") >= 1
+    limits = {
+        "modules in the largest folder": 14,
+        "lines of the longest module": 400,
+        "lines of the longest body": 60,
+        "import layers": 12,
+    }
+    assert figures.keys() == limits.keys()
+    assert {name: value for name, value in figures.items() if value > limits[name]} == {}
+
+
+def test_the_house_gets_no_worse():
+    """Figures of names, comments, types and size, beside those of tests/house.json."""
+    stored = json.loads(measure_house.STORED.read_text(encoding="utf-8"))
+    worse = measure_house.worse(measure_house.ratchet(), stored)
+    assert not worse, f"worse than tests/house.json: {worse}; mend them. When figures improve, {measure_house.ADVICE}"
+
+
+def test_figures_of_a_module_counted_by_hand():
+    text = '''"""A module
+of two lines."""
+
+from typing import Any  # a reason
+
+given = 1
+
+
+def area(side: float) -> Any:
+    """Return it.
+
+    Args:
+        side: of the square.
+        other (int): the side (of it).
+    """
+    # why
+    total: Any = side**2
+    return total
+'''
+    assert measure_house.lines_of_code(text) == 5
+    assert measure_house.longest_body(text) == 4
+    assert measure_house.comments(text) == 2
+    assert measure_house.uses_of_any(text) == 2
+    assert [name for _, name in measure_house.assigned_names(text)] == ["given", "total"]
+    assert [number for number, _ in measure_house.entries(text)] == [13, 14]
+    fragments = [bool(measure_house.FRAGMENT.match(line)) for _, line in measure_house.entries(text)]
+    assert fragments == [True, False]
+
+
+def test_a_worse_figure_is_named_in_its_direction():
+    stored = {"lines of code": 10, "comments per 100 lines": 3.0}
+    assert measure_house.worse({"lines of code": 9, "comments per 100 lines": 3.5}, stored) == {}
+    figures = {"lines of code": 11, "comments per 100 lines": 2.5}
+    assert measure_house.worse(figures, stored).keys() == stored.keys()
+    with pytest.raises(KeyError, match="comments per 100 lines"):
+        measure_house.worse({"lines of code": 9}, stored)
 
 
 def folder_imports() -> dict[str, set[str]]:

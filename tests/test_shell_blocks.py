@@ -11,25 +11,26 @@ from typing import NamedTuple
 
 import pytest
 from foreign_layouts import served, write_release
+from hub_models import CONFIG, publish, state
 from local_hub import LocalHub
-from test_foreign_hub_models import CONFIG, publish, save, state
+from places import REPOSITORY, TINY
+from safetensors.torch import save
+from soup_zoo import noisy_zoo
 
-REPOSITORY = Path(__file__).parent.parent
-TINY = Path(__file__).with_name("tiny.yaml")
-EXPERIMENTS = "results"
+EXPERIMENTS, RESULTS = "experiments", "results"
 LANGUAGES = ("", "bash", "sh", "shell", "console")
 PROGRAMS = r"(vitzoo|pip|python|pytest|git|for|grid|curve|apt|docker|uv|hf)\b"
 TOO_LONG = "takes minutes to hours: "
 OTHER_RUNS = "the runs are those of another blueprint here"
 PLACEHOLDER = "names a placeholder"
-LINEAR, OTHER = "sl-s1--adamw-linear@2", "sl-s1--sgd-linear@2"
+LINEAR, OTHER = "sl-s1--adamw-lr0.001-linear@2", "sl-s1--sgd-lr0.001-linear@2"
 RECIPE = """steps: 5
 batch_size: 2
 queries: 8
 pool: 40
 sizes: {width: 16, latent: 4, heads: 2, blocks: 1, projection: 5}
 """
-IN_SMALL = "tests/test_smoke.py runs the script in its smallest size"
+IN_SMALL = "tests/experiments/test_smoke.py runs the script in its smallest size"
 
 
 class Instead(NamedTuple):
@@ -41,7 +42,7 @@ class Instead(NamedTuple):
 
 INSTEAD = {
     "pip install -c constraints.txt -e . && vitzoo quickstart": Instead(
-        "installs, and trains 50 models; tests/test_quickstart.py runs the verb on a tiny blueprint"
+        "installs, and trains 50 models; tests/cli/test_quickstart.py runs the verb on a tiny blueprint"
     ),
     'pip install -c constraints.txt -e ".[dev]" && pytest -n auto': Instead("installs, and is the test suite"),
     "vitzoo plan desk": Instead("reads Fashion-MNIST and times real steps of larger models", "vitzoo plan TINY"),
@@ -66,7 +67,7 @@ INSTEAD = {
         "vitzoo rebasin ZOO --pairs 1 --kind across --ladder --where stage=finetune --images 100 --out pairs.csv",
     ),
     "vitzoo rebasin ZOO MODEL --by activations --out ALIGNED": Instead(
-        PLACEHOLDER, f"vitzoo rebasin ZOO {LINEAR} --by activations --where head=linear --out ALIGNED"
+        PLACEHOLDER, "vitzoo rebasin ZOO run0@1 --by activations --where is_final=true --out ALIGNED"
     ),
     "python experiments/distribution_inference.py --tier smoke": Instead(
         TOO_LONG + IN_SMALL, "python experiments/distribution_inference.py --tier smoke --stop-after 0"
@@ -80,17 +81,17 @@ INSTEAD = {
     "pip install 'vitzoo-hf[ray]' s3fs": Instead("installs"),
     "vitzoo train mini --out RUNS --ray": Instead(TOO_LONG + "50 models", "vitzoo train TINY --out $PWD/RUNS --ray"),
     "vitzoo train mini --out RUNS --ray HOST:6379 --storage s3://BUCKET/mini": Instead(
-        "needs a cluster and a bucket; tests/test_ray_launch.py trains through storage"
+        "needs a cluster and a bucket; tests/launch/test_ray.py trains through storage"
     ),
     "vitzoo train mini --out RUNS --ray auto --storage s3://BUCKET/mini --device cuda --gpus-per-run 0.25": Instead(
-        "needs a cluster with GPUs and a bucket; tests/test_ray_launch.py trains through storage"
+        "needs a cluster with GPUs and a bucket; tests/launch/test_ray.py trains through storage"
     ),
     "vitzoo verify ORG/desk": Instead(PLACEHOLDER, "vitzoo verify ORG/NAME"),
     "vitzoo verify ORG/mini": Instead(PLACEHOLDER, "vitzoo verify ORG/NAME"),
     "vitzoo verify ModelZoos/vit-zoo-mini": Instead("the test's Hub has another dataset", "vitzoo verify ORG/NAME"),
     "python load_zoo.py FOLDER_OR_ID": Instead(PLACEHOLDER, "python load_zoo.py ZOO"),
 }
-GRID_OF_AUTOENCODERS = f"{EXPERIMENTS}/autoencoder/README.md"
+GRID_OF_AUTOENCODERS = f"{RESULTS}/autoencoder/README.md"
 """Its one block takes days. Each of its programs has a smoke run; its functions and loops are parsed by bash."""
 
 
@@ -165,15 +166,20 @@ class Surroundings:
         self.folder, self.zoo, self.runs, self.hub, self.server = folder, zoo, runs, hub, server
 
     def make(self, commands: str) -> None:
+        if "--autoencoder" in commands:  # needs models of one layout in every split
+            noisy_zoo(self.folder / "ZOO", self.zoo, runs=15, epochs=1, splits=("train", "validation", "test"))
         made = set(re.findall(r"--out (?:\$PWD/)?(\S+)", commands))
         for name in set(re.findall(r"[\w./-]+", commands)) - made:
             self.make_one(name)
         if EXPERIMENTS + "/" in commands:
-            shutil.copytree(REPOSITORY / EXPERIMENTS, self.folder / EXPERIMENTS)
+            for name in (EXPERIMENTS, RESULTS):
+                shutil.copytree(REPOSITORY / name, self.folder / name)
             shutil.copy(REPOSITORY / "README.md", self.folder)
 
     def make_one(self, name: str) -> None:
         place = self.folder / name
+        if place.exists():
+            return
         if name in ("ZOO", "vitzoo-quickstart/zoo"):
             shutil.copytree(self.zoo, place)
         elif name == "RUNS":

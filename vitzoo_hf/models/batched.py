@@ -168,17 +168,17 @@ class BatchedViT:
         B, t = patches.shape[-3:-1]
         weight, bias = tensors["patch_embed.proj.weight"].flatten(2), tensors["patch_embed.proj.bias"]
         P, d, _ = weight.shape
+        flat = patches.flatten(-3, -2)
+        if not in_place:
+            embedded = torch.baddbmm(bias[:, None], flat.expand(P, *flat.shape[-2:]), weight.transpose(1, 2))
+            token = tensors["cls_token"].expand(P, B, 1, d)
+            return (torch.cat([token, embedded.view(P, B, t, d)], 2) + tensors["pos_embed"]).flatten(1, 2)
+        # One buffer, filled twice: a concatenation would hold the embedding a second time.
         position = tensors["pos_embed"].squeeze(1)
-        token = (tensors["cls_token"].flatten(1) + position[:, 0])[:, None]
-        embedded = torch.matmul(patches.flatten(-3, -2), weight.transpose(1, 2)).view(P, B, t, d)
-        shift = (position[:, 1:] + bias[:, None])[:, None]
-        if in_place:
-            # one buffer, filled twice: a concatenation would hold the embedding a second time
-            stream = patches.new_empty(P, B, t + 1, d)
-            stream[:, :, 0] = token
-            torch.add(embedded, shift, out=stream[:, :, 1:])
-        else:
-            stream = torch.cat([token[:, :, None].expand(P, B, 1, d), embedded + shift], 2)
+        stream = patches.new_empty(P, B, t + 1, d)
+        stream[:, :, 0] = (tensors["cls_token"].flatten(1) + position[:, 0])[:, None]
+        embedded = torch.matmul(flat, weight.transpose(1, 2))
+        torch.add(embedded.view(P, B, t, d), (position[:, 1:] + bias[:, None])[:, None], out=stream[:, :, 1:])
         return stream.view(P, B * (t + 1), d)
 
     def _block(

@@ -231,7 +231,7 @@ def _is_plain_block(block: Any, attention: type, mlp: type) -> bool:
         and block.norm1.eps == block.norm2.eps
         and _all_identities(block.ls1, block.ls2, block.attn.q_norm, block.attn.k_norm, block.attn.norm)
         and _all_identities(block.mlp.norm)
-        and block.attn.gate is None
+        and getattr(block.attn, "gate", None) is None  # timm before 1.0.28 has none
         and _is(block.mlp.act, nn.GELU)
         and block.mlp.act.approximate == "none"
         and all(part.bias is not None for part in (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2))
