@@ -16,6 +16,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
+# limits of the viewer's production settings, as published in 2026
+PAGE_ROWS = 100
+MOST_BYTES_IN_MEMORY = 300_000_000
+FIRST_ROWS_BYTES = 200_000  # of JSON; above, cells are cut, and then rows left out
+FIRST_ROWS_AT_LEAST = 10
+CUT_CELL_BYTES = 100
+MOST_COLUMNS = 1_000
+LONGEST_COLUMN_NAME = 500
+MOST_SPLITS = 30
+MOST_CONFIGS = 4_000
+CATEGORY_SHARE = 0.2  # a string column with at most this share of unique values has a histogram of categories
+MOST_CATEGORIES = 1_000
+
 
 def read_struct(data: bytes, at: int = 0) -> tuple[dict[int, Any], int]:
     """A Thrift struct as field id -> value, and where it ends."""
@@ -107,7 +120,7 @@ def _chunk_bytes(opened: Any, chunk: dict[int, Any], rows: int, low: int, high: 
     return -(-(needed + dictionary) * uncompressed // max(1, compressed))
 
 
-def scan_problems(file: Path, *, page: int = 100, limit: int = 300_000_000) -> list[str]:
+def scan_problems(file: Path, *, page: int = PAGE_ROWS, limit: int = MOST_BYTES_IN_MEMORY) -> list[str]:
     """Pages of rows that cannot be read, because what they take of a row group is too big."""
     rows = pq.read_metadata(file).num_rows
     return [
@@ -118,7 +131,7 @@ def scan_problems(file: Path, *, page: int = 100, limit: int = 300_000_000) -> l
     ]
 
 
-def page_problems(file: Path, *, page: int = 100, limit: int = 300_000_000) -> list[str]:
+def page_problems(file: Path, *, page: int = PAGE_ROWS, limit: int = MOST_BYTES_IN_MEMORY) -> list[str]:
     """A page of the largest rows that does not fit into memory, by the raw bytes of heavy columns."""
     metadata = pq.read_metadata(file)
     largest = max(
@@ -128,7 +141,14 @@ def page_problems(file: Path, *, page: int = 100, limit: int = 300_000_000) -> l
     return [f"{file.name}: {page} rows of {largest} bytes"] if page * largest > 1.01 * limit else []
 
 
-def first_rows(file: Path, *, limit: int = 200_000, rows: int = 100, at_least: int = 10, cut: int = 100) -> list[str]:
+def first_rows(
+    file: Path,
+    *,
+    limit: int = FIRST_ROWS_BYTES,
+    rows: int = PAGE_ROWS,
+    at_least: int = FIRST_ROWS_AT_LEAST,
+    cut: int = CUT_CELL_BYTES,
+) -> list[str]:
     """The rows of the first page as JSON, cut as the viewer cuts them.
 
     Raises:
@@ -175,7 +195,8 @@ def statistics(table: pa.Table) -> dict[str, str]:
             shown[name] = "lengths"
         elif pa.types.is_string(kind):
             unique = len(set(table[name].to_pylist()) - {None})
-            shown[name] = "categories" if unique <= 1000 and unique <= 0.2 * table.num_rows else "lengths"
+            few = unique <= min(MOST_CATEGORIES, CATEGORY_SHARE * table.num_rows)
+            shown[name] = "categories" if few else "lengths"
         elif pa.types.is_boolean(kind):
             shown[name] = "bool"
         elif pa.types.is_integer(kind) or pa.types.is_floating(kind):
@@ -200,7 +221,7 @@ def problems(folder: Path, *, repository: str | None = None) -> list[str]:
         files = sorted({*files, *json.loads((folder / "shards.json").read_text())})
     owners: dict[str, list[str]] = {name: [] for name in files}
     for config in configs:
-        if len(config["data_files"]) > 30:
+        if len(config["data_files"]) > MOST_SPLITS:
             found.append(f"{config['config_name']} has {len(config['data_files'])} splits")
         for entry in config["data_files"]:
             if not re.fullmatch(r"\w+(\.\w+)*", entry["split"]):
@@ -215,7 +236,7 @@ def problems(folder: Path, *, repository: str | None = None) -> list[str]:
     script = f"{repository or folder.name}.py"
     found += [f"{script} is named like the dataset"] if (folder / script).exists() else []
     defaults = [config["config_name"] for config in configs if config.get("default") is True]
-    if len(defaults) != 1 or len(configs) > 4000:
+    if len(defaults) != 1 or len(configs) > MOST_CONFIGS:
         return [*found, f"default configs: {defaults}; {len(configs)} configs"]
     for file in sorted(folder.rglob("*.parquet")):
         found += _file_problems(file, is_default=file.parent.name == defaults[0])
@@ -225,7 +246,7 @@ def problems(folder: Path, *, repository: str | None = None) -> list[str]:
 def _file_problems(file: Path, *, is_default: bool) -> list[str]:
     found = []
     names = pq.read_schema(file).names
-    if len(names) > 1000 or max(map(len, names)) > 500:
+    if len(names) > MOST_COLUMNS or max(map(len, names)) > LONGEST_COLUMN_NAME:
         found.append(f"{file.name} has {len(names)} columns, the longest name has {max(map(len, names))} characters")
     if not is_default:
         return found

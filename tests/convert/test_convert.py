@@ -105,7 +105,7 @@ def test_what_cannot_be_taken_is_named_and_the_rest_goes_on(tmp_path):
     assert done.refused == {
         "x": "no checkpoint",
         "run1/checkpoint_1": "it is a bomb",
-        "run1/checkpoint_2": "has 16 weights that are not finite",
+        "run1/checkpoint_2": "has 16 weights that are not finite: leave it out, or train it again",
     }
     zoo = Zoo(tmp_path / "zoo")
     assert zoo.manifest["refused"] == done.refused

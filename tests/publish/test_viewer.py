@@ -105,11 +105,12 @@ def test_what_cannot_be_stored_is_named(encoding, dtype, message):
 
 
 def test_the_published_limits():
-    limits = (viewer.PAGE_ROWS, viewer.MOST_BYTES_IN_MEMORY, viewer.FIRST_ROWS_BYTES, viewer.FIRST_ROWS_AT_LEAST)
+    assert (viewer.PAGE_ROWS, viewer.MOST_BYTES_IN_MEMORY) == (100, 300_000_000)
+    limits = (rules.PAGE_ROWS, rules.MOST_BYTES_IN_MEMORY, rules.FIRST_ROWS_BYTES, rules.FIRST_ROWS_AT_LEAST)
     assert limits == (100, 300_000_000, 200_000, 10)
-    limits = (viewer.CUT_CELL_BYTES, viewer.MOST_COLUMNS, viewer.LONGEST_COLUMN_NAME, viewer.MOST_SPLITS)
+    limits = (rules.CUT_CELL_BYTES, rules.MOST_COLUMNS, rules.LONGEST_COLUMN_NAME, rules.MOST_SPLITS)
     assert limits == (100, 1000, 500, 30)
-    assert (viewer.CATEGORY_SHARE, viewer.MOST_CATEGORIES, viewer.MOST_CONFIGS) == (0.2, 1000, 4000)
+    assert (rules.CATEGORY_SHARE, rules.MOST_CATEGORIES, rules.MOST_CONFIGS) == (0.2, 1000, 4000)
 
 
 def test_the_tiny_zoo_keeps_every_limit(tiny_zoo):

@@ -4,7 +4,6 @@ A zoo that is made from another replaces only an earlier zoo of its kind.
 """
 
 import json
-import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -121,7 +120,7 @@ def derived_row(
         test_loss: cross-entropy on test images, measured by the caller.
         test_accuracy: accuracy on test images, measured by the caller.
     """
-    run_id = re.sub(r"[^A-Za-z0-9._=+-]+", ".", run_id)
+    run_id = schema.safe_id(run_id, ".")
     epoch = max(row["epoch"] for row in sources)
     vector = weights.cpu().numpy()
     results = dict.fromkeys(schema.RESULTS) | {"test_loss": test_loss, "test_accuracy": test_accuracy}

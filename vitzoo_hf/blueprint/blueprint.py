@@ -8,7 +8,6 @@ becomes the parent of one run for each fine-tuning combination. A fine-tuned mod
 """
 
 import itertools
-import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from functools import cached_property
@@ -21,7 +20,7 @@ from vitzoo_hf.blueprint.recipe import Recipe
 from vitzoo_hf.blueprint.settings import SETTING_TYPES, Settings, built, known_setting, setting, settings_of
 from vitzoo_hf.blueprint.world import Learner, World
 from vitzoo_hf.format.messages import did_you_mean
-from vitzoo_hf.format.schema import SPLITS, STAGES, ZooError, fingerprint, model_id, split_of
+from vitzoo_hf.format.schema import RUN_ID, SPLITS, STAGES, ZooError, fingerprint, model_id, split_of
 
 ID_PARTS: dict[str, Callable[[Any], str]] = {
     "regime": lambda value: {"supervised": "sl", "contrastive": "cl"}[value],
@@ -348,7 +347,7 @@ def _id_part(name: str, value: Any) -> str:
 
 
 def _check_id(run_id: str, run_ids: set[str], node: Located) -> None:
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._=+-]*", run_id):
+    if not RUN_ID.fullmatch(run_id):
         raise node.error(f"the run id {run_id!r} would not be safe as a file name")
     if run_id in run_ids:
         raise node.error(f"two combinations give the run id {run_id!r}: tell them apart by a factor")

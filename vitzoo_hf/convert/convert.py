@@ -5,30 +5,29 @@ and written. What is finished lies beside the zoo in a hidden folder with a reco
 when all of it is there. Checkpoints that cannot be taken are named with the reason, and the rest goes on.
 """
 
-import itertools
 import json
 import re
 import shutil
-from collections import deque
-from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Generator, Mapping
+from contextlib import closing
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from filelock import FileLock, Timeout
 
-from vitzoo_hf.convert.rows import PlannedRow, SourceError, SourcePlan
+from vitzoo_hf.convert.rows import PlannedRow, SourcePlan, unless_refused
 from vitzoo_hf.format import schema
 from vitzoo_hf.format.atomic import absolute, read_json, write_json
-from vitzoo_hf.format.encoding import check_dtype, rounded
+from vitzoo_hf.format.encoding import check_dtype, check_finite, rounded
 from vitzoo_hf.format.layout import Layout, flatten
 from vitzoo_hf.format.messages import one_line
 from vitzoo_hf.format.schema import FORMAT_VERSION, ZooError
 from vitzoo_hf.models.architecture import Architecture
 from vitzoo_hf.progress import progress_bar
 from vitzoo_hf.publish.folder import Shard, Storage, assemble, refuse_to_replace, shard_name, swap, write_shard
+from vitzoo_hf.read_ahead import mapped_ahead
 
 LICENCE = r"[a-z0-9][a-z0-9._-]{1,60}"
 ANOTHER = "a zoo that is not of this source and these options: choose another folder, or replace=True (--replace)"
@@ -161,20 +160,13 @@ def _run(job: _Job, staging: Path, folder: Path, workers: int, progress: bool) -
     storage = _begin(job, staging)
     refused = dict(job.plan.refused)
     shards: dict[str, Shard] = {}
-    with (
-        progress_bar("converting", "row", shown=progress, total=len(job.plan.rows)) as bar,
-        ThreadPoolExecutor(workers, thread_name_prefix="vitzoo-convert") as pool,
-    ):
-        try:
-            for name, rows in _parts(job, storage).items():
-                part = _finished(staging, name) or _write(job, staging, name, rows, storage, pool)
-                bar.update(len(rows))
-                refused |= part.refused
-                if part.shard.light:
-                    shards[name] = part.shard
-        except BaseException:
-            pool.shutdown(wait=True, cancel_futures=True)
-            raise
+    with progress_bar("converting", "row", shown=progress, total=len(job.plan.rows)) as bar:
+        for name, rows in _parts(job, storage).items():
+            part = _finished(staging, name) or _write(job, staging, name, rows, storage, workers)
+            bar.update(len(rows))
+            refused |= part.refused
+            if part.shard.light:
+                shards[name] = part.shard
     if not shards:
         shutil.rmtree(staging, ignore_errors=True)
         raise NothingTakenError(job.plan.name, refused)
@@ -275,14 +267,12 @@ def _finished(staging: Path, name: str) -> _Part | None:
         return None
 
 
-def _write(
-    job: _Job, staging: Path, name: str, rows: list[PlannedRow], storage: Storage, pool: ThreadPoolExecutor
-) -> _Part:
+def _write(job: _Job, staging: Path, name: str, planned: list[PlannedRow], storage: Storage, workers: int) -> _Part:
     """Write a shard, then the record that it is finished."""
     refused: dict[str, str] = {}
     file = staging / "zoo" / name
-    taken = _taken(rows, job, refused, pool)
-    shard = write_shard(file, taken, len(rows), job.plan.factor_types, storage)
+    with closing(_loaded_rows(planned, job, refused, workers)) as rows:
+        shard = write_shard(file, rows, len(planned), job.plan.factor_types, storage)
     if not shard.light:
         file.unlink()
     layouts = {key: layout.to_json() for key, layout in shard.layouts.items()}
@@ -295,29 +285,18 @@ def _record(staging: Path, name: str) -> Path:
     return staging / "shards" / f"{Path(name).stem}.json"
 
 
-def _taken(
-    rows: list[PlannedRow], job: _Job, refused: dict[str, str], pool: ThreadPoolExecutor
-) -> Iterator[dict[str, Any]]:
-    """Whole rows in their order, loaded ahead; those that cannot be taken are noted in `refused`."""
-    upcoming = iter(rows)
-    pending: deque[tuple[PlannedRow, Future[dict[str, Any]]]] = deque()
-    for row in itertools.islice(upcoming, pool._max_workers):
-        pending.append((row, pool.submit(_row, row, job)))
-    while pending:
-        row, future = pending.popleft()
-        try:
-            whole = future.result()
-        except SourceError:
-            raise
-        except ZooError as error:
-            reason = str(error).removeprefix(row.source).lstrip(": ")
-            refused[row.source] = one_line(ZooError(reason))
-            whole = None
-        following = next(upcoming, None)
-        if following is not None:
-            pending.append((following, pool.submit(_row, following, job)))
-        if whole is not None:
-            yield whole
+def _loaded_rows(
+    planned: list[PlannedRow], job: _Job, refused: dict[str, str], workers: int
+) -> Generator[dict[str, Any], None, None]:
+    """Rows with their weights, in order, loaded ahead; why a checkpoint cannot be converted is added to `refused`."""
+    load = partial(unless_refused, partial(_row, job=job))
+    with closing(mapped_ahead(load, planned, threads=workers, ahead=workers)) as results:
+        for checkpoint, result in zip(planned, results, strict=True):
+            if isinstance(result, ZooError):
+                reason = str(result).removeprefix(checkpoint.source).lstrip(": ")
+                refused[checkpoint.source] = one_line(ZooError(reason))
+            else:
+                yield result
 
 
 def _row(planned: PlannedRow, job: _Job) -> dict[str, Any]:
@@ -328,10 +307,9 @@ def _row(planned: PlannedRow, job: _Job) -> dict[str, Any]:
     layout = Layout.of(model.tensors)
     if layout != expected:
         raise ZooError(f"{planned.source} does not have the tensors of {model.architecture} with a {model.head} head")
-    vector = flatten(model.tensors).numpy()
-    if not np.isfinite(vector).all():
-        raise ZooError(f"{planned.source} has {(~np.isfinite(vector)).sum()} weights that are not finite")
-    stored = rounded(vector, job.dtype)
+    weights = flatten(model.tensors)
+    check_finite([weights], [planned.source])
+    stored = rounded(weights.numpy(), job.dtype)
     provenance = planned.columns["provenance"] | {"source": planned.source, "flags": model.flags}
     return {
         **dict.fromkeys([*schema.RESULTS, *(f"factor_{name}" for name in job.plan.factor_types)]),

@@ -23,7 +23,6 @@ FROM_WEIGHTS = ("num_parameters", "layout", "weights_sha256", "dtype", "provenan
 """Columns of an index that are made again from the checkpoint."""
 
 FACTOR = re.compile(r"[a-z][a-z0-9_]*", re.ASCII)
-RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=+-]*", re.ASCII)
 INTEGER = re.compile(r"[+-]?(0|[1-9]\d*)", re.ASCII)
 NUMBER = re.compile(r"[+-]?(((0|[1-9]\d*)(\.\d*)?|\.\d+)(e[+-]?\d+)?|nan|inf(inity)?)", re.ASCII | re.IGNORECASE)
 BOOLEANS = {"true": True, "false": False}
@@ -205,7 +204,7 @@ def _known(where: str, column: str, cell: str) -> Any:
     allowed = {"stage": schema.STAGES, "head": schema.HEADS}.get(column)
     if allowed and cell not in allowed:
         raise ZooError(f"{what} is {cell!r}: {did_you_mean(cell, allowed)}")
-    if column == "run_id" and not RUN_ID.fullmatch(cell):
+    if column == "run_id" and not schema.RUN_ID.fullmatch(cell):
         raise ZooError(f"{what} is {cell!r}; expected letters, digits and ._=+-, a letter or digit first")
     if column in ("model_id", "parent_id") and not schema.MODEL_ID.fullmatch(cell):
         raise ZooError(f"{what} is {cell!r}; expected RUN@EPOCH, such as run1@20")

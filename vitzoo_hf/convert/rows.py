@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -16,9 +16,26 @@ from vitzoo_hf.convert.factor_table import LARGEST_EPOCH, Line, Table
 from vitzoo_hf.format import schema
 from vitzoo_hf.format.schema import ZooError
 
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
 
 class SourceError(ZooError):
     """The source as a whole cannot be read any more: nothing is refused, and the same command continues later."""
+
+
+def unless_refused(read: Callable[[Item], Result], item: Item) -> Result | ZooError:
+    """What `read` returns for an item, or the error for which this one item is refused.
+
+    Raises:
+        SourceError: if the source as a whole cannot be read.
+    """
+    try:
+        return read(item)
+    except SourceError:
+        raise
+    except ZooError as error:
+        return error
 
 
 @dataclass(frozen=True)
@@ -270,30 +287,15 @@ def _depths(lines: Mapping[str, Line]) -> dict[str, int]:
 
 def _groups(lines: Mapping[str, Line]) -> dict[str, str]:
     """Run -> the name of its family: runs that are joined by parents stay in one split."""
-    leader = {line.values["run_id"]: line.values["run_id"] for line in lines.values()}
-    depth_of = {run: min(depths) for run, depths in _run_depths(lines).items()}
-
-    def find(run: str) -> str:
-        while leader[run] != run:
-            run = leader[run]
-        return run
-
-    for line in lines.values():
-        parent = line.values.get("parent_id")
-        if parent is None or parent.rpartition("@")[0] not in leader:
-            continue
-        pair = {find(line.values["run_id"]), find(parent.rpartition("@")[0])}
-        first = min(pair, key=lambda run: (depth_of[run], run))
-        for run in pair:
-            leader[run] = first
-    return {run: find(run) for run in leader}
-
-
-def _run_depths(lines: Mapping[str, Line]) -> dict[str, list[int]]:
-    depths = defaultdict(list)
+    depths: dict[str, int] = {}
     for source, depth in _depths(lines).items():
-        depths[lines[source].values["run_id"]].append(depth)
-    return depths
+        run = lines[source].values["run_id"]
+        depths[run] = min(depth, depths.get(run, depth))
+    pairs = []
+    for line in lines.values():
+        run, parent_run = line.values["run_id"], (line.values.get("parent_id") or "").rpartition("@")[0]
+        pairs.append((run, parent_run if parent_run in depths else run))
+    return schema.union_find(pairs, key=lambda run: (depths[run], run))
 
 
 def _guessed(sources: list[str], fallback: str) -> dict[str, Line]:
@@ -329,9 +331,8 @@ def _run_id(source: str, fallback: str) -> str:
     matches = list(EPOCH.finditer(bare))
     if matches and int(matches[-1][1]) <= LARGEST_EPOCH:
         bare = bare[: matches[-1].start()] + bare[matches[-1].end() :]
-    run = re.sub(r"[^A-Za-z0-9._=+-]+", "-", bare).strip("-_.=+")
-    if not run:
-        run = re.sub(r"[^A-Za-z0-9._=+-]+", "-", fallback).strip("-_.=+") or "model"
+    names = (schema.safe_id(text).strip("-_.=+") for text in (bare, fallback))
+    run = next(filter(None, names), "model")
     if len(run) > LONGEST_RUN_ID:
         run = f"{run[:LONGEST_RUN_ID]}-{schema.fingerprint(run, 8)}"
     return run

@@ -1,4 +1,4 @@
-"""A row as the folder that `ViTForImageClassification.from_pretrained` of transformers 4 and 5 loads.
+"""Write a model as a folder that `ViTForImageClassification.from_pretrained` of transformers 4 and 5 loads.
 
 Models that would load there but compute something else are refused: another pooling, activation or normalization.
 """
@@ -26,7 +26,7 @@ BLOCK_TENSORS = ("norm1", "norm2", "attn.proj", "mlp.fc1", "mlp.fc2")
 
 
 def check_known_to_transformers(architecture: str, args: Mapping[str, Any], head: str) -> float:
-    """Compare a model with the one ViT that transformers has.
+    """Refuse a model that the ViT of transformers would compute differently.
 
     Args:
         architecture: timm name.
@@ -34,7 +34,7 @@ def check_known_to_transformers(architecture: str, args: Mapping[str, Any], head
         head: `linear` or `mlp`.
 
     Returns:
-        The epsilon of its layer normalizations.
+        Epsilon of the model's layer normalizations.
 
     Raises:
         ZooError: if transformers' ViT would compute something else.
@@ -49,12 +49,12 @@ def check_known_to_transformers(architecture: str, args: Mapping[str, Any], head
 
 
 def _oddities(model: Any) -> list[str]:
-    """What a timm ViT has that transformers' has not."""
+    """List what a timm ViT has that the ViT of transformers lacks."""
     if type(model).__name__ != "VisionTransformer":
         return [f"the structure of {type(model).__name__}"]
     odd = _tensor_oddities(model)
     patches = model.patch_embed
-    found = {
+    deviations = {
         f"global_pool {model.global_pool!r}": model.global_pool != "token",
         "an image that is not square": patches.grid_size[0] != patches.grid_size[1],
         "patches that are not square": patches.patch_size[0] != patches.patch_size[1],
@@ -63,7 +63,7 @@ def _oddities(model: Any) -> list[str]:
         "a normalization before the blocks": not isinstance(model.norm_pre, nn.Identity),
         "a normalization before the head": not isinstance(model.fc_norm, nn.Identity),
     }
-    odd += [what for what, is_so in found.items() if is_so]
+    odd += [what for what, is_so in deviations.items() if is_so]
     norms = [model.norm]
     for block in model.blocks:
         attention: Any = getattr(block, "attn", None)
@@ -83,44 +83,41 @@ def _oddities(model: Any) -> list[str]:
 
 
 def _tensor_oddities(model: Any) -> list[str]:
-    held = set(model.state_dict())
-    named = ["patch_embed.proj", "norm", "head"]
+    """List the tensors that a timm ViT lacks, or has too many, compared with the ViT of transformers."""
+    names = set(model.state_dict())
+    layers = ["patch_embed.proj", "norm", "head"]
     for number in range(len(model.blocks)):
-        named += [f"blocks.{number}.{part}" for part in BLOCK_TENSORS]
-    expected = {"cls_token", "pos_embed"} | {f"{name}.{kind}" for name in named for kind in ("weight", "bias")}
+        layers += [f"blocks.{number}.{part}" for part in BLOCK_TENSORS]
+    expected = {"cls_token", "pos_embed"} | {f"{name}.{kind}" for name in layers for kind in ("weight", "bias")}
     expected |= {f"blocks.{number}.attn.qkv.weight" for number in range(len(model.blocks))}
     biases = {f"blocks.{number}.attn.qkv.bias" for number in range(len(model.blocks))}
-    missing = sorted(expected - held)
-    unknown = sorted(held - expected - biases)
-    return [f"no {name}" for name in missing] + [f"a tensor {name}" for name in unknown]
+    absent = sorted(expected - names)
+    unknown = sorted(names - expected - biases)
+    return [f"no {name}" for name in absent] + [f"a tensor {name}" for name in unknown]
 
 
 def write_transformers_folder(
     folder: Path,
     tensors: Mapping[str, Tensor],
     *,
-    architecture: str,
-    architecture_args: Mapping[str, Any],
-    head: str,
+    architecture: Architecture,
     metadata: Mapping[str, str],
 ) -> None:
     """Write config.json and model.safetensors; the folder appears whole.
 
     Args:
-        folder: to be made; an earlier export there is replaced.
-        tensors: under timm's names.
-        architecture: timm name.
-        architecture_args: arguments of `timm.create_model`.
-        head: `linear`.
-        metadata: goes into the safetensors file.
+        folder: the folder to write; an earlier export in it is replaced.
+        tensors: timm's tensor name -> tensor.
+        architecture: the network, with a linear head.
+        metadata: entries for the header of the safetensors file.
 
     Raises:
         ZooError: if transformers has no such model, the folder holds something else, or it cannot be written.
     """
-    epsilon = check_known_to_transformers(architecture, architecture_args, head)
-    config, renamed = to_transformers(
-        tensors, architecture=architecture, architecture_args=architecture_args, head=head
-    )
+    name, args, head = architecture.name, architecture.args, architecture.head
+    epsilon = check_known_to_transformers(name, args, head)
+    config, renamed = to_transformers(tensors, architecture=name, architecture_args=args, head=head)
+    # timm's layer_norm_eps is 1e-6 in a ViT, transformers' default 1e-12: without this the outputs would differ
     config["layer_norm_eps"] = epsilon
     check_replaceable(folder)
     fresh = None
@@ -140,15 +137,15 @@ def write_transformers_folder(
 
 
 def check_replaceable(folder: Path) -> None:
-    """Never delete what is not an earlier export.
+    """Refuse a folder that holds anything but an earlier export, since writing there would delete it.
 
     Raises:
-        ZooError: if the folder is there and holds anything else.
+        ZooError: if the folder exists and holds anything else.
     """
     if not folder.exists() and not folder.is_symlink():
         return
     if folder.is_symlink() or not folder.is_dir():
         raise ZooError(f"{folder} exists and is no folder: choose another place, or remove it yourself")
-    others = sorted(entry.name for entry in folder.iterdir() if entry.name not in (CONFIG, WEIGHTS))
-    if others:
-        raise ZooError(f"{folder} exists and holds {others[0]!r}: choose another folder, or remove it yourself")
+    foreign = sorted(entry.name for entry in folder.iterdir() if entry.name not in (CONFIG, WEIGHTS))
+    if foreign:
+        raise ZooError(f"{folder} exists and holds {foreign[0]!r}: choose another folder, or remove it yourself")

@@ -4,11 +4,13 @@ Decoding never copies float32 that is in memory already, and always compares the
 the formats `torch` and `numpy` of `datasets` cut trailing zero bytes off binary columns.
 """
 
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
+from torch import Tensor
 
 from vitzoo_hf.format import schema
 from vitzoo_hf.format.messages import did_you_mean
@@ -30,6 +32,24 @@ def check_dtype(dtype: str) -> None:
     """
     if dtype not in ITEM_BYTES:
         raise ZooError(f"unknown dtype {dtype!r}: {did_you_mean(str(dtype), ITEM_BYTES)}")
+
+
+def check_finite(vectors: Tensor | Sequence[Tensor], names: Iterable[str]) -> None:
+    """Refuse weights that are not finite.
+
+    Args:
+        vectors: weights of P models, `[P, D]` or P vectors.
+        names: the models, for messages.
+
+    Raises:
+        ZooError: for the first model with a weight that is NaN or infinite, with the number of such weights.
+    """
+    # one vector at a time: a mask of all of them would take a quarter of their memory
+    for vector, name in zip(vectors, names, strict=True):
+        finite = vector.isfinite()
+        if not finite.all():
+            count = int(finite.numel() - finite.sum())
+            raise ZooError(f"{name} has {count} weights that are not finite: leave it out, or train it again")
 
 
 def encode(vector: np.ndarray, dtype: str = "float32") -> np.ndarray:

@@ -6,19 +6,17 @@ to the commit of the first file that was read from it, so a push in mid-read nev
 
 import io
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Any, TypeVar
+from typing import Any
 from urllib.parse import urlsplit
 
 from vitzoo_hf.format import schema
-from vitzoo_hf.format.hub_errors import hub_failure, is_transient, pause
+from vitzoo_hf.format.hub_errors import ATTEMPTS, hub_failure, is_transient, pause, retried
 from vitzoo_hf.format.hub_http import moved_to, streamed
 from vitzoo_hf.format.messages import REPAIR
 from vitzoo_hf.format.schema import ZooError
-
-Answer = TypeVar("Answer")
-ATTEMPTS = 6
 
 
 class FolderFiles:
@@ -166,7 +164,7 @@ class HubFiles:
         if self.local(name) is not None:
             return True
         try:
-            self._asked(lambda: get_hf_file_metadata(self._url(name)))
+            retried(lambda: get_hf_file_metadata(self._url(name)), self.attempts)
         except (EntryNotFoundError, OfflineModeIsEnabled):
             return False
         except Exception as error:
@@ -248,23 +246,10 @@ class HubFiles:
         from huggingface_hub import hf_hub_download
 
         try:
-            return Path(
-                self._asked(lambda: hf_hub_download(self.repository, name, repo_type="dataset", revision=revision))
-            )
+            download = partial(hf_hub_download, self.repository, name, repo_type="dataset", revision=revision)
+            return Path(retried(download, self.attempts))
         except Exception as error:
             raise self._failure(name, error) from None
-
-    def _asked(self, ask: Callable[[], Answer]) -> Answer:
-        """What the Hub answers; a broken connection or a busy server is asked again."""
-        failures = 0
-        while True:
-            try:
-                return ask()
-            except Exception as error:
-                failures += 1
-                if not is_transient(error) or failures >= self.attempts:
-                    raise
-                pause(failures, error)
 
     def _url(self, name: str) -> str:
         from huggingface_hub import hf_hub_url

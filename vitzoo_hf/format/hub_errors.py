@@ -2,11 +2,16 @@
 
 import re
 import time
+from collections.abc import Callable
+from typing import TypeVar
 
 from vitzoo_hf.format.hub_http import connection_errors, refused_repository, status_code
 from vitzoo_hf.format.messages import REPAIR, one_line
 from vitzoo_hf.format.schema import ZooError
 
+Answer = TypeVar("Answer")
+ATTEMPTS = 6
+"""How often a request is made before it counts as failed."""
 TRANSIENT = (408, 429, 500, 502, 503, 504)
 """Status codes after which a request is worth repeating."""
 FIRST_WAIT, LONGEST_WAIT = 0.5, 8.0
@@ -22,6 +27,24 @@ def is_transient(error: BaseException) -> bool:
     if isinstance(error, HfHubHTTPError):
         return status_code(error) in TRANSIENT
     return isinstance(error, (*connection_errors(), ConnectionError, TimeoutError))
+
+
+def retried(request: Callable[[], Answer], attempts: int = ATTEMPTS) -> Answer:
+    """Make a request; repeat it while the connection breaks or the server is busy or failing.
+
+    Args:
+        request: makes the request, and raises where it fails.
+        attempts: number of requests after which the last error is raised.
+    """
+    failures = 0
+    while True:
+        try:
+            return request()
+        except Exception as error:
+            failures += 1
+            if not is_transient(error) or failures >= attempts:
+                raise
+            pause(failures, error)
 
 
 def pause(failures: int, error: BaseException) -> None:
@@ -43,6 +66,15 @@ def seconds_asked_for(error: BaseException) -> float:
     return min(float(asked), 120.0) if asked.isdigit() else 0.0
 
 
+def cause_of(error: BaseException) -> BaseException:
+    """The failed request behind an error of the Hub's client, which may only say that a file is not in its cache."""
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    while isinstance(error, LocalEntryNotFoundError | RuntimeError) and error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
 def hub_failure(error: BaseException, what: str, revision: str | None = None) -> ZooError:
     """One line for a request to the Hub that failed: what was tried, why it failed, what to do.
 
@@ -54,8 +86,7 @@ def hub_failure(error: BaseException, what: str, revision: str | None = None) ->
     from huggingface_hub import constants
     from huggingface_hub import errors as hub
 
-    while isinstance(error, hub.LocalEntryNotFoundError | RuntimeError) and error.__cause__ is not None:
-        error = error.__cause__
+    error = cause_of(error)
     status = status_code(error)
     login = "run `hf auth login`, or set HF_TOKEN"
     if isinstance(error, hub.OfflineModeIsEnabled):

@@ -7,7 +7,7 @@ knows names and types only; it reads and writes nothing, and imports neither tor
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -26,7 +26,10 @@ SHARDS = "shards.json"
 LIST_LIMIT = 250_000
 """Up to this many parameters `weights` is a list of float32; above, raw little-endian bytes."""
 FACTOR_TYPES = {"string": "string", "float": "float64", "int": "int64", "bool": "bool"}
-MODEL_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=+-]*@[0-9]+")
+ID_CHARACTERS = "A-Za-z0-9._=+-"
+"""What run ids are made of, as in a regular expression: safe in a file name on every system and in a URL."""
+RUN_ID = re.compile(f"[A-Za-z0-9][{ID_CHARACTERS}]*")
+MODEL_ID = re.compile(f"{RUN_ID.pattern}@[0-9]+")
 
 
 class ZooError(ValueError):
@@ -40,6 +43,15 @@ def model_id(run_id: str, epoch: int) -> str:
     'sl-s42--adamw-lr0.003-linear-s42@20'
     """
     return f"{run_id}@{epoch}"
+
+
+def safe_id(text: str, filler: str = "-") -> str:
+    """Text with `filler` in place of characters that a run id cannot have.
+
+    >>> safe_id("lr 0.1/seed 2")
+    'lr-0.1-seed-2'
+    """
+    return re.sub(f"[^{ID_CHARACTERS}]+", filler, text)
 
 
 def weights_sha256(vector: Any) -> str:
@@ -188,6 +200,31 @@ def split_of(run_id: str, group: str, *, fractions: Mapping[str, float], seed: i
             return split
         position -= share
     return list(fractions)[-1]
+
+
+def union_find(pairs: Iterable[tuple[str, str]], key: Callable[[str], Any] | None = None) -> dict[str, str]:
+    """Connected components, such as the runs that `parent_id` connects: name -> the least name of its component.
+
+    Args:
+        pairs: two connected names each; a name that is connected to nothing can be paired with itself.
+        key: order of the names; by default alphabetical.
+
+    >>> union_find([("a", "b"), ("c", "b"), ("d", "d")])
+    {'a': 'a', 'b': 'a', 'c': 'a', 'd': 'd'}
+    """
+    leaders: dict[str, str] = {}
+
+    def leader_of(name: str) -> str:
+        while leaders.setdefault(name, name) != name:
+            # path halving: without it a long chain of parents takes quadratic time
+            leaders[name] = leaders[leaders[name]]
+            name = leaders[name]
+        return name
+
+    for pair in pairs:
+        first, second = sorted(map(leader_of, pair), key=key)
+        leaders[second] = first
+    return {name: leader_of(name) for name in leaders}
 
 
 def canonical_json(value: Any) -> str:

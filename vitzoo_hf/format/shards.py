@@ -5,7 +5,7 @@ row (with four bytes of length before each where they are stored as bytes). `wri
 with that a reader takes a vector by one read of the file, or one range of a URL, and decodes nothing.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ ROW_GROUP_BYTES = 4_000_000
 
 
 def write_parquet(
-    file: Path, features: Any, groups: Iterable[list[dict[str, Any]]], layouts: Mapping[str, Layout]
+    file: Path, features: Any, groups: Iterable[Sequence[Mapping[str, Any]]], layouts: Mapping[str, Layout]
 ) -> list[tuple[int, int]]:
     """Write rows, one row group for each list of `groups`, with page checksums.
 
@@ -79,7 +79,7 @@ class _Written:
     last: bytes
 
 
-def _write_group(writer: pq.ParquetWriter, rows: list[dict[str, Any]], features: Any) -> _Written:
+def _write_group(writer: pq.ParquetWriter, rows: Sequence[Mapping[str, Any]], features: Any) -> _Written:
     vectors = [encode(row["weights"], row["dtype"]) for row in rows] if "weights" in features else []
     writer.write_table(_table(rows, vectors, features), row_group_size=max(1, len(rows)))
     if not vectors:
@@ -89,7 +89,7 @@ def _write_group(writer: pq.ParquetWriter, rows: list[dict[str, Any]], features:
     return _Written(len(rows), span, vectors[0][:64].tobytes(), vectors[-1][-64:].tobytes())
 
 
-def _table(rows: list[dict[str, Any]], vectors: list[np.ndarray], features: Any) -> pa.Table:
+def _table(rows: Sequence[Mapping[str, Any]], vectors: list[np.ndarray], features: Any) -> pa.Table:
     arrow_schema = features.arrow_schema
     columns = []
     for column in arrow_schema:

@@ -4,7 +4,7 @@ Tables of a zoo without weights: index, evaluations, pairs, probes; each compare
 """
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -72,22 +72,6 @@ class LightTables:
 def records(frame: pd.DataFrame) -> list[dict[str, Any]]:
     """Rows of a data frame, with None for every missing value."""
     return frame.astype(object).where(frame.notna(), None).to_dict("records")
-
-
-def connected(pairs: Iterable[tuple[str, str]]) -> dict[str, int]:
-    """Name -> the number of its group: names are of one group if a chain of pairs joins them.
-
-    Example:
-        >>> connected([("a", "b"), ("c", "c"), ("d", "b")])
-        {'a': 0, 'b': 0, 'c': 1, 'd': 0}
-    """
-    from scipy.sparse import coo_array
-    from scipy.sparse.csgraph import connected_components
-
-    codes, names = pd.factorize(np.array([name for pair in pairs for name in pair], dtype=object))
-    graph = coo_array((np.ones(len(codes) // 2), (codes[::2], codes[1::2])), shape=(len(names), len(names)))
-    numbers = connected_components(graph, directed=False)[1]
-    return {str(name): int(number) for name, number in zip(names, numbers, strict=True)}
 
 
 def features_of(table: pa.Table) -> Any:

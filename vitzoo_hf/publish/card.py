@@ -1,18 +1,16 @@
-"""What a zoo holds -> its dataset card: the YAML header that `load_dataset` and the viewer read, and a text.
+"""Write the dataset card of a zoo: the YAML header that `load_dataset` and the viewer read, and a text.
 
-The text is `cards/zoo_card.md.jinja`; everything in it is counted from the folder or told by the manifest.
+The text is the template `cards/zoo_card.md.jinja`, filled with counts of the folder and entries of the manifest.
 """
 
 import re
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from vitzoo_hf.format import schema
 from vitzoo_hf.format.messages import did_you_mean
 from vitzoo_hf.format.schema import ZooError
 from vitzoo_hf.publish import card_results, card_sections
-from vitzoo_hf.publish.card_facts import Facts
+from vitzoo_hf.publish.card_facts import Facts, Manifest
 from vitzoo_hf.publish.markdown import one_line, plain
 from vitzoo_hf.publish.viewer import default_config
 
@@ -24,25 +22,23 @@ LICENCES = (
     *("cc-by-2.0", "cc-by-3.0", "cc-by-4.0", "cc-by-sa-3.0", "cc-by-sa-4.0", "cc-by-nc-4.0", "cc-by-nc-sa-4.0"),
     *("cc-by-nc-nd-4.0", "cc-by-nd-4.0", "odc-by", "odbl", "pddl", "cdla-permissive-2.0"),
 )
-"""Licences the Hub knows by name; any other is given to it as `other`, with its name."""
+"""Licences that the Hub knows by name; any other becomes `other` in the header, with its name."""
 
 SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))
 
 
-def card_text(
-    folder: Path, manifest: Mapping[str, Any], *, repository: str | None = None, default: str | None = None
-) -> str:
-    """The README.md of a zoo, which is the same whenever it is written for the same files.
+def card_text(folder: Path, manifest: Manifest, *, repository: str | None = None, default: str | None = None) -> str:
+    """Write the README.md of a zoo; equal files give equal text.
 
     Args:
-        folder: has the Parquet files; neither `zoo.json` nor a card need be there.
-        manifest: what `zoo.json` says, or will say; `default_config` and `licence` are used if they are there.
+        folder: the folder with the Parquet files; `zoo.json` and a card may be missing.
+        manifest: content of `zoo.json`; `default_config` and `licence` are optional.
         repository: dataset id for the examples; by default `ORG/` and the zoo's name.
-        default: config that `load_dataset` and the viewer open; by default the manifest's, or the whole rows while
-            the viewer can show a page of them.
+        default: config that `load_dataset` and the viewer open; by default the manifest's `default_config`, or
+            `weights` if the viewer can show a page of whole rows, else `index`.
 
     Raises:
-        ZooError: if the folder has no readable index, or `repository` or `default` cannot be.
+        ZooError: if the folder has no readable index, `repository` is no dataset id, or `default` is not in the zoo.
     """
     from huggingface_hub import DatasetCard, DatasetCardData
 
@@ -62,7 +58,7 @@ def card_text(
 
 
 def template(name: str = TEMPLATE) -> str:
-    """The text of a card's template, from the installed package or from a checkout.
+    """Read a card's template from the installed package or from a checkout.
 
     Raises:
         ZooError: if neither has it.
@@ -74,17 +70,17 @@ def template(name: str = TEMPLATE) -> str:
     raise ZooError(f"the template {package / 'cards' / name} is missing: install vitzoo-hf again")
 
 
-def _default(facts: Facts, manifest: Mapping[str, Any], default: str | None) -> str:
-    wanted = default or manifest.get("default_config")
-    if wanted is None:
+def _default(facts: Facts, manifest: Manifest, default: str | None) -> str:
+    config = default or manifest.get("default_config")
+    if config is None:
         fitting = {default_config(facts.largest, facts.encoding, dtype) for dtype in facts.dtypes}
-        wanted = "weights" if fitting == {"weights"} else "index"
-    if wanted not in facts.configs:
-        raise ZooError(f"the default config {wanted!r} is not in the zoo: {did_you_mean(str(wanted), facts.configs)}")
-    return str(wanted)
+        config = "weights" if fitting == {"weights"} else "index"
+    if config not in facts.configs:
+        raise ZooError(f"the default config {config!r} is not in the zoo: {did_you_mean(str(config), facts.configs)}")
+    return str(config)
 
 
-def _header(facts: Facts, manifest: Mapping[str, Any], name: str, opened: str) -> dict[str, Any]:
+def _header(facts: Facts, manifest: Manifest, name: str, opened: str) -> dict[str, object]:
     licence = one_line(manifest.get("licence") or LICENCE)
     header = {"license": licence.lower()}
     if licence.lower() not in LICENCES:
@@ -102,15 +98,20 @@ def _header(facts: Facts, manifest: Mapping[str, Any], name: str, opened: str) -
     }
 
 
-def _config_entry(facts: Facts, config: str, opened: str) -> dict[str, Any]:
-    """One of `configs`; `datasets` keys its cache of local folders on the header alone, hence the hash of files."""
+def _config_entry(facts: Facts, config: str, opened: str) -> dict[str, object]:
+    """Describe a config for `configs` of the header."""
     files = [{"split": split, "path": f"{config}/{split}-*.parquet"} for split in facts.configs[config]]
-    entry = {"config_name": config, "description": f"files {facts.digest(config)}", "data_files": files}
-    return entry | ({"default": True} if config == opened else {})
+    # `datasets` keys its cache of local folders on the header alone: without the digest it would serve old files
+    entry: dict[str, object] = {
+        "config_name": config,
+        "description": f"files {facts.digest(config)}",
+        "data_files": files,
+    }
+    return entry | {"default": True} if config == opened else entry
 
 
-def _sections(facts: Facts, manifest: Mapping[str, Any], opened: str) -> dict[str, Any]:
-    """What the template is filled with, besides the names."""
+def _sections(facts: Facts, manifest: Manifest, opened: str) -> dict[str, object]:
+    """Return the values that fill the template, besides the names."""
     licence = one_line(manifest.get("licence") or LICENCE)
     return {
         "default": opened,

@@ -1,4 +1,7 @@
-"""What a zoo's folder holds, counted from its light tables and the footers of its shards; no weight is read."""
+"""Count what a zoo's folder holds, from its light tables and the footers of its shards.
+
+No weights are read: the cost is that of the index, and shards need not be in the folder.
+"""
 
 import hashlib
 import json
@@ -18,15 +21,21 @@ from vitzoo_hf.format.schema import ZooError
 
 CLASSES = {"stage": schema.STAGES, "head": schema.HEADS}
 
+Manifest = Mapping[str, Any]
+"""Content of `zoo.json`."""
+
+Columns = dict[str, Any]
+"""Column -> value of a row of a light table."""
+
 
 @dataclass(frozen=True)
 class DataFile:
     """A Parquet file of a zoo.
 
     Attributes:
-        path: within the folder.
-        rows: how many it has.
-        size: in bytes.
+        path: path within the zoo's folder.
+        rows: number of rows.
+        size: number of bytes.
     """
 
     path: str
@@ -35,32 +44,32 @@ class DataFile:
 
     @property
     def config(self) -> str:
-        """The config it belongs to, which is its folder."""
+        """Config of the file, which is the name of its folder."""
         return self.path.split("/")[0]
 
     @property
     def split(self) -> str:
-        """The split it belongs to, which its name begins with."""
+        """Split of the file, with which its name begins."""
         return self.path.split("/")[1].split("-")[0]
 
 
 @dataclass(frozen=True)
 class Facts:
-    """A zoo's folder as its card needs it.
+    """Facts about a zoo's folder for its card.
 
     Attributes:
         folder: the zoo.
-        files: its Parquet files, in the order of configs and splits.
-        rows: the index, with a `split`, names instead of class numbers, and parsed provenance.
+        files: the Parquet files of the zoo, in the order of configs and splits.
+        rows: rows of the index, with a `split`, names instead of class numbers, and parsed provenance.
     """
 
     folder: Path
     files: list[DataFile]
-    rows: list[dict[str, Any]]
+    rows: list[Columns]
 
     @classmethod
     def read(cls, folder: Path) -> "Facts":
-        """The facts of a folder; weight shards that are not in it count as `shards.json` says.
+        """Read the facts of a folder; weight shards that are not in it are counted by `shards.json`.
 
         Raises:
             ZooError: if a table is damaged or missing, or `index` and `weights` differ in their rows.
@@ -85,32 +94,32 @@ class Facts:
     @cached_property
     def configs(self) -> dict[str, dict[str, list[DataFile]]]:
         """Config -> split -> files."""
-        held: dict[str, dict[str, list[DataFile]]] = {}
+        configs: dict[str, dict[str, list[DataFile]]] = {}
         for file in self.files:
-            held.setdefault(file.config, {}).setdefault(file.split, []).append(file)
-        return held
+            configs.setdefault(file.config, {}).setdefault(file.split, []).append(file)
+        return configs
 
     def split_rows(self, config: str) -> dict[str, int]:
-        """Split -> rows of a config; empty if the zoo does not have it."""
-        held = self.configs.get(config, {})
-        return {split: sum(file.rows for file in files) for split, files in held.items()}
+        """Split -> number of rows of a config; empty for a config that the zoo does not have."""
+        splits = self.configs.get(config, {})
+        return {split: sum(file.rows for file in files) for split, files in splits.items()}
 
     @cached_property
-    def runs(self) -> dict[str, list[dict[str, Any]]]:
+    def runs(self) -> dict[str, list[Columns]]:
         """Run -> its rows, epochs ascending."""
-        held: dict[str, list[dict[str, Any]]] = {}
+        runs: dict[str, list[Columns]] = {}
         for row in self.rows:
-            held.setdefault(row["run_id"], []).append(row)
-        return {run_id: sorted(rows, key=lambda row: row["epoch"]) for run_id, rows in held.items()}
+            runs.setdefault(row["run_id"], []).append(row)
+        return {run_id: sorted(rows, key=lambda row: row["epoch"]) for run_id, rows in runs.items()}
 
     @cached_property
-    def finals(self) -> list[dict[str, Any]]:
+    def finals(self) -> list[Columns]:
         """The last row of every run."""
         return [rows[-1] for rows in self.runs.values()]
 
     @cached_property
     def encoding(self) -> str:
-        """How the weights are stored: `list` or `binary`."""
+        """Encoding of the weights: `list` or `binary`."""
         for file in self.files:
             if file.config == "weights" and (self.folder / file.path).is_file():
                 kind = pq.read_schema(self.folder / file.path).field("weights").type
@@ -119,46 +128,46 @@ class Facts:
 
     @cached_property
     def largest(self) -> int:
-        """Parameters of the largest row."""
+        """Number of parameters of the largest row."""
         return max(row["num_parameters"] for row in self.rows)
 
     @cached_property
     def dtypes(self) -> list[str]:
-        """What the weights are stored as."""
+        """Number formats of the stored weights."""
         return sorted({row["dtype"] for row in self.rows})
 
     @cached_property
-    def accuracies(self) -> list[dict[str, Any]]:
-        """The last rows that have a test accuracy on the images that most of them were trained on."""
+    def accuracies(self) -> list[Columns]:
+        """The last rows of runs with a test accuracy, on the dataset that most of these runs were trained on."""
         measured = [row for row in self.finals if row["test_accuracy"] is not None]
         if not measured:
             return []
         (dataset, _), *_ = Counter(row["dataset"] for row in measured).most_common(1)
         return [row for row in measured if row["dataset"] == dataset]
 
-    def recipes(self, stage: str) -> list[dict[str, Any]]:
-        """The recipes of a stage's runs, where their provenance has one."""
-        found = [row["provenance"].get("recipe") for row in self.finals if row["stage"] == stage]
-        return [recipe for recipe in found if isinstance(recipe, dict)]
+    def recipes(self, stage: str) -> list[dict[str, object]]:
+        """List the recipes of a stage's runs, where their provenance has one."""
+        recipes = [row["provenance"].get("recipe") for row in self.finals if row["stage"] == stage]
+        return [recipe for recipe in recipes if isinstance(recipe, dict)]
 
     def versions(self) -> dict[str, list[str]]:
-        """Software -> the versions that runs were trained with."""
-        held: dict[str, set[str]] = {}
+        """List the versions of each software that runs were trained with."""
+        used: dict[str, set[str]] = {}
         for row in self.finals:
             versions = row["provenance"].get("versions")
             for name, version in versions.items() if isinstance(versions, Mapping) else ():
-                held.setdefault(str(name), set()).add(str(version))
-        return {name: sorted(held[name]) for name in sorted(held)}
+                used.setdefault(str(name), set()).add(str(version))
+        return {name: sorted(used[name]) for name in sorted(used)}
 
     def column_types(self) -> dict[str, str]:
-        """Columns of a whole row -> what type they have."""
+        """Name the type of each column of a whole row."""
         first = next(file for file in self.files if file.config == "index")
-        held = {field.name: str(field.type) for field in pq.read_schema(self.folder / first.path)}
-        held |= {name: f"class: {', '.join(names)}" for name, names in CLASSES.items() if name in held}
-        return held | {"weights": "list of float32" if self.encoding == "list" else "binary"}
+        types = {field.name: str(field.type) for field in pq.read_schema(self.folder / first.path)}
+        types |= {name: f"class: {', '.join(names)}" for name, names in CLASSES.items() if name in types}
+        return types | {"weights": "list of float32" if self.encoding == "list" else "binary"}
 
-    def table(self, config: str, columns: Iterable[str]) -> list[dict[str, Any]]:
-        """Columns of all rows of a light config; None where it was written before there was such a column."""
+    def table(self, config: str, columns: Iterable[str]) -> list[Columns]:
+        """Read columns of all rows of a light config; a column that its files lack is None."""
         files = [self.folder / file.path for file in self.files if file.config == config]
         empty = dict.fromkeys(columns)
         return [
@@ -171,18 +180,18 @@ class Facts:
 
     @cached_property
     def probes(self) -> dict[str, dict[str, int]]:
-        """Split of the held-out images -> dataset -> how many the zoo carries."""
+        """Split of the probe images -> dataset -> number of images."""
         return {
             split: dict(value_counts(self._column("probes", split, "dataset"), "dataset"))
             for split in self.configs.get("probes", {})
         }
 
-    def _column(self, config: str, split: str, name: str) -> list[dict[str, Any]]:
+    def _column(self, config: str, split: str, name: str) -> list[Columns]:
         files = self.configs[config][split]
         return [row for file in files for row in pq.read_table(self.folder / file.path, columns=[name]).to_pylist()]
 
     def digest(self, config: str) -> str:
-        """Changes with the content of a config; that of weights is known by their hashes in the index."""
+        """Hash the content of a config; of weights, their hashes in the index."""
         digest = hashlib.sha256()
         for file in self.files:
             if file.config == config:
@@ -194,12 +203,12 @@ class Facts:
 
 def _data_files(folder: Path) -> list[DataFile]:
     shards = read_json(folder / schema.SHARDS) if (folder / schema.SHARDS).is_file() else {}
-    held = {name: DataFile(name, entry["rows"], entry["bytes"]) for name, entry in shards.items()}
+    files = {name: DataFile(name, entry["rows"], entry["bytes"]) for name, entry in shards.items()}
     for file in folder.glob("*/*.parquet"):
         if not file.parent.name.startswith("."):
             name = file.relative_to(folder).as_posix()
-            held[name] = DataFile(name, pq.read_metadata(file).num_rows, file.stat().st_size)
-    return sorted(held.values(), key=_order)
+            files[name] = DataFile(name, pq.read_metadata(file).num_rows, file.stat().st_size)
+    return sorted(files.values(), key=_order)
 
 
 def _order(file: DataFile) -> tuple[int, str, int, str]:
@@ -207,13 +216,14 @@ def _order(file: DataFile) -> tuple[int, str, int, str]:
 
 
 def position(name: str, known: tuple[str, ...]) -> tuple[int, str]:
-    """A key that sorts known names in their order, and others behind them by name."""
+    """Make a key that sorts known names in their order, and other names behind them."""
     return (known.index(name) if name in known else len(known), name)
 
 
-def _index_rows(file: Path, split: str) -> list[dict[str, Any]]:
+def _index_rows(file: Path, split: str) -> list[Columns]:
     rows = pq.read_table(file).to_pylist()
-    parsed: dict[str | None, dict[str, Any]] = {}
+    # rows of a run have equal provenance: it is parsed once, and shared
+    parsed: dict[str | None, Columns] = {}
     for row in rows:
         text = row["provenance"]
         if text not in parsed:
@@ -224,7 +234,7 @@ def _index_rows(file: Path, split: str) -> list[dict[str, Any]]:
     return rows
 
 
-def value_counts(rows: Iterable[Mapping[str, Any]], column: str) -> list[tuple[Any, int]]:
-    """Values of a column with how often each occurs, ascending, None last."""
+def value_counts(rows: Iterable[Columns], column: str) -> list[tuple[Any, int]]:
+    """Count the values of a column, ascending, None last."""
     counts = Counter(row[column] for row in rows)
     return sorted(counts.items(), key=lambda entry: (entry[0] is None, 0 if entry[0] is None else entry[0]))

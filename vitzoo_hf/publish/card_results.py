@@ -1,11 +1,10 @@
-"""Results of a zoo -> the tables of its card: accuracy, what was measured again, pairs of models."""
+"""Write the tables of results of a zoo's card: recorded accuracy, evaluations, pairs of models."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from statistics import fmean
-from typing import Any
 
 from vitzoo_hf.format import schema
-from vitzoo_hf.publish.card_facts import Facts, value_counts
+from vitzoo_hf.publish.card_facts import Facts, Manifest, value_counts
 from vitzoo_hf.publish.markdown import bar, block, code, number, shown, table
 
 MOST_VALUES = 12
@@ -13,8 +12,11 @@ BINS = 10
 MEASURES = ["models", "mean", "lowest", "highest"]
 
 
-def accuracy(facts: Facts, manifest: Mapping[str, Any]) -> dict[str, str] | None:
-    """Test accuracy of the last row of each run: over all, by factor, and as a distribution; None without any."""
+def accuracy(facts: Facts, manifest: Manifest) -> dict[str, str] | None:
+    """Summarise the test accuracy of the last row of each run: over all, by factor, and as a distribution.
+
+    The result is None where no run has a test accuracy.
+    """
     rows = facts.accuracies
     if not rows:
         return None
@@ -23,8 +25,8 @@ def accuracy(facts: Facts, manifest: Mapping[str, Any]) -> dict[str, str] | None
         values = [value for value, _ in value_counts(rows, f"factor_{factor}")]
         if 1 < len(values) <= MOST_VALUES:
             for value in values:
-                chosen = (row["test_accuracy"] for row in rows if row[f"factor_{factor}"] == value)
-                lines.append([code(f"factor_{factor}"), shown(value), *measures(chosen)])
+                accuracies = (row["test_accuracy"] for row in rows if row[f"factor_{factor}"] == value)
+                lines.append([code(f"factor_{factor}"), shown(value), *measures(accuracies)])
     return {
         "dataset": code(rows[0]["dataset"]),
         "models": number(len(rows)),
@@ -34,22 +36,23 @@ def accuracy(facts: Facts, manifest: Mapping[str, Any]) -> dict[str, str] | None
 
 
 def measures(values: Iterable[float | None]) -> list[str]:
-    """Count, mean, lowest and highest of the values that are there, as text."""
-    held = present(values)
-    if not held:
+    """Write count, mean, lowest and highest of the values that are neither None nor NaN."""
+    numbers = present(values)
+    if not numbers:
         return ["0", "none", "none", "none"]
-    return [number(len(held)), *(f"{value:.4f}" for value in (fmean(held), min(held), max(held)))]
+    return [number(len(numbers)), *(f"{value:.4f}" for value in (fmean(numbers), min(numbers), max(numbers)))]
 
 
 def present(values: Iterable[float | None]) -> list[float]:
-    """The values that are neither None nor NaN."""
+    """List the values that are neither None nor NaN."""
     return [value for value in values if value is not None and value == value]
 
 
 def distribution(values: list[float]) -> str:
-    """A histogram of shares between 0 and 1 as a block of text."""
+    """Draw a histogram of shares between 0 and 1 as a block of text."""
     counts = [0] * BINS
     for value in values:
+        # 0.7 is stored as float32, which is below 0.7: the shift keeps it in the bin that begins there
         counts[min(BINS - 1, max(0, int(value * BINS + 1e-6)))] += 1
     lines = [
         f"{i / BINS:.1f} – {(i + 1) / BINS:.1f}  {bar(count, max(counts))}{' ' if count else ''}{number(count)}"
@@ -59,7 +62,10 @@ def distribution(values: list[float]) -> str:
 
 
 def evaluations(facts: Facts) -> dict[str, str] | None:
-    """What was measured again from the weights, and how far it is from what was recorded; None without it."""
+    """Summarise the metrics recomputed from the weights, with the largest difference from recorded accuracies.
+
+    The result is None without the config `evaluations`.
+    """
     if "evaluations" not in facts.configs:
         return None
     rows = facts.table("evaluations", ("model_id", *schema.EVALUATIONS))
@@ -83,7 +89,7 @@ def evaluations(facts: Facts) -> dict[str, str] | None:
 
 
 def pairs(facts: Facts) -> dict[str, str] | None:
-    """Pair metrics of siblings and of others; None without them."""
+    """Summarise the metrics of pairs of siblings and of all other pairs; None without the config `pairs`."""
     if "pairs" not in facts.configs:
         return None
     rows = facts.table("pairs", ("same_parent", "dataset", *schema.PAIR_METRICS))

@@ -1,12 +1,11 @@
-"""Facts of a zoo -> the tables and sentences of its card, as Markdown."""
+"""Write the tables and sentences of a zoo's card as Markdown."""
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
 
 from vitzoo_hf.format import schema
-from vitzoo_hf.publish.card_facts import Facts, value_counts
+from vitzoo_hf.publish.card_facts import Columns, Facts, Manifest, value_counts
 from vitzoo_hf.publish.markdown import block, code, listing, number, plain, shown, size, table
 
 MOST_VALUES = 12
@@ -48,7 +47,7 @@ CONFIG_MEANINGS = {
 
 
 def inside(facts: Facts) -> dict[str, str]:
-    """How much there is of everything, as text."""
+    """Write the counts of rows, runs, parameters, datasets and bytes."""
     parameters = [row["num_parameters"] for row in facts.rows]
     low, high = number(min(parameters)), number(max(parameters))
     stages = Counter(row["stage"] for row in facts.finals)
@@ -74,7 +73,7 @@ def inside(facts: Facts) -> dict[str, str]:
 
 
 def configs(facts: Facts, opened: str) -> str:
-    """A table of configs with their splits, rows and bytes."""
+    """Write a table of configs with their splits, rows and bytes."""
     rows = [
         [
             code(config) + (" (default)" if config == opened else ""),
@@ -88,45 +87,46 @@ def configs(facts: Facts, opened: str) -> str:
     return table(["config", "a row is", "splits and their rows", "rows", "bytes"], rows)
 
 
-def columns(facts: Facts, manifest: Mapping[str, Any]) -> str:
-    """A table of the columns of a whole row."""
-    known = MEANINGS | {
+def columns(facts: Facts, manifest: Manifest) -> str:
+    """Write a table of the columns of a whole row."""
+    meanings = MEANINGS | {
         f"factor_{name}": "recorded in training" if name.startswith("trained_") else "generating factor"
         for name in manifest["factors"]
     }
     rows = [
-        [code(name), plain(kind), known.get(name) or plain(name.replace("_", " "))]
+        [code(name), plain(kind), meanings.get(name) or plain(name.replace("_", " "))]
         for name, kind in facts.column_types().items()
     ]
     return table(["column", "type", "meaning"], rows)
 
 
 def recipe(facts: Facts) -> str | None:
-    """A table of every setting of the recipes, a column a stage; None where no run has its recipe."""
-    held = {stage: facts.recipes(stage) for stage in schema.STAGES}
-    held = {stage: recipes for stage, recipes in held.items() if recipes}
-    names = sorted({str(name) for recipes in held.values() for entry in recipes for name in entry})
+    """Write a table of every setting of the recipes, a column a stage; None where no run has its recipe."""
+    stages = {stage: recipes for stage in schema.STAGES if (recipes := facts.recipes(stage))}
+    names = sorted({str(name) for recipes in stages.values() for entry in recipes for name in entry})
     rows = [
-        [code(name), *(_values(entry.get(name) for entry in recipes) for recipes in held.values())] for name in names
+        [code(name), *(_values(entry.get(name) for entry in recipes) for recipes in stages.values())]
+        for name in names
     ]
-    return table(["setting", *held], rows) if rows else None
+    return table(["setting", *stages], rows) if rows else None
 
 
-def _values(values: Iterable[Any]) -> str:
-    """The distinct values of a setting, or how many there are."""
+def _values(values: Iterable[object]) -> str:
+    """List the distinct values of a setting, or count them where there are many."""
     texts = {shown(value): value for value in values}
-    found = sorted(texts, key=lambda text: _size_then_text(texts[text], text))
-    return listing(found) if len(found) <= MOST_VALUES else f"{number(len(found))} values"
+    ordered = sorted(texts, key=lambda text: _size_then_text(texts[text], text))
+    return listing(ordered) if len(ordered) <= MOST_VALUES else f"{number(len(ordered))} values"
 
 
-def _size_then_text(value: Any, text: str) -> tuple[int, float, str]:
-    """A key that sorts numbers by size, and whatever else behind them as text."""
-    number_like = isinstance(value, int | float) and not isinstance(value, bool)
-    return (0, float(value), text) if number_like else (1, 0.0, text)
+def _size_then_text(value: object, text: str) -> tuple[int, float, str]:
+    """Make a key that sorts numbers by size, and any other value behind them as text."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return 0, float(value), text
+    return 1, 0.0, text
 
 
 def kept(facts: Facts) -> str:
-    """A table of stages with their runs, rows and kept epochs."""
+    """Write a table of stages with their runs, rows and stored epochs."""
     rows = []
     for stage in schema.STAGES:
         members = [row for row in facts.rows if row["stage"] == stage]
@@ -137,8 +137,8 @@ def kept(facts: Facts) -> str:
     return table(["stage", "runs", "rows", "epochs kept"], rows)
 
 
-def images(facts: Facts, manifest: Mapping[str, Any]) -> str | None:
-    """A table of the images trained on, with their preparation; None where the manifest has none."""
+def images(facts: Facts, manifest: Manifest) -> str | None:
+    """Write a table of the training images with their preparation; None where the manifest has none."""
     rows = [
         [
             code(name),
@@ -153,7 +153,8 @@ def images(facts: Facts, manifest: Mapping[str, Any]) -> str | None:
     return table(["images", "source", "preparation", "classes", "held-out images here"], rows) if rows else None
 
 
-def _preparation(record: Mapping[str, Any]) -> str:
+def _preparation(record: Mapping[str, object]) -> str:
+    """List the steps that prepare an image for the models."""
     steps = []
     if record.get("resize"):
         steps.append(f"shorter side to {plain(record['resize'])}")
@@ -170,8 +171,8 @@ def _preparation(record: Mapping[str, Any]) -> str:
     return listing(steps) or "not recorded"
 
 
-def licences(manifest: Mapping[str, Any]) -> list[str]:
-    """A sentence for the images of each dataset."""
+def licences(manifest: Manifest) -> list[str]:
+    """Write a sentence on the licence of the images of each dataset."""
     return [
         f"Images of {code(name)}: {plain(record.get('licence') or 'not recorded, see their source')}."
         for name, record in manifest["images"].items()
@@ -179,20 +180,20 @@ def licences(manifest: Mapping[str, Any]) -> list[str]:
 
 
 def versions(facts: Facts) -> str | None:
-    """The software that runs were trained with; None where it is not recorded."""
-    held = facts.versions()
-    return listing(f"{plain(name)} {listing(map(plain, entries))}" for name, entries in held.items()) or None
+    """List the software that runs were trained with; None where it is not recorded."""
+    versions = facts.versions().items()
+    return listing(f"{plain(name)} {listing(map(plain, entries))}" for name, entries in versions) or None
 
 
 def blueprint(facts: Facts) -> str | None:
-    """The blueprint as a block of code, unless there is none or it is long."""
+    """Write the blueprint as a block of code; None if there is none or it is long."""
     file = facts.folder / "blueprint.yaml"
     text = file.read_text(encoding="utf-8") if file.is_file() else ""
     return block(text, "yaml") if text.strip() and text.count("\n") <= MOST_BLUEPRINT_LINES else None
 
 
-def factors(facts: Facts, manifest: Mapping[str, Any]) -> str | None:
-    """A table of factors with their values and how many runs have each; None where there is no factor."""
+def factors(facts: Facts, manifest: Manifest) -> str | None:
+    """Write a table of factors with the number of runs for each value; None where there is no factor."""
     rows = []
     for name, kind in manifest["factors"].items():
         counts = value_counts(facts.finals, f"factor_{name}")
@@ -205,23 +206,23 @@ def factors(facts: Facts, manifest: Mapping[str, Any]) -> str | None:
     return table(["factor", "type", "values × runs"], rows) if rows else None
 
 
-def splits(facts: Facts, manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """A table of splits, and what they keep together as sentences."""
-    held: dict[str, list[dict[str, Any]]] = {}
+def splits(facts: Facts, manifest: Manifest) -> dict[str, str]:
+    """Write a table of splits, and sentences on which rows they keep together."""
+    members: dict[str, list[Columns]] = {}
     for row in facts.rows:
-        held.setdefault(row["split"], []).append(row)
-    runs = {split: {row["run_id"] for row in rows} for split, rows in held.items()}
+        members.setdefault(row["split"], []).append(row)
+    runs = {split: {row["run_id"] for row in rows} for split, rows in members.items()}
     torn = sum(map(len, runs.values())) - len(facts.runs)
     groups = Counter(
         parent for _, parent in {(row["split"], row["parent_id"]) for row in facts.rows if row["parent_id"]}
     )
     apart = sum(count > 1 for count in groups.values())
     by = (manifest.get("splits") or {}).get("by")
-    told = {
+    rules = {
         "run": "Splits are by run.",
         "lineage": "Splits are by lineage: a parent and all its children are together.",
     }
-    sentences = [told.get(str(by), "How splits were drawn is not recorded.")]
+    sentences = [rules.get(str(by), "How splits were drawn is not recorded.")]
     sentences.append(
         f"{number(torn)} runs have rows in two splits."
         if torn
@@ -229,39 +230,41 @@ def splits(facts: Facts, manifest: Mapping[str, Any]) -> dict[str, Any]:
     )
     if apart:
         sentences.append(f"The children of {number(apart)} parents are in more than one split: siblings are alike.")
-    rows = [[code(split), number(len(runs[split])), number(len(rows))] for split, rows in held.items()]
+    rows = [[code(split), number(len(runs[split])), number(len(rows))] for split, rows in members.items()]
     return {"table": table(["split", "runs", "rows"], rows), "text": " ".join(sentences)}
 
 
-def traps(facts: Facts, manifest: Mapping[str, Any]) -> list[str]:
-    """What goes wrong if one does not know it, in sentences."""
-    found = []
+def traps(facts: Facts, manifest: Manifest) -> list[str]:
+    """Write sentences on facts of the zoo that lead to wrong results if they are overlooked."""
+    sentences = []
     if facts.encoding == "binary":
-        found.append(
+        sentences.append(
             '`with_format("torch")` and `"numpy"` of `datasets` cut trailing zero bytes off binary columns: read'
             " `weights` without a format or as `arrow`, and compare the length with `num_parameters`."
         )
     if facts.dtypes != ["float32"]:
-        found.append(f"Weights were rounded to {listing(facts.dtypes)}; `weights_sha256` is of what a reader gets.")
+        sentences.append(
+            f"Weights were rounded to {listing(facts.dtypes)}; `weights_sha256` is of what a reader gets."
+        )
     unmeasured = [row for row in facts.rows if row["test_accuracy"] is None]
     if unmeasured:
-        found.append(
+        sentences.append(
             f"`test_accuracy` is null in {number(len(unmeasured))} of {number(len(facts.rows))} rows: the head of a"
             " contrastive model is a projection without classes, and a source may not have recorded it."
         )
     ends = [row["num_parameters"] for row in facts.rows]
     if min(ends) < max(ends):
-        found.append(
+        sentences.append(
             "Heads differ in size: compare weights of different heads over the trunk only (see `layouts.json`)."
         )
-    found += _named("runs of the blueprint are missing", manifest.get("missing_runs"))
-    found += _named("checkpoints of the source were refused", manifest.get("refused"))
+    sentences += _named("runs of the blueprint are missing", manifest.get("missing_runs"))
+    sentences += _named("checkpoints of the source were refused", manifest.get("refused"))
     notes = manifest.get("notes") or []
-    return found + [plain(note) for note in ([notes] if isinstance(notes, str) else notes)]
+    return sentences + [plain(note) for note in ([notes] if isinstance(notes, str) else notes)]
 
 
-def _named(what: str, entries: Any) -> list[str]:
-    """A sentence that counts and names what is not there, with reasons."""
+def _named(what: str, entries: Mapping[str, str] | Sequence[str] | None) -> list[str]:
+    """Write a sentence that counts and names missing entries, with reasons; none without entries."""
     if not entries:
         return []
     if isinstance(entries, Mapping):
@@ -273,7 +276,7 @@ def _named(what: str, entries: Any) -> list[str]:
 
 
 def repository_name(name: str) -> str:
-    """The dataset id that stands in the examples of a zoo that has not been published yet.
+    """Make the placeholder of a dataset id for the examples of a zoo that is not published yet.
 
     >>> repository_name("my zoo")
     'ORG/my-zoo'
@@ -282,5 +285,5 @@ def repository_name(name: str) -> str:
 
 
 def first_path(facts: Facts, config: str) -> str:
-    """The path of a config's first file."""
+    """Return the path of a config's first file."""
     return next(file.path for file in facts.files if file.config == config)

@@ -1,17 +1,19 @@
-"""A zoo as a folder: weight shards, light tables, card, manifest; written whole or not at all.
+"""Write a zoo as a folder of weight shards, light tables, card and manifest, whole or not at all.
 
-`write_shard` writes one file of weights and says what its manifest entry is; `write_zoo` writes all of them from
-rows, in a temporary folder that takes its place at the end; `write_config` adds tables to a finished zoo.
+`write_shard` writes one file of weights; `write_zoo` writes a zoo from rows in a temporary folder, which is renamed
+at the end; `write_config` adds tables to a finished zoo. Every written byte is read once more, for the hashes.
 """
 
 import hashlib
 import itertools
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
 
 from vitzoo_hf.format import schema
 from vitzoo_hf.format.atomic import read_json, write_json
@@ -23,16 +25,25 @@ from vitzoo_hf.models.architecture import Architecture
 from vitzoo_hf.progress import progress_bar
 from vitzoo_hf.publish.card import card_text
 
+if TYPE_CHECKING:
+    import datasets
+
 SHARD_BYTES = 500_000_000
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows still to be read: how many there are, and the parameters of the largest."""
+    """Rows that are still to be read.
+
+    Attributes:
+        count: number of rows.
+        largest: number of parameters of the largest row.
+        rows: the rows with their weights, read one at a time while they are written.
+    """
 
     count: int
     largest: int
-    rows: Iterator[dict[str, Any]]
+    rows: Iterator[Mapping[str, object]]
 
 
 @dataclass(frozen=True)
@@ -41,7 +52,7 @@ class Storage:
 
     Attributes:
         dtype: `float32`, `float16` or `bfloat16`.
-        largest: parameters of the largest row.
+        largest: number of parameters of the largest row.
     """
 
     dtype: str
@@ -59,23 +70,30 @@ class Storage:
 
     @property
     def group_rows(self) -> int:
-        """Rows a row group; a large model has one of its own."""
+        """Number of rows in a row group; a large model has a row group of its own."""
         return max(1, ROW_GROUP_BYTES // self.row_bytes) if self.largest <= schema.LIST_LIMIT else 1
 
     @property
     def gap(self) -> int:
-        """Bytes between two rows of a row group: Parquet writes a length before each value of bytes."""
+        """Bytes between the weights of two rows in a row group."""
+        # Parquet writes a length of four bytes before each binary value
         return 0 if self.encoding == "list" else 4
 
     @property
     def shard_rows(self) -> int:
-        """Rows a file of about `SHARD_BYTES`."""
+        """Number of rows in a file of about `SHARD_BYTES`."""
         return max(1, SHARD_BYTES // self.row_bytes // self.group_rows) * self.group_rows
 
 
 @dataclass(frozen=True)
 class Shard:
-    """A written file of weights: its entry in `shards.json`, the light columns of its rows, their layouts."""
+    """A written file of weights.
+
+    Attributes:
+        entry: what `shards.json` says of the file.
+        light: the columns of its rows, without weights.
+        layouts: fingerprint -> layout of the rows' weights.
+    """
 
     entry: dict[str, Any]
     light: list[dict[str, Any]]
@@ -86,7 +104,7 @@ def write_zoo(
     folder: Path,
     manifest: Mapping[str, Any],
     splits: Mapping[str, Rows],
-    probes: Mapping[str, list[dict[str, Any]]],
+    probes: Mapping[str, Sequence[Mapping[str, object]]],
     blueprint_text: str,
     *,
     dtype: str = "float32",
@@ -96,11 +114,11 @@ def write_zoo(
 
     Args:
         folder: the zoo.
-        manifest: what `zoo.json` says besides the files.
-        splits: split -> its rows, with weights as they are stored (see `encoding.rounded`) and in their final order.
+        manifest: entries of `zoo.json` but for `files`.
+        splits: split -> its rows in their final order, with weights rounded to `dtype` (see `encoding.rounded`).
         probes: role -> rows of held-out images.
-        blueprint_text: what the zoo was made from.
-        dtype: that the rows' weights are stored as.
+        blueprint_text: the YAML that the zoo was made from.
+        dtype: number format of the stored weights.
         progress: show a bar.
 
     Raises:
@@ -132,17 +150,17 @@ def assemble(
     folder: Path,
     manifest: Mapping[str, Any],
     shards: Mapping[str, Shard],
-    probes: Mapping[str, list[dict[str, Any]]],
+    probes: Mapping[str, Sequence[Mapping[str, object]]],
     blueprint_text: str,
 ) -> None:
-    """Write everything of a zoo but its weight shards, which are in `folder` already.
+    """Write every file of a zoo but its weight shards, which are in `folder` already.
 
     Args:
         folder: the zoo.
-        manifest: what `zoo.json` says besides the files.
-        shards: path in the folder -> what `write_shard` returned, in the order of the rows.
+        manifest: entries of `zoo.json` but for `files`.
+        shards: path in the folder -> result of `write_shard`, in the order of the rows.
         probes: role -> rows of held-out images.
-        blueprint_text: what the zoo was made from.
+        blueprint_text: the YAML that the zoo was made from.
     """
     features = schema.row_features(manifest["factors"], weights=None)
     light: dict[str, list[dict[str, Any]]] = {}
@@ -162,21 +180,21 @@ def assemble(
 
 
 def write_shard(
-    file: Path, rows: Iterator[dict[str, Any]], count: int, factors: Mapping[str, str], storage: Storage
+    file: Path, rows: Iterator[Mapping[str, object]], count: int, factors: Mapping[str, str], storage: Storage
 ) -> Shard:
     """Write the next `count` rows as one file of weights.
 
     Args:
         file: the Parquet file.
-        rows: rows with weights as float32 `[D]`, or fewer than `count` of them.
-        count: rows to take at most.
+        rows: rows with weights as float32 `[D]`; there may be fewer than `count`.
+        count: largest number of rows in the file.
         factors: generating factor -> type.
-        storage: of the whole zoo.
+        storage: how the whole zoo stores its weights.
     """
     light: list[dict[str, Any]] = []
     layouts: dict[str, Layout] = {}
     features = schema.row_features(factors, weights=storage.encoding)
-    groups = _remember(_groups(itertools.islice(rows, count), storage.group_rows), light, layouts)
+    groups = _noted(_groups(itertools.islice(rows, count), storage.group_rows), light, layouts)
     ends = write_parquet(file, features, groups, layouts)
     entry = {"rows": len(light), **_file_entry(file), "gap": storage.gap, "groups": [list(pair) for pair in ends]}
     return Shard(entry, light, layouts)
@@ -192,7 +210,11 @@ def _split_of(name: str) -> str:
 
 
 def refuse_to_replace(folder: Path) -> None:
-    """Never delete what is not a zoo."""
+    """Refuse a folder that holds anything but a zoo, since writing a zoo there would delete it.
+
+    Raises:
+        ZooError: if the folder exists, is not empty, and is not a zoo.
+    """
     if (
         folder.exists()
         and not (folder / schema.MANIFEST).is_file()
@@ -206,7 +228,7 @@ def _only_shard(folder: Path, config: str, split: str) -> Path:
 
 
 def _write_split(
-    folder: Path, split: str, part: Rows, factors: Mapping[str, str], storage: Storage, bar: Any
+    folder: Path, split: str, part: Rows, factors: Mapping[str, str], storage: Storage, bar: tqdm
 ) -> dict[str, Shard]:
     shards = -(-part.count // storage.shard_rows)
     rows = _counted(part.rows, bar)
@@ -214,33 +236,41 @@ def _write_split(
     return {name: write_shard(folder / name, rows, storage.shard_rows, factors, storage) for name in names}
 
 
-def _counted(rows: Iterator[dict[str, Any]], bar: Any) -> Iterator[dict[str, Any]]:
+def _counted(rows: Iterator[Mapping[str, object]], bar: tqdm) -> Iterator[Mapping[str, object]]:
     for row in rows:
         yield row
         bar.update(1)
 
 
-def _remember(
-    groups: Iterable[list[dict[str, Any]]], light: list[dict[str, Any]], layouts: dict[str, Layout]
-) -> Iterator[list[dict[str, Any]]]:
-    """Pass groups on, keeping their light columns and noting their layouts."""
+def _noted(
+    groups: Iterable[list[Mapping[str, object]]], light: list[dict[str, Any]], layouts: dict[str, Layout]
+) -> Iterator[list[Mapping[str, object]]]:
+    """Pass row groups on; add their light columns to `light` and their layouts to `layouts`."""
     for group in groups:
         for row in group:
-            layouts.setdefault(row["layout"], Architecture.of(row).layout)
+            layouts.setdefault(str(row["layout"]), Architecture.of(row).layout)
             light.append({name: value for name, value in row.items() if name != "weights"})
         yield group
 
 
-def _groups(rows: Iterator[dict[str, Any]], size: int) -> Iterator[list[dict[str, Any]]]:
+def _groups(rows: Iterator[Mapping[str, object]], size: int) -> Iterator[list[Mapping[str, object]]]:
     while group := list(itertools.islice(rows, size)):
         yield group
 
 
-def write_config(folder: Path, config: str, tables: Mapping[str, list[dict[str, Any]]], features: Any) -> None:
+def write_config(
+    folder: Path, config: str, tables: Mapping[str, Sequence[Mapping[str, object]]], features: "datasets.Features"
+) -> None:
     """Add or replace a config of a finished zoo: one file a split, then the manifest and the card's header.
 
-    While the files are exchanged the manifest does not list them: a zoo whose process was killed then opens without
-    the config, which is to be written again.
+    While the files are exchanged the manifest does not list them: after a process was killed here, the zoo opens
+    without the config, and the config can be written again.
+
+    Args:
+        folder: the zoo.
+        config: name of the config.
+        tables: split -> rows.
+        features: column types of the rows.
 
     Raises:
         ZooError: if the folder cannot be written.
@@ -253,8 +283,10 @@ def write_config(folder: Path, config: str, tables: Mapping[str, list[dict[str, 
             fresh.chmod(0o755)
             for split, rows in tables.items():
                 write_parquet(_only_shard(fresh.parent, fresh.name, split), features, [rows], {})
-            kept = {name: entry for name, entry in manifest["files"].items() if not name.startswith(f"{config}/")}
-            write_json(folder / schema.MANIFEST, manifest | {"files": kept})
+            unchanged = {
+                name: entry for name, entry in manifest["files"].items() if not name.startswith(f"{config}/")
+            }
+            write_json(folder / schema.MANIFEST, manifest | {"files": unchanged})
             swap(fresh, folder / config)
         finally:
             shutil.rmtree(fresh, ignore_errors=True)
@@ -264,13 +296,14 @@ def write_config(folder: Path, config: str, tables: Mapping[str, list[dict[str, 
 
 
 def _sweep(place: Path) -> None:
-    """Remove what a killed process left beside `place`."""
+    """Remove temporary folders that a killed process left beside `place`."""
     for stale in place.parent.glob(f".{place.name}-*.tmp"):
         shutil.rmtree(stale, ignore_errors=True)
 
 
 def swap(fresh: Path, place: Path) -> None:
-    """Put `fresh` where `place` is, which is removed."""
+    """Put `fresh` in the place of `place`, which is removed."""
+    # two renames rather than a deletion first: `place` is missing for an instant only
     old = Path(tempfile.mkdtemp(dir=place.parent, prefix=f".{place.name}-old-", suffix=".tmp"))
     try:
         if place.exists():
@@ -281,7 +314,10 @@ def swap(fresh: Path, place: Path) -> None:
 
 
 def _finish(folder: Path, manifest: dict[str, Any]) -> None:
-    """Write the card, then the manifest: size and hash of every file but weight shards and the card."""
+    """Write the card, then the manifest with size and hash of every file but weight shards and the card.
+
+    The manifest comes last: a folder without it does not open as a zoo.
+    """
     files = sorted(file for file in folder.glob("*/*.parquet") if not file.parent.name.startswith("."))
     (folder / "README.md").write_text(card_text(folder, manifest), encoding="utf-8")
     listed = [file for file in files if file.parent.name != "weights" or not (folder / schema.SHARDS).is_file()]
@@ -290,6 +326,6 @@ def _finish(folder: Path, manifest: dict[str, Any]) -> None:
     write_json(folder / schema.MANIFEST, manifest)
 
 
-def _file_entry(file: Path) -> dict[str, Any]:
+def _file_entry(file: Path) -> dict[str, int | str]:
     with file.open("rb") as opened:
         return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(opened, "sha256").hexdigest()}

@@ -1,15 +1,14 @@
-"""Values -> Markdown that shows exactly them: no name can end a table, a block of code or a page's markup."""
+"""Write values as Markdown that shows them exactly: no name can end a table, a block of code or the markup."""
 
 import html
 import re
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 BAR = 24
 
 
 def one_line(text: object) -> str:
-    """Text without line breaks, control characters or white space at its ends.
+    """Remove line breaks, control characters, and white space at the ends.
 
     >>> one_line(" a\\n---\\tb ")
     'a --- b'
@@ -18,7 +17,7 @@ def one_line(text: object) -> str:
 
 
 def plain(text: object) -> str:
-    """Text of one line that Markdown and HTML leave as it is.
+    """Escape text, on one line, so that Markdown and HTML show it unchanged.
 
     >>> plain("<b>*a*|b</b>")
     '&lt;b&gt;\\\\*a\\\\*\\\\|b&lt;/b&gt;'
@@ -28,7 +27,7 @@ def plain(text: object) -> str:
 
 
 def code(text: object) -> str:
-    """Text of one line as code, also inside a table.
+    """Write text as inline code on one line, also for a cell of a table.
 
     >>> code("a|b")
     '`a\\\\|b`'
@@ -40,7 +39,7 @@ def code(text: object) -> str:
 
 
 def block(text: str, language: str) -> str:
-    """Lines as a block of code, with a fence longer than any in them."""
+    """Write lines as a block of code, with a fence longer than any in the lines."""
     fence = "`" * max(3, _longest_run(text) + 1)
     return f"{fence}{language}\n{text.rstrip()}\n{fence}"
 
@@ -49,19 +48,19 @@ def _longest_run(text: str) -> int:
     return max(map(len, re.findall("`+", text)), default=0)
 
 
-def shown(value: Any) -> str:
-    """A value of a column or setting.
+def shown(value: object) -> str:
+    """Write a value of a column or setting.
 
     >>> shown(None), shown(0.0001), shown(True)
     ('none', '`0.0001`', '`true`')
     """
-    if value is None or value != value:
+    if value is None or value != value:  # NaN is the one value that differs from itself
         return "none"
     return code(str(value).lower() if isinstance(value, bool) else value)
 
 
 def number(value: int) -> str:
-    """A count with its thousands apart.
+    """Write a count with commas between thousands.
 
     >>> number(22050664)
     '22,050,664'
@@ -70,7 +69,7 @@ def number(value: int) -> str:
 
 
 def size(count: int) -> str:
-    """A number of bytes in a readable unit.
+    """Write a number of bytes in a readable unit.
 
     >>> size(901640)
     '902 kB'
@@ -84,12 +83,12 @@ def size(count: int) -> str:
 
 
 def listing(values: Iterable[str]) -> str:
-    """Values with commas between them."""
+    """Join values with commas."""
     return ", ".join(values)
 
 
 def bar(count: int, largest: int) -> str:
-    """A horizontal bar; anything above zero shows.
+    """Draw a horizontal bar; any count above zero is visible.
 
     >>> bar(6, 24), bar(0, 24)
     ('██████', '')
@@ -98,7 +97,7 @@ def bar(count: int, largest: int) -> str:
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table.
+    """Write a table.
 
     >>> print(table(["a", "b"], [["1", "2"]]))
     | a | b |

@@ -1,7 +1,7 @@
-"""Checkpoints -> a zoo: a folder of Parquet that `datasets.load_dataset` opens, exactly what goes to the Hub.
+"""Pack checkpoints as a zoo: a folder of Parquet that `datasets.load_dataset` opens, and that is pushed to the Hub.
 
-`weights` and `index` have one file or more a split, `probes` the held-out images as the models are fed them. The
-folder appears complete or not at all.
+The configs `weights` and `index` have a row a checkpoint, `probes` the held-out images as the models are fed them.
+The folder appears complete or not at all. Each checkpoint is read once; one row group is in memory at a time.
 """
 
 import io
@@ -10,13 +10,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from torch import Tensor
-
 from vitzoo_hf.blueprint.blueprint import Blueprint, Run
 from vitzoo_hf.format import schema
 from vitzoo_hf.format.atomic import read_json
-from vitzoo_hf.format.encoding import check_dtype, rounded
+from vitzoo_hf.format.encoding import check_dtype, check_finite, rounded
 from vitzoo_hf.format.layout import Layout, flatten
 from vitzoo_hf.format.schema import ZooError
 from vitzoo_hf.images.prepared import PreparedBlueprint
@@ -36,33 +33,33 @@ TRAINED_ON = {
     "trained_environments": "string",
     "trained_sha256": "string",
 }
-"""Columns of runs on a world: images drawn, how many differ, optimiser steps, privacy spent, images by environment,
-and a hash of the images."""
+"""Columns of runs on a world: number of training images, number of distinct ones, optimiser steps, privacy spent,
+images by environment, and a hash of the images."""
 
 
 def pack(blueprint: Blueprint, runs: Path, folder: Path, *, dtype: str = "float32", progress: bool = True) -> Path:
     """Write the finished runs of a blueprint as a zoo.
 
     Args:
-        blueprint: what was trained.
-        runs: the folder `launch` filled.
-        folder: the zoo; one that is there already is replaced once the new one is complete.
-        dtype: what weights are stored as: float32 is exact, float16 and bfloat16 round them to half the size.
+        blueprint: the blueprint of the runs.
+        runs: the folder that `launch` filled.
+        folder: the zoo; an earlier zoo in it is replaced once the new one is complete.
+        dtype: number format of the stored weights: float32 is exact, float16 and bfloat16 take half the size.
         progress: show a bar.
 
     Returns:
         `folder`.
 
     Raises:
-        ZooError: if a run is unfinished or saw other images, a checkpoint is damaged or not finite, or the folder
-            cannot be written.
+        ZooError: if a run is unfinished or was trained on other images, a checkpoint is damaged or not finite, or the
+            folder cannot be written.
     """
     check_dtype(dtype)
-    kept, missing = _runs_to_pack(blueprint, runs)
+    packable, missing = _runs_to_pack(blueprint, runs)
     prepared = PreparedBlueprint(blueprint)
-    for run in kept:
+    for run in packable:
         RunFolder(runs / run.run_id).check_images(prepared.images_of(run).begun_with, record=False)
-    members = {split: [run for run in kept if run.split == split] for split in schema.SPLITS}
+    members = {split: [run for run in packable if run.split == split] for split in schema.SPLITS}
     image_sets = _image_sets(prepared)
     write_zoo(
         folder,
@@ -84,7 +81,7 @@ def pack(blueprint: Blueprint, runs: Path, folder: Path, *, dtype: str = "float3
 
 
 def is_packed(blueprint: Blueprint, folder: Path) -> bool:
-    """Whether `folder` holds the zoo of exactly this blueprint with all its files in full length."""
+    """Return whether `folder` holds a zoo of exactly this blueprint with all its files in full length."""
     try:
         manifest = read_json(folder / schema.MANIFEST)
         same = manifest["blueprint_fingerprint"] == blueprint.fingerprint
@@ -96,7 +93,8 @@ def is_packed(blueprint: Blueprint, folder: Path) -> bool:
 
 
 def _runs_to_pack(blueprint: Blueprint, runs: Path) -> tuple[list[Run], dict[str, str]]:
-    kept, missing, unfinished = [], {}, []
+    """List the runs to pack, and why each of the other runs of the blueprint is missing."""
+    packable, missing, unfinished = [], {}, []
     for run in blueprint.runs:
         divergence = RunFolder(runs / run.run_id).divergence
         if divergence:
@@ -104,7 +102,7 @@ def _runs_to_pack(blueprint: Blueprint, runs: Path) -> tuple[list[Run], dict[str
         elif run.parent_run in missing:
             missing[run.run_id] = f"its parent {run.parent_run} is missing"
         elif is_finished(blueprint, run, runs):
-            kept.append(run)
+            packable.append(run)
         else:
             unfinished.append(run.run_id)
     if unfinished:
@@ -112,12 +110,13 @@ def _runs_to_pack(blueprint: Blueprint, runs: Path) -> tuple[list[Run], dict[str
             f"{len(unfinished)} of {len(blueprint.runs)} runs in {runs} are unfinished, {unfinished[0]} the first:"
             " run `vitzoo train` again"
         )
-    if not kept:
+    if not packable:
         raise ZooError(f"no run of {blueprint.name!r} in {runs} can be packed: all of them diverged")
-    return kept, missing
+    return packable, missing
 
 
-def _rows(prepared: PreparedBlueprint, members: Iterable[Run], runs: Path, dtype: str) -> Iterator[dict[str, Any]]:
+def _rows(prepared: PreparedBlueprint, members: Iterable[Run], runs: Path, dtype: str) -> Iterator[dict[str, object]]:
+    """Yield the rows of runs with their weights, epochs ascending."""
     blueprint = prepared.blueprint
     for run in members:
         place = RunFolder(runs / run.run_id)
@@ -128,9 +127,11 @@ def _rows(prepared: PreparedBlueprint, members: Iterable[Run], runs: Path, dtype
         for epoch in run.keep_epochs:
             tensors, results = place.load_epoch(epoch)
             layout = Layout.of(tensors)
-            vector = rounded(finite_weights(flatten(tensors), schema.model_id(run.run_id, epoch)), dtype)
+            model_id, weights = schema.model_id(run.run_id, epoch), flatten(tensors)
+            check_finite([weights], [model_id])
+            vector = rounded(weights.numpy(), dtype)
             yield {
-                "model_id": schema.model_id(run.run_id, epoch),
+                "model_id": model_id,
                 "run_id": run.run_id,
                 "parent_id": run.parent_id,
                 "stage": run.stage,
@@ -143,7 +144,7 @@ def _rows(prepared: PreparedBlueprint, members: Iterable[Run], runs: Path, dtype
                 "head_hidden": architecture.head_hidden,
                 **{f"factor_{name}": run.factors[name] for name in blueprint.factor_types},
                 **{f"factor_{name}": value for name, value in drawn.items()},
-                **_made(run, results),
+                **_training_record(run, results),
                 **{name: results.get(name) for name in schema.RESULTS},
                 "num_parameters": layout.num_parameters,
                 "layout": layout.fingerprint,
@@ -158,8 +159,8 @@ def _on_worlds(blueprint: Blueprint) -> bool:
     return any(run.world is not None for run in blueprint.runs)
 
 
-def _drawn(prepared: PreparedBlueprint, run: Run) -> dict[str, Any]:
-    """`TRAINED_ON` of a run, but for its steps; nothing in a zoo without worlds."""
+def _drawn(prepared: PreparedBlueprint, run: Run) -> dict[str, int | str | None]:
+    """Return the columns of `TRAINED_ON` that follow from the run's images; none in a zoo without worlds."""
     if not _on_worlds(prepared.blueprint):
         return {}
     pool = prepared.images_of(run).pool
@@ -174,27 +175,15 @@ def _drawn(prepared: PreparedBlueprint, run: Run) -> dict[str, Any]:
     }
 
 
-def _made(run: Run, results: Mapping[str, Any]) -> dict[str, Any]:
-    """Of `TRAINED_ON`, what training recorded."""
+def _training_record(run: Run, results: Mapping[str, Any]) -> dict[str, int | float | None]:
+    """Return the columns of `TRAINED_ON` that training recorded."""
     if run.world is None:
         return {}
     return {"factor_trained_steps": int(results["steps"]), "factor_trained_epsilon": results.get("epsilon")}
 
 
-def finite_weights(vector: Tensor, model_id: str) -> np.ndarray:
-    """The vector as little-endian float32.
-
-    Raises:
-        ZooError: if a weight is not finite, naming the row.
-    """
-    values = vector.numpy().astype("<f4", copy=False)
-    bad = int(values.size - np.isfinite(values).sum())
-    if bad:
-        raise ZooError(f"{model_id} has {bad} weights that are not finite: train the run again or leave it out")
-    return values
-
-
 def _provenance(prepared: PreparedBlueprint, run: Run, spec: Mapping[str, Any]) -> str:
+    """Return the column `provenance` of a run's rows, as JSON."""
     blueprint, hashes = prepared.blueprint, prepared.images_of(run).sha256
     return schema.canonical_json(
         {
@@ -210,9 +199,9 @@ def _provenance(prepared: PreparedBlueprint, run: Run, spec: Mapping[str, Any]) 
     )
 
 
-def _probes(blueprint: Blueprint, image_sets: Iterable[ImageSet], role: str) -> list[dict[str, Any]]:
-    """Held-out images of every dataset that has few enough of them to travel with the zoo."""
-    rows: list[dict[str, Any]] = []
+def _probes(blueprint: Blueprint, image_sets: Iterable[ImageSet], role: str) -> list[dict[str, object]]:
+    """Return the probe images of every dataset that has at most `MAX_PROBES` of them."""
+    rows: list[dict[str, object]] = []
     for images in image_sets:
         if len(images.splits[role]) <= MAX_PROBES and (role == "test" or not _is_flipped(blueprint, images)):
             rows += list(_probe_rows(images, role))
@@ -220,15 +209,20 @@ def _probes(blueprint: Blueprint, image_sets: Iterable[ImageSet], role: str) -> 
 
 
 def _image_sets(prepared: PreparedBlueprint) -> list[ImageSet]:
-    """Those that runs train on, and `NAME-flipped`, those of worlds with colours of their own in other colours."""
+    """Return the image sets that runs train on, and `NAME-flipped` where worlds correlate colour and label.
+
+    In a flipped set colour agrees with the label in one of ten images: a model that reads the label from the colour
+    is wrong there.
+    """
     blueprint = prepared.blueprint
     used = dict.fromkeys(run.images for run in blueprint.runs)
     sets = [prepared.images(name) for name in used]
     for name in used:
         spec = blueprint.images[name]
         if any(set(world.agreements) != {0.5} for world in spec.worlds):
-            others = tuple(dict.fromkeys(map(flipped, spec.worlds)))
-            sets.append(load_images(f"{name}-flipped", replace(spec, worlds=others)))
+            # an agreement of 0.5 is no correlation, so there is nothing to flip
+            mirrored = tuple(dict.fromkeys(map(flipped, spec.worlds)))
+            sets.append(load_images(f"{name}-flipped", replace(spec, worlds=mirrored)))
     return sets
 
 
@@ -236,7 +230,7 @@ def _is_flipped(blueprint: Blueprint, images: ImageSet) -> bool:
     return images.name not in blueprint.images
 
 
-def _probe_rows(images: ImageSet, role: str) -> Iterator[dict[str, Any]]:
+def _probe_rows(images: ImageSet, role: str) -> Iterator[dict[str, object]]:
     from PIL import Image
 
     positions = iter(images.positions(role).tolist())
@@ -252,7 +246,7 @@ def _probe_rows(images: ImageSet, role: str) -> Iterator[dict[str, Any]]:
             }
 
 
-def _manifest(blueprint: Blueprint, image_sets: Iterable[ImageSet], missing: Mapping[str, str]) -> dict[str, Any]:
+def _manifest(blueprint: Blueprint, image_sets: Iterable[ImageSet], missing: Mapping[str, str]) -> dict[str, object]:
     return {
         "format": schema.FORMAT_VERSION,
         "name": blueprint.name,

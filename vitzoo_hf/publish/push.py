@@ -1,20 +1,19 @@
-"""A zoo's folder -> a dataset on the Hub: only what changed is uploaded, and readers see all of it or nothing.
+"""Push a zoo's folder to a dataset on the Hub: only changed files are uploaded; readers see all of them or none.
 
-The folder is checked first, then compared with the dataset by size and hash. Contents go up before anything refers to
-them, so an interrupted push is continued by the next one. Then one commit puts them in place, and tags are set.
+The folder is checked first, then compared with the dataset by size and hash. Contents are uploaded before any commit
+refers to them, so the next push continues an interrupted one. Then one commit puts them in place, and tags are set.
 """
 
 import itertools
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeVar, Union
 
 from vitzoo_hf.format import schema
-from vitzoo_hf.format.files import ATTEMPTS
-from vitzoo_hf.format.hub_errors import hub_failure, is_transient, pause
+from vitzoo_hf.format.hub_errors import hub_failure, retried
 from vitzoo_hf.format.hub_http import http_errors, status_code
 from vitzoo_hf.format.messages import REPAIR
 from vitzoo_hf.format.schema import ZooError
@@ -23,29 +22,32 @@ from vitzoo_hf.publish.push_contents import CARD, UNLISTED, Contents, LocalFile,
 if TYPE_CHECKING:
     import huggingface_hub
 
+Item = TypeVar("Item")
+Operation = Union["huggingface_hub.CommitOperationAdd", "huggingface_hub.CommitOperationDelete"]
+
 COMMIT_OPERATIONS = 1000
-"""With more changes than this there are several commits: shards first; card and manifest last."""
+"""Largest number of changes in a commit. With more there are several: shards first; card and manifest last."""
 UPLOAD_FILES = 50
 LAST = (CARD, schema.MANIFEST)
 
 OWN_FILES = re.compile(rf"({'|'.join(schema.CONFIGS)})/[a-z]+-\d{{5}}-of-\d{{5}}\.parquet")
 OWN_NAMES = (schema.MANIFEST, schema.LAYOUTS, schema.SHARDS, "blueprint.yaml")
-"""What a former zoo may have left in a dataset, and a new one deletes if it lacks it."""
+"""Files that an earlier zoo may have left in a dataset; a push deletes those that the new zoo lacks."""
 
 
 @dataclass(frozen=True)
 class Push:
-    """What a push did, or would do.
+    """The changes that a push made, or in a dry run would make.
 
     Attributes:
         repository: the dataset's id.
-        url: its page.
+        url: address of the dataset's page.
         commit: the commit that now holds the zoo; None in a dry run.
         uploaded: `(path, bytes)` of new and changed files.
-        unchanged: number of files that were there already.
-        deleted: files of a former zoo that the new one lacks.
+        unchanged: number of files that the dataset had already.
+        deleted: files of an earlier zoo that the new one lacks.
         tags: tags that now point to the commit.
-        left_out: files of the folder that are not part of the zoo, and stay here.
+        left_out: files of the folder that are not part of the zoo, and are not uploaded.
     """
 
     repository: str
@@ -76,22 +78,23 @@ def push(
 ) -> Push:
     """Publish a zoo as a dataset on the Hub, or bring a published one up to date.
 
-    Sent are `zoo.json`, the card, and the files they list; hidden, temporary and other files stay here. Files of a
-    former zoo that this one lacks are deleted from the dataset; what else it holds is left alone. The tag
-    `format-N` of the zoo's format moves to the new commit.
+    Uploaded are `zoo.json`, the card, and the files they list; hidden, temporary and other files are not. Files of an
+    earlier zoo that this one lacks are deleted from the dataset; its other files stay. The tag `format-N` of the
+    zoo's format moves to the new commit.
 
     Args:
         folder: the zoo.
-        repository: a dataset id such as `ModelZoos/vit-zoo`; made if there is none.
-        private: make it private; refused if there already is a public one.
-        dry_run: only say what would be done.
+        repository: a dataset id such as `ModelZoos/vit-zoo`; the dataset is created if it does not exist.
+        private: create a private dataset; an existing public one is refused.
+        dry_run: report the changes without making them.
         tag: a name for this version, which never moves.
-        token: of the Hub; HF_TOKEN or that of `hf auth login` by default.
-        message: of the commit.
+        token: access token of the Hub; by default HF_TOKEN or the login of `hf auth login`.
+        message: title of the commit.
         progress: show bars.
 
     Raises:
-        ZooError: if the folder is no whole zoo, the dataset is something else, the tag is taken, or the Hub refuses.
+        ZooError: if the folder is no complete zoo, the dataset holds something else, the tag is on another version,
+            or the Hub refuses.
 
     Example:
         >>> push("zoo", "no-organisation")
@@ -127,7 +130,15 @@ def push(
 
 @dataclass(frozen=True)
 class _Remote:
-    """A dataset: its head, `(size, SHA-256 or git's id)` of its files, its tags."""
+    """State of a dataset on the Hub.
+
+    Attributes:
+        exists: whether there is such a dataset.
+        head: the last commit.
+        private: whether only its owners see it.
+        files: path -> size, and SHA-256 of a large or git's id of a small file.
+        tags: tag -> commit.
+    """
 
     exists: bool = False
     head: str | None = None
@@ -138,21 +149,25 @@ class _Remote:
 
 @dataclass(frozen=True)
 class _Change:
+    """Paths that differ between a folder and a dataset, in the order of their upload."""
+
     changed: list[str]
     deleted: list[str]
 
     @classmethod
     def between(cls, local: Contents, remote: _Remote) -> "_Change":
-        changed = [path for path, file in local.files.items() if not _is_held(file, remote.files.get(path))]
-        own = [path for path in remote.files if path in OWN_NAMES or OWN_FILES.fullmatch(path)]
+        changed = [path for path, file in local.files.items() if not _is_same(file, remote.files.get(path))]
+        zoo_files = [path for path in remote.files if path in OWN_NAMES or OWN_FILES.fullmatch(path)]
         changed.sort(key=lambda path: (path in LAST, not path.startswith("weights/")))
-        return cls(changed, sorted(path for path in own if path not in local.files))
+        return cls(changed, sorted(path for path in zoo_files if path not in local.files))
 
 
-def _is_held(file: LocalFile, held: tuple[int, str] | None) -> bool:
-    if held is None or held[0] != file.size:
+def _is_same(file: LocalFile, remote: tuple[int, str] | None) -> bool:
+    """Return whether the dataset has this very content."""
+    if remote is None or remote[0] != file.size:
         return False
-    return held[1] == (file.sha256 if len(held[1]) == 64 else file.git_id())
+    # the Hub keeps large files under their SHA-256 (64 digits), small ones under git's SHA-1
+    return remote[1] == (file.sha256 if len(remote[1]) == 64 else file.git_id())
 
 
 def _check_id(repository: str) -> None:
@@ -178,8 +193,8 @@ def _check_tag(tag: str | None) -> None:
 
 
 def _check_tag_is_free(repository: str, tag: str | None, remote: _Remote, change: _Change) -> None:
-    taken = remote.tags.get(tag) if tag else None
-    if taken and (taken != remote.head or change.changed or change.deleted):
+    tagged_commit = remote.tags.get(tag) if tag else None
+    if tagged_commit and (tagged_commit != remote.head or change.changed or change.deleted):
         raise ZooError(f"{repository} has a tag {tag!r} on another version: tags do not move, choose a new one")
 
 
@@ -189,9 +204,9 @@ def _check_remote(repository: str, remote: _Remote, *, private: bool) -> None:
     script = f"{repository.split('/')[1]}.py"
     if script in remote.files:
         raise ZooError(f"{repository} holds {script}, which keeps everybody from loading it: delete that file first")
-    others = [path for path in remote.files if path not in (*UNLISTED, *OWN_NAMES) and not OWN_FILES.fullmatch(path)]
-    if others and schema.MANIFEST not in remote.files:
-        raise ZooError(f"{repository} holds {others[0]} and is no zoo: choose another name, or empty it yourself")
+    foreign = [path for path in remote.files if path not in (*UNLISTED, *OWN_NAMES) and not OWN_FILES.fullmatch(path)]
+    if foreign and schema.MANIFEST not in remote.files:
+        raise ZooError(f"{repository} holds {foreign[0]} and is no zoo: choose another name, or empty it yourself")
 
 
 def _client(token: str | None, *, needs_login: bool) -> "huggingface_hub.HfApi":
@@ -204,22 +219,22 @@ def _client(token: str | None, *, needs_login: bool) -> "huggingface_hub.HfApi":
 
 
 def _create(api: "huggingface_hub.HfApi", repository: str, *, private: bool) -> _Remote:
-    """A new dataset; without `private`, what the organisation has as default."""
-    _patiently(lambda: api.create_repo(repository, private=private or None, repo_type="dataset", exist_ok=True))
+    """Create a dataset; without `private`, its visibility is the default of the organisation."""
+    retried(lambda: api.create_repo(repository, private=private or None, repo_type="dataset", exist_ok=True))
     remote = _read_remote(api, repository)
     _check_remote(repository, remote, private=private)
     return remote
 
 
 def _read_remote(api: "huggingface_hub.HfApi", repository: str) -> _Remote:
-    """What the Hub has; nothing if there is no such dataset."""
+    """Ask the Hub for the state of a dataset, which need not exist."""
     from huggingface_hub.errors import RepositoryNotFoundError
     from huggingface_hub.hf_api import RepoFile
 
     try:
-        info = _patiently(lambda: api.dataset_info(repository))
-        refs = _patiently(lambda: api.list_repo_refs(repository, repo_type="dataset"))
-        entries = _patiently(
+        info = retried(lambda: api.dataset_info(repository))
+        refs = retried(lambda: api.list_repo_refs(repository, repo_type="dataset"))
+        entries = retried(
             lambda: list(api.list_repo_tree(repository, repo_type="dataset", recursive=True, revision=info.sha))
         )
     except RepositoryNotFoundError:
@@ -235,49 +250,49 @@ def _read_remote(api: "huggingface_hub.HfApi", repository: str) -> _Remote:
 def _publish(
     api: "huggingface_hub.HfApi", repository: str, local: Contents, remote: _Remote, message: str
 ) -> str | None:
-    """Upload and commit what differs; returns the commit that holds the zoo."""
+    """Upload and commit the files that differ; return the commit that holds the zoo."""
     from huggingface_hub import CommitOperationDelete
 
     change = _Change.between(local, remote)
     deletions = [CommitOperationDelete(path, is_folder=False) for path in change.deleted]
     last = [path for path in change.changed if path in LAST]
-    others = [*(path for path in change.changed if path not in LAST), *deletions]
-    *groups, end = list(_batches(others, COMMIT_OPERATIONS - len(LAST))) or [[]]
+    early = [*(path for path in change.changed if path not in LAST), *deletions]
+    *groups, end = list(_batches(early, COMMIT_OPERATIONS - len(LAST))) or [[]]
     groups += [[*end, *last]] if end or last else []
     head = remote.head
     for number, group in enumerate(groups, 1):
-        ready: list[Any] = []
+        operations: list[Operation] = []
         for part in _batches(group, UPLOAD_FILES):
-            made = [_addition(item, local.files[item]) if isinstance(item, str) else item for item in part]
-            additions = [operation for operation in made if not isinstance(operation, CommitOperationDelete)]
+            prepared = [_addition(item, local.files[item]) if isinstance(item, str) else item for item in part]
+            additions = [operation for operation in prepared if not isinstance(operation, CommitOperationDelete)]
             if additions:
                 api.preupload_lfs_files(repository, additions, repo_type="dataset", free_memory=False)
-            ready += made
+            operations += prepared
         title = message if len(groups) == 1 else f"{message} ({number} of {len(groups)})"
-        head = _commit(api, repository, ready, title, head)
-    left = _Change.between(local, _read_remote(api, repository)) if groups else change
-    if left.changed or left.deleted:
+        head = _commit(api, repository, operations, title, head)
+    remainder = _Change.between(local, _read_remote(api, repository)) if groups else change
+    if differing := remainder.changed + remainder.deleted:
         raise ZooError(
-            f"{repository} does not hold what was pushed: {(left.changed + left.deleted)[0]} differs; somebody else"
+            f"{repository} does not hold what was pushed: {differing[0]} differs; somebody else"
             " pushed at the same time, or a .gitignore there leaves it out: look, and push again"
         )
     return head
 
 
 def _addition(path: str, file: LocalFile) -> "huggingface_hub.CommitOperationAdd":
-    """The upload of a file, whose content is compared with its hash first."""
+    """Prepare the upload of a file after comparing its content with its hash."""
     from huggingface_hub import CommitOperationAdd
 
-    made = CommitOperationAdd(path, file.source if file.content is None else file.content)
-    if made.upload_info.sha256.hex() != file.sha256:
+    addition = CommitOperationAdd(path, file.source if file.content is None else file.content)
+    if addition.upload_info.sha256.hex() != file.sha256:
         raise ZooError(f"{file.source} does not match its hash: it is damaged; {REPAIR}")
-    return made
+    return addition
 
 
 def _commit(
-    api: "huggingface_hub.HfApi", repository: str, operations: Sequence[Any], message: str, head: str | None
+    api: "huggingface_hub.HfApi", repository: str, operations: "list[Operation]", message: str, head: str | None
 ) -> str | None:
-    """One commit on top of `head`; safe to repeat, as the Hub refuses it if `head` is no longer the last one."""
+    """Commit on top of `head`; safe to repeat, as the Hub refuses it if `head` is no longer the last commit."""
     from huggingface_hub.errors import HfHubHTTPError
 
     tries = itertools.count(1)
@@ -293,26 +308,28 @@ def _commit(
                 raise
             if first:
                 raise ZooError(f"somebody else has just pushed to {repository}: look what, and push again") from None
-            # the answer to an earlier attempt was lost; whether it was ours is checked after the push
+            # the answer to an earlier attempt was lost; whether that commit was ours is checked after the push
             return api.dataset_info(repository).sha
 
-    return _patiently(attempt)
+    return retried(attempt)
 
 
 def _set_tags(
     api: "huggingface_hub.HfApi",
     repository: str,
     commit: str | None,
-    held: Mapping[str, str],
+    tags: Mapping[str, str],
     *,
     moving: str,
     fixed: str | None,
 ) -> None:
-    if held.get(moving) not in (None, commit):
-        _patiently(lambda: _delete_tag(api, repository, moving))
+    """Move the tag `moving` to a commit, and set the tag `fixed` there."""
+    if tags.get(moving) not in (None, commit):
+        # the Hub cannot move a tag
+        retried(lambda: _delete_tag(api, repository, moving))
     for tag in (moving, fixed):
-        if tag is not None and held.get(tag) != commit:
-            _patiently(
+        if tag is not None and tags.get(tag) != commit:
+            retried(
                 lambda tag=tag: api.create_tag(  # type: ignore[misc]
                     repository, tag=tag, revision=commit, repo_type="dataset", exist_ok=True
                 )
@@ -328,26 +345,14 @@ def _delete_tag(api: "huggingface_hub.HfApi", repository: str, tag: str) -> None
         return
 
 
-def _batches(items: list[Any], size: int) -> Iterator[list[Any]]:
+def _batches(items: list[Item], size: int) -> Iterator[list[Item]]:
     for start in range(0, len(items), size):
         yield items[start : start + size]
 
 
-def _patiently(call: Callable[[], Any]) -> Any:
-    """Repeat a request while the Hub is busy or the connection breaks."""
-    for failures in itertools.count(1):
-        try:
-            return call()
-        except Exception as error:
-            if isinstance(error, ZooError) or not is_transient(error) or failures >= ATTEMPTS:
-                raise
-            pause(failures, error)
-    return None
-
-
 @contextmanager
 def _explained(repository: str) -> Iterator[None]:
-    """Every failure of the Hub's client as one line."""
+    """Turn every failure of the Hub's client into a `ZooError` of one line."""
     try:
         yield
     except ZooError:

@@ -1,6 +1,7 @@
-"""What of a zoo's folder goes to the Hub, checked before anything is sent.
+"""Choose and check the files of a zoo's folder that are pushed to the Hub, before any is sent.
 
-That is `zoo.json`, the card, and the files they list. Hidden, temporary and other files stay where they are.
+These are `zoo.json`, the card, and the files they list. Hidden, temporary and other files are left out. Sizes are
+checked here; hashes are compared when a file is uploaded, so that an unchanged shard is never read.
 """
 
 import hashlib
@@ -8,7 +9,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import yaml
 
@@ -20,7 +21,14 @@ from vitzoo_hf.publish.card_sections import repository_name
 
 CARD = "README.md"
 UNLISTED = (schema.MANIFEST, CARD, ".gitattributes")
-"""Sent as they are: the manifest cannot list itself, and the other two may be edited by hand."""
+"""Files that are pushed without a listed hash: the manifest cannot list itself; the others may be edited by hand."""
+
+
+class Listed(TypedDict):
+    """Size and hash of a file, as the manifest lists them."""
+
+    bytes: int
+    sha256: str
 
 
 @dataclass(frozen=True)
@@ -28,10 +36,10 @@ class LocalFile:
     """A file to publish.
 
     Attributes:
-        size: in bytes.
-        sha256: what it must be.
-        source: where it is.
-        content: what to send, if it is one of `UNLISTED`.
+        size: number of bytes.
+        sha256: hash that the content must have.
+        source: path on this machine.
+        content: the bytes to push, for the files of `UNLISTED`; otherwise `source` is read.
     """
 
     size: int
@@ -40,18 +48,18 @@ class LocalFile:
     content: bytes | None = None
 
     def git_id(self) -> str:
-        """The name git gives to the content, by which the Hub knows small files."""
+        """Compute the id that git gives to the content, by which the Hub names small files."""
         content = self.source.read_bytes() if self.content is None else self.content
         return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
 @dataclass(frozen=True)
 class Contents:
-    """What a folder holds.
+    """Files of a zoo's folder.
 
     Attributes:
-        name: of the zoo.
-        format_tag: names its format version.
+        name: name of the zoo.
+        format_tag: tag of its format version, such as `format-1`.
         files: path -> file to publish.
         left_out: other files that are not hidden.
     """
@@ -63,11 +71,11 @@ class Contents:
 
 
 def read_contents(folder: Path, repository: str) -> Contents:
-    """What of a zoo goes to the Hub; sizes are compared with the manifest, nothing large is read.
+    """List the files of a zoo to push; sizes are compared with the manifest, and nothing large is read.
 
     Args:
         folder: the zoo.
-        repository: the dataset's id, which takes the place of the invented one in the card's examples.
+        repository: the dataset's id, which replaces the placeholder `ORG/NAME` in the card's examples.
 
     Raises:
         ZooError: if the folder is no zoo, a file is missing or has another size, the card lacks `configs`, or a file
@@ -105,12 +113,12 @@ def read_contents(folder: Path, repository: str) -> Contents:
     )
 
 
-def _with_id(card: bytes, invented: str, repository: str) -> bytes:
-    return re.sub(rb"(?<![\w-])" + re.escape(invented.encode()) + rb"(?![\w-])", repository.encode(), card)
+def _with_id(card: bytes, placeholder: str, repository: str) -> bytes:
+    return re.sub(rb"(?<![\w-])" + re.escape(placeholder.encode()) + rb"(?![\w-])", repository.encode(), card)
 
 
-def listed_files(folder: Path) -> dict[str, dict[str, Any]]:
-    """What a zoo says its files are: path -> `bytes` and `sha256`, from `zoo.json` and, if listed, `shards.json`.
+def listed_files(folder: Path) -> dict[str, Listed]:
+    """Read the list of a zoo's files from `zoo.json` and, if that lists it, `shards.json`.
 
     Raises:
         ZooError: if either is damaged, or names what cannot be a file of a zoo.
@@ -130,17 +138,17 @@ def listed_files(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def _check_card(folder: Path, files: Mapping[str, LocalFile]) -> None:
-    """Without `configs` in the card, `load_dataset` would guess the layout of the folder."""
+    """Refuse a card without `configs`: `load_dataset` would guess the layout of the folder."""
     content = files[CARD].content or b"" if CARD in files else b""
     header = re.match(rb"---\r?\n(.*?)\n---", content, re.DOTALL)
     try:
-        told = yaml.safe_load(header[1]) if header else None
+        fields = yaml.safe_load(header[1]) if header else None
     except yaml.YAMLError:
-        told = None
-    if not isinstance(told, dict) or not told.get("configs"):
+        fields = None
+    if not isinstance(fields, dict) or not fields.get("configs"):
         raise ZooError(f"{folder / CARD} must begin with a YAML header that has `configs`; {REPAIR}")
 
 
 def _visible_files(folder: Path) -> list[str]:
-    held = (file.relative_to(folder) for file in folder.rglob("*") if file.is_file())
-    return sorted(file.as_posix() for file in held if not any(part.startswith(".") for part in file.parts))
+    paths = (file.relative_to(folder) for file in folder.rglob("*") if file.is_file())
+    return sorted(file.as_posix() for file in paths if not any(part.startswith(".") for part in file.parts))

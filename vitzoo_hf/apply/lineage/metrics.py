@@ -10,7 +10,7 @@ from sklearn.metrics import adjusted_rand_score
 
 from vitzoo_hf.apply.intervals import percentile_interval
 from vitzoo_hf.apply.lineage.trees import renumbered
-from vitzoo_hf.format.tables import connected
+from vitzoo_hf.format import schema
 from vitzoo_hf.report.factors import run_of
 
 DRAWS = 400
@@ -62,7 +62,7 @@ def truth_of(index: pd.DataFrame) -> Truth | None:
         if parent_id:
             # the parent itself, and its run: whichever of its epochs are in the table belong to this tree
             pairs += [(model, f"model {parent_id}"), (model, f"run {run_of(parent_id)}")]
-    group_of = connected(pairs)
+    group_of = schema.union_find(pairs)
     return Truth(renumbered(np.array([group_of[model] for model in models])), parent)
 
 

@@ -6,7 +6,6 @@ What cannot be had is refused by its name with the reason; where the Hub itself 
 import re
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -15,13 +14,13 @@ from typing import Any, TypeVar
 from vitzoo_hf.convert.factor_table import Table, read_table
 from vitzoo_hf.convert.names import to_timm
 from vitzoo_hf.convert.pickles import MAX_FILE_BYTES, read_state_dict
-from vitzoo_hf.convert.rows import Found, LoadedModel, SourceError, SourcePlan, planned_rows
+from vitzoo_hf.convert.rows import Found, LoadedModel, SourceError, SourcePlan, planned_rows, unless_refused
 from vitzoo_hf.convert.sources.checkpoints import CONFIG, INDEXES, MAX_CONFIG_BYTES, SMALLEST, read_config
-from vitzoo_hf.format.files import ATTEMPTS
-from vitzoo_hf.format.hub_errors import hub_failure, is_transient, pause
+from vitzoo_hf.format.hub_errors import cause_of, hub_failure, is_transient, retried
 from vitzoo_hf.format.hub_http import refused_repository, status_code
 from vitzoo_hf.format.messages import one_line
 from vitzoo_hf.format.schema import ZooError
+from vitzoo_hf.read_ahead import mapped_ahead
 
 REPOSITORY = re.compile(r"([A-Za-z0-9][\w.-]*/[\w.-]+)(?:@([\w./-]+))?", re.ASCII)
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
@@ -85,20 +84,13 @@ def plan_hub_models(
     told = None if table is None else _matched(read_table(table, "repo"), repositories)
     refused: dict[str, str] = {}
     found: list[Found] = []
-    downloads = threading.Lock()
-    with ThreadPoolExecutor(ASKED_AT_ONCE) as pool:
-        asked = {repository: pool.submit(_find, repository, downloads) for repository in repositories}
-        try:
-            for repository, future in asked.items():
-                try:
-                    found.append(future.result())
-                except SourceError:
-                    raise
-                except ZooError as error:
-                    refused[repository] = str(error)
-        except BaseException:
-            pool.shutdown(wait=True, cancel_futures=True)
-            raise
+    find = partial(unless_refused, partial(_find, downloads=threading.Lock()))
+    answers = mapped_ahead(find, repositories, threads=ASKED_AT_ONCE, ahead=ASKED_AT_ONCE)
+    for repository, answer in zip(repositories, answers, strict=True):
+        if isinstance(answer, ZooError):
+            refused[repository] = str(answer)
+        else:
+            found.append(answer)
     planned = planned_rows(found, told, architecture=architecture, architecture_args=architecture_args)
     types, notes = ({}, []) if told is None else (told.factor_types, told.notes)
     return SourcePlan(name, planned.rows, types, refused=planned.refused | refused, notes=planned.notes + notes)
@@ -184,25 +176,18 @@ def _answered(ask: Callable[[], Answer], what: str) -> Answer:
         ZooError: if this repository or file cannot be had.
         SourceError: if the Hub cannot be reached, or nothing can be stored.
     """
-    failures = 0
-    while True:
+
+    def request() -> Answer:
         try:
             return ask()
         except Exception as error:
-            cause = _cause(error)
-            failures += 1
-            if not is_transient(cause) or failures >= ATTEMPTS:
-                raise _failure(cause, what) from None
-            pause(failures, cause)
+            # `retried` repeats what the server or the connection raised, not the client's "it is not in the cache"
+            raise cause_of(error) from None
 
-
-def _cause(error: BaseException) -> BaseException:
-    """What went wrong, where the Hub's client only says that the file is not in its cache."""
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    while isinstance(error, LocalEntryNotFoundError | RuntimeError) and error.__cause__ is not None:
-        error = error.__cause__
-    return error
+    try:
+        return retried(request)
+    except Exception as error:
+        raise _failure(error, what) from None
 
 
 def _failure(error: BaseException, what: str) -> ZooError:

@@ -382,5 +382,5 @@ def _safe(folder: str) -> str:
     >>> _safe("sl_vit_s_16_seed_42"), _safe("a b") == _safe("a-b")
     ('sl_vit_s_16_seed_42', False)
     """
-    bare = re.sub(r"[^A-Za-z0-9._=+-]+|-{2,}", "-", folder).strip("._=+-")[:LONGEST_ID_PART] or "run"
+    bare = schema.safe_id(re.sub("-{2,}", "-", folder)).strip("._=+-")[:LONGEST_ID_PART] or "run"
     return folder if bare == folder else f"{bare}-{schema.fingerprint(folder, 8)}"
