@@ -346,11 +346,12 @@ def _patiently(call: Callable[[], Any]) -> Any:
 @contextmanager
 def _explained(repository: str) -> Iterator[None]:
     """Every failure of the Hub's client as one line."""
+    failures: tuple[type[Exception], ...] = (*http_errors(), OSError, ValueError, RuntimeError)
     try:
         yield
     except ZooError:
         raise
-    except (*http_errors(), OSError, ValueError, RuntimeError) as error:
+    except failures as error:
         raise hub_failure(error, f"cannot push to {repository!r}") from None
 
 
