@@ -97,7 +97,7 @@ INSTEAD = {
     "pip install build twine": Instead(INSTALLS),
     "rm -rf dist build && python -m build": RELEASE,
     "twine check --strict dist/*": RELEASE,
-    "python -m venv /tmp/fresh && /tmp/fresh/bin/pip install dist/*.whl && /tmp/fresh/bin/vitzoo info sample": RELEASE,
+    "python -m venv fresh && fresh/bin/pip install dist/*.whl && fresh/bin/vitzoo info sample": RELEASE,
     "vitzoo train mini --out RUNS --ray": Instead(TOO_LONG + "50 models", "vitzoo train TINY --out RUNS --ray"),
     "vitzoo train mini --out RUNS --ray HOST:6379 --storage s3://BUCKET/mini": Instead(
         "needs a cluster and a bucket; tests/launch/test_ray.py trains through storage"
