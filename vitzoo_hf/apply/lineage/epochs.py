@@ -3,6 +3,8 @@
 The weights of every run are read twice: once for the trunk, once with the head.
 """
 
+from collections.abc import Callable, Mapping
+
 import numpy as np
 import pandas as pd
 import torch
@@ -68,6 +70,11 @@ def order_epochs(
     Raises:
         ZooError: if no run has three checkpoints, or a row is damaged.
     """
+
+    def columns_of(model_ids: list[str]) -> WeightColumns:
+        columns = zoo.filter(model_id=model_ids).weight_columns(device=device, num_workers=num_workers)
+        return columns.verified() if verify else columns
+
     index = zoo.to_pandas()
     rows: list[dict[str, str | int | float]] = []
     runs = [run for run in index.groupby("run_id", sort=False) if len(run[1]) >= 3]
@@ -78,34 +85,35 @@ def order_epochs(
         for run_id, run in runs:
             epochs = dict(zip(run["model_id"], run["epoch"], strict=True))
             parent = run["parent_id"].iloc[0]
-            has_parent = isinstance(parent, str) and parent in ids
-            members = [*epochs, *([parent] if has_parent else [])]
-            columns = zoo.filter(model_id=members).weight_columns(device=device, num_workers=num_workers)
-            columns = columns.verified() if verify else columns
-            squared, lengths, order = _distances(columns, trunk_places(columns.layout))
-            of_run = [row for row, model_id in enumerate(order) if model_id in epochs]
-            true = np.array([epochs[order[row]] for row in of_run])
-            path = order_along_path(squared[np.ix_(of_run, of_run)], lengths[of_run])
-            ways = [("nothing known", "trunk", path)]
-            if has_parent:
-                ways.append(("start known", "trunk", squared[order.index(parent)][of_run]))
-            # without the parent, whose head has other classes, so that its layout has no common columns of a head
-            columns = zoo.filter(model_id=list(epochs)).weight_columns(device=device, num_workers=num_workers)
-            columns = columns.verified() if verify else columns
-            squared, lengths, order = _distances(columns, [slice(0, columns.layout.num_parameters)])
-            ways.append(("nothing known", "all", order_along_path(squared, lengths)))
+            true, ways = _orders(columns_of, epochs, parent if parent in ids else None)
             rows += [
                 {
                     "run_id": str(run_id),
                     "knowledge": knowledge,
                     "weights": weights,
-                    "checkpoints": len(of_run),
+                    "checkpoints": len(true),
                     "kendall_tau": kendalltau(scores, true).statistic,
                 }
                 for knowledge, weights, scores in ways
             ]
             bar.update()
     return pd.DataFrame(rows)
+
+
+def _orders(
+    columns_of: Callable[[list[str]], WeightColumns], epochs: Mapping[str, int], parent: str | None
+) -> tuple[np.ndarray, list[tuple[str, str, np.ndarray]]]:
+    """True epochs of a run's checkpoints, and the scores of every way to order them: knowledge, weights, scores."""
+    squared, lengths, order = _distances(columns_of([*epochs, *([parent] if parent else [])]), trunk_only=True)
+    of_run = [row for row, model_id in enumerate(order) if model_id in epochs]
+    path = order_along_path(squared[np.ix_(of_run, of_run)], lengths[of_run])
+    ways = [("nothing known", "trunk", path)]
+    if parent:
+        ways.append(("start known", "trunk", squared[order.index(parent)][of_run]))
+    # without the parent: its head has other classes, so that the two have no common columns of a head
+    squared, lengths, _ = _distances(columns_of([*epochs]), trunk_only=False)
+    ways.append(("nothing known", "all", order_along_path(squared, lengths)))
+    return np.array([epochs[order[row]] for row in of_run]), ways
 
 
 def random_taus(checkpoints: int, runs: int, *, draws: int = DRAWS, seed: int = 0) -> Float64[np.ndarray, " N"]:
@@ -118,8 +126,10 @@ def random_taus(checkpoints: int, runs: int, *, draws: int = DRAWS, seed: int = 
     return taus.reshape(draws, runs).mean(1)
 
 
-def _distances(columns: WeightColumns, places: list[slice]) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """Squared distances and norms of some columns of all models, and the ids of the models."""
+def _distances(columns: WeightColumns, *, trunk_only: bool) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """Squared distances and norms of the trunks or of all weights of the models, and the ids of the models."""
+    layout = columns.layout
+    places = trunk_places(layout) if trunk_only else [slice(0, layout.num_parameters)]
     count = len(columns.model_ids)
     distances = SquaredDistances(count, torch.float32, columns.device)
     lengths = torch.zeros(count, dtype=torch.float64, device=columns.device)

@@ -35,18 +35,16 @@ def learned_soup(
     seed: int = 0,
     device: str | torch.device = "cpu",
 ) -> Soup:
-    """Coefficients that minimise the cross-entropy of the mixture (the learned soup of Wortsman et al. 2022).
+    """Fit coefficients that minimise the cross-entropy of the mixture (the learned soup of Wortsman et al. 2022).
 
-    Adam fits the coefficients on half of the images. The other half selects the epoch with the lowest cross-entropy,
-    the start included. Report the soup on neither half.
+    Adam fits on half of the images; the other half selects the epoch, or the start, of the lowest cross-entropy.
 
     Args:
         zoo: the ingredients.
         images: selection images, normalised, ready for the models.
         labels: one class an image.
-        convex: project the coefficients onto the simplex after each step (Duchi et al. 2008), so that they are
-            shares; False leaves them free to be negative and to sum to any number, and the soup is called
-            `unconstrained`.
+        convex: project the coefficients onto the simplex after each step (Duchi et al. 2008). False leaves them free
+            to be negative and to sum to any number, and the soup is called `unconstrained`.
         start: model -> coefficient to start from, such as those of a greedy soup; by default all are equal.
         epochs: number of passes over the images that fit.
         lr: learning rate of Adam; a coefficient moves by about `lr` a step.
@@ -56,8 +54,7 @@ def learned_soup(
         device: where the mixture is made and runs.
 
     Raises:
-        ZooError: if `check_ingredients` refuses the rows, a weight is not finite, there are too few images, or a
-            setting is out of range.
+        ZooError: if `check_ingredients` refuses the rows; for infinite weights, too few images or invalid settings.
 
     Example:
         >>> zoo = Zoo.sample().filter(stage="finetune", head="linear")
@@ -68,7 +65,6 @@ def learned_soup(
     check_ingredients(zoo)
     _check_settings(epochs, batch_size, lr, kept)
     generator = torch.Generator().manual_seed(seed)
-    # Two parts, because the images that fit the coefficients cannot tell when the coefficients overfit them.
     judging, fitting = _parted(len(labels), kept, generator)
     mixture = _Mixture(zoo, usable_device(device))
     coefficients = _start(mixture.columns.model_ids, start).to(mixture.columns.device).requires_grad_()
@@ -79,14 +75,13 @@ def learned_soup(
         for batch in fitting[torch.randperm(len(fitting), generator=generator)].split(batch_size):
             coefficients.grad = mixture.gradient(coefficients, images[batch], labels[batch])
             adam.step()
-            if convex:
-                coefficients.data = onto_simplex(coefficients.data)
+            coefficients.data = onto_simplex(coefficients.data) if convex else coefficients.data
         loss = mixture.loss(coefficients, images[judging], labels[judging])
         if loss < best:
             best, best_coefficients, best_epoch = loss, coefficients.detach().clone(), epoch
     details = {"convex": convex, "epochs": epochs, "best_epoch": best_epoch, "lr": lr, "batch_size": batch_size}
-    details |= {"images_to_fit": len(fitting), "images_to_choose": len(judging), "seed": seed}
-    return mixture.soup(best_coefficients, images, labels, details)
+    sizes = {"images_to_fit": len(fitting), "images_to_choose": len(judging)}
+    return mixture.soup(best_coefficients, images, labels, details | sizes | {"seed": seed})
 
 
 def _check_settings(epochs: int, batch_size: int, lr: float, kept: float) -> None:
@@ -112,6 +107,7 @@ def onto_simplex(values: Float64[Tensor, " P"]) -> Float64[Tensor, " P"]:
 
 def _parted(count: int, kept: float, generator: torch.Generator) -> tuple[Int64[Tensor, " J"], Int64[Tensor, " F"]]:
     """Positions of the images that select the epoch, and of those that fit the coefficients."""
+    # two parts, because images that fit the coefficients cannot show when the coefficients overfit them
     order = torch.randperm(count, generator=generator)
     judging, fitting = order[: int(kept * count)], order[int(kept * count) :]
     if not len(judging) or not len(fitting):
