@@ -1,8 +1,9 @@
-"""Everyone else's checkpoints -> a zoo, shard by shard, so that an interrupted conversion continues.
+"""Convert foreign checkpoints to a zoo, shard by shard, so that an interrupted conversion continues.
 
-A source is planned first, from listings and small files; then its checkpoints are loaded one after the other, checked
-and written. What is finished lies beside the zoo in a hidden folder with a record of each shard; the zoo appears
-when all of it is there. Checkpoints that cannot be taken are named with the reason, and the rest goes on.
+A source is planned first, from listings and small files; then its checkpoints are loaded, checked and written in
+order. Finished shards lie beside the zoo in a hidden folder, with a record of each; the zoo appears once it is
+complete. Checkpoints that cannot be converted are named with the reason, and the conversion goes on. At most
+`workers + 1` checkpoints and a row group are in memory.
 """
 
 import json
@@ -13,7 +14,6 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -35,10 +35,10 @@ DEFAULT_SPLITS = {"by": "lineage", "seed": 0, "train": 1.0, "validation": 0.0, "
 
 
 class NothingTakenError(ZooError):
-    """No checkpoint of a source can be taken.
+    """No checkpoint of a source can be converted.
 
     Attributes:
-        refused: path in the source -> why.
+        refused: path in the source -> reason.
     """
 
     def __init__(self, name: str, refused: Mapping[str, str]) -> None:
@@ -50,13 +50,13 @@ class NothingTakenError(ZooError):
 
 @dataclass
 class Conversion:
-    """What became of a source.
+    """Result of a conversion.
 
     Attributes:
         folder: the zoo.
-        rows: checkpoints taken.
-        refused: path in the source -> why it was not taken.
-        notes: what a user of the zoo must know of its source.
+        rows: number of converted checkpoints.
+        refused: path in the source -> reason why that checkpoint was not converted.
+        notes: sentences on the source for users of the zoo.
     """
 
     folder: Path
@@ -70,7 +70,7 @@ def convert(
     folder: str | Path,
     *,
     dtype: str = "float32",
-    splits: Mapping[str, Any] | None = None,
+    splits: Mapping[str, str | float] | None = None,
     licence: str = "unknown",
     workers: int = 2,
     replace: bool = False,
@@ -78,35 +78,35 @@ def convert(
 ) -> Conversion:
     """Write the checkpoints of a planned source as a zoo.
 
-    Run again after an interruption, it goes on with the shard it was at, and gives the same zoo.
+    After an interruption the same call continues with the first unfinished shard, and gives the same zoo.
 
     Args:
-        plan: from `plan_source`.
+        plan: result of `plan_source`.
         folder: the zoo.
-        dtype: what weights are stored as: float32 is exact, float16 and bfloat16 round them to half the size.
+        dtype: number format of the stored weights: float32 is exact, float16 and bfloat16 take half the size.
         splits: `by` (`lineage` or `run`), `seed` and the shares of `train`, `validation`, `test`; all in train by
             default.
-        licence: of the weights, as the Hub names it, such as `cc-by-4.0`.
-        workers: checkpoints that are loaded at the same time.
-        replace: replace another zoo that is in `folder`, once the new one is complete.
+        licence: licence of the weights by its name on the Hub, such as `cc-by-4.0`.
+        workers: number of checkpoints that are loaded at the same time.
+        replace: replace another zoo in `folder`, once the new one is complete.
         progress: show a bar.
 
     Returns:
-        What was taken, and what was refused.
+        The number of rows, and the refused checkpoints.
 
     Raises:
-        NothingTakenError: if no checkpoint can be taken.
+        NothingTakenError: if no checkpoint can be converted.
         ZooError: if the folder holds another zoo, the source has changed since the conversion began, another process
             converts into the same folder, or the folder cannot be written.
     """
     check_dtype(dtype)
     _check_options(workers, licence)
     job = _Job(plan, dtype, dict(DEFAULT_SPLITS if splits is None else splits), licence)
-    _check_splits(job.splits)
+    _check_splits(job)
     folder = absolute(Path(folder))
     refuse_to_replace(folder)
-    if (done := _already_done(job, folder)) is not None:
-        return done
+    if (conversion := _earlier_conversion(job, folder)) is not None:
+        return conversion
     if (folder / schema.MANIFEST).is_file() and not replace:
         raise ZooError(f"{folder} holds {ANOTHER}")
     if not plan.rows:
@@ -130,33 +130,38 @@ def _check_options(workers: int, licence: str) -> None:
         raise ZooError(f"licence {licence!r} is no name of a licence as the Hub has them, such as cc-by-4.0 or other")
 
 
-def _check_splits(splits: Mapping[str, Any]) -> None:
-    if splits["by"] not in ("lineage", "run"):
-        raise ZooError(f"splits by {splits['by']!r}: expected lineage or run")
-    shares = [splits[split] for split in schema.SPLITS]
+def _check_splits(job: "_Job") -> None:
+    if job.splits["by"] not in ("lineage", "run"):
+        raise ZooError(f"splits by {job.splits['by']!r}: expected lineage or run")
+    shares = list(job.shares.values())
     if min(shares) < 0 or abs(sum(shares) - 1) > 1e-9:
         raise ZooError(f"splits of {', '.join(f'{share:g}' for share in shares)}: shares are 0 or more and sum to 1")
 
 
 @dataclass(frozen=True)
 class _Job:
-    """What determines the zoo."""
+    """Everything that determines the zoo: the plan and the options."""
 
     plan: SourcePlan
     dtype: str
-    splits: dict[str, Any]
+    splits: dict[str, str | float]
     licence: str
 
     @property
+    def shares(self) -> dict[str, float]:
+        """Split -> share of the groups."""
+        return {split: float(self.splits[split]) for split in schema.SPLITS}
+
+    @property
     def fingerprint(self) -> str:
-        """Changes with the source's plan, the storage type and the splits."""
+        """Hash of the source's plan, the storage type, the splits and the licence."""
         rows = [[row.source, row.columns] for row in self.plan.rows]
         options = [self.dtype, self.splits, self.licence, FORMAT_VERSION]
         return schema.fingerprint([self.plan.name, rows, self.plan.refused, options])
 
 
 def _run(job: _Job, staging: Path, folder: Path, workers: int, progress: bool) -> Conversion:
-    """Write the shards that are missing, then put the zoo together."""
+    """Write the shards that are not finished, then put the zoo together."""
     storage = _begin(job, staging)
     refused = dict(job.plan.refused)
     shards: dict[str, Shard] = {}
@@ -177,39 +182,40 @@ def _run(job: _Job, staging: Path, folder: Path, workers: int, progress: bool) -
     return Conversion(folder, sum(len(shard.light) for shard in shards.values()), refused, notes)
 
 
-def _already_done(job: _Job, folder: Path) -> Conversion | None:
-    """What `folder` holds, if it is this very conversion."""
+def _earlier_conversion(job: _Job, folder: Path) -> Conversion | None:
+    """Return the result of this very conversion if an earlier call finished it; else None."""
     try:
         manifest = read_json(folder / schema.MANIFEST)
         shards = read_json(folder / schema.SHARDS)
-        same = manifest["conversion"]["fingerprint"] == job.fingerprint
-        whole = all((folder / name).stat().st_size == entry["bytes"] for name, entry in shards.items())
+        is_same = manifest["conversion"]["fingerprint"] == job.fingerprint
+        is_complete = all((folder / name).stat().st_size == entry["bytes"] for name, entry in shards.items())
     except (ZooError, OSError, KeyError, TypeError):
         return None
-    if not (same and whole):
+    if not (is_same and is_complete):
         return None
     rows = sum(entry["rows"] for entry in shards.values())
     return Conversion(folder, rows, manifest["refused"], manifest["notes"])
 
 
 def _begin(job: _Job, staging: Path) -> Storage:
-    """Open the staging folder of this job, or take up what was begun there.
+    """Prepare the staging folder of this job, or continue with the one that is there.
 
     Raises:
-        ZooError: if another conversion was begun there, and has finished a shard.
+        ZooError: if the folder holds a finished shard of another conversion.
     """
     record = staging / "job.json"
     if record.exists():
-        held = read_json(record)
-        if held["fingerprint"] != job.fingerprint and not any((staging / "shards").iterdir()):
+        begun_job = read_json(record)
+        if begun_job["fingerprint"] != job.fingerprint and not any((staging / "shards").iterdir()):
             shutil.rmtree(staging)
-        elif held["fingerprint"] != job.fingerprint:
+        elif begun_job["fingerprint"] != job.fingerprint:
             raise ZooError(
                 f"{staging} holds an unfinished conversion of another source, or with other options: finish that,"
                 " delete it, or choose another folder"
             )
         else:
-            return Storage(job.dtype, held["largest"])
+            # not `_largest` again: all shards of a zoo need the encoding that the first was written with
+            return Storage(job.dtype, begun_job["largest"])
     (staging / "shards").mkdir(parents=True, exist_ok=True)
     largest = _largest(job.plan)
     write_json(record, {"fingerprint": job.fingerprint, "largest": largest})
@@ -217,11 +223,10 @@ def _begin(job: _Job, staging: Path) -> Storage:
 
 
 def _largest(plan: SourcePlan) -> int:
-    """Parameters of the largest model, by the sizes of the files where they are known."""
-    sizes = [row.size for row in plan.rows]
-    known = [size for size in sizes if size]
-    if known:
-        return max(1, max(known) // 4)
+    """Estimate the parameters of the largest model from file sizes, or from the first checkpoint without any."""
+    sizes = [row.size for row in plan.rows if row.size]
+    if sizes:
+        return max(1, max(sizes) // 4)  # bytes of a float32
     for row in plan.rows:
         try:
             return Layout.of(row.load().tensors).num_parameters
@@ -231,12 +236,11 @@ def _largest(plan: SourcePlan) -> int:
 
 
 def _parts(job: _Job, storage: Storage) -> dict[str, list[PlannedRow]]:
-    """Path of each shard -> the rows that are to be in it."""
-    fractions = {split: job.splits[split] for split in schema.SPLITS}
+    """Divide the rows into shards: path -> rows."""
     members: dict[str, list[PlannedRow]] = {split: [] for split in schema.SPLITS}
     for row in job.plan.rows:
         group = row.split_group if job.splits["by"] == "lineage" else row.columns["run_id"]
-        split = schema.split_of(row.columns["run_id"], group, fractions=fractions, seed=job.splits["seed"])
+        split = schema.split_of(row.columns["run_id"], group, fractions=job.shares, seed=int(job.splits["seed"]))
         members[split].append(row)
     parts = {}
     for split, rows in members.items():
@@ -249,20 +253,20 @@ def _parts(job: _Job, storage: Storage) -> dict[str, list[PlannedRow]]:
 
 @dataclass(frozen=True)
 class _Part:
-    """A finished shard, and what was refused of its rows."""
+    """A finished shard, and its refused checkpoints with their reasons."""
 
     shard: Shard
     refused: dict[str, str]
 
 
 def _finished(staging: Path, name: str) -> _Part | None:
-    """The shard, if an earlier run finished it and it is still there in full length."""
+    """Return the shard if an earlier call finished it and its file has its full length."""
     try:
-        held = read_json(_record(staging, name))
-        layouts = {key: Layout.from_json(entries) for key, entries in held["layouts"].items()}
-        if held["light"] and (staging / "zoo" / name).stat().st_size != held["entry"]["bytes"]:
+        record = read_json(_record(staging, name))
+        layouts = {key: Layout.from_json(entries) for key, entries in record["layouts"].items()}
+        if record["light"] and (staging / "zoo" / name).stat().st_size != record["entry"]["bytes"]:
             return None
-        return _Part(Shard(held["entry"], held["light"], layouts), held["refused"])
+        return _Part(Shard(record["entry"], record["light"], layouts), record["refused"])
     except (ZooError, OSError, KeyError, TypeError):
         return None
 
@@ -287,7 +291,7 @@ def _record(staging: Path, name: str) -> Path:
 
 def _loaded_rows(
     planned: list[PlannedRow], job: _Job, refused: dict[str, str], workers: int
-) -> Generator[dict[str, Any], None, None]:
+) -> Generator[dict[str, object], None, None]:
     """Rows with their weights, in order, loaded ahead; why a checkpoint cannot be converted is added to `refused`."""
     load = partial(unless_refused, partial(_row, job=job))
     with closing(mapped_ahead(load, planned, threads=workers, ahead=workers)) as results:
@@ -299,8 +303,8 @@ def _loaded_rows(
                 yield result
 
 
-def _row(planned: PlannedRow, job: _Job) -> dict[str, Any]:
-    """Load a checkpoint and check it: a row of the zoo."""
+def _row(planned: PlannedRow, job: _Job) -> dict[str, object]:
+    """Load a checkpoint, check it, and return its row."""
     model = planned.load()
     args = schema.canonical_json(model.architecture_args)
     expected = Architecture(model.architecture, json.loads(args), model.head, model.head_hidden).layout
@@ -328,14 +332,14 @@ def _row(planned: PlannedRow, job: _Job) -> dict[str, Any]:
 
 
 def _orphans(shards: Mapping[str, Shard]) -> list[str]:
-    """A note on rows whose parent could not be taken."""
+    """Write a note on rows whose parent is not in the zoo."""
     rows = [row for shard in shards.values() for row in shard.light]
-    known = {row["model_id"] for row in rows}
-    missing = sorted({row["parent_id"] for row in rows if row["parent_id"]} - known)
-    return [f"{len(missing)} parents are not in the zoo, {missing[0]} the first."] if missing else []
+    model_ids = {row["model_id"] for row in rows}
+    absent = sorted({row["parent_id"] for row in rows if row["parent_id"]} - model_ids)
+    return [f"{len(absent)} parents are not in the zoo, {absent[0]} the first."] if absent else []
 
 
-def _manifest(job: _Job, refused: Mapping[str, str], notes: list[str]) -> dict[str, Any]:
+def _manifest(job: _Job, refused: Mapping[str, str], notes: list[str]) -> dict[str, object]:
     return {
         "format": schema.FORMAT_VERSION,
         "name": job.plan.name,

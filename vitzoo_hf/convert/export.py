@@ -1,9 +1,8 @@
-"""Rows -> safetensors files with timm's tensor names, folders that transformers loads, or a smaller zoo."""
+"""Export rows as safetensors files with timm's names, as folders that transformers loads, or as a smaller zoo."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import safe_open, save_file
@@ -20,6 +19,7 @@ from vitzoo_hf.format import schema
 from vitzoo_hf.format.atomic import write_atomically
 from vitzoo_hf.format.layout import flatten, unflatten
 from vitzoo_hf.format.messages import did_you_mean
+from vitzoo_hf.format.row import Row, RowLike
 from vitzoo_hf.format.schema import ZooError
 from vitzoo_hf.models.architecture import Architecture
 from vitzoo_hf.models.rebuild import checked_vector
@@ -30,11 +30,11 @@ from vitzoo_hf.zoo import Zoo
 FORMATS = ("timm", "transformers")
 
 
-def export_row(row: Mapping[str, Any], place: Path, *, format: str = "timm") -> None:
+def export_row(row: RowLike, place: Path, *, format: str = "timm") -> None:
     """Write a row's model, atomically; the row's other columns become metadata of the safetensors file, as text.
 
     Args:
-        row: of `Zoo.rows()` or `load_dataset(…)`.
+        row: a row of `Zoo.rows()` or `load_dataset(…)`.
         place: the .safetensors file to write; for transformers, the folder.
         format: `timm`, or `transformers` for a folder that `ViTForImageClassification.from_pretrained` loads.
 
@@ -46,6 +46,7 @@ def export_row(row: Mapping[str, Any], place: Path, *, format: str = "timm") -> 
         raise ZooError(f"{place} does not end in .safetensors, which is what is written")
     if format == "transformers" and place.suffix == ".safetensors":
         raise ZooError(f"{place} is the name of a file; transformers reads a folder: leave .safetensors out")
+    row = Row.of(row)
     vector, layout = checked_vector(row)
     tensors = {name: tensor.contiguous() for name, tensor in unflatten(vector, layout).items()}
     metadata = {
@@ -65,17 +66,17 @@ def export_row(row: Mapping[str, Any], place: Path, *, format: str = "timm") -> 
 
 
 def export_zoo(zoo: Zoo, folder: Path, *, format: str = "timm", progress: bool = True) -> list[Path]:
-    """Write every row of a zoo to `folder / <model_id>.safetensors`; what has the same weights already is kept.
+    """Write every row of a zoo to `folder / <model_id>.safetensors`; files with the right weights are kept.
 
     Args:
         zoo: the rows.
-        folder: for the files.
+        folder: the folder for the files.
         format: `timm`, or `transformers` for a folder `<model_id>` a model, with config.json and model.safetensors.
         progress: show a bar.
 
     Raises:
-        ZooError: if there is no row, the folder cannot be written, or transformers has not all of these models:
-            then nothing is written.
+        ZooError: if there is no row, the folder cannot be written, or transformers lacks one of these models; nothing
+            is written then.
     """
     _check_format(format)
     if len(zoo) == 0:
@@ -87,10 +88,10 @@ def export_zoo(zoo: Zoo, folder: Path, *, format: str = "timm", progress: bool =
         _check_all_known(zoo)
         for place in places.values():
             check_replaceable(place)
-    missing = [model_id for model_id, place in places.items() if _exported_hash(place, zoo) != hashes[model_id]]
+    model_ids = [model_id for model_id, place in places.items() if _exported_hash(place, zoo) != hashes[model_id]]
     with progress_bar("exporting", "model", shown=progress, total=len(places)) as bar:
-        bar.update(len(places) - len(missing))
-        for row in zoo.filter(model_id=missing).rows() if missing else ():
+        bar.update(len(places) - len(model_ids))
+        for row in zoo.filter(model_id=model_ids).rows() if model_ids else ():
             export_row(row, places[row["model_id"]], format=format)
             bar.update(1)
     return list(places.values())
@@ -102,7 +103,7 @@ def _check_format(format: str) -> None:
 
 
 def _check_all_known(zoo: Zoo) -> None:
-    """Refuse a zoo with a model that transformers does not have."""
+    """Refuse a zoo with a model that transformers lacks."""
     mlp = sum(head == schema.HEADS.index("mlp") for head in zoo.index["head"])
     if mlp:
         raise ZooError(
@@ -119,24 +120,24 @@ def export_subset(zoo: Zoo, folder: Path, *, selection_of: Sequence[str] | None 
     """Write the rows of a filtered zoo as a zoo of their own, with their splits and held-out images.
 
     Args:
-        zoo: the rows to keep.
+        zoo: the rows to write.
         folder: the new zoo.
-        selection_of: datasets whose selection images to take along, by default all; test images always are.
+        selection_of: datasets whose selection images are included, by default all; test images always are.
 
     Raises:
         ZooError: if there is no row, or the folder cannot be written.
     """
     if len(zoo) == 0:
         raise ZooError("there is no model to export: the filter matches none")
-    used = set(zoo.index["dataset"])
-    wanted = {"selection": used if selection_of is None else used & set(selection_of), "test": used}
+    datasets = set(zoo.index["dataset"])
+    datasets_of = {"selection": datasets if selection_of is None else datasets & set(selection_of), "test": datasets}
     parts = {split: zoo.filter(split=split) for split in zoo.splits}
     splits = {
         split: Rows(len(part), max(part.index["num_parameters"], default=0), part.rows())
         for split, part in parts.items()
     }
     probes = {
-        role: [row for row in zoo.probe_rows(role) if row["dataset"] in datasets] for role, datasets in wanted.items()
+        role: [row for row in zoo.probe_rows(role) if row["dataset"] in names] for role, names in datasets_of.items()
     }
     manifest = {name: value for name, value in zoo.manifest.items() if name != "files"}
     manifest |= {"blueprint_fingerprint": None, "subset_of": zoo.manifest["blueprint_fingerprint"]}
@@ -145,7 +146,7 @@ def export_subset(zoo: Zoo, folder: Path, *, selection_of: Sequence[str] | None 
 
 
 def _exported_hash(place: Path, zoo: Zoo) -> str | None:
-    """The hash of the weights that an earlier export holds; None if there is none that can be read whole."""
+    """Hash the weights of an earlier export; None if there is none that can be read completely."""
     try:
         with safe_open(place / WEIGHTS if place.is_dir() else place, framework="pt") as opened:
             layout = zoo.layouts[(opened.metadata() or {})["layout"]]

@@ -1,7 +1,7 @@
-"""A CSV table that says of each checkpoint which run and epoch it is, and by which factors it was made.
+"""Read a CSV table with run, epoch and generating factors of each checkpoint.
 
-Columns that a row has anyway go there; every other column becomes a generating factor, typed by all its values.
-Mistakes in the header stop; mistakes in a line refuse what that line is about, named with the line.
+Columns of the zoo's format keep their meaning; every other column becomes a generating factor, typed by all its
+values. A mistake in the header is an error; a mistake in a line refuses the checkpoint of that line.
 """
 
 import csv
@@ -15,36 +15,36 @@ from typing import Any
 
 from vitzoo_hf.format import schema
 from vitzoo_hf.format.messages import did_you_mean, one_line
+from vitzoo_hf.format.row import Factor
 from vitzoo_hf.format.schema import ZooError
 
 TEXT_COLUMNS = ("model_id", "run_id", "parent_id", "stage", "dataset", "architecture", "head")
 KNOWN = (*TEXT_COLUMNS, "epoch", "is_final", "architecture_args", "head_hidden", *schema.RESULTS)
 FROM_WEIGHTS = ("num_parameters", "layout", "weights_sha256", "dtype", "provenance", "split", "weights")
-"""Columns of an index that are made again from the checkpoint."""
+"""Columns of an index that are computed again from the checkpoint."""
 
 FACTOR = re.compile(r"[a-z][a-z0-9_]*", re.ASCII)
 INTEGER = re.compile(r"[+-]?(0|[1-9]\d*)", re.ASCII)
 NUMBER = re.compile(r"[+-]?(((0|[1-9]\d*)(\.\d*)?|\.\d+)(e[+-]?\d+)?|nan|inf(inity)?)", re.ASCII | re.IGNORECASE)
 BOOLEANS = {"true": True, "false": False}
 LARGEST_EPOCH = 2**31 - 1
-LARGEST_RESULT = 3e38
-"""Results are stored as float32."""
+LARGEST_RESULT = 3e38  # results are stored as float32
 MOST_DIGITS = 20
 
 
 @dataclass(frozen=True)
 class Line:
-    """What the table says of one checkpoint.
+    """A line of the table, on one checkpoint.
 
     Attributes:
         where: file and line, for messages.
-        values: known columns that are filled in.
+        values: column of the format -> value, for cells that are not empty.
         factors: generating factor -> value, None where the cell is empty.
     """
 
     where: str
     values: dict[str, Any]
-    factors: dict[str, Any]
+    factors: dict[str, Factor]
 
 
 @dataclass(frozen=True)
@@ -52,12 +52,12 @@ class Table:
     """A factor table.
 
     Attributes:
-        name: of its file.
-        lines: checkpoint -> what is said of it, in the order of the lines; some may be refused for other reasons.
+        name: name of the file.
+        lines: checkpoint -> its line, in the order of the lines; some may be refused for other reasons.
         factor_types: generating factor -> `string`, `float`, `int` or `bool`.
         refused: checkpoint -> the mistake in its line.
-        notes: columns that were not taken.
-        unread: ids of models in lines that have a mistake, as far as they are told.
+        notes: sentences on ignored columns.
+        unread: model ids in lines with a mistake, where they can be read.
     """
 
     name: str
@@ -96,13 +96,13 @@ def read_table(file: Path, key: str) -> Table:
         if len(numbers) > 1:
             listed = ", ".join(str(number) for number in numbers)
             refused[subject] = f"{file.name} lists it more than once, in lines {listed}: keep one"
-    kept = {subject: values for subject, values in cells.items() if subject not in refused}
-    types = {name: _type_of([values[column] for values in kept.values()]) for column, name in columns.items()}
+    valid = {subject: values for subject, values in cells.items() if subject not in refused}
+    types = {name: _type_of([values[column] for values in valid.values()]) for column, name in columns.items()}
     empty = [column for column, name in columns.items() if types[name] is None]
-    if kept and empty:
+    if valid and empty:
         raise ZooError(f"column {empty[0]!r} of {file.name} is empty, so its type is unknown: fill or remove it")
     lines = {}
-    for subject, values in kept.items():
+    for subject, values in valid.items():
         where = f"{file.name} line {places[subject][0]}"
         try:
             lines[subject] = _line(where, values, columns, types)
@@ -111,16 +111,16 @@ def read_table(file: Path, key: str) -> Table:
     dropped = [column for column in header if column in FROM_WEIGHTS]
     notes = [f"Columns of {file.name} that follow from the weights were not taken: {', '.join(dropped)}."]
     factor_types = {name: kind for name, kind in types.items() if kind is not None}
-    unread = frozenset(_told_id(cells[subject]) for subject in refused if subject in cells)
+    unread = frozenset(_model_id(cells[subject]) for subject in refused if subject in cells)
     return Table(file.name, lines, factor_types, refused, notes if dropped else [], unread)
 
 
-def _told_id(cells: Mapping[str, str]) -> str:
+def _model_id(cells: Mapping[str, str]) -> str:
     return cells.get("model_id") or f"{cells.get('run_id')}@{cells.get('epoch')}"
 
 
 def _records(file: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
-    """The header, and the other records with the line each begins at; blank lines are left out."""
+    """Read the header, and the records with the line where each begins; blank lines are skipped."""
     try:
         with file.open(encoding="utf-8-sig", newline="") as opened:
             reader = csv.reader(opened, strict=True)
@@ -137,7 +137,7 @@ def _records(file: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
 
 
 def _columns(header: list[str], key: str, name: str) -> dict[str, str]:
-    """Column -> generating factor."""
+    """Name the generating factor of each column that is not of the format."""
     if key not in header:
         hint = "separate its columns by commas" if len(header) == 1 else did_you_mean(key, header or [key])
         raise ZooError(f"{name} has no column {key!r}, which says what a line is about: {hint}")
@@ -158,34 +158,37 @@ def _columns(header: list[str], key: str, name: str) -> dict[str, str]:
 
 
 def _type_of(cells: list[str]) -> str | None:
-    """The narrowest type that holds every cell exactly; None if all are empty."""
+    """Choose the narrowest type that holds every cell exactly; None if all are empty."""
     filled = [cell for cell in cells if cell]
     if not filled:
         return None
     if all(cell.lower() in BOOLEANS for cell in filled):
         return "bool"
-    whole = [cell for cell in filled if INTEGER.fullmatch(cell)]
-    if any(len(cell) > MOST_DIGITS or not -(2**63) <= int(cell) < 2**63 for cell in whole):
+    integers = [cell for cell in filled if INTEGER.fullmatch(cell)]
+    # the length first: int() of a very long text takes quadratic time
+    if any(len(cell) > MOST_DIGITS or not -(2**63) <= int(cell) < 2**63 for cell in integers):
         return "string"
-    if len(whole) == len(filled):
+    if len(integers) == len(filled):
         return "int"
     numbers = all(NUMBER.fullmatch(cell) for cell in filled) and any(math.isfinite(float(cell)) for cell in filled)
-    return "float" if numbers and all(int(float(cell)) == int(cell) for cell in whole) else "string"
+    # integers above 2**53 may not survive as float64: such a column stays text
+    return "float" if numbers and all(int(float(cell)) == int(cell) for cell in integers) else "string"
 
 
 def _line(where: str, cells: Mapping[str, str], columns: Mapping[str, str], types: Mapping[str, str | None]) -> Line:
     values = {}
     for column in KNOWN:
         if cells.get(column):
-            values[column] = _known(where, column, cells[column])
-    factors: dict[str, Any] = {}
+            values[column] = _format_value(where, column, cells[column])
+    factors: dict[str, Factor] = {}
     for column, name in columns.items():
         kind, cell = types[name], cells[column]
         factors[name] = PARSERS[kind](f"{where}: {column}", cell) if kind and cell else None
     return Line(where, _with_ids(where, values), factors)
 
 
-def _known(where: str, column: str, cell: str) -> Any:
+def _format_value(where: str, column: str, cell: str) -> Any:
+    """Parse a cell of a column of the format."""
     what = f"{where}: {column}"
     if column in schema.RESULTS:
         result = _float(what, cell)
@@ -212,11 +215,11 @@ def _known(where: str, column: str, cell: str) -> Any:
 
 
 def _with_ids(where: str, values: dict[str, Any]) -> dict[str, Any]:
-    """Run and epoch from the model's id where they are not given; refuses three that do not belong together."""
+    """Add run and epoch from `model_id` where they are missing; refuse values that contradict each other."""
     if "model_id" not in values:
         return values
     run, _, epoch = values["model_id"].rpartition("@")
-    values = {"run_id": run, "epoch": _known(where, "epoch", epoch)} | values
+    values = {"run_id": run, "epoch": _format_value(where, "epoch", epoch)} | values
     if values["model_id"] != schema.model_id(values["run_id"], values["epoch"]):
         raise ZooError(
             f"{where}: model_id is {values['model_id']!r};"
@@ -249,12 +252,12 @@ def _string(what: str, cell: str) -> str:
 
 def _object(what: str, cell: str) -> dict[str, Any]:
     try:
-        held = json.loads(cell)
+        value = json.loads(cell)
     except (json.JSONDecodeError, RecursionError):
-        held = None
-    if not isinstance(held, dict):
+        value = None
+    if not isinstance(value, dict):
         raise ZooError(f'{what} is {cell!r}; expected a JSON object, such as {{"num_classes": 10}}')
-    return held
+    return value
 
 
-PARSERS: dict[str, Callable[[str, str], Any]] = {"float": _float, "int": _int, "bool": _bool, "string": _string}
+PARSERS: dict[str, Callable[[str, str], Factor]] = {"float": _float, "int": _int, "bool": _bool, "string": _string}

@@ -1,7 +1,7 @@
-"""Names of other libraries <-> timm's: which vision transformer a state dict is, under names every zoo uses.
+"""Translate tensor names of other libraries to timm's and back, and find the architecture of a state dict.
 
-Known are timm's own names, with the prefixes that wrappers put before them, and those of ViT models of transformers 4
-and 5. The architecture is given, told by a config.json, or seen from the shapes where they leave no doubt.
+Known are timm's names, with the prefixes of wrappers, and the names of ViT models of transformers 4 and 5. The
+architecture comes from the caller, a config.json, or the shapes where they leave no doubt.
 """
 
 import re
@@ -46,53 +46,53 @@ def to_timm(
     architecture_args: Mapping[str, Any] | None = None,
     config: Mapping[str, Any] | None = None,
 ) -> LoadedModel:
-    """A state dict under timm's names, in timm's order, with its architecture.
+    """Bring a state dict under timm's names, in timm's order, and find its architecture.
 
     Args:
-        tensors: as a file holds them; half precision is widened to float32, which is noted in `flags`.
-        name: of the checkpoint, for messages.
-        architecture: timm name, if it is known; the rest of the arguments follows from the shapes.
+        tensors: tensors of a file; half precision is widened to float32, which is noted in `flags`.
+        name: name of the checkpoint in messages.
+        architecture: timm name, if it is known; further arguments follow from the shapes.
         architecture_args: arguments of `timm.create_model` that do not follow from the shapes.
         config: a config.json of timm or transformers that lies beside the checkpoint.
 
     Raises:
-        ZooError: if names or shapes are not exactly those of the architecture, or it cannot be told.
+        ZooError: if names or shapes are not exactly those of the architecture, or it cannot be found out.
     """
     flags: list[str] = []
-    held = {key: _float32(key, tensor, name, flags) for key, tensor in _timm_names(tensors, name).items()}
-    told, told_args = _told_by(config or {}, name, flags)
-    architecture = architecture or told
-    given = dict(architecture_args or {})
-    against = [key for key in given if key in told_args and told_args[key] != given[key]]
-    if against:
-        key = against[0]
-        raise ZooError(f"{name} has {key} {told_args[key]!r} by its config.json, and {given[key]!r} was given")
-    args = told_args | given
-    head, hidden = _head(held, name)
-    seen, seen_args = _seen(held, name, needs_name=architecture is None)
-    _check_given(args, seen_args, name)
-    architecture = architecture or seen
-    args = _fitting(architecture, seen_args, args, head, hidden, held)
+    renamed = {key: _float32(key, tensor, name, flags) for key, tensor in _timm_names(tensors, name).items()}
+    config_name, config_args = _architecture_of_config(config or {}, name, flags)
+    architecture = architecture or config_name
+    user_args = dict(architecture_args or {})
+    for key, value in user_args.items():
+        if key in config_args and config_args[key] != value:
+            raise ZooError(f"{name} has {key} {config_args[key]!r} by its config.json, and {value!r} was given")
+    args = config_args | user_args
+    head, hidden = _head(renamed, name)
+    shape_name, shape_args = _architecture_of_shapes(renamed, name, needs_name=architecture is None)
+    _check_sizes(args, shape_args, name)
+    architecture = architecture or shape_name
+    args = _fitting(architecture, shape_args, args, head, hidden, renamed)
     if {"embed_dim", "depth"} & args.keys() and "num_heads" not in args:
-        size = f"width {seen_args['embed_dim']}, depth {seen_args['depth']}"
+        size = f"width {shape_args['embed_dim']}, depth {shape_args['depth']}"
         raise ZooError(
             f"{name} is no {architecture} as timm makes it ({size}), and its heads cannot be seen from its weights:"
             " give num_heads in --architecture-args"
         )
     layout = Architecture(architecture, args, head, hidden).layout
-    _compare(held, layout, architecture, name)
-    ordered = {key: held[key].contiguous() for key in layout.names}
+    _compare(renamed, layout, architecture, name)
+    ordered = {key: renamed[key].contiguous() for key in layout.names}
     return LoadedModel(ordered, architecture, args, head, hidden, flags)
 
 
 def _timm_names(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
-    held = dict(tensors)
-    while any(all(key.startswith(prefix) for key in held) for prefix in PREFIXES[:3]) and held:
+    """Rename tensors as timm does, after removing prefixes in any order and number."""
+    stripped = dict(tensors)
+    while any(all(key.startswith(prefix) for key in stripped) for prefix in PREFIXES[:3]) and stripped:
         for prefix in PREFIXES[:3]:
-            held = _without_prefix(held, prefix)
-    if any("embeddings." in key for key in held):
-        return _from_transformers(held, name)
-    return _without_prefix(held, PREFIXES[3])
+            stripped = _without_prefix(stripped, prefix)
+    if any("embeddings." in key for key in stripped):
+        return _from_transformers(stripped, name)
+    return _without_prefix(stripped, PREFIXES[3])
 
 
 def _without_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -121,7 +121,7 @@ def _from_transformers(tensors: Mapping[str, Tensor], name: str) -> dict[str, Te
 
 
 def _joined(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
-    """Query, key and value of each block as timm's one `qkv`."""
+    """Concatenate query, key and value of each block to timm's one `qkv`."""
     joined: dict[str, Tensor] = {}
     parts: dict[tuple[str, str], dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
@@ -130,14 +130,15 @@ def _joined(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
             joined[key] = tensor
         else:
             parts.setdefault((match[1], match[3]), {})[match[2]] = tensor
-    for (block, kind), held in parts.items():
-        if len(held) < 3:
+    for (block, kind), projections in parts.items():
+        if len(projections) < 3:
             raise ZooError(f"{name} lacks one of query, key and value ({kind}) of block {block}")
-        if len({tensor.shape for tensor in held.values()}) > 1 or held["q"].dim() == 0:
+        if len({tensor.shape for tensor in projections.values()}) > 1 or projections["q"].dim() == 0:
             raise ZooError(f"{name}: query, key and value ({kind}) of block {block} differ in shape")
-        if len({tensor.dtype for tensor in held.values()}) > 1:
+        # torch.cat would widen the narrower type without a word
+        if len({tensor.dtype for tensor in projections.values()}) > 1:
             raise ZooError(f"{name}: query, key and value ({kind}) of block {block} differ in type")
-        joined[f"blocks.{block}.attn.qkv.{kind}"] = torch.cat([held["q"], held["k"], held["v"]])
+        joined[f"blocks.{block}.attn.qkv.{kind}"] = torch.cat([projections[part] for part in "qkv"])
     return joined
 
 
@@ -164,8 +165,10 @@ def _head(tensors: Mapping[str, Tensor], name: str) -> tuple[str, int | None]:
     raise ZooError(f"{name} has no head: `head.weight`, or `head.0` and `head.2` of an MLP, are needed for a row")
 
 
-def _seen(tensors: Mapping[str, Tensor], name: str, *, needs_name: bool) -> tuple[str, dict[str, Any]]:
-    """Architecture and arguments as the shapes tell them."""
+def _architecture_of_shapes(
+    tensors: Mapping[str, Tensor], name: str, *, needs_name: bool
+) -> tuple[str, dict[str, int | float]]:
+    """Read architecture and arguments from the shapes of tensors."""
     try:
         patches = tensors["patch_embed.proj.weight"]
         width, channels, patch, _ = patches.shape
@@ -180,10 +183,11 @@ def _seen(tensors: Mapping[str, Tensor], name: str, *, needs_name: bool) -> tupl
     if blocks != set(range(depth)) or not patches.numel() or tokens <= ("cls_token" in tensors):
         raise ZooError(f"{name} is no ViT: its blocks are not numbered from 0, or it has no patches")
     side = round((tokens - ("cls_token" in tensors)) ** 0.5)
-    args = {"img_size": side * patch, "patch_size": patch, "in_chans": channels, "num_classes": classes}
-    args |= {"embed_dim": width, "depth": depth, "mlp_ratio": hidden / width}
+    args: dict[str, int | float] = {"img_size": side * patch, "patch_size": patch, "in_chans": channels}
+    args |= {"num_classes": classes, "embed_dim": width, "depth": depth, "mlp_ratio": hidden / width}
     if not needs_name:
         return "", args
+    # the number of heads leaves no trace in the shapes: only standard sizes of ViT have a known one
     if width not in SIZES or width // HEAD_DIM * HEAD_DIM != width or depth != (24 if width == 1024 else 12):
         raise ZooError(
             f"{name}: how many heads a ViT of width {width} and depth {depth} has cannot be seen from its weights:"
@@ -192,11 +196,11 @@ def _seen(tensors: Mapping[str, Tensor], name: str, *, needs_name: bool) -> tupl
     return f"vit_{SIZES[width]}_patch{patch}_224", args
 
 
-def _check_given(args: Mapping[str, Any], seen: Mapping[str, Any], name: str) -> None:
-    """Refuse arguments that cannot be those of the weights before a model of their size is made."""
+def _check_sizes(args: Mapping[str, Any], shape_args: Mapping[str, int | float], name: str) -> None:
+    """Refuse arguments that contradict the shapes before a model of that size, which may be huge, is built."""
     for key in ("depth", "embed_dim"):
-        if args.get(key) is not None and args[key] != seen[key]:
-            raise ZooError(f"{name} has {key} {seen[key]}; {args[key]!r} is what its config or table says")
+        if args.get(key) is not None and args[key] != shape_args[key]:
+            raise ZooError(f"{name} has {key} {shape_args[key]}; {args[key]!r} is what its config or table says")
     heads = args.get("num_heads")
     if heads is not None and not (isinstance(heads, int) and heads > 0):
         raise ZooError(f"{name} is to have num_heads {heads!r}; expected a whole number above 0")
@@ -204,14 +208,14 @@ def _check_given(args: Mapping[str, Any], seen: Mapping[str, Any], name: str) ->
 
 def _fitting(
     architecture: str,
-    seen: Mapping[str, Any],
-    given: Mapping[str, Any],
+    shape_args: Mapping[str, int | float],
+    given_args: Mapping[str, Any],
     head: str,
     hidden: int | None,
     tensors: Mapping[str, Tensor],
 ) -> dict[str, Any]:
-    """The fewest arguments that give the shapes: those that were given, and those where the default differs."""
-    args = dict(given) | {"num_classes": seen["num_classes"]}
+    """Find the fewest arguments that give the shapes: the given ones, and those where the default differs."""
+    args = dict(given_args) | {"num_classes": shape_args["num_classes"]}
     shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
     for name in ("img_size", "patch_size", "in_chans", "embed_dim", "depth", "mlp_ratio"):
         try:
@@ -220,13 +224,13 @@ def _fitting(
             layout = None
         if layout is not None and dict(zip(layout.names, layout.shapes, strict=True)) == shapes:
             break
-        if name not in args and not _is_default(architecture, args, name, seen[name], head, hidden):
-            args[name] = seen[name]
+        if name not in args and not _is_default(architecture, args, name, shape_args[name], head, hidden):
+            args[name] = shape_args[name]
     return args
 
 
 def _is_default(
-    architecture: str, args: Mapping[str, Any], name: str, value: Any, head: str, hidden: int | None
+    architecture: str, args: Mapping[str, Any], name: str, value: float, head: str, hidden: int | None
 ) -> bool:
     try:
         plain = Architecture(architecture, args, head, hidden).layout
@@ -235,8 +239,10 @@ def _is_default(
         return False
 
 
-def _told_by(config: Mapping[str, Any], name: str, flags: list[str]) -> tuple[str | None, dict[str, Any]]:
-    """Architecture and arguments as a config.json tells them."""
+def _architecture_of_config(
+    config: Mapping[str, Any], name: str, flags: list[str]
+) -> tuple[str | None, dict[str, Any]]:
+    """Read architecture and arguments from a config.json; None without either."""
     if isinstance(config.get("architecture"), str):
         model_args = config.get("model_args") or {}
         if not isinstance(model_args, Mapping):
@@ -262,6 +268,7 @@ def _told_by(config: Mapping[str, Any], name: str, flags: list[str]) -> tuple[st
     eps = config.get("layer_norm_eps", 1e-12)
     if not isinstance(eps, int | float) or not 0 <= eps < 1:
         raise ZooError(f"the config.json of {name} has layer_norm_eps {eps!r}; expected a number from 0 to 1")
+    # timm builds every ViT with 1e-6, so outputs differ a little from those in the source
     if abs(eps - 1e-6) > 1e-9:
         flags.append(f"layer_norm_eps {eps} in the source, 1e-6 here")
     return "vit_base_patch16_224", args
@@ -282,11 +289,11 @@ def _compare(tensors: Mapping[str, Tensor], layout: Layout, architecture: str, n
 
 def to_transformers(
     tensors: Mapping[str, Tensor], *, architecture: str, architecture_args: Mapping[str, Any], head: str
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The config.json and the tensors with which transformers 4 and 5 load this model as `ViTForImageClassification`.
+) -> tuple[dict[str, object], dict[str, Tensor]]:
+    """Make the config.json and tensors that transformers 4 and 5 load as `ViTForImageClassification`.
 
     Args:
-        tensors: under timm's names.
+        tensors: timm's tensor name -> tensor.
         architecture: timm name.
         architecture_args: arguments of `timm.create_model`.
         head: `linear`; transformers has no MLP head.
@@ -296,7 +303,7 @@ def to_transformers(
     """
     if head != "linear":
         raise ZooError("transformers has no ViT with an MLP head: choose rows with --where head=linear")
-    _, seen = _seen(tensors, architecture, needs_name=False)
+    _, shape_args = _architecture_of_shapes(tensors, architecture, needs_name=False)
     renamed: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
         renamed |= _for_transformers(key, tensor, architecture)
@@ -304,20 +311,20 @@ def to_transformers(
     config = {
         "architectures": ["ViTForImageClassification"],
         "model_type": "vit",
-        "image_size": seen["img_size"],
-        "patch_size": seen["patch_size"],
-        "num_channels": seen["in_chans"],
-        "hidden_size": seen["embed_dim"],
-        "num_hidden_layers": seen["depth"],
+        "image_size": shape_args["img_size"],
+        "patch_size": shape_args["patch_size"],
+        "num_channels": shape_args["in_chans"],
+        "hidden_size": shape_args["embed_dim"],
+        "num_hidden_layers": shape_args["depth"],
         "num_attention_heads": heads,
-        "intermediate_size": round(seen["mlp_ratio"] * seen["embed_dim"]),
+        "intermediate_size": round(shape_args["mlp_ratio"] * shape_args["embed_dim"]),
         "hidden_act": "gelu",
         "layer_norm_eps": 1e-6,
         "qkv_bias": "blocks.0.attn.qkv.bias" in tensors,
         "hidden_dropout_prob": 0.0,
         "attention_probs_dropout_prob": 0.0,
-        "id2label": {str(number): f"LABEL_{number}" for number in range(seen["num_classes"])},
-        "label2id": {f"LABEL_{number}": number for number in range(seen["num_classes"])},
+        "id2label": {str(number): f"LABEL_{number}" for number in range(int(shape_args["num_classes"]))},
+        "label2id": {f"LABEL_{number}": number for number in range(int(shape_args["num_classes"]))},
         "torch_dtype": "float32",
     }
     return config, renamed

@@ -1,7 +1,7 @@
-"""Tensors of one foreign checkpoint file, read so that nothing in it is ever run.
+"""Read the tensors of one foreign checkpoint file without ever running anything in it.
 
-safetensors by its own library; pickles through `torch.load(weights_only=True)` alone, after the archive's directory
-was looked at. What is damaged or hostile is refused by name.
+safetensors files are read by their library, pickles by `torch.load(weights_only=True)` alone, after a check of the
+archive's directory. Damaged and hostile files are refused by name. A file is read into memory once.
 """
 
 import io
@@ -10,7 +10,6 @@ import struct
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -22,20 +21,20 @@ from vitzoo_hf.format.schema import ZooError
 
 MAX_FILE_BYTES = 16_000_000_000
 ARCHIVE_SLACK = 16_000_000
-"""Bytes that names and pickled structure of an archive may take beside its tensors."""
+"""Bytes that names and pickled structure of an archive may take besides its tensors."""
 
 WRAPPINGS = ("state_dict", "model_state_dict", "model", "module")
 
 
 def read_state_dict(file: Path | io.BufferedIOBase, name: str) -> dict[str, Tensor]:
-    """All tensors of a checkpoint, on the CPU, under the names it gives them.
+    """Read all tensors of a checkpoint, on the CPU, under the names in the file.
 
     Args:
         file: a path, or an open binary file that can seek.
-        name: of the checkpoint, for messages.
+        name: name of the checkpoint in messages.
 
     Returns:
-        Name -> tensor, of any dtype; wrappings such as `{"state_dict": …}` of training frameworks are taken off.
+        Name -> tensor, of any dtype; wrappings such as `{"state_dict": …}` of training frameworks are removed.
 
     Raises:
         ZooError: if the file is empty, cut, no checkpoint, holds code, or is no dictionary of tensors.
@@ -46,16 +45,16 @@ def read_state_dict(file: Path | io.BufferedIOBase, name: str) -> dict[str, Tens
         raise ZooError(f"{name} cannot be read: {error.strerror}") from None
     try:
         size = opened.seek(0, io.SEEK_END)
-        held = _read(opened, name, size)
+        content = _read(opened, name, size)
     finally:
         if isinstance(file, Path):
             opened.close()
-    tensors = _tensors(held, name)
+    tensors = _tensors(content, name)
     _check_plain(tensors, name, size)
     return tensors
 
 
-def _read(opened: io.BufferedIOBase, name: str, size: int) -> Any:
+def _read(opened: io.BufferedIOBase, name: str, size: int) -> object:
     opened.seek(0)
     if size == 0:
         raise ZooError(f"{name} is empty: it has 0 bytes")
@@ -85,7 +84,7 @@ def _is_safetensors(opened: io.BufferedIOBase, size: int) -> bool:
 
 
 def _check_archive(opened: io.BufferedIOBase, name: str, size: int) -> None:
-    """Refuse an archive that would unpack to more than it is: torch stores its tensors as they are."""
+    """Refuse an archive that would unpack to more than its own size: torch stores tensors uncompressed."""
     opened.seek(0)
     try:
         with zipfile.ZipFile(opened) as archive:
@@ -97,28 +96,31 @@ def _check_archive(opened: io.BufferedIOBase, name: str, size: int) -> None:
         raise ZooError(f"{name} is refused: {size} bytes that unpack to {unpacked}; torch writes archives unpacked")
 
 
-def _tensors(held: Any, name: str) -> dict[str, Tensor]:
+def _tensors(content: object, name: str) -> dict[str, Tensor]:
+    """Remove wrappings from the content of a checkpoint, which must then be a dictionary of tensors."""
+    # a bounded loop: a pickled dictionary can contain itself
     for _ in WRAPPINGS:
-        if not isinstance(held, Mapping):
+        if not isinstance(content, Mapping):
             break
-        inner = [held[key] for key in WRAPPINGS if isinstance(held.get(key), Mapping)]
+        inner = [content[key] for key in WRAPPINGS if isinstance(content.get(key), Mapping)]
         if not inner:
             break
-        held = inner[0]
-    if not isinstance(held, Mapping):
-        raise ZooError(f"{name} holds a {type(held).__name__}, not a dictionary of tensors")
-    other = [key for key, value in held.items() if not (isinstance(key, str) and isinstance(value, Tensor))]
-    if other or not held:
-        what = f"{other[0]!r} is no named tensor" if other else "it is empty"
+        content = inner[0]
+    if not isinstance(content, Mapping):
+        raise ZooError(f"{name} holds a {type(content).__name__}, not a dictionary of tensors")
+    strays = [key for key, value in content.items() if not (isinstance(key, str) and isinstance(value, Tensor))]
+    if strays or not content:
+        what = f"{strays[0]!r} is no named tensor" if strays else "it is empty"
         raise ZooError(f"{name} is no dictionary of tensors: {what}")
-    return dict(held)
+    return dict(content)
 
 
 def _check_plain(tensors: Mapping[str, Tensor], name: str, size: int) -> None:
-    """Refuse tensors without plain memory of their own, and those that claim far more values than the file holds."""
+    """Refuse tensors without plain memory, and tensors that claim far more values than the file holds."""
     for key, tensor in tensors.items():
         if tensor.is_nested or tensor.is_quantized or tensor.layout != torch.strided or tensor.device.type != "cpu":
             raise ZooError(f"{name}: {key} is no plain tensor: save it dense, unquantized and from the CPU")
+    # a stride of 0 lets a file of a kilobyte claim terabytes; shared tensors may be counted twice
     claimed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     if claimed > 2 * size + ARCHIVE_SLACK:
         raise ZooError(f"{name} is refused: {size} bytes that claim to be {claimed} bytes of tensors")

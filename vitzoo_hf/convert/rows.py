@@ -1,6 +1,6 @@
-"""Checkpoints that were found, and what a table says of them -> rows in the order of their lineage.
+"""Plan the rows of a source of foreign checkpoints, in the order of their lineage, before any is loaded.
 
-What a source of foreign checkpoints holds, before any of them is loaded.
+Run and epoch of a checkpoint come from a factor table, or from its path.
 """
 
 import re
@@ -21,11 +21,11 @@ Result = TypeVar("Result")
 
 
 class SourceError(ZooError):
-    """The source as a whole cannot be read any more: nothing is refused, and the same command continues later."""
+    """The source as a whole cannot be read: nothing is refused, and the same command continues later."""
 
 
 def unless_refused(read: Callable[[Item], Result], item: Item) -> Result | ZooError:
-    """What `read` returns for an item, or the error for which this one item is refused.
+    """Return the result of `read` for an item, or the error for which this one item is refused.
 
     Raises:
         SourceError: if the source as a whole cannot be read.
@@ -43,12 +43,12 @@ class LoadedModel:
     """A checkpoint under timm's names.
 
     Attributes:
-        tensors: float32, in timm's `state_dict` order.
+        tensors: tensor name -> float32 tensor, in timm's `state_dict` order.
         architecture: timm name.
         architecture_args: keyword arguments of `timm.create_model`.
         head: `linear` or `mlp`.
         head_hidden: hidden width of an MLP head.
-        flags: what was done to the checkpoint, or is to be known of it.
+        flags: changes to the checkpoint, and facts that its users must know.
     """
 
     tensors: dict[str, Tensor]
@@ -61,14 +61,14 @@ class LoadedModel:
 
 @dataclass(frozen=True)
 class PlannedRow:
-    """A checkpoint that is to become a row.
+    """A checkpoint that becomes a row.
 
     Attributes:
-        source: its path within the source.
+        source: path of the checkpoint within the source.
         columns: light columns but those that follow from the weights; `provenance` is a dictionary.
-        split_group: what must stay in one split: the root of its lineage.
-        load: reads the checkpoint; raises `ZooError` if it cannot be taken, `SourceError` if nothing can be read.
-        size: bytes of its file, where known.
+        split_group: name of the rows that must stay in one split: the root of the lineage.
+        load: reads the checkpoint; raises `ZooError` if it is refused, `SourceError` if the source is gone.
+        size: number of bytes of the file, where known.
     """
 
     source: str
@@ -83,18 +83,18 @@ class SourcePlan:
     """All checkpoints of a source.
 
     Attributes:
-        name: of the zoo.
-        rows: parents before children, epochs ascending.
+        name: name of the zoo.
+        rows: the planned rows, parents before children, epochs ascending.
         factor_types: generating factor -> `string`, `float`, `int` or `bool`.
-        images: dataset -> licence and preprocessing, as `zoo.json` holds them.
-        refused: path in the source -> why it is not taken.
-        notes: what a user must know of the source, in sentences.
+        images: dataset -> licence and preprocessing, in the form of `zoo.json`.
+        refused: path in the source -> reason why that checkpoint is not converted.
+        notes: sentences on the source for users of the zoo.
     """
 
     name: str
     rows: list[PlannedRow]
     factor_types: dict[str, str]
-    images: dict[str, Any] = field(default_factory=dict)
+    images: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
@@ -110,21 +110,21 @@ class Found:
     """A checkpoint of a source.
 
     Attributes:
-        source: its path within the source.
-        load: reads it, given the architecture and its arguments where they are known.
-        provenance: where it comes from.
-        size: bytes of its weights, where known.
+        source: path of the checkpoint within the source.
+        load: reads the checkpoint, given the architecture and its arguments where they are known.
+        provenance: origin of the checkpoint, for the column `provenance`.
+        size: number of bytes of the weights, where known.
     """
 
     source: str
     load: Load
-    provenance: dict[str, Any]
+    provenance: dict[str, object]
     size: int | None = None
 
 
 @dataclass(frozen=True)
 class Rows:
-    """What can be taken of a source, and what cannot."""
+    """The planned rows of a source, and the refused checkpoints with their reasons."""
 
     rows: list[PlannedRow]
     refused: dict[str, str] = field(default_factory=dict)
@@ -139,38 +139,40 @@ def planned_rows(
     architecture_args: Mapping[str, Any] | None = None,
     fallback: str = "model",
 ) -> Rows:
-    """Rows of the checkpoints, parents before children, epochs ascending.
+    """Plan the rows of checkpoints, parents before children, epochs ascending.
 
     Args:
         found: checkpoints of the source.
-        table: what is known of them; without one, run and epoch are seen from their paths.
-        architecture: of those whose line does not name it.
-        architecture_args: of those whose line does not give them.
-        fallback: run id of a checkpoint whose path tells none.
+        table: the factor table; without one, run and epoch are read from the paths.
+        architecture: timm name for checkpoints whose line does not name one.
+        architecture_args: arguments for checkpoints whose line does not give them.
+        fallback: run id of a checkpoint whose path has none.
     """
-    found = list(found)
+    checkpoints = list(found)
     refused: dict[str, str] = {}
     if table is None:
-        lines = _guessed([one.source for one in found], fallback)
+        lines = _guessed([checkpoint.source for checkpoint in checkpoints], fallback)
     else:
         lines = _completed(table, fallback)
         refused |= _family_mistakes(lines, table.unread)
-        refused |= {one.source: f"it is not in {table.name}" for one in found if one.source not in lines}
+        unlisted = [checkpoint.source for checkpoint in checkpoints if checkpoint.source not in lines]
+        refused |= dict.fromkeys(unlisted, f"it is not in {table.name}")
         refused |= table.refused
-    kept = {one.source: one for one in found if one.source not in refused}
+    accepted = {checkpoint.source: checkpoint for checkpoint in checkpoints if checkpoint.source not in refused}
     final: dict[str, int] = {}
-    for source in kept:
+    for source in accepted:
         run, epoch = lines[source].values["run_id"], lines[source].values["epoch"]
         final[run] = max(epoch, final.get(run, 0))
     groups, depths = _groups(lines), _depths(lines)
-    untold = [source for source in kept if _named_epoch(source) is None and not _tells_epoch(table, source)]
-    for source in untold:
-        kept[source] = replace(kept[source], provenance=kept[source].provenance | {"assumed": {"epoch": 1}})
+    assumed = [source for source in accepted if _named_epoch(source) is None and not _tells_epoch(table, source)]
+    for source in assumed:
+        provenance = accepted[source].provenance | {"assumed": {"epoch": 1}}
+        accepted[source] = replace(accepted[source], provenance=provenance)
     rows = [
-        _row(kept[source], lines[source], final, groups, architecture, architecture_args)
-        for source in sorted(kept, key=lambda source: (depths[source], *_order(lines[source].values)))
+        _row(accepted[source], lines[source], final, groups, architecture, architecture_args)
+        for source in sorted(accepted, key=lambda source: (depths[source], *_order(lines[source].values)))
     ]
-    return Rows(rows, refused, [UNTOLD.format(len(untold), min(untold))] if untold else [])
+    return Rows(rows, refused, [UNTOLD.format(len(assumed), min(assumed))] if assumed else [])
 
 
 def _tells_epoch(table: Table | None, source: str) -> bool:
@@ -178,15 +180,16 @@ def _tells_epoch(table: Table | None, source: str) -> bool:
 
 
 def _row(
-    one: Found,
+    checkpoint: Found,
     line: Line,
     final: Mapping[str, int],
     groups: Mapping[str, str],
     architecture: str | None,
     args: Mapping[str, Any] | None,
 ) -> PlannedRow:
+    """Plan the row of a checkpoint from its line of the table."""
     values = dict(line.values)
-    told = {
+    expected = {
         "architecture": values.pop("architecture", architecture),
         "architecture_args": values.pop("architecture_args", None if args is None else dict(args)),
         "head": values.pop("head", None),
@@ -201,14 +204,14 @@ def _row(
         **values,
         **{f"factor_{name}": value for name, value in line.factors.items()},
     }
-    given = {name: value for name, value in told.items() if value is not None}
-    columns["provenance"] = one.provenance | ({"given": given} if given else {})
-    load = partial(_load, one, line.where, **told)
-    return PlannedRow(one.source, columns, groups[values["run_id"]], load, one.size)
+    options = {name: value for name, value in expected.items() if value is not None}
+    columns["provenance"] = checkpoint.provenance | ({"given": options} if options else {})
+    load = partial(_load, checkpoint, line.where, **expected)
+    return PlannedRow(checkpoint.source, columns, groups[values["run_id"]], load, checkpoint.size)
 
 
 def _load(
-    one: Found,
+    checkpoint: Found,
     where: str,
     *,
     architecture: str | None,
@@ -216,11 +219,11 @@ def _load(
     head: str | None,
     head_hidden: int | None,
 ) -> LoadedModel:
-    """Load a checkpoint, and compare its head with what the table says."""
-    model = one.load(architecture, architecture_args)
-    for name, told, seen in (("head", head, model.head), ("head_hidden", head_hidden, model.head_hidden)):
-        if told is not None and told != seen:
-            raise ZooError(f"{one.source} has {name} {seen!r}, {where} says {told!r}: correct the table")
+    """Load a checkpoint, and compare its head with the table."""
+    model = checkpoint.load(architecture, architecture_args)
+    for name, listed, actual in (("head", head, model.head), ("head_hidden", head_hidden, model.head_hidden)):
+        if listed is not None and listed != actual:
+            raise ZooError(f"{checkpoint.source} has {name} {actual!r}, {where} says {listed!r}: correct the table")
     return model
 
 
@@ -229,7 +232,7 @@ def _order(values: Mapping[str, Any]) -> tuple[str, int]:
 
 
 def _completed(table: Table, fallback: str) -> dict[str, Line]:
-    """Lines with run, epoch and model id: from their checkpoint's path where they do not say them."""
+    """Complete lines with run, epoch and model id, from the checkpoint's path where a line lacks them."""
     guessed = _guessed(list(table.lines), fallback)
     lines = {}
     for source, line in table.lines.items():
@@ -240,7 +243,7 @@ def _completed(table: Table, fallback: str) -> dict[str, Line]:
 
 
 def _family_mistakes(lines: Mapping[str, Line], unread: frozenset[str]) -> dict[str, str]:
-    """Checkpoints whose id is taken, or whose parent does not exist or descends from them."""
+    """Find checkpoints whose id another one has, or whose parent does not exist or descends from them."""
     refused = {}
     holders = defaultdict(list)
     for line in lines.values():
@@ -249,44 +252,38 @@ def _family_mistakes(lines: Mapping[str, Line], unread: frozenset[str]) -> dict[
     for source, line in lines.items():
         model_id, parent = line.values["model_id"], line.values.get("parent_id")
         if len(holders[model_id]) > 1:
-            others = _others(holders[model_id], line)
-            refused[source] = f"{line.where}: {model_id!r} is also in {others}: tell them apart by run_id or epoch"
+            duplicates = _other_lines(holders[model_id], line)
+            refused[source] = (
+                f"{line.where}: {model_id!r} is also in {duplicates}: tell them apart by run_id or epoch"
+            )
         elif parent is not None and parent not in parents and parent not in unread:
             refused[source] = f"{line.where}: parent_id {parent!r} is no model of the table"
-        elif _in_circle(model_id, parents):
+        elif _ancestors(model_id, parents)[1]:
             refused[source] = f"{line.where}: the parents of {model_id!r} go in a circle"
     return refused
 
 
-def _others(places: list[str], line: Line) -> str:
+def _other_lines(places: list[str], line: Line) -> str:
     return ", ".join(place.rpartition(" ")[2] for place in places if place != line.where).join(("line ", ""))
 
 
-def _in_circle(model_id: str, parents: Mapping[str, str | None]) -> bool:
-    seen: set[str] = set()
-    step: str | None = model_id
-    while step is not None and step not in seen:
-        seen.add(step)
-        step = parents.get(step)
-    return step is not None
+def _ancestors(model_id: str | None, parents: Mapping[str, str | None]) -> tuple[set[str], bool]:
+    """Follow a checkpoint's parents: the ids on the way, the first included, and whether they form a circle."""
+    path: set[str] = set()
+    while model_id is not None and model_id not in path:
+        path.add(model_id)
+        model_id = parents.get(model_id)
+    return path, model_id is not None
 
 
 def _depths(lines: Mapping[str, Line]) -> dict[str, int]:
-    """How many parents are before each checkpoint, as far as they are known."""
+    """Count the known ancestors of each checkpoint."""
     parents = {line.values["model_id"]: line.values.get("parent_id") for line in lines.values()}
-    depths = {}
-    for source, line in lines.items():
-        seen: set[str] = set()
-        step = line.values.get("parent_id")
-        while step is not None and step not in seen:
-            seen.add(step)
-            step = parents.get(step)
-        depths[source] = len(seen)
-    return depths
+    return {source: len(_ancestors(line.values.get("parent_id"), parents)[0]) for source, line in lines.items()}
 
 
 def _groups(lines: Mapping[str, Line]) -> dict[str, str]:
-    """Run -> the name of its family: runs that are joined by parents stay in one split."""
+    """Run -> name of its tree, whose runs stay in one split: the first of the runs with the fewest ancestors."""
     depths: dict[str, int] = {}
     for source, depth in _depths(lines).items():
         run = lines[source].values["run_id"]
@@ -299,13 +296,13 @@ def _groups(lines: Mapping[str, Line]) -> dict[str, str]:
 
 
 def _guessed(sources: list[str], fallback: str) -> dict[str, Line]:
-    """Run, epoch and model id as the paths tell them; two that tell the same get names of their own."""
-    told = {source: (_run_id(source, fallback), _epoch(source)) for source in sources}
+    """Read run, epoch and model id from paths; paths that give the same ones get a hash in their run id."""
+    guesses = {source: (_run_id(source, fallback), _epoch(source)) for source in sources}
     holders = defaultdict(list)
-    for source, pair in told.items():
+    for source, pair in guesses.items():
         holders[pair].append(source)
     lines = {}
-    for source, (run, epoch) in told.items():
+    for source, (run, epoch) in guesses.items():
         if len(holders[run, epoch]) > 1:
             run = f"{run[:LONGEST_RUN_ID]}-{schema.fingerprint(source, 8)}"
         values = {"run_id": run, "epoch": epoch, "model_id": schema.model_id(run, epoch)}
@@ -314,18 +311,18 @@ def _guessed(sources: list[str], fallback: str) -> dict[str, Line]:
 
 
 def _epoch(source: str) -> int:
-    """The last epoch that a path names; 1 if it names none."""
-    named = _named_epoch(source)
-    return 1 if named is None else named
+    """Read the last epoch that a path names; 1 if it names none."""
+    epoch = _named_epoch(source)
+    return 1 if epoch is None else epoch
 
 
 def _named_epoch(source: str) -> int | None:
-    named = [int(number) for number in EPOCH.findall(source)]
-    return named[-1] if named and named[-1] <= LARGEST_EPOCH else None
+    epochs = [int(number) for number in EPOCH.findall(source)]
+    return epochs[-1] if epochs and epochs[-1] <= LARGEST_EPOCH else None
 
 
 def _run_id(source: str, fallback: str) -> str:
-    """A path without its epoch and ending, in characters that are safe in a file name."""
+    """Make a run id of a path: without epoch and suffix, in characters that are safe in a file name."""
     bare = re.sub(r"(^|/)(checkpoints|(pytorch_)?model(\.(safetensors|pt|pth|bin|ckpt|index|json))+)$", "", source)
     bare = re.sub(r"\.(safetensors|pt|pth|bin|ckpt)$", "", bare)
     matches = list(EPOCH.finditer(bare))
@@ -334,5 +331,6 @@ def _run_id(source: str, fallback: str) -> str:
     names = (schema.safe_id(text).strip("-_.=+") for text in (bare, fallback))
     run = next(filter(None, names), "model")
     if len(run) > LONGEST_RUN_ID:
+        # a hash: two long paths may differ only behind the cut
         run = f"{run[:LONGEST_RUN_ID]}-{schema.fingerprint(run, 8)}"
     return run

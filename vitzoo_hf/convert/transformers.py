@@ -117,7 +117,7 @@ def write_transformers_folder(
     name, args, head = architecture.name, architecture.args, architecture.head
     epsilon = check_known_to_transformers(name, args, head)
     config, renamed = to_transformers(tensors, architecture=name, architecture_args=args, head=head)
-    # timm's layer_norm_eps is 1e-6 in a ViT, transformers' default 1e-12: without this the outputs would differ
+    # some ViTs of timm have another epsilon than the 1e-6 of `to_transformers`
     config["layer_norm_eps"] = epsilon
     check_replaceable(folder)
     fresh = None

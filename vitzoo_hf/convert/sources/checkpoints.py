@@ -1,7 +1,7 @@
-"""Checkpoint files and model folders on this machine, with or without a factor table -> a plan.
+"""Plan the conversion of checkpoint files and model folders on this machine, with or without a factor table.
 
-A model folder is what `save_pretrained` writes: config.json beside the weights, which may be in several files.
-Nothing is loaded before its turn; links that leave the folder are refused, and hidden files are not looked at.
+A model folder is the output of `save_pretrained`: config.json beside the weights, which may be in several files.
+Checkpoints are loaded during the conversion; links that leave the folder are refused, hidden files are ignored.
 """
 
 import contextlib
@@ -29,16 +29,16 @@ TABLE = "factors.csv"
 CONFIG = "config.json"
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 MODEL_FILES = ("model.safetensors", INDEXES[0], "pytorch_model.bin", INDEXES[1])
-"""Weights of a model folder, the first that is there counting."""
+"""Weights of a model folder; the first that exists is used."""
 
 BESIDE = ("optimizer.pt", "optimizer.bin", "scheduler.pt", "scaler.pt", "training_args.bin", "rng_state.pth")
-"""What trainers write beside a model's weights."""
+"""Files that trainers write beside a model's weights."""
 
 LINK = "it is a link that leaves the folder, or leads nowhere: copy what it means"
 MAX_LEVELS = 3
 MAX_CONFIG_BYTES = 10_000_000
 SMALLEST = 1000
-"""Bytes below which the size of a file says nothing of its model."""
+"""Bytes below which the size of a file does not estimate its parameters."""
 
 
 def plan_checkpoints(
@@ -53,11 +53,11 @@ def plan_checkpoints(
 
     Args:
         source: the file or folder.
-        table: CSV that says of each checkpoint which run and epoch it is, and its factors; by default `factors.csv`
-            of the folder, if it is there. Without one, run and epoch follow from the paths.
-        architecture: timm name, where no config.json and no column tells it.
+        table: CSV with run, epoch and factors of each checkpoint; by default `factors.csv` of the folder, if it
+            exists. Without a table, run and epoch follow from the paths.
+        architecture: timm name, where no config.json and no column names it.
         architecture_args: arguments of `timm.create_model` that do not follow from the shapes.
-        name: of the zoo; that of the file or folder by default.
+        name: name of the zoo; by default the name of the file or folder.
 
     Raises:
         ZooError: if there is no such file or folder, it is no checkpoint, or the table has a mistake in its header.
@@ -69,27 +69,27 @@ def plan_checkpoints(
         table = place / TABLE
         if TABLE in folder.refused:
             raise ZooError(f"{table} is a link that leaves the folder: give the table itself")
-    told = None if table is None else folder.matched(read_table(table, "file"))
+    factors = None if table is None else folder.matched(read_table(table, "file"))
     planned = planned_rows(
-        folder.found(), told, architecture=architecture, architecture_args=architecture_args, fallback=label
+        folder.checkpoints(), factors, architecture=architecture, architecture_args=architecture_args, fallback=label
     )
     return SourcePlan(
         name=name or label,
         rows=planned.rows,
-        factor_types={} if told is None else told.factor_types,
+        factor_types={} if factors is None else factors.factor_types,
         refused=planned.refused | folder.refused,
-        notes=planned.notes + ([] if told is None else told.notes),
+        notes=planned.notes + ([] if factors is None else factors.notes),
     )
 
 
 def _folder_of(place: Path, source: Path) -> "_Folder":
-    """The folder of the source, with what of it can be taken."""
+    """Search a folder for checkpoints, or wrap a single file."""
     if place.is_dir():
         folder = _Folder(place)
         folder.search()
         if not folder.models and not folder.refused:
-            known = ", ".join(SUFFIXES)
-            raise ZooError(f"{source} has no checkpoint ({known} or {BARE_NAME}) in {MAX_LEVELS} levels")
+            suffixes = ", ".join(SUFFIXES)
+            raise ZooError(f"{source} has no checkpoint ({suffixes} or {BARE_NAME}) in {MAX_LEVELS} levels")
         return folder
     if not place.is_file():
         raise ZooError(f"{source} is neither a file nor a folder: give checkpoints, or a folder of them")
@@ -110,7 +110,7 @@ class _Model:
 
 @dataclass
 class _Folder:
-    """The checkpoints below a folder, by their paths in it."""
+    """Checkpoints below a folder, and refused paths with their reasons, by path in the folder."""
 
     place: Path
     models: dict[str, _Model] = field(default_factory=dict)
@@ -121,7 +121,7 @@ class _Folder:
         self._search(self.place, 1)
 
     def take(self, file: Path) -> None:
-        """Take one file, which the user named, with the config.json beside it."""
+        """Add one file, which the user named, with the config.json beside it."""
         config = file.parent / CONFIG
         self.models[self.path(file)] = _Model(file, config if config.is_file() else None)
 
@@ -136,6 +136,7 @@ class _Folder:
         self.refused |= {ascii(self.path(entry)): NOT_SHOWN for entry in entries if not is_shown(entry.name)}
         entries = [entry for entry in entries if is_shown(entry.name)]
         leaving = {entry.name for entry in entries if self._leaves(entry)}
+        # links are judged before anything is opened: a source must not name files elsewhere on this machine
         self.refused |= {self.path(folder / name): LINK for name in leaving if self._matters(folder / name)}
         files = {entry.name: entry for entry in entries if entry.name not in leaving and entry.is_file()}
         self._take_all(folder, files, config_leaves=CONFIG in leaving)
@@ -150,7 +151,7 @@ class _Folder:
                 self._search(entry, level + 1)
 
     def _leaves(self, entry: Path) -> bool:
-        """Whether an entry is a link that leads out of the folder, or nowhere."""
+        """Return whether an entry is a link that leads out of the folder, or nowhere."""
         if not entry.is_symlink():
             return False
         target = Path(os.path.realpath(entry))
@@ -160,12 +161,12 @@ class _Folder:
         return _is_checkpoint(entry.name) or entry.is_dir() or entry.name in (CONFIG, TABLE, *INDEXES)
 
     def _take_all(self, folder: Path, files: Mapping[str, Path], *, config_leaves: bool) -> None:
-        """Take the folder's model, if it is a model folder, and the checkpoints that do not belong to it."""
+        """Add the model of a model folder, and the checkpoints that do not belong to it."""
         config = files.get(CONFIG)
         weights = [name for name in MODEL_FILES if name in files] if config else []
         belonging = {*MODEL_FILES, *BESIDE} | {name for name in files if name.startswith("rng_state_")}
         for index in (name for name in weights if name in INDEXES):
-            with contextlib.suppress(ZooError):  # said when the model is loaded
+            with contextlib.suppress(ZooError):  # reported when the model is loaded
                 belonging |= set(_weight_map(files[index], index).values())
         if weights:
             path = weights[0] if folder == self.place else self.path(folder)
@@ -176,47 +177,47 @@ class _Folder:
                 self.refused |= {self.path(file): f"its {CONFIG} is a link that leaves"} if config_leaves else {}
 
     def path(self, entry: Path) -> str:
-        """Where an entry is in the folder."""
+        """Return the path of an entry within the folder."""
         return entry.relative_to(self.place).as_posix()
 
-    def found(self) -> list[Found]:
-        """The checkpoints, to be loaded later."""
-        found = []
+    def checkpoints(self) -> list[Found]:
+        """List the checkpoints that are not refused, to be loaded later."""
+        checkpoints = []
         for path, model in self.models.items():
             if path in self.refused:
                 continue
             size = _sharded_size(model.weights) if model.weights.name in INDEXES else model.weights.stat().st_size
             load = partial(_load, self.place, model, path)
             provenance = {"kind": "checkpoint", "bytes": size}
-            found.append(Found(path, load, provenance, size if size >= SMALLEST else None))
-        return found
+            checkpoints.append(Found(path, load, provenance, size if size >= SMALLEST else None))
+        return checkpoints
 
     def matched(self, table: Table) -> Table:
-        """The table with its lines under the paths of the checkpoints; lines about something else are refused."""
+        """Put the lines of a table under the paths of the checkpoints; refuse lines about anything else."""
         aliases = {path: path for path in self.models}
         aliases |= {self.path(model.weights): path for path, model in self.models.items()}
         if len(self.models) == 1 and (self.place / CONFIG).is_file():
             aliases["."] = next(iter(self.models))
-        refused = {aliases.get(str(PurePosixPath(given)), given): why for given, why in table.refused.items()}
+        refused = {aliases.get(str(PurePosixPath(cell)), cell): why for cell, why in table.refused.items()}
         lines: dict[str, Line] = {}
-        for given, line in table.lines.items():
-            path = aliases.get(str(PurePosixPath(given)), given)
+        for cell, line in table.lines.items():
+            path = aliases.get(str(PurePosixPath(cell)), cell)
             if path not in self.models:
-                refused[path] = f"{line.where}: {self._why_not(given)}"
+                refused[path] = f"{line.where}: {self._why_not(cell)}"
             elif path in lines:
                 refused[path] = f"{line.where}: {path} is also in {lines[path].where}: keep one"
             lines[path] = line
         return replace(table, lines=lines, refused=refused)
 
-    def _why_not(self, given: str) -> str:
-        path = PurePosixPath(given)
+    def _why_not(self, cell: str) -> str:
+        path = PurePosixPath(cell)
         if path.is_absolute() or ".." in path.parts:
-            return f"{given!r} leaves the folder; paths are relative to it"
+            return f"{cell!r} leaves the folder; paths are relative to it"
         if str(path) in self.refused:
             return self.refused[str(path)]
         if not (self.place / path).exists():
-            return f"there is no file {given!r} in {self.place.name}"
-        return f"{given!r} is no checkpoint by its name, is hidden, or belongs to a model folder"
+            return f"there is no file {cell!r} in {self.place.name}"
+        return f"{cell!r} is no checkpoint by its name, is hidden, or belongs to a model folder"
 
 
 def _is_checkpoint(name: str) -> bool:
@@ -226,7 +227,7 @@ def _is_checkpoint(name: str) -> bool:
 def _load(
     place: Path, model: _Model, path: str, architecture: str | None, architecture_args: dict[str, Any] | None
 ) -> LoadedModel:
-    """Read a checkpoint, from one file or from those its index names."""
+    """Read a checkpoint from one file, or from the files of its index."""
     file = model.weights
     try:
         tensors = _sharded(file, path) if file.name in INDEXES else read_state_dict(file, path)
@@ -239,11 +240,11 @@ def _load(
 
 
 def read_config(file: Path, name: str) -> dict[str, Any]:
-    """The config.json beside a checkpoint.
+    """Read the config.json beside a checkpoint.
 
     Args:
         file: the config.json.
-        name: of the checkpoint, for messages.
+        name: name of the checkpoint in messages.
 
     Raises:
         ZooError: if it is damaged.
@@ -255,27 +256,27 @@ def _json_object(file: Path, what: str) -> dict[str, Any]:
     try:
         if file.stat().st_size > MAX_CONFIG_BYTES:
             raise ZooError(f"{what} has {file.stat().st_size} bytes: it is no description of a model")
-        held = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise ZooError(f"{what} cannot be read ({one_line(error)})") from None
-    if not isinstance(held, dict):
+    if not isinstance(content, dict):
         raise ZooError(f"{what} is damaged: expected a JSON object")
-    return held
+    return content
 
 
 def _weight_map(index: Path, name: str) -> dict[str, str]:
-    """Tensor -> file of a model in several files, all of them beside the index.
+    """Read tensor -> file from the index of a model in several files, all beside the index.
 
     Raises:
         ZooError: if the index is damaged, or names a file elsewhere.
     """
-    listed = _json_object(index, f"{index.name} of {name}").get("weight_map")
-    if not isinstance(listed, dict) or not listed:
+    weight_map = _json_object(index, f"{index.name} of {name}").get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
         raise ZooError(f"{index.name} of {name} is damaged: it has no weight_map")
-    for file in listed.values():
+    for file in weight_map.values():
         if not isinstance(file, str) or not _is_checkpoint(file) or PurePosixPath(file).name != file:
             raise ZooError(f"{index.name} of {name} names {file!r}, which is no checkpoint file beside it")
-    return listed
+    return weight_map
 
 
 def _shard_files(index: Path, name: str) -> Iterator[Path]:
@@ -296,18 +297,18 @@ def _sharded_size(index: Path) -> int:
 
 
 def _sharded(index: Path, name: str) -> dict[str, Tensor]:
-    """All tensors of a model in several files, each from the file that the index says.
+    """Read all tensors of a model in several files, each from the file in the index.
 
     Raises:
-        ZooError: if a file is missing or damaged, or has other tensors than the index says.
+        ZooError: if a file is missing or damaged, or its tensors are not those of the index.
     """
-    listed = _weight_map(index, name)
+    weight_map = _weight_map(index, name)
     tensors: dict[str, Tensor] = {}
     for shard in _shard_files(index, name):
-        held = read_state_dict(shard, f"{shard.name} of {name}")
-        expected = {tensor for tensor, file in listed.items() if file == shard.name}
-        if held.keys() != expected:
-            odd = sorted(held.keys() ^ expected)[0]
+        part = read_state_dict(shard, f"{shard.name} of {name}")
+        expected = {tensor for tensor, file in weight_map.items() if file == shard.name}
+        if part.keys() != expected:
+            odd = sorted(part.keys() ^ expected)[0]
             raise ZooError(f"{shard.name} of {name} does not have the tensors that {index.name} says: {odd} differs")
-        tensors |= held
+        tensors |= part
     return tensors

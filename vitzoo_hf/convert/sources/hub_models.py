@@ -1,12 +1,13 @@
-"""Models of the Hugging Face Hub -> a plan: each at the commit it had then, downloaded when its turn comes.
+"""Plan the conversion of models on the Hugging Face Hub, each pinned to its commit at that time.
 
-What cannot be had is refused by its name with the reason; where the Hub itself cannot be reached, nothing is refused.
+Planning costs one request a model; files are downloaded, one at a time, during the conversion. A model that cannot
+be read is refused with the reason; if the Hub itself cannot be reached, nothing is refused.
 """
 
 import re
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -31,10 +32,10 @@ Answer = TypeVar("Answer")
 
 
 def read_list(file: Path) -> list[str]:
-    """The models that a text file lists: `ORG/NAME` or `ORG/NAME@REVISION` a line, `#` before comments.
+    """Read a list of models from a text file: `ORG/NAME` or `ORG/NAME@REVISION` a line, `#` before comments.
 
     Raises:
-        ZooError: if it cannot be read, a line is no such name, or it lists none.
+        ZooError: if the file cannot be read, a line is no such name, or there is none.
     """
     try:
         text = file.read_text(encoding="utf-8-sig")
@@ -63,17 +64,17 @@ def plan_hub_models(
     architecture_args: Mapping[str, Any] | None = None,
     name: str = "hub-models",
 ) -> SourcePlan:
-    """Plan models of the Hub: a config.json, and model.safetensors or pytorch_model.bin, each.
+    """Plan models of the Hub, each with model.safetensors or pytorch_model.bin, and maybe a config.json.
 
     Args:
-        repositories: `ORG/NAME` or `ORG/NAME@REVISION`; each is pinned to the commit it has now.
-        table: CSV whose column `repo` holds these names, with ids and factors as for checkpoint files.
-        architecture: timm name, where no config.json and no column tells it.
+        repositories: `ORG/NAME` or `ORG/NAME@REVISION` of each model.
+        table: CSV with the names in the column `repo`, and ids and factors like a table for checkpoint files.
+        architecture: timm name, where no config.json and no column names it.
         architecture_args: arguments of `timm.create_model` that do not follow from the shapes.
-        name: of the zoo.
+        name: name of the zoo.
 
     Raises:
-        ZooError: if a name is no model's, is given twice, or the table has a mistake in its header.
+        ZooError: if a name cannot be a model's, is given twice, or the table has a mistake in its header.
         SourceError: if the Hub cannot be reached.
     """
     for number, repository in enumerate(repositories):
@@ -81,18 +82,18 @@ def plan_hub_models(
             raise ZooError(f"{repository!r} is no model of the Hub; expected ORG/NAME or ORG/NAME@REVISION")
         if repository in repositories[:number]:
             raise ZooError(f"{repository!r} is given twice: keep one")
-    told = None if table is None else _matched(read_table(table, "repo"), repositories)
+    factors = None if table is None else _matched(read_table(table, "repo"), repositories)
     refused: dict[str, str] = {}
-    found: list[Found] = []
+    checkpoints: list[Found] = []
     find = partial(unless_refused, partial(_find, downloads=threading.Lock()))
     answers = mapped_ahead(find, repositories, threads=ASKED_AT_ONCE, ahead=ASKED_AT_ONCE)
     for repository, answer in zip(repositories, answers, strict=True):
         if isinstance(answer, ZooError):
             refused[repository] = str(answer)
         else:
-            found.append(answer)
-    planned = planned_rows(found, told, architecture=architecture, architecture_args=architecture_args)
-    types, notes = ({}, []) if told is None else (told.factor_types, told.notes)
+            checkpoints.append(answer)
+    planned = planned_rows(checkpoints, factors, architecture=architecture, architecture_args=architecture_args)
+    types, notes = ({}, []) if factors is None else (factors.factor_types, factors.notes)
     return SourcePlan(name, planned.rows, types, refused=planned.refused | refused, notes=planned.notes + notes)
 
 
@@ -102,12 +103,12 @@ def _matched(table: Table, repositories: Sequence[str]) -> Table:
         for repository, line in table.lines.items()
         if repository not in repositories
     }
-    return Table(table.name, table.lines, table.factor_types, table.refused | refused, table.notes, table.unread)
+    return replace(table, refused=table.refused | refused)
 
 
 @dataclass(frozen=True)
 class _HubModel:
-    """A model repository at one commit; `downloads` lets one file through at a time."""
+    """A model repository at one commit; the lock `downloads` allows one download at a time."""
 
     source: str
     repository: str
@@ -137,10 +138,10 @@ class _HubModel:
 
 
 def _find(source: str, downloads: threading.Lock) -> Found:
-    """What a model repository has at the commit it has now.
+    """Ask for the files of a model repository at its present commit.
 
     Raises:
-        ZooError: if it cannot be seen, or has no weights that can be read.
+        ZooError: if the repository is not accessible, or has no weights in a known form.
         SourceError: if the Hub cannot be reached.
     """
     from huggingface_hub import HfApi
@@ -170,10 +171,10 @@ def _find(source: str, downloads: threading.Lock) -> Found:
 
 
 def _answered(ask: Callable[[], Answer], what: str) -> Answer:
-    """What the Hub answers; a broken connection or a busy server is asked again.
+    """Make a request to the Hub, repeated while the connection breaks or the server is busy.
 
     Raises:
-        ZooError: if this repository or file cannot be had.
+        ZooError: if this repository or file is not accessible.
         SourceError: if the Hub cannot be reached, or nothing can be stored.
     """
 

@@ -1,7 +1,7 @@
-"""The original ViT model zoo as it was released: pre-trained and fine-tuned runs in nested folders.
+"""Plan the conversion of the original ViT model zoo: pre-trained and fine-tuned runs in nested folders.
 
-Lineage is by folder: a fine-tuned run lies in a folder named like its parent. What its published trainer really did
-is kept beside what its configs declare.
+Lineage is by folder: a fine-tuned run lies in a folder named like its parent. The recipe that the published trainer
+effectively ran is recorded beside the declared one. Planning lists every folder and reads at most nine checkpoints.
 """
 
 import re
@@ -53,7 +53,7 @@ NOTES = (
 
 
 def is_release(place: FolderPlace | WebPlace) -> bool:
-    """Whether a place has the layout of the release."""
+    """Return whether a place has the layout of the release."""
     return _roots(place) is not None
 
 
@@ -65,15 +65,15 @@ def plan_release(
     architecture_args: Mapping[str, Any] | None = None,
     name: str = "vit-model-zoo",
 ) -> SourcePlan:
-    """Every checkpoint of a release, with lineage, factors and results; no checkpoint is read but two or so.
+    """Plan every checkpoint of a release, with lineage, factors and results; few checkpoints are read.
 
     Args:
-        place: where it lies.
-        first_epoch: epochs completed at checkpoint 0 (0 or 1). By default it is found out: by the number of
-            checkpoints, and from fine-tuned runs whose checkpoint 0 still has the trunk of their parent.
-        architecture: timm name; by default what the configs say.
-        architecture_args: arguments of `timm.create_model` that shapes do not tell.
-        name: of the zoo.
+        place: folder or server of the release.
+        first_epoch: epochs completed at checkpoint 0 (0 or 1). By default it follows from the number of checkpoints,
+            and from fine-tuned runs whose checkpoint 0 still has the trunk of their parent.
+        architecture: timm name; by default the one in the configs.
+        architecture_args: arguments of `timm.create_model` that do not follow from the shapes.
+        name: name of the zoo.
 
     Raises:
         ZooError: if the place does not have this layout.
@@ -112,17 +112,17 @@ class _Run:
 
     @property
     def regime(self) -> str:
-        """How this very run was trained."""
+        """Regime of this very run: a fine-tuned one is supervised, whatever its parent is."""
         return (regime_of(self.files) if self.parent is None else None) or "supervised"
 
     @property
     def outputs(self) -> int | None:
-        """How many outputs its config says that its head has."""
+        """Number of outputs of the head, by the config."""
         return whole_number(self.files.config.get("model::o_dim"))
 
 
 class _Planner:
-    """Reads the folders of a release and turns them into rows."""
+    """Reads the folders of a release and plans their rows."""
 
     def __init__(self, place: FolderPlace | WebPlace, architecture: str | None, args: dict[str, Any]) -> None:
         self.place, self.architecture, self.args = place, architecture, args
@@ -133,7 +133,7 @@ class _Planner:
         self.is_given = False
 
     def runs(self) -> list[_Run]:
-        """Pre-trained runs, then fine-tuned ones, sorted."""
+        """Read the pre-trained runs, then the fine-tuned ones, sorted."""
         roots = _roots(self.place)
         if roots is None:
             raise ZooError(
@@ -159,7 +159,7 @@ class _Planner:
         return self._unique([*parents.values(), *tuned])
 
     def _folders(self, path: str) -> list[str]:
-        """Names of the folders in a folder; none, and the folder refused, if it cannot be listed."""
+        """List the folders in a folder; refuse a folder that cannot be listed."""
         try:
             return [entry.name for entry in self.place.listing(path) if entry.is_folder]
         except SourceError:
@@ -171,10 +171,10 @@ class _Planner:
     def _run(self, path: str, run_id: str, parent: _Run | None) -> _Run | None:
         try:
             files = read_run(self.place, path, self.refused)
-            told = files.config.get("model::type")
-            architecture = self.architecture or ARCHITECTURES.get(str(told))
+            kind = files.config.get("model::type")
+            architecture = self.architecture or ARCHITECTURES.get(str(kind))
             if architecture is None:
-                raise ZooError(f"its model::type {told!r} is unknown: give --architecture")
+                raise ZooError(f"its model::type {kind!r} is unknown: give --architecture")
             if parent is None and regime_of(files) is None:
                 raise ZooError("neither its training::mode nor its name says sl or cl: its regime is unknown")
             return _Run(run_id, files, parent, architecture)
@@ -185,15 +185,16 @@ class _Planner:
             return None
 
     def _unique(self, runs: list[_Run]) -> list[_Run]:
-        kept: dict[str, _Run] = {}
+        """Refuse runs whose parent is refused, or whose id another run has."""
+        unique: dict[str, _Run] = {}
         for run in runs:
-            if run.parent is not None and kept.get(run.parent.run_id) is not run.parent:
+            if run.parent is not None and unique.get(run.parent.run_id) is not run.parent:
                 self.refused[run.files.path] = f"its parent {run.parent.files.folder} is not taken"
-            elif run.run_id in kept:
-                self.refused[run.files.path] = f"its id {run.run_id} is that of {kept[run.run_id].files.path} too"
+            elif run.run_id in unique:
+                self.refused[run.files.path] = f"its id {run.run_id} is that of {unique[run.run_id].files.path} too"
             else:
-                kept[run.run_id] = run
-        return list(kept.values())
+                unique[run.run_id] = run
+        return list(unique.values())
 
     def find_offsets(self, runs: list[_Run], given: int | None) -> None:
         """Find out, for each stage, how many epochs were completed at checkpoint 0."""
@@ -228,21 +229,21 @@ class _Planner:
             return
 
     def _has_trunk_of_parent(self, run: _Run) -> bool | None:
-        """Whether checkpoint 0 of a fine-tuned run is its parent's last; None if either cannot be read."""
+        """Return whether checkpoint 0 of a fine-tuned run has its parent's last trunk; None if neither shows it."""
         assert run.parent is not None
         parent = self._tensors(run.parent, run.parent.files.last)
         if parent is None:
             return None
         trunk = {name: tensor for name, tensor in parent.items() if not is_head(name)}
         first = self._tensors(run, 0)
-        if first is None or not _holds(first, trunk):
+        if first is None or not _has_tensors(first, trunk):
             return None if first is None else False
         last = self._tensors(run, run.files.last)
-        # a trunk that never changes was frozen, and tells nothing
-        return None if last is None or run.files.last == 0 or _holds(last, trunk) else True
+        # a trunk that never changes was frozen: it does not show when training began
+        return None if last is None or run.files.last == 0 or _has_tensors(last, trunk) else True
 
     def _tensors(self, run: _Run, index: int) -> dict[str, Tensor] | None:
-        """The weights of a checkpoint; None if they cannot be taken."""
+        """Read the weights of a checkpoint; None if it is refused."""
         if index not in run.files.checkpoints:
             return None
         try:
@@ -253,7 +254,7 @@ class _Planner:
             return None
 
     def rows(self, runs: list[_Run]) -> list[PlannedRow]:
-        """A row a checkpoint, in the order of the runs, epochs ascending."""
+        """Plan a row for each checkpoint, in the order of the runs, epochs ascending."""
         rows = []
         for run in runs:
             offset = self._offset(run)
@@ -268,19 +269,19 @@ class _Planner:
         return rows
 
     def _offset(self, run: _Run) -> int:
-        """Epochs completed at checkpoint 0 of a run."""
+        """Return the epochs completed at checkpoint 0 of a run."""
         offset, last, epochs = self.offsets[run.stage], run.files.last, run.files.epochs
         if self.is_given or epochs is None or last + offset <= epochs:
             return offset
         return 0 if last == epochs else offset
 
     def _note(self, run: _Run, notes: list[str]) -> None:
-        """Keep notes on a run."""
+        """Add notes on a run."""
         for note in notes:
             self.notes_on_runs.setdefault(note, {})[run.run_id] = None
 
     def sentences(self) -> list[str]:
-        """All notes; one that several runs share is said once."""
+        """Write all notes as sentences; a note that several runs share is one sentence."""
         shared = {note: list(runs) for note, runs in self.notes_on_runs.items()}
         return self.notes + [
             f"{runs[0]}: {note}." if len(runs) == 1 else f"{len(runs)} runs, {runs[0]} the first: {note}."
@@ -288,7 +289,7 @@ class _Planner:
         ]
 
     def _note_contradictions(self, run: _Run) -> None:
-        """Note where what a run's folder says does not fit together."""
+        """Note contradictions between the config of a run, its checkpoints and its parent."""
         config, files = run.files.config, run.files
         notes = list(files.notes)
         ends = files.last + self._offset(run)
@@ -297,21 +298,22 @@ class _Planner:
         if self._offset(run) != self.offsets[run.stage]:
             notes.append("its checkpoints count from before training, unlike those of other runs")
         if run.parent is not None:
-            named = CHECKPOINT.search(str(config.get("pretraining::model::path", "")))
-            if named is not None and int(named[1]) != run.parent.files.last:
-                notes.append(f"its config names checkpoint {int(named[1])} of its parent, not the last")
-            told, held = config.get("pretraining::seed"), factors_of(run.parent.files, None)["seed"]
-            if told is not None and whole_number(told) != held:
-                notes.append(f"its config names another seed of pre-training than its parent's, {held}")
+            parent_path = CHECKPOINT.search(str(config.get("pretraining::model::path", "")))
+            if parent_path is not None and int(parent_path[1]) != run.parent.files.last:
+                notes.append(f"its config names checkpoint {int(parent_path[1])} of its parent, not the last")
+            seed, parent_seed = config.get("pretraining::seed"), factors_of(run.parent.files, None)["seed"]
+            if seed is not None and whole_number(seed) != parent_seed:
+                notes.append(f"its config names another seed of pre-training than its parent's, {parent_seed}")
         self._note(run, notes)
 
     def _loader(self, run: _Run, path: str) -> Callable[[], LoadedModel]:
         parent = None if run.parent is None else run.parent.files
         outputs = None if "num_classes" in self.args else run.outputs
-        told = {"outputs": outputs, "head": factors_of(run.files, parent)["head"]}
-        return partial(_load, self.place, path, run.architecture, self.args, told)
+        head = factors_of(run.files, parent)["head"]
+        return partial(_load, self.place, path, run.architecture, self.args, outputs=outputs, head=head)
 
-    def _columns(self, run: _Run, epoch: int, *, is_final: bool, parent_epoch: int) -> dict[str, Any]:
+    def _columns(self, run: _Run, epoch: int, *, is_final: bool, parent_epoch: int) -> dict[str, object]:
+        """Return the light columns of a row that follow from the run's folder."""
         is_projection = run.parent is None and run.regime == "contrastive"
         results, notes = results_of(run.files, epoch, has_accuracy=not is_projection)
         self._note(run, notes)
@@ -335,26 +337,28 @@ def _load(
     path: str,
     architecture: str,
     args: Mapping[str, Any],
-    told: Mapping[str, Any],
+    *,
+    outputs: int | None,
+    head: str | None,
 ) -> LoadedModel:
-    """Read a checkpoint, and compare it with what its run's config says of it."""
+    """Read a checkpoint, and compare its outputs and head with its run's config."""
     model = to_timm(
         read_state_dict(place.open(path), path), name=path, architecture=architecture, architecture_args=args
     )
-    outputs = model.architecture_args.get("num_classes")
-    if told["outputs"] is not None and outputs != told["outputs"]:
-        raise ZooError(f"{path} has {outputs} outputs; its config says model::o_dim {told['outputs']}")
-    if told["head"] not in (None, model.head):
-        raise ZooError(f"{path} has a head of kind {model.head}; its run is to have one of kind {told['head']}")
+    num_classes = model.architecture_args.get("num_classes")
+    if outputs is not None and num_classes != outputs:
+        raise ZooError(f"{path} has {num_classes} outputs; its config says model::o_dim {outputs}")
+    if head not in (None, model.head):
+        raise ZooError(f"{path} has a head of kind {model.head}; its run is to have one of kind {head}")
     return model
 
 
-def _holds(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> bool:
-    return all(name in tensors and torch.equal(tensors[name], tensor) for name, tensor in wanted.items())
+def _has_tensors(tensors: Mapping[str, Tensor], part: Mapping[str, Tensor]) -> bool:
+    return all(name in tensors and torch.equal(tensors[name], tensor) for name, tensor in part.items())
 
 
 def _roots(place: FolderPlace | WebPlace) -> tuple[str, str | None] | None:
-    """Paths of the pre-trained and the fine-tuned runs."""
+    """Find the folders of the pre-trained and the fine-tuned runs; None if the layout is another one."""
     for above in ABOVE:
         try:
             names = {entry.name for entry in place.listing(above) if entry.is_folder}
@@ -370,17 +374,18 @@ def _roots(place: FolderPlace | WebPlace) -> tuple[str, str | None] | None:
 
 
 def _vote(files: RunFiles) -> int | None:
-    """Epochs completed at checkpoint 0, by the number of checkpoints; None if it does not tell."""
+    """Infer the epochs completed at checkpoint 0 from the number of checkpoints; None if it fits neither 0 nor 1."""
     if files.epochs is None:
         return None
     return {files.epochs: 0, files.epochs - 1: 1}.get(max(files.checkpoints))
 
 
 def _safe(folder: str) -> str:
-    """A folder's name as a part of a row's id; different names give different parts.
+    """Make a folder's name a part of a run id; different names give different parts.
 
     >>> _safe("sl_vit_s_16_seed_42"), _safe("a b") == _safe("a-b")
     ('sl_vit_s_16_seed_42', False)
     """
+    # `--` separates parent and child in an id, so a part must not contain it
     bare = schema.safe_id(re.sub("-{2,}", "-", folder)).strip("._=+-")[:LONGEST_ID_PART] or "run"
     return folder if bare == folder else f"{bare}-{schema.fingerprint(folder, 8)}"

@@ -1,6 +1,7 @@
-"""One training of the original ViT model zoo as it lies in its folder: config, results per epoch, checkpoints.
+"""Read the folder of a run of the original ViT model zoo, and derive factors, results and provenance of its rows.
 
-Columns of a row of the original ViT model zoo: factors, results and provenance, from what its folder says.
+A folder has a config, results for each epoch, and checkpoints. All of it is untrusted: a value of the wrong type or
+size becomes None, and paths, hosts and names of people are removed before anything is published.
 """
 
 import math
@@ -11,6 +12,12 @@ from typing import Any
 
 from vitzoo_hf.convert.sources.places import FolderPlace, WebPlace, parsed
 from vitzoo_hf.format.schema import ZooError
+
+Json = dict[str, Any]
+"""A JSON object of the release, untrusted."""
+
+Results = dict[int, Json]
+"""Epochs completed -> entry of `result.json`."""
 
 MAX_CONFIG_BYTES = 1_000_000
 MAX_RESULT_BYTES = 64_000_000
@@ -34,50 +41,51 @@ class RunFiles:
     """A run's folder.
 
     Attributes:
-        path: within the source.
-        config: `config.json`.
-        results: epochs completed -> what `result.json` says of them.
-        checkpoints: index in the folder's name -> (path of the file, bytes where known).
-        last: highest index of all checkpoints, those that cannot be taken among them.
-        notes: what is to be known of it, in sentences about "it".
+        path: path of the folder within the source.
+        config: content of `config.json`.
+        results: epochs completed -> entry of `result.json`.
+        checkpoints: index in the folder's name -> path of the file, and number of bytes where known.
+        last: highest index of all checkpoints, refused ones included.
+        notes: facts for users of the zoo, in clauses about "it".
     """
 
     path: str
-    config: dict[str, Any]
-    results: dict[int, dict[str, Any]]
+    config: Json
+    results: Results
     checkpoints: dict[int, tuple[str, int | None]]
     last: int
     notes: list[str] = field(default_factory=list)
 
     @property
     def folder(self) -> str:
-        """The name of its folder."""
+        """Name of the folder."""
         return self.path.rpartition("/")[2]
 
     @property
     def epochs(self) -> int | None:
-        """How long the training was to be."""
+        """Planned epochs of the training; None if the config does not say."""
         return epochs_of(self.config)
 
 
-def epochs_of(config: Mapping[str, Any]) -> int | None:
-    """How long a config says that a training was to be; None if it does not say it."""
-    told = config.get("training::epochs_train")
-    return told if isinstance(told, int) and not isinstance(told, bool) and 0 < told <= MAX_EPOCHS else None
+def epochs_of(config: Json) -> int | None:
+    """Read the planned epochs of a training; None if the config does not say."""
+    epochs = config.get("training::epochs_train")
+    # True is an int in Python
+    return epochs if isinstance(epochs, int) and not isinstance(epochs, bool) and 0 < epochs <= MAX_EPOCHS else None
 
 
 def read_run(place: FolderPlace | WebPlace, path: str, refused: dict[str, str]) -> RunFiles:
-    """Read what a run's folder says; checkpoints that cannot be are added to `refused`.
+    """Read a run's folder; unreadable checkpoints are added to `refused`.
 
     Raises:
-        ZooError: if the run cannot be taken at all.
+        ZooError: if the whole run is refused.
     """
     entries = {entry.name: entry for entry in place.listing(path)}
     if "config.json" not in entries:
         raise ZooError("it has no config.json")
     config = _object(place.read(f"{path}/config.json", MAX_CONFIG_BYTES), f"{path}/config.json")
     results, notes = _results(place, path, epochs_of(config)) if "result.json" in entries else ({}, [])
-    seen: set[int] = set()
+    indices: set[int] = set()
     checkpoints: dict[int, tuple[str, int | None]] = {}
     for entry in entries.values():
         if not (entry.is_folder and entry.name.startswith("checkpoint")):
@@ -87,7 +95,7 @@ def read_run(place: FolderPlace | WebPlace, path: str, refused: dict[str, str]) 
         if match is None:
             refused[where] = "its name has no epoch in ASCII digits, such as checkpoint_89"
             continue
-        seen.add(int(match[1]))
+        indices.add(int(match[1]))
         if int(match[1]) in checkpoints:
             refused[where] = f"its epoch is that of {checkpoints[int(match[1])][0]} too"
         else:
@@ -97,13 +105,11 @@ def read_run(place: FolderPlace | WebPlace, path: str, refused: dict[str, str]) 
                 refused[where] = str(error)
     if not checkpoints:
         raise ZooError("it has no checkpoint")
-    return RunFiles(path, config, results, checkpoints, max(seen), notes)
+    return RunFiles(path, config, results, checkpoints, max(indices), notes)
 
 
-def _results(
-    place: FolderPlace | WebPlace, path: str, epochs: int | None
-) -> tuple[dict[int, dict[str, Any]], list[str]]:
-    """The results of a run, and what is to be noted of them; weights are taken without them too."""
+def _results(place: FolderPlace | WebPlace, path: str, epochs: int | None) -> tuple[Results, list[str]]:
+    """Read the results of a run, with notes; a run without readable results is converted too."""
     try:
         return parse_results(place.read(f"{path}/result.json", MAX_RESULT_BYTES), epochs)
     except ZooError as error:
@@ -112,38 +118,40 @@ def _results(
         return {}, ["its result.json cannot be read: it has no results"]
 
 
-def parse_results(data: bytes, epochs: int | None) -> tuple[dict[int, dict[str, Any]], list[str]]:
-    """Epochs completed -> results, from JSON lines, an array of objects, or one object; and what is to be noted.
+def parse_results(data: bytes, epochs: int | None) -> tuple[Results, list[str]]:
+    """Parse results from JSON lines, an array of objects, or one object: epochs completed -> results, and notes.
 
     Args:
-        data: the file.
-        epochs: how long the training was to be: objects that do not number themselves count in their order only if
-            there are just as many.
+        data: content of the file.
+        epochs: planned epochs of the training; objects without a number are counted in their order only if there are
+            exactly as many.
 
     >>> parse_results(b'{"training_iteration": 2, "test_acc": 0.5}', None)[0][2]["test_acc"]
     0.5
     """
-    whole = parsed(data)
-    lines = [line for line in data.split(b"\n") if line.strip()]
-    told = [parsed(line) for line in lines] if whole is None else whole if isinstance(whole, list) else [whole]
-    entries = [entry for entry in told if isinstance(entry, dict)]
+    document = parsed(data)
+    if document is None:
+        items = [parsed(line) for line in data.split(b"\n") if line.strip()]
+    else:
+        items = document if isinstance(document, list) else [document]
+    entries = [entry for entry in items if isinstance(entry, dict)]
     notes = []
-    if len(entries) < len(told):
-        notes.append(f"{len(told) - len(entries)} of {len(told)} entries of its result.json cannot be read")
-    found, unnumbered = {}, 0
+    if len(entries) < len(items):
+        notes.append(f"{len(items) - len(entries)} of {len(items)} entries of its result.json cannot be read")
+    results, unnumbered = {}, 0
     for position, entry in enumerate(entries):
-        epoch = entry.get("training_iteration", position + 1 if len(told) == epochs else None)
+        epoch = entry.get("training_iteration", position + 1 if len(items) == epochs else None)
         if isinstance(epoch, int) and not isinstance(epoch, bool) and 0 <= epoch <= MAX_EPOCHS:
-            found[epoch] = entry
+            results[epoch] = entry
         else:
             unnumbered += 1
     if unnumbered:
         notes.append(f"{unnumbered} entries of its result.json do not say their epoch, and are left out")
-    return found, notes
+    return results, notes
 
 
 def public(value: Any, depth: int = 0) -> Any:
-    """A config without paths, hosts and people: what is published of it.
+    """Remove paths, hosts and people from a config before it is published.
 
     >>> public({"optim::lr": 0.1, "dataset::dump": "/home/me/data.pt", "seed": 7})
     {'optim::lr': 0.1, 'seed': 7}
@@ -152,12 +160,12 @@ def public(value: Any, depth: int = 0) -> Any:
         return None
     if isinstance(value, Mapping):
         named = {str(key): entry for key, entry in value.items()}
-        kept = {
+        entries = {
             key: public(entry, depth + 1)
             for key, entry in named.items()
             if len(key) <= MAX_TEXT and not PRIVATE.search(key) and not LOCATED.search(key.replace("::", "."))
         }
-        return {key: entry for key, entry in kept.items() if entry is not None}
+        return {key: entry for key, entry in entries.items() if entry is not None}
     if isinstance(value, list):
         return [public(entry, depth + 1) for entry in value[:1000]]
     if isinstance(value, str):
@@ -167,11 +175,11 @@ def public(value: Any, depth: int = 0) -> Any:
     return value if isinstance(value, int | float) and abs(value) < LARGEST and math.isfinite(value) else None
 
 
-def _object(data: bytes, name: str) -> dict[str, Any]:
-    told = parsed(data)
-    if not isinstance(told, dict):
+def _object(data: bytes, name: str) -> Json:
+    content = parsed(data)
+    if not isinstance(content, dict):
         raise ZooError(f"{name} is no JSON object")
-    return told
+    return content
 
 
 DATASETS = {"imagenet1k": "imagenet-1k", "imagenet": "imagenet-1k", "cifar100": "cifar-100"}
@@ -200,13 +208,13 @@ IMAGES = {
 
 
 def regime_of(files: RunFiles) -> str | None:
-    """How a pre-trained run was trained, by its config, else by its folder's name; None if neither tells."""
-    told = str(files.config.get("training::mode", "")).lower()
-    return REGIMES.get(told) or REGIMES.get(files.folder[:2].lower())
+    """Read the regime of a pre-trained run from its config, else from its folder's name; None if neither has it."""
+    mode = str(files.config.get("training::mode", "")).lower()
+    return REGIMES.get(mode) or REGIMES.get(files.folder[:2].lower())
 
 
 def factors_of(files: RunFiles, parent: RunFiles | None) -> dict[str, Any]:
-    """Generating factors of a run; a fine-tuned one has those of its pre-training too."""
+    """Read the generating factors of a run; a fine-tuned run inherits factors of its parent."""
     root = files if parent is None else parent
     config = files.config
     head_seed = None if parent is None else whole_number(config.get("model::head::seed"))
@@ -223,18 +231,18 @@ def factors_of(files: RunFiles, parent: RunFiles | None) -> dict[str, Any]:
 
 
 def dataset_of(files: RunFiles, *, is_pretraining: bool) -> str:
-    """The images a run was trained on; those of its stage if its config does not say."""
-    told = _word(files.config.get("dataset::name"))
-    if told is None:
+    """Read the dataset of a run from its config; by default the dataset of its stage."""
+    name = _word(files.config.get("dataset::name"))
+    if name is None:
         return "imagenet-1k" if is_pretraining else "cifar-100"
-    return DATASETS.get(re.sub(r"[^a-z0-9]", "", told), told)
+    return DATASETS.get(re.sub(r"[^a-z0-9]", "", name), name)
 
 
 def results_of(files: RunFiles, epoch: int, *, has_accuracy: bool) -> tuple[dict[str, float | None], list[str]]:
-    """The results of an epoch, and what is to be noted of them."""
-    told = files.results.get(epoch, {})
-    found = {f"{part}_loss": number(told.get(f"{part}_loss")) for part in ("train", "test")}
-    accuracies = {f"{part}_accuracy": number(told.get(f"{part}_acc")) for part in ("train", "test")}
+    """Read the results of an epoch, with notes."""
+    entry = files.results.get(epoch, {})
+    losses = {f"{part}_loss": number(entry.get(f"{part}_loss")) for part in ("train", "test")}
+    accuracies = {f"{part}_accuracy": number(entry.get(f"{part}_acc")) for part in ("train", "test")}
     notes = []
     for name, value in accuracies.items():
         if not has_accuracy:
@@ -244,11 +252,11 @@ def results_of(files: RunFiles, epoch: int, *, has_accuracy: bool) -> tuple[dict
             accuracies[name] = None
     train, test = accuracies.values()
     gap = None if train is None or test is None else train - test
-    return found | accuracies | {"generalization_gap": gap}, notes
+    return losses | accuracies | {"generalization_gap": gap}, notes
 
 
-def provenance_of(files: RunFiles, regime: str) -> dict[str, Any]:
-    """Where a run comes from: its config, and what its trainer did beside what that declares."""
+def provenance_of(files: RunFiles, regime: str) -> dict[str, object]:
+    """Describe the origin of a run: its public config, with declared and effective augmentation."""
     declared = {name: public(files.config.get(f"training::{name}")) for name in DECLARED}
     return {
         "release": "ViT model zoo",
@@ -259,16 +267,23 @@ def provenance_of(files: RunFiles, regime: str) -> dict[str, Any]:
     }
 
 
-def image_record(dataset: str) -> dict[str, Any] | None:
-    """How images are prepared for these models; None for a dataset that the release is not known to have."""
+def image_record(dataset: str) -> dict[str, object] | None:
+    """Describe how images are prepared for these models; None for a dataset that is not known to be in the release."""
     if dataset not in IMAGES:
         return None
-    record = {"source": dataset, "size": 224, "resize": 256, "crop": 224, "channels": 3, "class_names": []}
+    record: dict[str, object] = {
+        "source": dataset,
+        "size": 224,
+        "resize": 256,
+        "crop": 224,
+        "channels": 3,
+        "class_names": [],
+    }
     return record | IMAGENET_STATISTICS | IMAGES[dataset]
 
 
-def number(value: Any) -> float | None:
-    """A finite number of JSON, or text of one, that a float32 can hold; None for anything else."""
+def number(value: object) -> float | None:
+    """Read a finite number, or text of one, that a float32 can hold; None for anything else."""
     if isinstance(value, str) and re.fullmatch(r"[-+.0-9eE]{1,30}", value):
         try:
             value = float(value)
@@ -280,37 +295,42 @@ def number(value: Any) -> float | None:
 
 
 def whole_number(value: Any) -> int | None:
-    """A whole number of JSON that a column can hold; None for anything else."""
-    held = number(value)
-    if held is None or not held.is_integer() or not -LARGEST_INT <= int(value) < LARGEST_INT:
+    """Read a whole number that a column can hold; None for anything else."""
+    finite = number(value)
+    # int(value), not the float: a float64 rounds whole numbers above 2**53
+    if finite is None or not finite.is_integer() or not -LARGEST_INT <= int(value) < LARGEST_INT:
         return None
     return int(value)
 
 
 def _head(files: RunFiles) -> str | None:
-    """The head of a fine-tuned run, by its config, else by its folder's name."""
-    told = files.config.get("model::head::mlp")
-    if not isinstance(told, bool):
-        named = re.search(r"FCMLP_(True|False)", files.folder)
-        told = None if named is None else named[1] == "True"
-    return {True: "mlp", False: "linear", None: None}[told]
+    """Read the head of a fine-tuned run from its config, else from its folder's name."""
+    is_mlp = files.config.get("model::head::mlp")
+    if not isinstance(is_mlp, bool):
+        match = re.search(r"FCMLP_(True|False)", files.folder)
+        is_mlp = None if match is None else match[1] == "True"
+    return {True: "mlp", False: "linear", None: None}[is_mlp]
 
 
 def _seed(files: RunFiles) -> int | None:
-    told = whole_number(files.config.get("seed"))
-    named = re.search(r"seed_([0-9]{1,18})(?![0-9])", files.folder)
-    return int(named[1]) if told is None and named is not None else told
+    seed = whole_number(files.config.get("seed"))
+    match = re.search(r"seed_([0-9]{1,18})(?![0-9])", files.folder)
+    return int(match[1]) if seed is None and match is not None else seed
 
 
-def _word(value: Any) -> str | None:
-    """A short plain name in lower case."""
+def _word(value: object) -> str | None:
+    """Read a short plain name in lower case; None for anything else."""
     if not isinstance(value, str) or re.fullmatch(r"[A-Za-z0-9._+-]{1,60}", value) is None:
         return None
     return value.lower()
 
 
-def _effective(declared: dict[str, Any]) -> dict[str, Any]:
-    """What the published trainer does with the declared augmentation."""
+def _effective(declared: Mapping[str, object]) -> dict[str, object]:
+    """Return the augmentation that the published trainer ran for a declared one.
+
+    Its call shifted three positional arguments by one: `label_smoothing` received the value of `mixup`, `mixup` that
+    of `cutmix`, and `cutmix` was off.
+    """
     if declared["mixup"] is None and declared["cutmix"] is None:
         return {"label_smoothing": 0.0, "mixup": 0.0, "cutmix": 0.0, "random_erase": 0.0}
     return {
