@@ -19,6 +19,7 @@ from vitzoo_hf.training import stacked, trainer
 from vitzoo_hf.training.checkpoint import RunFolder
 from vitzoo_hf.training.feed import FedBatch
 from vitzoo_hf.training.losses import info_nce, soften
+from vitzoo_hf.training.seeds import seeded_globals
 from vitzoo_hf.training.stacked import train_run
 from vitzoo_hf.training.trainer import DivergedError
 
@@ -489,7 +490,7 @@ def test_global_generators_are_put_back_after_an_error():
         raise KeyError
 
     before = torch.random.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
-    with pytest.raises(KeyError), objectives.seeded_globals(3):
+    with pytest.raises(KeyError), seeded_globals(3):
         fail()
     assert torch.equal(torch.random.get_rng_state(), before[0])
     assert random.getstate() == before[1]

@@ -99,7 +99,7 @@ Pixels = PreparedImages | SmallImages | OnDemandImages
 
 @dataclass(frozen=True)
 class Source:
-    """Images as a source gives them, uint8 `[N, C, H, W]` or encoded, and labels `[N]`; a test set stands last.
+    """Images as a source gives them, uint8 `[N, C, H, W]` or encoded, and labels `[N]`; a test set comes last.
 
     `origin` names the place that images came from, and `sha256` the hashes of their arrays, for a source that can
     come from several places.
