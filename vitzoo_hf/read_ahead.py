@@ -1,7 +1,7 @@
 """Work done ahead in threads."""
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
@@ -11,7 +11,7 @@ Result = TypeVar("Result")
 
 def mapped_ahead(
     function: Callable[[Item], Result], items: Iterable[Item], *, threads: int = 1, ahead: int = 1
-) -> Iterator[Result]:
+) -> Generator[Result, None, None]:
     """`map(function, items)`, in order, with the next `ahead` results made in threads while the caller uses one.
 
     With one thread, `function` is called in the order of `items`, one call at a time. What it raises is raised here.
@@ -19,7 +19,7 @@ def mapped_ahead(
     >>> list(mapped_ahead(abs, [-1, 2, -3], threads=2))
     [1, 2, 3]
     """
-    pool = ThreadPoolExecutor(threads)
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="vitzoo-ahead")
     waiting: deque[Future[Result]] = deque()
     try:
         for item in items:
