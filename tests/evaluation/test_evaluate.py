@@ -169,7 +169,7 @@ def test_a_zoo_opens_wherever_writing_its_evaluation_was_cut(zoo_copy, monkeypat
     with pytest.raises(KeyboardInterrupt):
         report.write(zoo_copy)
     monkeypatch.undo()
-    assert len(list(Zoo(zoo_copy).rows())) == 18
+    assert len([row.weights for row in Zoo(zoo_copy).rows()]) == 18
     report.write(zoo_copy)
     assert len(Zoo(zoo_copy).to_pandas("evaluations")) == len(report.evaluations)
 

@@ -119,8 +119,8 @@ def test_a_damaged_row_raises_when_its_weights_are_asked_for_and_names_the_model
     for model_id, row in rows.items():
         if model_id != bad:
             assert row.weights_sha256 == schema.weights_sha256(row.weights)
-    asking = [lambda row: row["weights"], lambda row: row.weights, lambda row: row | {}, dict, pickle.dumps]
-    for ask in [*asking, reconstruct, *asking]:
+    first = [lambda row: row["weights"], lambda row: row.weights, lambda row: row | {}]
+    for ask in [*first, dict, pickle.dumps, reconstruct, *first]:
         with pytest.raises(ZooError, match=f"the weights of {re.escape(bad)} do not match their hash"):
             ask(rows[bad])
     assert rows[bad].epoch == zoo.index["epoch"][2]
@@ -191,7 +191,7 @@ def test_typed_attributes(zoo):
     index = zoo.to_pandas()
     for number, row in enumerate(zoo.rows()):
         line = index.iloc[number]
-        for name in (
+        for name in [
             "model_id",
             "run_id",
             "stage",
@@ -201,7 +201,7 @@ def test_typed_attributes(zoo):
             "head",
             "num_parameters",
             "layout",
-        ):
+        ]:
             assert getattr(row, name) == line[name] == row[name], name
         assert row.parent_id == row["parent_id"]
         assert (row.head_hidden is None) == (row.head == "linear")

@@ -1,8 +1,8 @@
 """Open a zoo: its index, a filter over factors, single models, a stream of weights.
 
 A zoo is a folder, or the id of a dataset on the Hub. Cost: opening reads the index, which is small. The weights of a
-row are read when they are asked for, and compared with their hash the first time. Small shards of the Hub go through its
-cache; of large ones only needed rows are read.
+row are read when they are asked for, and compared with their hash the first time. Small shards of the Hub go through
+its cache; of large ones only needed rows are read.
 """
 
 import copy
