@@ -45,7 +45,7 @@ def test_uniform_soup_averages_every_parameter(finals):
     soup = uniform_soup(finals)
     np.testing.assert_allclose(soup.weights.numpy(), expected, rtol=6e-8, atol=1e-12)
     layout = finals.layouts[rows[0]["layout"]]
-    turned = uniform_soup(finals._at(finals._positions[::-1]))
+    turned = uniform_soup(finals._select_rows(finals._positions[::-1]))
     assert torch.equal(soup.weights, turned.weights)
     averaged, first = (unflatten(torch.as_tensor(v), layout) for v in (soup.weights, rows[0]["weights"]))
     assert {"cls_token", "pos_embed", "head.weight", "head.bias", "blocks.0.attn.qkv.bias"} <= averaged.keys()
