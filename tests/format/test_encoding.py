@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vitzoo_hf.format import schema
-from vitzoo_hf.format.encoding import ITEM_BYTES, encode, encoding_of, rounded, vector_of, widen
+from vitzoo_hf.format.encoding import ITEM_BYTES, check_finite, encode, encoding_of, rounded, vector_of, widen
 from vitzoo_hf.format.schema import ZooError
 
 VECTOR = np.array([1.5, -2.0, 3.25, 0.0, 0.0], np.float32)
@@ -116,3 +116,16 @@ def test_no_format_of_datasets_loses_trailing_zeros(form, dtype):
 def test_what_does_not_fit_is_named(value, message):
     with pytest.raises(ZooError, match=message):
         read(value)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_the_first_model_with_weights_that_are_not_finite_is_named_with_their_number(bad):
+    weights = torch.zeros(3, 4)
+    check_finite(weights, "abc")
+    check_finite([weights[0], torch.zeros(7)], "ab")
+    weights[1, 1:3] = weights[2, 0] = bad
+    for vectors in (weights, list(weights)):
+        with pytest.raises(ZooError, match=r"^b has 2 weights that are not finite: leave it out, or train it again$"):
+            check_finite(vectors, "abc")
+    with pytest.raises(ValueError, match="zip"):
+        check_finite(torch.zeros(2, 4), "abc")

@@ -2,6 +2,7 @@ import hashlib
 import json
 import struct
 
+import networkx as nx
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -99,3 +100,30 @@ def test_fingerprints_ignore_key_order_only():
 def test_long_lists_of_names_are_cut():
     hint = did_you_mean("zzz", [f"a{number}" for number in range(20)])
     assert hint.endswith("a11, … (20 in all)")
+
+
+@pytest.mark.parametrize("text", ["sl s42/lr=0.1", "", "…", "a@b", "run.1_=+-", "C:\\runs\\1"])
+def test_safe_ids_have_only_characters_of_run_ids_and_keep_those(text):
+    assert schema.RUN_ID.fullmatch("r" + schema.safe_id(text))
+    assert schema.safe_id(schema.safe_id(text, "."), ".") == schema.safe_id(text, ".")
+    if schema.RUN_ID.fullmatch(text):
+        assert schema.safe_id(text) == text
+        assert schema.MODEL_ID.fullmatch(schema.model_id(text, 3))
+
+
+@given(st.lists(st.tuples(st.integers(0, 12), st.integers(0, 12)), max_size=20))
+def test_union_find_gives_the_least_name_of_each_connected_component(edges):
+    pairs = [(f"n{first}", f"n{second}") for first, second in edges]
+    graph = nx.Graph(pairs)
+    for key in (None, lambda name: -int(name[1:])):
+        expected = {
+            name: min(component, key=key) if key else min(component)
+            for component in nx.connected_components(graph)
+            for name in component
+        }
+        assert schema.union_find(pairs, key) == expected
+
+
+def test_union_find_follows_long_chains_quickly():
+    chain = [(f"n{number + 1}", f"n{number}") for number in range(20_000)]
+    assert set(schema.union_find(chain, lambda name: -int(name[1:])).values()) == {"n20000"}

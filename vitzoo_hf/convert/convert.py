@@ -31,7 +31,7 @@ from vitzoo_hf.read_ahead import mapped_ahead
 
 LICENCE = r"[a-z0-9][a-z0-9._-]{1,60}"
 ANOTHER = "a zoo that is not of this source and these options: choose another folder, or replace=True (--replace)"
-DEFAULT_SPLITS = {"by": "lineage", "seed": 0, "train": 1.0, "validation": 0.0, "test": 0.0}
+DEFAULT_SPLITS: dict[str, str | float] = {"by": "lineage", "seed": 0, "train": 1.0, "validation": 0.0, "test": 0.0}
 
 
 class NothingTakenError(ZooError):

@@ -118,7 +118,7 @@ class Found:
 
     source: str
     load: Load
-    provenance: dict[str, object]
+    provenance: Mapping[str, object]
     size: int | None = None
 
 
@@ -166,7 +166,7 @@ def planned_rows(
     groups, depths = _groups(lines), _depths(lines)
     assumed = [source for source in accepted if _named_epoch(source) is None and not _tells_epoch(table, source)]
     for source in assumed:
-        provenance = accepted[source].provenance | {"assumed": {"epoch": 1}}
+        provenance = {**accepted[source].provenance, "assumed": {"epoch": 1}}
         accepted[source] = replace(accepted[source], provenance=provenance)
     rows = [
         _row(accepted[source], lines[source], final, groups, architecture, architecture_args)
@@ -205,7 +205,7 @@ def _row(
         **{f"factor_{name}": value for name, value in line.factors.items()},
     }
     options = {name: value for name, value in expected.items() if value is not None}
-    columns["provenance"] = checkpoint.provenance | ({"given": options} if options else {})
+    columns["provenance"] = dict(checkpoint.provenance) | ({"given": options} if options else {})
     load = partial(_load, checkpoint, line.where, **expected)
     return PlannedRow(checkpoint.source, columns, groups[values["run_id"]], load, checkpoint.size)
 

@@ -5,6 +5,7 @@ The text is the template `cards/zoo_card.md.jinja`, filled with counts of the fo
 
 import re
 from pathlib import Path
+from typing import Any
 
 from vitzoo_hf.format import schema
 from vitzoo_hf.format.messages import did_you_mean
@@ -80,7 +81,7 @@ def _default(facts: Facts, manifest: Manifest, default: str | None) -> str:
     return str(config)
 
 
-def _header(facts: Facts, manifest: Manifest, name: str, opened: str) -> dict[str, object]:
+def _header(facts: Facts, manifest: Manifest, name: str, opened: str) -> dict[str, Any]:
     licence = one_line(manifest.get("licence") or LICENCE)
     header = {"license": licence.lower()}
     if licence.lower() not in LICENCES:
@@ -110,7 +111,7 @@ def _config_entry(facts: Facts, config: str, opened: str) -> dict[str, object]:
     return entry | {"default": True} if config == opened else entry
 
 
-def _sections(facts: Facts, manifest: Manifest, opened: str) -> dict[str, object]:
+def _sections(facts: Facts, manifest: Manifest, opened: str) -> dict[str, Any]:
     """Return the values that fill the template, besides the names."""
     licence = one_line(manifest.get("licence") or LICENCE)
     return {

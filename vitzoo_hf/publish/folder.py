@@ -170,9 +170,9 @@ def assemble(
         layouts |= shard.layouts
     for split, rows in light.items():
         write_parquet(_only_shard(folder, "index", split), features, [rows], {})
-    for role, rows in probes.items():
-        if rows:
-            write_parquet(_only_shard(folder, "probes", role), schema.probe_features(), [rows], {})
+    for role, images in probes.items():
+        if images:
+            write_parquet(_only_shard(folder, "probes", role), schema.probe_features(), [images], {})
     write_json(folder / schema.LAYOUTS, {key: layout.to_json() for key, layout in layouts.items()})
     write_json(folder / schema.SHARDS, {name: shard.entry for name, shard in shards.items()}, indent=None)
     (folder / "blueprint.yaml").write_text(blueprint_text, encoding="utf-8")

@@ -263,7 +263,9 @@ def _publish(
     for number, group in enumerate(groups, 1):
         operations: list[Operation] = []
         for part in _batches(group, UPLOAD_FILES):
-            prepared = [_addition(item, local.files[item]) if isinstance(item, str) else item for item in part]
+            prepared: list[Operation] = [
+                _addition(item, local.files[item]) if isinstance(item, str) else item for item in part
+            ]
             additions = [operation for operation in prepared if not isinstance(operation, CommitOperationDelete)]
             if additions:
                 api.preupload_lfs_files(repository, additions, repo_type="dataset", free_memory=False)

@@ -268,7 +268,7 @@ def provenance_of(files: RunFiles, regime: str) -> dict[str, object]:
 
 
 def image_record(dataset: str) -> dict[str, object] | None:
-    """Describe how images are prepared for these models; None for a dataset that the release has not."""
+    """Describe how images are prepared for these models; None for a dataset that the release does not document."""
     if dataset not in IMAGES:
         return None
     record: dict[str, object] = {
