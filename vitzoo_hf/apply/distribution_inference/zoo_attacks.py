@@ -100,17 +100,14 @@ def attack_zoo(
 
     Args:
         zoo: zoo of the models; final models with a role are used.
-        secret: column of the secret, with or without `factor_`: two values are classes, more values are a number;
-            `a,b` are two numbers.
-        shadows: zoo whose shadows are used instead, such as models of another architecture; it excludes access to
-            weights.
+        secret: column, with or without `factor_`: two values are classes, more are a number, `a,b` are two numbers.
+        shadows: zoo of other shadows, such as of another architecture; it excludes access to weights.
         role: column with the values `target` and `shadow`.
         access: `weights`, which includes outputs; `probabilities`; or `labels`, predicted classes alone.
         attacks: names of attacks; by default all that the access and the zoo allow.
         num_queries: number of selection images that all models answer, see `zoo_queries`.
         seeds: number of repetitions of attacks with randomness.
-        shuffled: run a control: attacks learn from shadows with shuffled secrets, once for each of 20 shuffles, and
-            should be at chance level. The loss test, which does not learn, is left out.
+        shuffled: run a control, at chance level: attacks learn from 20 shuffles of secrets, without the loss test.
         unequal: continue although training differs between secrets; the report says so.
         seed: seed of the queries.
         cache: folder that caches outputs.
@@ -134,9 +131,8 @@ def attack_zoo(
     names = _fitting(names, attacks, queries)
     reads = [READS[name] for name in names if name in READS]
     weights = zoo_features(cast.zoos[0], cast.shadows, reads, device=device, progress=progress) if reads else None
-    of_shadows, targets = (
-        joined_views(outputs, weights, mask.nonzero()[:, 0]) for mask in (cast.shadows, ~cast.shadows)
-    )
+    of_shadows = joined_views(outputs, weights, cast.shadows.nonzero()[:, 0])
+    targets = joined_views(outputs, weights, (~cast.shadows).nonzero()[:, 0])
     adversary = Shadows(of_shadows, secrets[cast.shadows], space, queries)
     targets = seen_like(targets, "labels") if access == "labels" else targets
     truth, ratio = secrets[~cast.shadows], is_ratio(cast.column)
