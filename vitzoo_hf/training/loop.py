@@ -5,7 +5,7 @@ once a minute, so that a process that dies loses a minute of training, or an epo
 """
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Protocol, runtime_checkable
@@ -28,8 +28,11 @@ NOT_FINITE = "the loss or a weight is no longer finite; lower the learning rate"
 class Trainer(Protocol):
     """P models in training: how they are fed, what a step does, and what must be saved to continue."""
 
-    feed: Feed
     device: str
+
+    @property
+    def feed(self) -> Feed:
+        """Positions of training images to views that a step takes."""
 
     @property
     def num_models(self) -> int:
@@ -45,7 +48,7 @@ class Trainer(Protocol):
     def draws(self, epoch: int) -> Draws:
         """The random generators of an epoch."""
 
-    def step(self, batches: Iterable[FedBatch], draws: Draws, position: float, count: int = 1) -> Float[Tensor, " P"]:
+    def step(self, batches: Iterator[FedBatch], draws: Draws, position: float, count: int = 1) -> Float[Tensor, " P"]:
         """Update every model once by the mean gradient of `count` batches; returns the mean losses, detached.
 
         `position` is the number of completed epochs with the share of this one, for the schedule.

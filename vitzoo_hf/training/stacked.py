@@ -11,7 +11,7 @@ output depends on them.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,20 +31,11 @@ from vitzoo_hf.training.stacked_trainer import StackedTrainer
 from vitzoo_hf.training.trainer import DivergedError, SingleTrainer, usable_resume
 from vitzoo_hf.training.world_trainer import WorldTrainer
 
-FREE_SETTINGS: Mapping[str, str | float] = {
-    "seed": 0,
-    "lr": 1.0,
-    "weight_decay": 0.0,
-    "momentum": 0.0,
-    "label_smoothing": 0.0,
-    "init": "timm",
-}
-"""Settings that may differ between runs of one shape, each with the value that stands for all of them."""
-
 
 def shape_of(run: Run) -> tuple[object, ...]:
-    """Everything that runs must share to train together."""
-    shape = (run.stage, run.images, run.epochs, run.keep_epochs, replace(run.recipe, **FREE_SETTINGS))
+    """Everything that runs must share to train together; settings that may differ get one value here."""
+    recipe = replace(run.recipe, seed=0, lr=1.0, weight_decay=0.0, momentum=0.0, label_smoothing=0.0, init="timm")
+    shape = (run.stage, run.images, run.epochs, run.keep_epochs, recipe)
     if run.world is None or run.learner is None:
         return shape
     learner = replace(run.learner, stop_loss=0.0)

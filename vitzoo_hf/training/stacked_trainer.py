@@ -4,7 +4,7 @@ The weights of the models are the rows of one matrix `[P, D]`. Every model has i
 drawn from the seeds that it would have alone; operations on images run once on the batches of all models.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from jaxtyping import Bool, Float, Int64
@@ -202,7 +202,7 @@ class StackedTrainer:
                 tensors[f"optimizer.{index}.step"] = torch.tensor(float(self.optimizer.steps))
         return tensors
 
-    def resume(self, resumes: Sequence[dict[str, Tensor]], epoch: int) -> None:
+    def resume(self, resumes: Sequence[Mapping[str, Tensor]], epoch: int) -> None:
         """Put every model where its resume file, written after `epoch`, has it."""
         for model, tensors in enumerate(resumes):
             weights = resumed_weights(tensors)

@@ -170,8 +170,9 @@ def results_of(train: Measured, test: Measured, **more: float | None) -> Results
     """
     results = {"train_loss": train.loss, "train_accuracy": train.accuracy}
     results |= {"test_loss": test.loss, "test_accuracy": test.accuracy} | more
-    has_gap = train.accuracy is not None and test.accuracy is not None
-    return results | {"generalization_gap": train.accuracy - test.accuracy if has_gap else None}
+    if train.accuracy is None or test.accuracy is None:
+        return results | {"generalization_gap": None}
+    return results | {"generalization_gap": train.accuracy - test.accuracy}
 
 
 def is_contrastive(recipe: Recipe) -> bool:

@@ -4,7 +4,7 @@ All that a model draws, from images to batches, comes from its own seed and worl
 models train beside it. An epoch has as many steps as the learner says, whatever the number of images.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from jaxtyping import Bool, Float, Int64, UInt8
@@ -203,7 +203,7 @@ class WorldTrainer(StackedTrainer):
         state = {"world.stopped": self.stopped[model], "world.shares": self.shares[model]}
         return super().resume_tensors(model) | state
 
-    def resume(self, resumes: Sequence[dict[str, Tensor]], epoch: int) -> None:
+    def resume(self, resumes: Sequence[Mapping[str, Tensor]], epoch: int) -> None:
         """Put every model where its resume file, written after `epoch`, has it."""
         super().resume(resumes, epoch)
         self.stopped = torch.stack([tensors["world.stopped"] for tensors in resumes])
