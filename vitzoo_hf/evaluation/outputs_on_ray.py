@@ -64,7 +64,7 @@ def outputs_on_ray(
 def _task(
     source: tuple[str, str | None],
     digests: Mapping[str, Sequence[str]],
-    references: Mapping[str, object],
+    references: Mapping[str, Any],
     device: str,
     precision: str,
 ) -> Computed:
