@@ -96,7 +96,7 @@ def fresh(monkeypatch):
 
 
 def test_a_loading_extension_needs_nothing(fresh):
-    fresh.setattr(vit, "_torchvision_extension_loads", lambda: True)
+    fresh.setattr(timm_import, "_torchvision_extension_loads", lambda: True)
     assert not timm_import.needs_operator_schemas()
 
 
