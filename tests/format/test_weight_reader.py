@@ -143,7 +143,7 @@ def test_damaged_offsets_never_give_wrong_weights(zoo_copy):
     manifest["files"] |= shards
     (zoo_copy / "zoo.json").write_text(json.dumps(manifest))
     with pytest.raises(ZooError, match="the weights of sl-s1@2 do not match their hash"):
-        Zoo(zoo_copy).row("sl-s1@2")
+        Zoo(zoo_copy).row("sl-s1@2").required("weights")
 
 
 def test_a_damaged_list_of_shards_is_refused(zoo_copy):

@@ -116,7 +116,7 @@ from vitzoo_hf.format import weight_reader
 weight_reader.FETCHED_WHOLE_BYTES = 0
 zoo = vz.Zoo({NAME!r})
 try:
-    zoo.row(zoo.model_ids[0])
+    zoo.row(zoo.model_ids[0]).weights
 except vz.ZooError as error:
     print(json.dumps(str(error)))
 """

@@ -140,9 +140,9 @@ print(json.dumps(vz.Zoo({name!r}).model({model_id!r})(images).tolist()))
 
 def test_offline_what_was_never_fetched_is_named(hub, folders, tmp_path):
     name = NAMES[0]
-    code = f"zoo = vz.Zoo({name!r})\nprint(json.dumps([error(lambda: zoo.row(i)) for i in zoo.model_ids[:1]]))"
+    code = f"zoo = vz.Zoo({name!r})\nprint(json.dumps([error(lambda: zoo.row(i).weights) for i in zoo.model_ids[:1]]))"
     assert client(hub, tmp_path / "home", code, ranges=False) == [None]
-    code = f"zoo = vz.Zoo({name!r})\nprint(json.dumps([error(lambda: zoo.row(i)) for i in zoo.model_ids]))"
+    code = f"zoo = vz.Zoo({name!r})\nprint(json.dumps([error(lambda: zoo.row(i).weights) for i in zoo.model_ids]))"
     for ranges in (True, False):
         told = client(hub, tmp_path / "home", code, ranges=ranges, HF_HUB_OFFLINE="1")
         assert told[0] is None
@@ -209,7 +209,7 @@ def test_a_damaged_byte_on_the_server_is_an_error_by_name(hub, folders, tmp_path
     shard = damage(hub, folders[name], position)
     code = f"""
 zoo = vz.Zoo({name!r})
-told = [error(lambda: zoo.row(model_id)) for model_id in zoo.model_ids]
+told = [error(lambda: zoo.row(model_id).weights) for model_id in zoo.model_ids]
 told.append(error(lambda: list(zoo.stream())))
 print(json.dumps(told))
 """
@@ -278,7 +278,7 @@ def test_workers_of_a_data_loader_read_a_remote_zoo(hub, folders, tmp_path, rang
     code = f"""
 from torch.utils.data import DataLoader
 zoo = vz.Zoo({name!r})
-first = zoo.row(zoo.model_ids[0])
+first = zoo.row(zoo.model_ids[0]).weights
 stream = zoo.stream(batch_size=3, shuffle=True, columns=["model_id"])
 seen = []
 for epoch in range(2):

@@ -35,7 +35,7 @@ def gower_centred(squared: Float[np.ndarray, "P P"]) -> Float64[np.ndarray, "P P
     return -(squared - rows - rows[:, None] + rows.mean()) / 2
 
 
-def one_way_shares(inner: Float64[np.ndarray, "P P"], codes: Int64[np.ndarray, "R P"]) -> Float64[np.ndarray, " R"]:
+def one_way_shares(inner: Float64[np.ndarray, "P P"], codes: Int64[np.ndarray, "R _"]) -> Float64[np.ndarray, " R"]:
     """Share of the variance that each of several groupings of the models explains.
 
     Args:
@@ -82,7 +82,7 @@ def additive_basis(codes: Int64[np.ndarray, "K P"]) -> Float64[np.ndarray, "P de
 
 
 def additive_shares(
-    inner: Float64[np.ndarray, "P P"], basis: Float64[np.ndarray, "P degrees"], orders: Int64[np.ndarray, "R P"]
+    inner: Float64[np.ndarray, "P P"], basis: Float64[np.ndarray, "Q degrees"], orders: Int64[np.ndarray, "R Q"]
 ) -> Float64[np.ndarray, " R"]:
     """Share of the variance that the factors of `additive_basis` explain, for several orders of the models.
 

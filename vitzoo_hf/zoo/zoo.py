@@ -183,7 +183,7 @@ class Zoo:
             yield Row(columns, partial(self._reader.read, position, verify=verify), verified=verify)
 
     def row(self, model_id: str) -> Row:
-        """One row with its weights.
+        """One row by id; its weights are read when they are first asked for.
 
         Raises:
             ZooError: for an unknown id, with the closest known one.
