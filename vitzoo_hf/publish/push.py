@@ -256,7 +256,7 @@ def _publish(
     change = _Change.between(local, remote)
     deletions = [CommitOperationDelete(path, is_folder=False) for path in change.deleted]
     last = [path for path in change.changed if path in LAST]
-    early = [*(path for path in change.changed if path not in LAST), *deletions]
+    early: list[str | CommitOperationDelete] = [*(path for path in change.changed if path not in LAST), *deletions]
     *groups, end = list(_batches(early, COMMIT_OPERATIONS - len(LAST))) or [[]]
     groups += [[*end, *last]] if end or last else []
     head = remote.head
