@@ -6,6 +6,7 @@ python benchmarks/launch_choices.py [--smoke] [--json FILE]
 import multiprocessing
 import os
 import time
+from itertools import islice
 from statistics import median
 from typing import Any
 
@@ -16,7 +17,7 @@ from vitzoo_hf.blueprint.blueprint import Recipe
 from vitzoo_hf.blueprint.images_spec import ImagesSpec
 from vitzoo_hf.images.sources import load_images
 from vitzoo_hf.models.vit import create
-from vitzoo_hf.training.trainer import Trainer
+from vitzoo_hf.training.trainer import SingleTrainer
 
 SIZES: dict[str, tuple[dict[str, Any], int, int]] = {
     "27k, batch 32": ({"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2}, 32, 160),
@@ -69,16 +70,17 @@ def train(args: dict[str, Any], batch: int, steps: int, threads: int, seed: int,
     torch.set_num_threads(threads)
     images = load_images("digits", ImagesSpec("digits", args["img_size"]))
     model = create("vit_tiny_patch16_224", args | {"in_chans": 1, "num_classes": 10}, seed=seed)
-    trainer = Trainer(Recipe(batch_size=batch, label_smoothing=0.1), images, model, 1, "cpu")
-    model.train()
-    views = torch.Generator().manual_seed(seed)
-    positions = torch.arange(len(trainer.labels)).split(batch)[:-1]
-    for step in range(3):
-        trainer.step(iter([positions[step]]), views)
+    trainer = SingleTrainer(Recipe(batch_size=batch, label_smoothing=0.1), images, model, 1, "cpu")
+    positions = torch.arange(len(trainer.labels))[None].split(batch, 1)[:-1]
+    batches = [positions[step % len(positions)] for step in range(3 + steps)]
+    draws = trainer.draws(1)
+    fed = trainer.feed.batches(batches, draws)
+    for _ in range(3):
+        trainer.step(islice(fed, 1), draws, 0.0)
     ready.wait()
     go.wait()
-    for step in range(steps):
-        trainer.step(iter([positions[step % len(positions)]]), views)
+    for _ in range(steps):
+        trainer.step(islice(fed, 1), draws, 0.0)
     os._exit(0)
 
 

@@ -3,6 +3,8 @@
 python benchmarks/stacked_training.py [--device cuda] [--smoke] [--json FILE]
 """
 
+from collections.abc import Callable
+
 import side_by_side
 import torch
 
@@ -10,8 +12,9 @@ from vitzoo_hf.blueprint.blueprint import ImagesSpec, Recipe
 from vitzoo_hf.images.pixels import PreparedImages
 from vitzoo_hf.images.sources import ImageSet
 from vitzoo_hf.models.vit import create
+from vitzoo_hf.training.loop import Trainer
 from vitzoo_hf.training.stacked_trainer import StackedTrainer
-from vitzoo_hf.training.trainer import Trainer, batches_of
+from vitzoo_hf.training.trainer import SingleTrainer
 
 RUNS = 24
 NAME = "vit_tiny_patch16_224"
@@ -51,25 +54,31 @@ def measure(size: str, augmentation: str, batch: int, device: str) -> dict[str, 
         for seed in range(RUNS)
     ]
     models = [[create(NAME, args, seed=recipe.seed) for recipe in recipes] for _ in range(2)]
-    alone = [Trainer(recipe, images, model, 10, device) for recipe, model in zip(recipes, models[0], strict=True)]
+    alone = [
+        SingleTrainer(recipe, images, model, 10, device) for recipe, model in zip(recipes, models[0], strict=True)
+    ]
     together = StackedTrainer(recipes, images, models[1], 10, device)
-    orders = [batches_of(recipe, steps * batch, 1, device) for recipe in recipes]
-    views = [torch.Generator(device).manual_seed(recipe.seed) for recipe in recipes]
-    draws = together.draws(1)
+
+    def epoch(trainer: Trainer) -> Callable[[], None]:
+        batches, draws = trainer.batches(1), trainer.draws(1)
+
+        def steps() -> None:
+            for batch in trainer.feed.batches(batches, draws):
+                trainer.step(iter([batch]), draws, 0.0)
+
+        return steps
+
+    epochs, group_epoch = [epoch(trainer) for trainer in alone], epoch(together)
 
     def loop() -> None:
-        for trainer, batches, generator in zip(alone, orders, views, strict=True):
-            for positions in batches:
-                trainer.step(iter([positions]), generator)
+        for steps_of_one in epochs:
+            steps_of_one()
         wait(device)
 
     def group() -> None:
-        for positions in zip(*orders, strict=True):
-            together.step(torch.stack(positions), draws, 0.0)
+        group_epoch()
         wait(device)
 
-    for trainer in alone:
-        trainer.model.train()
     for warm in (loop, group):
         warm()
     ways = side_by_side.interleaved({"loop": loop, "group": group}, ROUNDS[device.partition(":")[0]])

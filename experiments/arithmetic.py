@@ -25,7 +25,8 @@ from vitzoo_hf.apply.paths.arithmetic import (
     strongest_scale,
     task_vector,
 )
-from vitzoo_hf.apply.paths.landscape import draw_slice, landscape_slice
+from vitzoo_hf.apply.paths.landscape import landscape_slice
+from vitzoo_hf.apply.paths.plot import draw_slice
 from vitzoo_hf.environment import describe
 from vitzoo_hf.zoo import Zoo
 

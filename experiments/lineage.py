@@ -18,8 +18,8 @@ import pandas as pd
 from vitzoo_hf.apply.lineage.costs import TrunkMeasures, measure_trunks
 from vitzoo_hf.apply.lineage.epochs import order_epochs, random_taus
 from vitzoo_hf.apply.lineage.lineage import Forest, forest_of
+from vitzoo_hf.apply.lineage.metrics import SCORES, Truth, truth_of
 from vitzoo_hf.apply.lineage.plot import forest_figure, lineage_table
-from vitzoo_hf.apply.lineage.scores import SCORES, Truth, truth_of
 from vitzoo_hf.environment import describe
 from vitzoo_hf.zoo import Zoo
 
@@ -98,7 +98,7 @@ def measure(name: str, case: str, models: Zoo, precision: str) -> tuple[list[dic
                 picture(name, f"{case} {method}", forest, truth)
     known = (index["stage"] == "pretrain").to_numpy() & index["is_final"].to_numpy()
     if known.any():
-        forest = forest_of(measures, columns, "candidates", known=known)
+        forest = forest_of(measures, columns, "candidates", roots=known)
         rows += score_rows({"zoo": name, "case": case, "method": "candidates"}, forest, truth, None)
     return rows, orphans
 
@@ -151,7 +151,7 @@ def left_out_one_by_one(name: str, final: Zoo) -> list[dict]:
             measures.mean_absolute[np.ix_(kept, kept)],
             measures.kurtosis[kept],
         )
-        parent = forest_of(part, columns, "candidates", known=known[kept]).parent
+        parent = forest_of(part, columns, "candidates", roots=known[kept]).parent
         true = truth.parent[kept]
         orphan, child = true == left_out, (true >= 0) & (true != left_out)
         missing, kept_wrongly = missing + orphan.sum(), kept_wrongly + (orphan & (parent >= 0)).sum()

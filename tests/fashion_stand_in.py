@@ -12,7 +12,6 @@ import pytest
 from PIL import Image
 
 from vitzoo_hf.images import fashion_mnist
-from vitzoo_hf.images.sources import load_images
 
 HUB_CLASSES = ["T - shirt / top", *fashion_mnist.CLASSES[1:]]
 """As the Hub's dataset spells them."""
@@ -74,4 +73,3 @@ def use(patch: pytest.MonkeyPatch, arrays: Arrays, folder: Path) -> None:
     """Make `folder` the place of Debian's package, and these arrays those that the hashes are of."""
     patch.setattr(fashion_mnist, "PACKAGE_FOLDER", folder)
     patch.setattr(fashion_mnist, "SHA256", hashes_of(arrays))
-    load_images.cache_clear()

@@ -150,7 +150,7 @@ class Handler(BaseHTTPRequestHandler):
         if name in self.hub.repositories:
             self._answer(409, json.dumps({"error": "You already created this dataset repo", "url": url}).encode())
             return None
-        self.hub.create(name, private=asked.get("visibility") == "private")
+        self.hub.create(name, private=asked.get("private") or asked.get("visibility") == "private")
         return {"url": url, "name": name}
 
     def who(self) -> Any:

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from vitzoo_hf.blueprint.blueprint import Blueprint
+from vitzoo_hf.images.prepared import PreparedBlueprint
 from vitzoo_hf.publish.pack import pack
 from vitzoo_hf.training.stacked import groups, train_stacked
 from vitzoo_hf.zoo import Zoo
@@ -14,5 +15,5 @@ def packed_zoo(folder: Path, text: str, *, together: int = 32) -> Zoo:
     (folder / "zoo.yaml").write_text(text)
     blueprint = Blueprint.load(folder / "zoo.yaml")
     for group in groups(blueprint.runs, together):
-        train_stacked(blueprint, group, folder / "runs")
+        train_stacked(PreparedBlueprint(blueprint), group, folder / "runs")
     return Zoo(pack(blueprint, folder / "runs", folder / "zoo", progress=False))

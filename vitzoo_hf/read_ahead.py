@@ -19,7 +19,7 @@ def mapped_ahead(
     >>> list(mapped_ahead(abs, [-1, 2, -3], threads=2))
     [1, 2, 3]
     """
-    pool = ThreadPoolExecutor(threads)
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="vitzoo-ahead")
     waiting: deque[Future[Result]] = deque()
     try:
         for item in items:

@@ -11,11 +11,12 @@ from PIL import Image
 
 import vitzoo_hf as vz
 from vitzoo_hf.blueprint.blueprint import Blueprint
+from vitzoo_hf.images.prepared import PreparedBlueprint
 from vitzoo_hf.images.sources import ImageSet
 from vitzoo_hf.publish.pack import pack
 from vitzoo_hf.timm_import import import_timm
 from vitzoo_hf.training import trainer
-from vitzoo_hf.training.run import train_run
+from vitzoo_hf.training.stacked import train_run
 
 KEPT = {
     "sl-no-ddp-s42",
@@ -78,7 +79,7 @@ def test_a_few_steps_of_each_stage_make_a_zoo(stand_in, tmp_path, monkeypatch):
     few = replace(stand_in, runs=tuple(run for run in stand_in.runs if run.run_id in KEPT))
     assert len(few.runs) == len(KEPT)
     for run in few.runs:
-        train_run(few, run, tmp_path / "runs")
+        train_run(PreparedBlueprint(few), run, tmp_path / "runs")
     folder = pack(few, tmp_path / "runs", tmp_path / "zoo", progress=False)
     zoo = vz.Zoo(folder)
     assert sorted(zoo.index["run_id"]) == sorted(KEPT)

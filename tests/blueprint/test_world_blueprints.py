@@ -88,7 +88,6 @@ def _fashion(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         use(patch, arrays, folder)
         yield
-    load_images.cache_clear()
 
 
 @pytest.mark.usefixtures("_fashion")

@@ -123,7 +123,7 @@ def test_weights_that_are_no_numbers_are_named(blocks, tmp_path, value):
         zoo_weight_metrics(zoo, progress=False)
     weights[2:4] = value
     zoo = write(tmp_path / "more", weights)
-    with pytest.raises(ZooError, match=r"m\d@1 has NaN .*, as have at least [12] other models: leave"):
+    with pytest.raises(ZooError, match=r"m\d@1 has NaN .*, and so have at least [12] other models: leave"):
         zoo_weight_metrics(zoo, statistics=False, progress=False)
     assert len(zoo_weight_metrics(zoo.filter(model_id=["m0@1", "m1@1"]), progress=False).model_ids) == 2
 

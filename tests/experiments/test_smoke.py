@@ -117,7 +117,7 @@ def grid(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def repository(tmp_path: Path) -> Path:
-    """A copy of all but the package, since experiments write beside themselves."""
+    """A copy of all but the package, since experiments write into its folder of results."""
     skipped = shutil.ignore_patterns(".*", "vitzoo_hf", "__pycache__", "*.egg-info", "build")
     return Path(shutil.copytree(REPOSITORY, tmp_path / "repository", ignore=skipped))
 

@@ -14,9 +14,10 @@ from vitzoo_hf.blueprint.images_spec import ImagesSpec
 from vitzoo_hf.format.schema import ZooError
 from vitzoo_hf.images import fashion_mnist
 from vitzoo_hf.images.fashion_mnist import HUB_ID, PACKAGE_FOLDER
+from vitzoo_hf.images.prepared import PreparedBlueprint
 from vitzoo_hf.images.sources import ImageSet, load_images
 from vitzoo_hf.publish.pack import pack
-from vitzoo_hf.training.run import train_run
+from vitzoo_hf.training.stacked import train_run
 from vitzoo_hf.zoo import Zoo
 
 ARRAYS = stand_in(100, 30)
@@ -41,12 +42,10 @@ def debian(tmp_path, monkeypatch):
     """A stand-in where Debian's package would be."""
     folder = write_idx_folder(tmp_path / "debian", ARRAYS)
     use(monkeypatch, ARRAYS, folder)
-    yield folder
-    load_images.cache_clear()
+    return folder
 
 
 def load(path: Path | None = None) -> ImageSet:
-    load_images.cache_clear()
     return load_images("x", ImagesSpec("fashion-mnist", 28, path=str(path) if path else None))
 
 
@@ -103,7 +102,7 @@ def test_runs_and_rows_say_where_their_images_came_from(debian, tmp_path):
     text = blueprint.text.replace("  digits: {size: 8}", "  digits: {source: fashion-mnist, size: 8}")
     blueprint = Blueprint.parse(text.replace("epochs: 12", "epochs: 1"))
     for run in blueprint.runs:
-        train_run(blueprint, run, tmp_path / "runs")
+        train_run(PreparedBlueprint(blueprint), run, tmp_path / "runs")
         record = json.loads((tmp_path / "runs" / run.run_id / "images.json").read_text())
         assert record["origin"] == "Debian's dataset-fashion-mnist"
         assert record["sha256"] == hashes_of(ARRAYS)

@@ -22,14 +22,15 @@ from vitzoo_hf.images import pixels
 from vitzoo_hf.images.crops import placed_crop_boxes, resized_crop_boxes, resized_crops
 from vitzoo_hf.images.on_demand import OnDemandImages
 from vitzoo_hf.images.pixels import PreparedImages, SmallImages
+from vitzoo_hf.images.prepared import PreparedBlueprint
 from vitzoo_hf.images.sources import load_images
 from vitzoo_hf.launch.cost import make_plan
 from vitzoo_hf.publish.pack import pack
 from vitzoo_hf.read_ahead import mapped_ahead
 from vitzoo_hf.timm_import import import_timm
 from vitzoo_hf.training.checkpoint import RunFolder
-from vitzoo_hf.training.feed import make_feed
-from vitzoo_hf.training.run import train_run
+from vitzoo_hf.training.feed import Draws, make_feed
+from vitzoo_hf.training.stacked import train_run
 from vitzoo_hf.zoo import Zoo
 
 SPEC = ImagesSpec("folder", 16, resize=20, crop=16, decode="on_demand", mean=(0.485, 0.456, 0.406), std=0.25)
@@ -61,11 +62,6 @@ def folder(tmp_path_factory) -> Path:
     sideways[274] = 6
     picture(rng, 30, 60).save(place / "dog" / "sideways.jpg", exif=sideways)
     return place
-
-
-@pytest.fixture(autouse=True)
-def _cleared():
-    load_images.cache_clear()
 
 
 def loaded(folder: Path, **changes):
@@ -124,7 +120,6 @@ def test_evaluation_is_that_of_pillow(folder):
 
 def test_memory_limit_decides_when_images_are_decoded(folder, monkeypatch):
     assert isinstance(loaded(folder, decode="auto").pixels, PreparedImages)
-    load_images.cache_clear()
     monkeypatch.setattr(pixels, "PREPARED_LIMIT", 33 * 3 * 16 * 16 - 1)
     assert isinstance(loaded(folder, decode="auto").pixels, OnDemandImages)
 
@@ -358,8 +353,9 @@ def test_a_corrupt_image_stops_training(folder):
     encoded = [whole] * position + [whole[:300]] + [whole] * (32 - position)
     broken = replace(images, pixels=OnDemandImages(files_of(*encoded), images.spec))
     feed = make_feed(broken, "crop-flip", "cpu")
+    batches = torch.arange(len(broken.splits["train"]))[None].split(4, 1)
     with pytest.raises(ZooError, match=f"image {position} of 'folder' cannot be decoded"):
-        list(feed.batches(torch.arange(len(broken.splits["train"])).split(4), torch.Generator()))
+        list(feed.batches(batches, Draws.of([0], 1, "cpu")))
 
 
 def test_channels_that_cannot_be_had_are_refused(folder):
@@ -450,7 +446,7 @@ def weights(folder: Path, run, epoch: int) -> torch.Tensor:
 @pytest.mark.parametrize("number", range(4))
 def test_training_on_demand_resumed_is_training_uninterrupted(blueprint, tmp_path, number):
     run = blueprint.runs[number]
-    train_run(blueprint, run, tmp_path / "whole")
+    train_run(PreparedBlueprint(blueprint), run, tmp_path / "whole")
 
     class Interruption(Exception):  # noqa: N818
         pass
@@ -460,9 +456,8 @@ def test_training_on_demand_resumed_is_training_uninterrupted(blueprint, tmp_pat
             raise Interruption
 
     with pytest.raises(Interruption):
-        train_run(blueprint, run, tmp_path / "parts", on_epoch=stop)
-    load_images.cache_clear()
-    train_run(blueprint, run, tmp_path / "parts")
+        train_run(PreparedBlueprint(blueprint), run, tmp_path / "parts", on_epoch=stop)
+    train_run(PreparedBlueprint(blueprint), run, tmp_path / "parts")
     for epoch in range(4):
         assert torch.equal(weights(tmp_path / "whole", run, epoch), weights(tmp_path / "parts", run, epoch))
     whole, parts = (RunFolder(tmp_path / name / run.run_id).load_epoch(3)[1] for name in ("whole", "parts"))
@@ -471,29 +466,29 @@ def test_training_on_demand_resumed_is_training_uninterrupted(blueprint, tmp_pat
 
 
 def test_contrastive_views_are_two_crops(folder):
-    feed = make_feed(loaded(folder), "crop", "cpu", views=2)
-    generator = torch.Generator().manual_seed(0)
-    (batch,) = feed.batches([torch.arange(6)], torch.Generator().manual_seed(0))
-    first, second = feed.view(batch, generator), feed.view(batch, generator)
+    images = loaded(folder)
+    feed = make_feed(images, "crop", "cpu", views=2)
+    (batch,) = feed.batches([torch.arange(6)[None]], Draws.of([0], 1, "cpu"))
+    first, second = batch.inputs[0].chunk(2)
     assert first.shape == second.shape == (6, 3, 16, 16)
     assert not torch.equal(first, second)
-    assert 0 <= float(first.min()) <= float(first.max()) <= 1
+    darkest, lightest = (images.normalize(torch.full((1, 3, 1, 1), value).byte())[0] for value in (0, 255))
+    assert bool(((darkest <= first) & (first <= lightest)).all())
 
 
 def test_without_augmentation_training_sees_the_evaluation_view(folder):
     images = loaded(folder)
     feed = make_feed(images, "none", "cpu")
-    (batch,) = feed.batches([torch.tensor([3, 1])], torch.Generator())
-    expected = images.part("train")[0][[3, 1]].float() / 255
-    assert torch.equal(feed.view(batch, torch.Generator()), expected)
+    (batch,) = feed.batches([torch.tensor([[3, 1]])], Draws.of([0], 1, "cpu"))
+    assert torch.equal(batch.inputs[0], images.normalize(images.part("train")[0][[3, 1]]))
 
 
 def test_results_are_those_of_images_decoded_once(blueprint, tmp_path):
     """Without augmentation the two trainings are the same, bit for bit."""
     run = next(run for run in blueprint.runs if run.recipe.augmentation == "none")
     once = replace(blueprint, images={"pets": replace(blueprint.images["pets"], decode="once")})
-    train_run(blueprint, run, tmp_path / "ahead")
-    train_run(once, run, tmp_path / "once")
+    train_run(PreparedBlueprint(blueprint), run, tmp_path / "ahead")
+    train_run(PreparedBlueprint(once), run, tmp_path / "once")
     assert torch.equal(weights(tmp_path / "ahead", run, 3), weights(tmp_path / "once", run, 3))
     ahead, kept = (RunFolder(tmp_path / name / run.run_id).load_epoch(3)[1] for name in ("ahead", "once"))
     assert ahead == kept
@@ -507,10 +502,12 @@ def test_small_images_are_cropped_on_the_device(small):
     views = []
     for device in ("cpu", "cuda"):
         feed = make_feed(load_images("s", spec), "random-crop-flip", device)
-        (batch,) = feed.batches([torch.arange(20)], torch.Generator().manual_seed(0))
-        (crops,) = feed._ready
-        assert crops.device.type == batch.device.type == device
-        assert feed.view(batch, torch.Generator(device).manual_seed(0)).device.type == device
+        batches = [torch.arange(20, device=device)[None]]
+        draws = Draws.of([0], 1, device)
+        (crops,) = feed._images(batches[0], draws)
+        assert crops.device.type == device
+        (batch,) = feed.batches(batches, draws)
+        assert batch.positions.device.type == batch.inputs.device.type == device
         views.append(crops.cpu().int())
     assert (views[0] - views[1]).abs().max() <= 1
 
@@ -519,7 +516,7 @@ def test_plan_pack_and_image_sets(blueprint, folder, tmp_path):
     plan = make_plan(blueprint, workers=1)
     assert plan.seconds is not None, plan.note
     for run in blueprint.runs:
-        train_run(blueprint, run, tmp_path / "runs")
+        train_run(PreparedBlueprint(blueprint), run, tmp_path / "runs")
     zoo = Zoo(pack(blueprint, tmp_path / "runs", tmp_path / "zoo", progress=False))
     record = zoo.manifest["images"]["pets"]
     assert record["mean"] == [0.485, 0.456, 0.406]

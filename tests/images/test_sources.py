@@ -1,6 +1,5 @@
 import gzip
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import datasets
@@ -55,7 +54,6 @@ def test_digits_are_those_of_scikit_learn():
 
 def test_splits_follow_their_seed_only():
     def splits(**changes):
-        load_images.cache_clear()
         return load_images("digits", ImagesSpec("digits", 8, **changes)).splits
 
     first, again, other, bigger = splits(), splits(mean=0.1), splits(split_seed=1), splits(test=0.3)
@@ -165,12 +163,11 @@ def test_channels():
 
 
 @pytest.fixture
-def fashion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def fashion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     arrays = stand_in(100, 30)
     folder = write_idx_folder(tmp_path / "fashion", arrays)
     use(monkeypatch, arrays, tmp_path / "no-package")
-    yield folder
-    load_images.cache_clear()
+    return folder
 
 
 def test_fashion_mnist_keeps_its_own_test_set(fashion):
@@ -246,7 +243,6 @@ def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("datasets.builder.config.HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.setattr("datasets.config.HF_DATASETS_OFFLINE", True)
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
-    load_images.cache_clear()
 
 
 @pytest.fixture

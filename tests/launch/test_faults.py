@@ -9,8 +9,9 @@ import pytest
 from run_folders import hashes
 
 from vitzoo_hf.format.schema import ZooError
+from vitzoo_hf.images.prepared import PreparedBlueprint
 from vitzoo_hf.launch.local import launch
-from vitzoo_hf.training.run import train_run
+from vitzoo_hf.training.stacked import train_run
 
 
 @pytest.fixture
@@ -57,10 +58,10 @@ def test_the_clock_does_not_matter(tiny_blueprint, tmp_path, year):
         if epoch == 1:
             raise KeyboardInterrupt
 
-    train_run(tiny_blueprint, run, tmp_path / "undisturbed")
+    train_run(PreparedBlueprint(tiny_blueprint), run, tmp_path / "undisturbed")
     with pytest.raises(KeyboardInterrupt):
-        train_run(tiny_blueprint, run, tmp_path / "runs", on_epoch=interrupt)
+        train_run(PreparedBlueprint(tiny_blueprint), run, tmp_path / "runs", on_epoch=interrupt)
     for file in tmp_path.glob("runs/*/*"):
         os.utime(file, (year, year))
-    train_run(tiny_blueprint, run, tmp_path / "runs")
+    train_run(PreparedBlueprint(tiny_blueprint), run, tmp_path / "runs")
     assert hashes(tmp_path / "runs") == hashes(tmp_path / "undisturbed")

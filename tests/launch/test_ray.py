@@ -18,6 +18,7 @@ from run_folders import hashes, wait_for
 from vitzoo_hf.blueprint.blueprint import Blueprint
 from vitzoo_hf.format.atomic import exclusive
 from vitzoo_hf.format.schema import ZooError
+from vitzoo_hf.images.prepared import PreparedBlueprint
 from vitzoo_hf.launch import ray as ray_launch
 from vitzoo_hf.launch import ray_worker
 from vitzoo_hf.launch.local import launch
@@ -279,7 +280,7 @@ def test_a_group_on_a_worker_trains_what_a_group_here_trains(tmp_path):
     blueprint = replace(blueprint, runs=runs)
     job = Job(blueprint, tmp_path / "nothing", str(tmp_path / "storage"), None, "cpu", 1, versions())
     assert train_on_worker(job, ["s1", "s2"], reports()) == ("done", {})
-    assert train_stacked(blueprint, runs, tmp_path / "here") == {}
+    assert train_stacked(PreparedBlueprint(blueprint), runs, tmp_path / "here") == {}
     assert hashes(tmp_path / "storage") == hashes(tmp_path / "here")
     assert len(hashes(tmp_path / "here")) == 4
 

@@ -10,14 +10,17 @@ from sklearn.metrics import accuracy_score, log_loss
 from vitzoo_hf.blueprint.blueprint import Blueprint, Recipe
 from vitzoo_hf.format.layout import flatten
 from vitzoo_hf.format.schema import ZooError, weights_sha256
+from vitzoo_hf.images.prepared import PreparedBlueprint
 from vitzoo_hf.images.sources import load_images
 from vitzoo_hf.models.vit import create
 from vitzoo_hf.training import losses as objectives
 from vitzoo_hf.training import run as train
-from vitzoo_hf.training import trainer
+from vitzoo_hf.training import stacked, trainer
 from vitzoo_hf.training.checkpoint import RunFolder
+from vitzoo_hf.training.feed import FedBatch
 from vitzoo_hf.training.losses import info_nce, soften
-from vitzoo_hf.training.run import train_run
+from vitzoo_hf.training.seeds import seeded_globals
+from vitzoo_hf.training.stacked import train_run
 from vitzoo_hf.training.trainer import DivergedError
 
 TEXT = """\
@@ -81,7 +84,7 @@ def test_training_is_reproducible_also_when_interrupted(make, tmp_path, kind):
     """Whatever happens to the global generators meanwhile, and whenever the interruption comes."""
     zoo = make(KINDS[kind])
     run = zoo.runs[0]
-    train_run(zoo, run, tmp_path / "whole")
+    train_run(PreparedBlueprint(zoo), run, tmp_path / "whole")
     expected = hashes(tmp_path / "whole", run)
     assert len(set(expected)) == 4
     torch.rand(5), random.random(), np.random.rand()
@@ -95,11 +98,11 @@ def test_training_is_reproducible_also_when_interrupted(make, tmp_path, kind):
 
         folder = tmp_path / f"stopped-{stop}"
         with pytest.raises(KeyboardInterrupt):
-            train_run(zoo, run, folder, on_epoch=interrupt)
+            train_run(PreparedBlueprint(zoo), run, folder, on_epoch=interrupt)
         assert RunFolder(folder / run.run_id).epochs() == list(range(stop + 1))
         assert not train.is_finished(zoo, run, folder)
         resumed = []
-        train_run(zoo, run, folder, on_epoch=resumed.append)
+        train_run(PreparedBlueprint(zoo), run, folder, on_epoch=resumed.append)
         assert resumed == list(range(stop, run.epochs + 1))
         assert train.is_finished(zoo, run, folder)
         assert hashes(folder, run) == expected
@@ -115,12 +118,12 @@ def stop_at(epoch: int):
 
 def test_an_epoch_that_was_not_kept_is_trained_again(make, tmp_path):
     whole, sparse = make(), make(KINDS["adamw"], "seed: 7", ("keep_epochs: all", "keep_epochs: [1]"))
-    train_run(whole, whole.runs[0], tmp_path / "whole")
+    train_run(PreparedBlueprint(whole), whole.runs[0], tmp_path / "whole")
     run = sparse.runs[0]
     with pytest.raises(KeyboardInterrupt):
-        train_run(sparse, run, tmp_path / "sparse", on_epoch=stop_at(2))
+        train_run(PreparedBlueprint(sparse), run, tmp_path / "sparse", on_epoch=stop_at(2))
     resumed = []
-    train_run(sparse, run, tmp_path / "sparse", on_epoch=resumed.append)
+    train_run(PreparedBlueprint(sparse), run, tmp_path / "sparse", on_epoch=resumed.append)
     assert resumed == [1, 2, 3]
     assert RunFolder(tmp_path / "sparse" / run.run_id).epochs() == [1, 3]
     expected = hashes(tmp_path / "whole", whole.runs[0])
@@ -141,12 +144,12 @@ def test_an_epoch_that_was_not_kept_is_trained_again(make, tmp_path):
 def test_lost_files_of_a_finished_run_are_made_again(make, tmp_path, lost):
     zoo = make()
     run = zoo.runs[0]
-    train_run(zoo, run, tmp_path)
+    train_run(PreparedBlueprint(zoo), run, tmp_path)
     expected = hashes(tmp_path, run)
     for name in lost:
         (tmp_path / run.run_id / name).unlink()
     assert not train.is_finished(zoo, run, tmp_path)
-    train_run(zoo, run, tmp_path)
+    train_run(PreparedBlueprint(zoo), run, tmp_path)
     assert train.is_finished(zoo, run, tmp_path)
     assert hashes(tmp_path, run) == expected
 
@@ -157,11 +160,11 @@ def test_lost_files_of_a_finished_run_are_made_again(make, tmp_path, lost):
 def test_lost_files_of_an_interrupted_run_are_made_again(make, tmp_path, lost):
     zoo = make()
     run = zoo.runs[0]
-    train_run(zoo, run, tmp_path / "whole")
+    train_run(PreparedBlueprint(zoo), run, tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
-        train_run(zoo, run, tmp_path / "part", on_epoch=stop_at(2))
+        train_run(PreparedBlueprint(zoo), run, tmp_path / "part", on_epoch=stop_at(2))
     (tmp_path / "part" / run.run_id / lost).unlink()
-    train_run(zoo, run, tmp_path / "part")
+    train_run(PreparedBlueprint(zoo), run, tmp_path / "part")
     assert train.is_finished(zoo, run, tmp_path / "part")
     assert hashes(tmp_path / "part", run) == hashes(tmp_path / "whole", run)
 
@@ -169,15 +172,15 @@ def test_lost_files_of_an_interrupted_run_are_made_again(make, tmp_path, lost):
 def test_a_damaged_resume_file_costs_time_only(make, tmp_path):
     zoo = make()
     run = zoo.runs[0]
-    train_run(zoo, run, tmp_path / "whole")
+    train_run(PreparedBlueprint(zoo), run, tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
-        train_run(zoo, run, tmp_path / "part", on_epoch=stop_at(2))
+        train_run(PreparedBlueprint(zoo), run, tmp_path / "part", on_epoch=stop_at(2))
     file = tmp_path / "part" / run.run_id / "resume.safetensors"
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
     file.write_bytes(data)
     seen = []
-    train_run(zoo, run, tmp_path / "part", on_epoch=seen.append)
+    train_run(PreparedBlueprint(zoo), run, tmp_path / "part", on_epoch=seen.append)
     assert seen == [0, 1, 2, 3]
     assert hashes(tmp_path / "part", run) == hashes(tmp_path / "whole", run)
 
@@ -185,11 +188,11 @@ def test_a_damaged_resume_file_costs_time_only(make, tmp_path):
 def test_a_finished_run_is_left_alone(make, tmp_path):
     zoo = make()
     run = zoo.runs[0]
-    train_run(zoo, run, tmp_path)
+    train_run(PreparedBlueprint(zoo), run, tmp_path)
     before = {file: file.stat().st_mtime_ns for file in (tmp_path / run.run_id).iterdir()}
     assert not [file for file in before if file.name == "resume.safetensors"]
     seen = []
-    train_run(zoo, run, tmp_path, on_epoch=seen.append)
+    train_run(PreparedBlueprint(zoo), run, tmp_path, on_epoch=seen.append)
     assert seen == [run.epochs]
     assert {file: file.stat().st_mtime_ns for file in (tmp_path / run.run_id).iterdir()} == before
 
@@ -198,7 +201,7 @@ def test_training_leaves_the_global_generators(make, tmp_path):
     """Python's is left out: beartype, which checks types here, draws from it."""
     zoo = make(KINDS["mixed"])
     before = torch.random.get_rng_state(), np.random.get_state()[1].tolist()
-    train_run(zoo, zoo.runs[0], tmp_path)
+    train_run(PreparedBlueprint(zoo), zoo.runs[0], tmp_path)
     assert torch.equal(torch.random.get_rng_state(), before[0])
     assert np.random.get_state()[1].tolist() == before[1]
 
@@ -206,25 +209,25 @@ def test_training_leaves_the_global_generators(make, tmp_path):
 def test_the_seed_decides_the_weights(make, tmp_path):
     zoo = make("seed: [1, 2]")
     for run in zoo.runs[:2]:
-        train_run(zoo, run, tmp_path)
+        train_run(PreparedBlueprint(zoo), run, tmp_path)
     first, second = (hashes(tmp_path, run) for run in zoo.runs[:2])
     assert not set(first) & set(second)
 
 
 def test_every_epoch_has_its_own_order_and_views(make, tmp_path, monkeypatch):
     orders, views = [], []
-    step = train.Trainer.step
+    step = trainer.SingleTrainer.step
 
-    def spy(self, batches, generator, count):
+    def spy(self, batches, draws, position, count):
         (batch,) = batches
-        if len(batch) == 50 and generator.initial_seed() not in views:
-            views.append(generator.initial_seed())
-            orders.append(tuple(batch.tolist()))
-        return step(self, iter([batch]), generator, count)
+        if batch.positions.shape == (1, 50) and draws.views[0].initial_seed() not in views:
+            views.append(draws.views[0].initial_seed())
+            orders.append(tuple(batch.positions[0].tolist()))
+        return step(self, iter([batch]), draws, position, count)
 
-    monkeypatch.setattr(train.Trainer, "step", spy)
+    monkeypatch.setattr(trainer.SingleTrainer, "step", spy)
     zoo = make("seed: 1, augmentation: crop")
-    train_run(zoo, zoo.runs[0], tmp_path)
+    train_run(PreparedBlueprint(zoo), zoo.runs[0], tmp_path)
     assert len(views) == 3
     assert len(set(orders)) == 3
 
@@ -232,7 +235,7 @@ def test_every_epoch_has_its_own_order_and_views(make, tmp_path, monkeypatch):
 def test_training_learns(make, tmp_path):
     zoo = make("seed: 1, lr: 1e-2", "seed: 7", ("epochs: 3", "epochs: 12"), ("keep_epochs: all", "keep_epochs: [0]"))
     run = zoo.runs[0]
-    train_run(zoo, run, tmp_path)
+    train_run(PreparedBlueprint(zoo), run, tmp_path)
     place = RunFolder(tmp_path / run.run_id)
     assert place.load_epoch(12)[1]["test_accuracy"] > 0.6 > 0.3 > place.load_epoch(0)[1]["test_accuracy"]
 
@@ -240,7 +243,7 @@ def test_training_learns(make, tmp_path):
 def test_contrastive_training_lowers_its_loss_and_has_no_accuracy(make, tmp_path):
     zoo = make("seed: 1, lr: 3e-3, regime: contrastive, augmentation: crop, batch_size: 64, temperature: 0.2")
     run = zoo.runs[0]
-    train_run(zoo, run, tmp_path)
+    train_run(PreparedBlueprint(zoo), run, tmp_path)
     first, last = (RunFolder(tmp_path / run.run_id).load_epoch(epoch)[1] for epoch in (0, 3))
     for role in ("train", "test"):
         assert last[f"{role}_loss"] < first[f"{role}_loss"] - 0.2
@@ -251,7 +254,7 @@ def test_contrastive_training_lowers_its_loss_and_has_no_accuracy(make, tmp_path
 def test_results_are_those_of_scikit_learn(make, tmp_path):
     zoo = make()
     run = zoo.runs[0]
-    train_run(zoo, run, tmp_path)
+    train_run(PreparedBlueprint(zoo), run, tmp_path)
     tensors, results = RunFolder(tmp_path / run.run_id).load_epoch(3)
     model = create(zoo.architecture, zoo.architecture_args | {"num_classes": 10}).eval()
     model.load_state_dict(tensors)
@@ -277,7 +280,7 @@ def test_fine_tuning_starts_from_its_parents_trunk_with_a_fresh_head(make, tmp_p
     zoo = make(KINDS[parent], f"head: {head}, seed: 7")
     first, second = zoo.runs
     for run in zoo.runs:
-        train_run(zoo, run, tmp_path)
+        train_run(PreparedBlueprint(zoo), run, tmp_path)
     given, _ = RunFolder(tmp_path / first.run_id).load_epoch(3)
     start, _ = RunFolder(tmp_path / second.run_id).load_epoch(0)
     trunk = [name for name in start if not name.startswith("head.")]
@@ -295,7 +298,7 @@ def test_fine_tuning_starts_from_its_parents_trunk_with_a_fresh_head(make, tmp_p
 def test_a_frozen_trunk_stays_to_the_bit(make, tmp_path):
     zoo = make(KINDS["adamw"], "seed: 7", ("head_hidden: 8", "freeze_trunk: true, weight_decay: 0.1, lr: 0.01"))
     for run in zoo.runs:
-        train_run(zoo, run, tmp_path)
+        train_run(PreparedBlueprint(zoo), run, tmp_path)
     run = zoo.runs[1]
     start, _ = RunFolder(tmp_path / run.run_id).load_epoch(0)
     end, _ = RunFolder(tmp_path / run.run_id).load_epoch(2)
@@ -307,18 +310,18 @@ def test_an_interrupted_frozen_run_continues(make, tmp_path):
     zoo = make(KINDS["adamw"], "seed: 7", ("head_hidden: 8", "freeze_trunk: true"))
     parent, run = zoo.runs
     for folder in ("whole", "part"):
-        train_run(zoo, parent, tmp_path / folder)
-    train_run(zoo, run, tmp_path / "whole")
+        train_run(PreparedBlueprint(zoo), parent, tmp_path / folder)
+    train_run(PreparedBlueprint(zoo), run, tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
-        train_run(zoo, run, tmp_path / "part", on_epoch=stop_at(1))
-    train_run(zoo, run, tmp_path / "part")
+        train_run(PreparedBlueprint(zoo), run, tmp_path / "part", on_epoch=stop_at(1))
+    train_run(PreparedBlueprint(zoo), run, tmp_path / "part")
     assert hashes(tmp_path / "part", run) == hashes(tmp_path / "whole", run)
 
 
 def test_a_missing_parent_is_told(make, tmp_path):
     zoo = make()
     with pytest.raises(ZooError, match=r"s1-.* has no finished epoch 3: train the run first"):
-        train_run(zoo, zoo.runs[1], tmp_path)
+        train_run(PreparedBlueprint(zoo), zoo.runs[1], tmp_path)
 
 
 # refusals
@@ -329,24 +332,24 @@ def test_divergence_is_recorded_and_not_tried_again(make, tmp_path, optimizer, m
     zoo = make(f"seed: 1, lr: 1e30, optimizer: {optimizer}")
     run = zoo.runs[0]
     with pytest.raises(DivergedError, match=r"diverged in epoch 1: the loss or a weight is no longer finite; lower"):
-        train_run(zoo, run, tmp_path)
+        train_run(PreparedBlueprint(zoo), run, tmp_path)
     place = RunFolder(tmp_path / run.run_id)
     assert place.divergence["epoch"] == 1
     assert place.epochs() == [0]
-    monkeypatch.setattr(train, "Trainer", None)
+    monkeypatch.setattr(stacked, "SingleTrainer", None)
     with pytest.raises(DivergedError, match=r"diverged in epoch 1"):
-        train_run(zoo, run, tmp_path)
+        train_run(PreparedBlueprint(zoo), run, tmp_path)
     assert not train.is_finished(zoo, run, tmp_path)
 
 
 def test_a_folder_of_another_training_is_refused(make, tmp_path):
     zoo = make()
     run = zoo.runs[0]
-    train_run(zoo, run, tmp_path)
+    train_run(PreparedBlueprint(zoo), run, tmp_path)
     other = replace(run, recipe=replace(run.recipe, batch_size=51))
-    for use in (train_run, train.is_finished):
+    for use, plan in ((train_run, PreparedBlueprint(zoo)), (train.is_finished, zoo)):
         with pytest.raises(ZooError, match="holds a run trained by another blueprint"):
-            use(zoo, other, tmp_path)
+            use(plan, other, tmp_path)
 
 
 def test_a_child_of_another_parent_is_another_training(make):
@@ -364,15 +367,15 @@ def test_the_spec_holds_no_path(make, tmp_path):
 def test_accumulated_batches_step_as_one_batch_of_them_all(make, tmp_path):
     images = load_images("digits", make().images["digits"])
     args = {"img_size": 8, "patch_size": 4, "in_chans": 1, "embed_dim": 16, "depth": 1, "num_heads": 2}
-    positions, views = torch.arange(60), torch.Generator()
+    positions = torch.arange(60)
+    pixels = images.part("train")[0].double() / 255
     weights = []
     for batches in ([positions], positions.split(20)):
         model = create("vit_tiny_patch16_224", args | {"num_classes": 10}, seed=3).double()
-        part = trainer.Trainer(Recipe(optimizer="sgd", lr=0.1), images, model, 1, "cpu")
-        model.train()
-        part._view = lambda feed, batch, generator, images=images: images.part("train")[0][batch].double() / 255
+        part = trainer.SingleTrainer(Recipe(optimizer="sgd", lr=0.1), images, model, 1, "cpu")
         part._outputs = lambda inputs, model=model: model(inputs)
-        part.step(iter(batches), views, len(batches))
+        fed = [FedBatch(batch[None], pixels[batch][None]) for batch in batches]
+        part.step(iter(fed), part.draws(1), 0.0, len(batches))
         weights.append(torch.cat([value.flatten() for value in model.state_dict().values()]))
     torch.testing.assert_close(*weights, rtol=0, atol=1e-12)
 
@@ -401,18 +404,18 @@ def test_settings_that_came_later_leave_fingerprints_alone(make):
 def test_images_must_fit_the_architecture(make, tmp_path, change, told):
     zoo = make(KINDS["adamw"], "seed: 7", change)
     with pytest.raises(ZooError, match=told):
-        train_run(zoo, zoo.runs[0], tmp_path)
+        train_run(PreparedBlueprint(zoo), zoo.runs[0], tmp_path)
 
 
 @pytest.mark.parametrize("size", ["[8, 8]", "[8, 16]"])
 def test_image_sizes_may_be_pairs(make, tmp_path, size):
     zoo = make(KINDS["adamw"], "seed: 7", ("img_size: 8", f"img_size: {size}"))
     if size == "[8, 8]":
-        train_run(zoo, zoo.runs[0], tmp_path)
+        train_run(PreparedBlueprint(zoo), zoo.runs[0], tmp_path)
         assert train.is_finished(zoo, zoo.runs[0], tmp_path)
     else:
         with pytest.raises(ZooError, match="takes 1 channels of 8×16, images 'digits' have 1 of 8×8"):
-            train_run(zoo, zoo.runs[0], tmp_path)
+            train_run(PreparedBlueprint(zoo), zoo.runs[0], tmp_path)
 
 
 # losses, batches, targets
@@ -465,15 +468,16 @@ def test_full_batches_have_equally_many_items():
 
 def test_cosine_goes_from_lr_to_zero(make, monkeypatch, tmp_path):
     rates = []
-    step = train.Trainer.step
+    step = trainer.SingleTrainer.step
 
-    def spy(self, batches, views, count):
+    def spy(self, batches, draws, position, count):
+        losses = step(self, batches, draws, position, count)
         rates.append(self.optimizer.param_groups[0]["lr"])
-        return step(self, batches, views, count)
+        return losses
 
-    monkeypatch.setattr(train.Trainer, "step", spy)
+    monkeypatch.setattr(trainer.SingleTrainer, "step", spy)
     zoo = make("seed: 1, lr: 0.01, schedule: cosine")
-    train_run(zoo, zoo.runs[0], tmp_path)
+    train_run(PreparedBlueprint(zoo), zoo.runs[0], tmp_path)
     total = len(rates)
     expected = 0.005 * (1 + np.cos(np.pi * np.arange(total) / total))
     assert total % 3 == 0
@@ -486,7 +490,7 @@ def test_global_generators_are_put_back_after_an_error():
         raise KeyError
 
     before = torch.random.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
-    with pytest.raises(KeyError), objectives.seeded_globals(3):
+    with pytest.raises(KeyError), seeded_globals(3):
         fail()
     assert torch.equal(torch.random.get_rng_state(), before[0])
     assert random.getstate() == before[1]
@@ -500,10 +504,10 @@ def test_cuda_training_is_reproducible_when_interrupted(make, tmp_path, kind):
         pytest.skip("no CUDA device")
     zoo = make(KINDS[kind])
     run = zoo.runs[0]
-    train_run(zoo, run, tmp_path / "whole", device="cuda")
+    train_run(PreparedBlueprint(zoo), run, tmp_path / "whole", device="cuda")
     with pytest.raises(KeyboardInterrupt):
-        train_run(zoo, run, tmp_path / "part", device="cuda", on_epoch=stop_at(1))
-    train_run(zoo, run, tmp_path / "part", device="cuda")
+        train_run(PreparedBlueprint(zoo), run, tmp_path / "part", device="cuda", on_epoch=stop_at(1))
+    train_run(PreparedBlueprint(zoo), run, tmp_path / "part", device="cuda")
     assert hashes(tmp_path / "part", run) == hashes(tmp_path / "whole", run)
 
 
@@ -516,21 +520,21 @@ def test_a_run_goes_on_with_the_images_it_began_with(make, tmp_path):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        train_run(zoo, run, tmp_path, on_epoch=interrupt)
+        train_run(PreparedBlueprint(zoo), run, tmp_path, on_epoch=interrupt)
     record = tmp_path / run.run_id / "images.json"
     kept = record.read_text()
     record.write_text('{"digest": "of others"}')
     with pytest.raises(ZooError, match="began with other images than these"):
-        train_run(zoo, run, tmp_path)
+        train_run(PreparedBlueprint(zoo), run, tmp_path)
     record.write_text(kept)
-    train_run(zoo, run, tmp_path)
+    train_run(PreparedBlueprint(zoo), run, tmp_path)
 
 
 def test_a_long_epoch_is_not_lost_where_none_is_kept(make, tmp_path, monkeypatch):
     zoo = make(KINDS["adamw"], "seed: 7", ("epochs: 3\n    keep_epochs: all", "epochs: 3"))
     run = zoo.runs[0]
     assert run.keep_epochs == (3,)
-    train_run(zoo, run, tmp_path / "whole")
+    train_run(PreparedBlueprint(zoo), run, tmp_path / "whole")
     monkeypatch.setattr(train, "RESUME_SECONDS", 0.0)
 
     def interrupt(epoch: int) -> None:
@@ -538,8 +542,8 @@ def test_a_long_epoch_is_not_lost_where_none_is_kept(make, tmp_path, monkeypatch
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        train_run(zoo, run, tmp_path / "parts", on_epoch=interrupt)
+        train_run(PreparedBlueprint(zoo), run, tmp_path / "parts", on_epoch=interrupt)
     seen = []
-    train_run(zoo, run, tmp_path / "parts", on_epoch=seen.append)
+    train_run(PreparedBlueprint(zoo), run, tmp_path / "parts", on_epoch=seen.append)
     assert seen == [2, 3]
     assert hashes(tmp_path / "parts", run) == hashes(tmp_path / "whole", run)

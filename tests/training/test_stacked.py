@@ -13,13 +13,15 @@ from safetensors.torch import load_file
 from vitzoo_hf.blueprint.blueprint import Blueprint, Recipe, Run
 from vitzoo_hf.format.layout import flatten
 from vitzoo_hf.format.schema import ZooError
+from vitzoo_hf.images.prepared import PreparedBlueprint
 from vitzoo_hf.images.sources import load_images
-from vitzoo_hf.training import stacked
+from vitzoo_hf.training import loop, stacked
 from vitzoo_hf.training.checkpoint import RunFolder
-from vitzoo_hf.training.run import initial_model, is_finished, train_run
-from vitzoo_hf.training.stacked import groups, memory_of, shape_of, stackable, train_stacked
+from vitzoo_hf.training.loop import train_epoch
+from vitzoo_hf.training.run import initial_model, is_finished
+from vitzoo_hf.training.stacked import groups, memory_of, shape_of, stackable, train_run, train_stacked
 from vitzoo_hf.training.stacked_trainer import StackedTrainer
-from vitzoo_hf.training.trainer import DivergedError, Trainer, batches_of
+from vitzoo_hf.training.trainer import DivergedError, SingleTrainer
 
 TEXT = """\
 name: stacked
@@ -115,9 +117,12 @@ def test_together_and_alone_give_the_same_weights(make, tmp_path, kind):
     runs = stage(zoo)
     assert len(groups(runs, 32)) == 1
     told = []
-    assert train_stacked(zoo, runs, tmp_path / "together", on_epoch=lambda *epoch: told.append(epoch)) == {}
+    assert (
+        train_stacked(PreparedBlueprint(zoo), runs, tmp_path / "together", on_epoch=lambda *epoch: told.append(epoch))
+        == {}
+    )
     for run in runs:
-        train_run(zoo, run, tmp_path / "alone")
+        train_run(PreparedBlueprint(zoo), run, tmp_path / "alone")
         assert is_finished(zoo, run, tmp_path / "together")
         assert_alike(tmp_path / "alone", tmp_path / "together", run)
         assert [epoch for run_id, epoch in told if run_id == run.run_id] == [0, 1, 2, 3]
@@ -132,12 +137,12 @@ def test_fine_tuning_together_and_alone_give_the_same_weights(make, tmp_path, ki
     zoo = make("seed: [1, 2]", FINETUNE[kind])
     for folder in ("alone", "together"):
         for run in stage(zoo):
-            train_run(zoo, run, tmp_path / folder)
+            train_run(PreparedBlueprint(zoo), run, tmp_path / folder)
     runs = stage(zoo, "finetune")
     (group,) = groups(runs, 4)
-    train_stacked(zoo, group, tmp_path / "together")
+    train_stacked(PreparedBlueprint(zoo), group, tmp_path / "together")
     for run in runs:
-        train_run(zoo, run, tmp_path / "alone")
+        train_run(PreparedBlueprint(zoo), run, tmp_path / "alone")
         assert_alike(tmp_path / "alone", tmp_path / "together", run)
         start, end = (RunFolder(tmp_path / "together" / run.run_id).load_epoch(epoch)[0] for epoch in (0, 3))
         for name in start:
@@ -149,7 +154,7 @@ def test_the_gradient_of_key_biases_is_rounding(make, tmp_path):
     """Why they are left out above: softmax takes no notice of what all keys share."""
     zoo = make("seed: 1")
     images = load_images("digits", zoo.images["digits"])
-    model = initial_model(zoo, zoo.runs[0], images, tmp_path).double()
+    model = initial_model(PreparedBlueprint(zoo), zoo.runs[0], tmp_path).double()
     pixels, labels = images.part("train")
     loss = torch.nn.functional.cross_entropy(model(images.normalize(pixels).double()), labels)
     loss.backward()
@@ -162,15 +167,14 @@ def test_batches_are_equal_to_the_bit(make, tmp_path, kind, monkeypatch):
     zoo = make(PRETRAIN[kind])
     runs = stage(zoo)
     images = load_images("digits", zoo.images["digits"])
-    models = [initial_model(zoo, run, images, tmp_path) for run in runs]
+    models = [initial_model(PreparedBlueprint(zoo), run, tmp_path) for run in runs]
     trainer = StackedTrainer([run.recipe for run in runs], images, models, 3, "cpu")
     draws = trainer.draws(2)
-    orders = zip(*(batches_of(run.recipe, len(trainer.labels), 2, "cpu") for run in runs), strict=True)
-    together = [trainer.inputs(torch.stack(batches), draws)[0] for batches in orders]
+    together = [trainer.inputs(batch, draws)[0] for batch in trainer.feed.batches(trainer.batches(2), draws)]
     for number, (run, model) in enumerate(zip(runs, models, strict=True)):
         alone = []
         model.register_forward_pre_hook(lambda module, given, fed=alone: fed.append(given[0].clone()))
-        Trainer(run.recipe, images, model, 3, "cpu").train_epoch(2)
+        train_epoch(SingleTrainer(run.recipe, images, model, 3, "cpu"), 2)
         assert len(alone) == len(together) == (7 if "contrastive" in kind else 8)
         for mine, theirs in zip(alone, together, strict=True):
             assert torch.equal(mine, theirs[number])
@@ -185,11 +189,11 @@ def test_what_was_begun_one_way_continues_the_other_way(make, tmp_path, kind):
     runs = stage(zoo)[:3]
     runs = [run for run in runs if shape_of(run) == shape_of(runs[0])]
     for run in runs:
-        train_run(zoo, run, tmp_path / "alone")
+        train_run(PreparedBlueprint(zoo), run, tmp_path / "alone")
         with pytest.raises(KeyboardInterrupt):
-            train_run(zoo, run, tmp_path / "alone first", on_epoch=stop_at(2))
+            train_run(PreparedBlueprint(zoo), run, tmp_path / "alone first", on_epoch=stop_at(2))
     with pytest.raises(KeyboardInterrupt):
-        train_stacked(zoo, runs, tmp_path / "together first", on_epoch=stop_at(2))
+        train_stacked(PreparedBlueprint(zoo), runs, tmp_path / "together first", on_epoch=stop_at(2))
     for run in runs:
         resumes = [
             load_file(tmp_path / folder / run.run_id / "resume.safetensors")
@@ -198,9 +202,11 @@ def test_what_was_begun_one_way_continues_the_other_way(make, tmp_path, kind):
         assert [{name: (t.shape, t.dtype) for name, t in sorted(found.items())} for found in resumes[:1]] == [
             {name: (t.shape, t.dtype) for name, t in sorted(found.items())} for found in resumes[1:]
         ]
-        train_run(zoo, run, tmp_path / "together first")
+        train_run(PreparedBlueprint(zoo), run, tmp_path / "together first")
     resumed = []
-    train_stacked(zoo, runs, tmp_path / "alone first", on_epoch=lambda *epoch: resumed.append(epoch))
+    train_stacked(
+        PreparedBlueprint(zoo), runs, tmp_path / "alone first", on_epoch=lambda *epoch: resumed.append(epoch)
+    )
     assert [epoch for _, epoch in resumed] == [2] * len(runs) + [3] * len(runs)
     for run in runs:
         for folder in ("alone first", "together first"):
@@ -210,10 +216,10 @@ def test_what_was_begun_one_way_continues_the_other_way(make, tmp_path, kind):
 
 def test_an_interrupted_group_gives_the_same_weights_to_the_bit(make, tmp_path):
     zoo = make(PRETRAIN["mixed"])
-    train_stacked(zoo, stage(zoo), tmp_path / "whole")
+    train_stacked(PreparedBlueprint(zoo), stage(zoo), tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
-        train_stacked(zoo, stage(zoo), tmp_path / "part", on_epoch=stop_at(1))
-    train_stacked(zoo, stage(zoo), tmp_path / "part")
+        train_stacked(PreparedBlueprint(zoo), stage(zoo), tmp_path / "part", on_epoch=stop_at(1))
+    train_stacked(PreparedBlueprint(zoo), stage(zoo), tmp_path / "part")
     for run in stage(zoo):
         here, there = (RunFolder(tmp_path / name / run.run_id).load_epoch(3)[0] for name in ("whole", "part"))
         assert torch.equal(flatten(here), flatten(there))
@@ -225,17 +231,17 @@ def test_members_at_different_epochs_train_in_groups_of_one_epoch(make, tmp_path
     runs = stage(zoo)
     for run, stop in zip(runs[:4], (3, 2, 2, 1), strict=True):
         if stop == 3:
-            train_run(zoo, run, tmp_path / "mixed")
+            train_run(PreparedBlueprint(zoo), run, tmp_path / "mixed")
         else:
             with pytest.raises(KeyboardInterrupt):
-                train_run(zoo, run, tmp_path / "mixed", on_epoch=stop_at(stop))
+                train_run(PreparedBlueprint(zoo), run, tmp_path / "mixed", on_epoch=stop_at(stop))
     sizes = []
     monkeypatch.setattr(
         stacked, "StackedTrainer", lambda recipes, *rest: sizes.append(len(recipes)) or spy(recipes, *rest)
     )
-    train_stacked(zoo, runs, tmp_path / "mixed")
+    train_stacked(PreparedBlueprint(zoo), runs, tmp_path / "mixed")
     assert sizes == [2, 2]
-    train_stacked(zoo, runs, tmp_path / "whole")
+    train_stacked(PreparedBlueprint(zoo), runs, tmp_path / "whole")
     for run in runs:
         assert_alike(tmp_path / "whole", tmp_path / "mixed", run)
 
@@ -246,17 +252,18 @@ spy = StackedTrainer
 def test_out_of_memory_halves_the_group(make, tmp_path, monkeypatch):
     zoo = make(PRETRAIN["adamw"])
     runs = stage(zoo)[:5]
-    train_stacked(zoo, runs, tmp_path / "whole")
-    sizes, train_epoch = [], StackedTrainer.train_epoch
+    train_stacked(PreparedBlueprint(zoo), runs, tmp_path / "whole")
+    sizes = []
 
-    def small_memory(self, epoch):
-        sizes.append(len(self.recipes))
-        if len(self.recipes) > 2 and epoch == 2:
+    def small_memory(trainer, epoch):
+        if trainer.num_models > 1:
+            sizes.append(trainer.num_models)
+        if trainer.num_models > 2 and epoch == 2:
             raise torch.OutOfMemoryError("for the test")
-        return train_epoch(self, epoch)
+        return train_epoch(trainer, epoch)
 
-    monkeypatch.setattr(StackedTrainer, "train_epoch", small_memory)
-    train_stacked(zoo, runs, tmp_path / "halved")
+    monkeypatch.setattr(loop, "train_epoch", small_memory)
+    train_stacked(PreparedBlueprint(zoo), runs, tmp_path / "halved")
     assert sizes == [5, 5, 2, 2, 3, 2, 2]
     for run in runs:
         assert_alike(tmp_path / "whole", tmp_path / "halved", run)
@@ -272,28 +279,28 @@ def test_a_diverging_run_leaves_and_the_others_go_on_unharmed(make, tmp_path, op
     wild = [run for run in runs if run.recipe.lr == 1e30]
     calm = [run for run in runs if run not in wild]
     told = []
-    lost = train_stacked(zoo, runs, tmp_path / "all", on_epoch=lambda *epoch: told.append(epoch))
+    lost = train_stacked(PreparedBlueprint(zoo), runs, tmp_path / "all", on_epoch=lambda *epoch: told.append(epoch))
     reason = "the loss or a weight is no longer finite; lower the learning rate"
     assert lost == {run.run_id: f"{run.run_id} diverged in epoch 1: {reason}" for run in wild}
-    train_stacked(zoo, calm, tmp_path / "calm")
+    train_stacked(PreparedBlueprint(zoo), calm, tmp_path / "calm")
     for run in calm:
         assert_alike(tmp_path / "calm", tmp_path / "all", run)
     for run in wild:
         with pytest.raises(DivergedError):
-            train_run(zoo, run, tmp_path / "alone")
+            train_run(PreparedBlueprint(zoo), run, tmp_path / "alone")
         places = [RunFolder(tmp_path / folder / run.run_id) for folder in ("alone", "all")]
         assert places[0].divergence == places[1].divergence == {"epoch": 1, "reason": reason}
         assert [place.epochs() for place in places] == [[0], [0]]
         assert [epoch for run_id, epoch in told if run_id == run.run_id] == [0]
         with pytest.raises(DivergedError, match="diverged in epoch 1"):
-            train_run(zoo, run, tmp_path / "all")
-    again = train_stacked(zoo, runs, tmp_path / "all")
+            train_run(PreparedBlueprint(zoo), run, tmp_path / "all")
+    again = train_stacked(PreparedBlueprint(zoo), runs, tmp_path / "all")
     assert again == {run.run_id: f"{run.run_id} diverged in epoch 1: {reason}" for run in wild}
 
 
 def test_a_group_may_diverge_whole(make, tmp_path):
     zoo = make("seed: [1, 2], lr: 1e30")
-    assert list(train_stacked(zoo, stage(zoo), tmp_path)) == [run.run_id for run in stage(zoo)]
+    assert list(train_stacked(PreparedBlueprint(zoo), stage(zoo), tmp_path)) == [run.run_id for run in stage(zoo)]
 
 
 # groups
@@ -348,7 +355,7 @@ def test_runs_of_other_shapes_are_refused(make, tmp_path, change):
     second = replace(second, recipe=replace(second.recipe, **change))
     assert len(groups([first, second], 2)) == 2
     with pytest.raises(ZooError, match="s1 and the other runs differ in shape: split them by `groups`"):
-        train_stacked(zoo, [first, second], tmp_path)
+        train_stacked(PreparedBlueprint(zoo), [first, second], tmp_path)
 
 
 def test_groups_of_none_are_refused():
@@ -359,13 +366,13 @@ def test_groups_of_none_are_refused():
 def test_models_that_do_not_stack_train_alone_to_the_bit(make, tmp_path):
     zoo = make("seed: [1, 2], batch_size: 50", "seed: 7", ("num_heads: 2", "num_heads: 2, drop_rate: 0.1"))
     assert not stackable(zoo)
-    train_stacked(zoo, stage(zoo), tmp_path / "together")
+    train_stacked(PreparedBlueprint(zoo), stage(zoo), tmp_path / "together")
     images = load_images("digits", zoo.images["digits"])
-    models = [initial_model(zoo, run, images, tmp_path) for run in stage(zoo)]
+    models = [initial_model(PreparedBlueprint(zoo), run, tmp_path) for run in stage(zoo)]
     with pytest.raises(ZooError, match="only plain ViTs without dropout train together"):
         StackedTrainer([run.recipe for run in stage(zoo)], images, models, 3, "cpu")
     for run in stage(zoo):
-        train_run(zoo, run, tmp_path / "alone")
+        train_run(PreparedBlueprint(zoo), run, tmp_path / "alone")
         here, there = (RunFolder(tmp_path / name / run.run_id).load_epoch(3)[0] for name in ("alone", "together"))
         assert torch.equal(flatten(here), flatten(there))
 
@@ -384,7 +391,7 @@ def test_cuda_trains_together_as_alone(make, tmp_path, kind):
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     zoo = make(PRETRAIN[kind])
-    train_stacked(zoo, stage(zoo), tmp_path / "together", device="cuda")
+    train_stacked(PreparedBlueprint(zoo), stage(zoo), tmp_path / "together", device="cuda")
     for run in stage(zoo):
-        train_run(zoo, run, tmp_path / "alone", device="cuda")
+        train_run(PreparedBlueprint(zoo), run, tmp_path / "alone", device="cuda")
         assert_alike(tmp_path / "alone", tmp_path / "together", run)

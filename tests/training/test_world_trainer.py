@@ -10,12 +10,14 @@ from torch.nn.functional import cross_entropy
 from vitzoo_hf.blueprint.blueprint import Blueprint
 from vitzoo_hf.format.layout import flatten
 from vitzoo_hf.format.schema import ZooError
+from vitzoo_hf.images.prepared import PreparedBlueprint
 from vitzoo_hf.images.sources import load_images
 from vitzoo_hf.models.rebuild import reconstruct
 from vitzoo_hf.training.checkpoint import RunFolder
-from vitzoo_hf.training.run import initial_model, train_run
+from vitzoo_hf.training.feed import FedBatch
+from vitzoo_hf.training.run import initial_model
 from vitzoo_hf.training.seeds import derive_seed
-from vitzoo_hf.training.stacked import groups, train_stacked
+from vitzoo_hf.training.stacked import groups, train_run, train_stacked
 from vitzoo_hf.training.world_trainer import WorldTrainer
 
 TEXT = """\
@@ -70,8 +72,14 @@ def make(tmp_path: Path):
 
 def begun(zoo: Blueprint) -> WorldTrainer:
     images = load_images("digits", zoo.images["digits"])
-    models = [initial_model(zoo, run, images, Path()) for run in zoo.runs]
+    models = [initial_model(PreparedBlueprint(zoo), run, Path()) for run in zoo.runs]
     return WorldTrainer(zoo.runs, images, models, "cpu")
+
+
+def first_batch(trainer: WorldTrainer) -> tuple[FedBatch, torch.Tensor]:
+    """The first batch of the first epoch, and its labels."""
+    batch = next(trainer.feed.batches(trainer.batches(1), trainer.draws(1)))
+    return batch, trainer.drawn_labels.gather(1, batch.positions)
 
 
 def weights(folder: Path, run_id: str, epoch: int) -> torch.Tensor:
@@ -87,7 +95,7 @@ def test_a_run_does_not_depend_on_those_beside_it(make, tmp_path, learner):
     """Alone, in another order beside two others, and interrupted: the same weights, but for rounding."""
     zoo = make(LEARNERS[learner])
     (group,) = groups(zoo.runs, 8)
-    train_stacked(zoo, group, tmp_path / "together")
+    train_stacked(PreparedBlueprint(zoo), group, tmp_path / "together")
     chosen = group[2]
 
     def stop(run_id: str, epoch: int) -> None:
@@ -95,9 +103,9 @@ def test_a_run_does_not_depend_on_those_beside_it(make, tmp_path, learner):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        train_stacked(zoo, [chosen], tmp_path / "alone", on_epoch=stop)
-    train_stacked(zoo, [chosen], tmp_path / "alone")
-    train_stacked(zoo, [group[3], chosen], tmp_path / "reordered")
+        train_stacked(PreparedBlueprint(zoo), [chosen], tmp_path / "alone", on_epoch=stop)
+    train_stacked(PreparedBlueprint(zoo), [chosen], tmp_path / "alone")
+    train_stacked(PreparedBlueprint(zoo), [group[3], chosen], tmp_path / "reordered")
     for epoch in (0, 1, 2, 3):
         expected = weights(tmp_path / "together", chosen.run_id, epoch)
         for other in ("alone", "reordered"):
@@ -112,7 +120,7 @@ def test_a_run_does_not_depend_on_those_beside_it(make, tmp_path, learner):
 def test_every_run_makes_equally_many_steps_whatever_its_number_of_images(make, tmp_path):
     zoo = make("label_noise: 0.1, role: target", "num_images: [24, 120, 480]")
     assert len(groups(zoo.runs, 8)) == 1
-    train_stacked(zoo, zoo.runs, tmp_path)
+    train_stacked(PreparedBlueprint(zoo), zoo.runs, tmp_path)
     for run in zoo.runs:
         assert [results(tmp_path, run.run_id, epoch)["steps"] for epoch in (0, 1, 2, 3)] == [0, 5, 10, 15]
 
@@ -123,13 +131,13 @@ def test_without_epoch_steps_an_epoch_is_a_pass(make):
     assert [len(group) for group in groups(zoo.runs, 8)] == [1, 1]
     trainers = [begun(zoo.__class__(**(zoo.__dict__ | {"runs": (run,)}))) for run in zoo.runs]
     assert [trainer.steps for trainer in trainers] == [2, 5]
-    entries = trainers[1].batches(2)
+    entries = torch.cat(trainers[1].batches(2))
     assert sorted(entries.flatten().tolist()) == list(range(120))
 
 
 def test_all_images_come_before_any_comes_again(make):
     trainer = begun(make("role: target, num_images: 48", "label_ratio: [0.5]"))
-    stream = torch.cat([trainer.batches(epoch)[:, 0].flatten() for epoch in (1, 2, 3)])
+    stream = torch.cat([batch[0] for epoch in (1, 2, 3) for batch in trainer.batches(epoch)])
     passes = stream[: 48 * (len(stream) // 48)].view(-1, 48)
     assert len(passes) > 5
     assert all(sorted(one.tolist()) == list(range(48)) for one in passes)
@@ -143,21 +151,20 @@ def test_batches_by_environment_have_equal_parts_of_each(make):
     pool = load_images("digits", zoo.images["digits"]).pool
     draw = pool.training_draw(run.world, run.learner, run.recipe.seed)
     draw = draw.take(draw.environments.argsort(stable=True))
-    for batch in trainer.batches(1)[:, 0]:
-        assert draw.environments[batch].tolist() == [0] * 12 + [1] * 12
-    assert trainer.places[0].tolist() == (draw.positions + pool.pixels.shape[1] * draw.groups).tolist()
+    for batch in trainer.batches(1):
+        assert draw.environments[batch[0]].tolist() == [0] * 12 + [1] * 12
+    assert trainer.feed.places[0].tolist() == (draw.positions + pool.pixels.shape[1] * draw.groups).tolist()
 
 
 def test_models_are_fed_their_own_images_in_their_colours(make):
     zoo = make("group_ratio: 0.5")
     trainer = begun(zoo)
     images = load_images("digits", zoo.images["digits"])
-    batch = trainer.batches(1)[0]
-    fed, labels = trainer._fed(batch, trainer.draws(1))
+    fed, labels = first_batch(trainer)
     for model, run in enumerate(zoo.runs):
-        draw = images.pool.training_draw(run.world, run.learner, run.recipe.seed).take(batch[model])
+        draw = images.pool.training_draw(run.world, run.learner, run.recipe.seed).take(fed.positions[model])
         assert labels[model].tolist() == draw.labels.tolist()
-        torch.testing.assert_close(fed[model], images.normalize(images.pool.images(draw)))
+        torch.testing.assert_close(fed.inputs[model], images.normalize(images.pool.images(draw)))
 
 
 def oracle_objective(learner, run, model, inputs, labels, step: int) -> torch.Tensor:
@@ -192,13 +199,12 @@ def test_gradients_of_learners_are_autograds(make, learner):
         text = LEARNERS[learner].replace("penalty_from: 7", f"penalty_from: {penalty_from}")
         zoo = make(text, LABEL_RATIOS, *changes)
         trainer = begun(zoo)
-        batch = trainer.batches(1)[0]
-        inputs, labels = trainer._fed(batch, trainer.draws(1))
+        batch, labels = first_batch(trainer)
         before = trainer.weights.detach().clone()
-        trainer.step(batch, trainer.draws(1), 0.0)
+        trainer.step(iter([batch]), trainer.draws(1), 0.0)
         for number, run in enumerate(zoo.runs):
-            model = initial_model(zoo, run, load_images("digits", zoo.images["digits"]), Path()).train()
-            oracle_objective(learner, run, model, inputs[number], labels[number], step).backward()
+            model = initial_model(PreparedBlueprint(zoo), run, Path()).train()
+            oracle_objective(learner, run, model, batch.inputs[number], labels[number], step).backward()
             gradient = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
             torch.testing.assert_close(before[number] - trainer.weights[number], gradient, atol=2e-6, rtol=1e-4)
 
@@ -211,7 +217,7 @@ def with_other_colours(images: torch.Tensor) -> torch.Tensor:
 def test_outputs_of_the_causal_learner_do_not_depend_on_colour(make, tmp_path, learner):
     settings = LEARNERS[learner] + (", " if LEARNERS[learner] else "") + "colour_agreement: 0.9, num_images: 240"
     zoo = make(settings, LABEL_RATIOS, ("lr: 0.003", "lr: 0.01"), ("epoch_steps: 5", "epoch_steps: 20"))
-    train_stacked(zoo, zoo.runs, tmp_path)
+    train_stacked(PreparedBlueprint(zoo), zoo.runs, tmp_path)
     images = load_images("digits", zoo.images["digits"])
     pixels = images.normalize(images.part("test")[0])
     trainer = begun(zoo)
@@ -228,7 +234,7 @@ def test_outputs_of_the_causal_learner_do_not_depend_on_colour(make, tmp_path, l
 
 def test_a_stopped_run_keeps_its_weights_and_tells_its_steps(make, tmp_path):
     zoo = make("num_images: 240", "stop_loss: [0, 100]")
-    train_stacked(zoo, zoo.runs, tmp_path)
+    train_stacked(PreparedBlueprint(zoo), zoo.runs, tmp_path)
     going, stopped = zoo.runs
     assert [results(tmp_path, stopped.run_id, epoch)["steps"] for epoch in (1, 2, 3)] == [5, 5, 5]
     assert torch.equal(weights(tmp_path, stopped.run_id, 1), weights(tmp_path, stopped.run_id, 3))
@@ -238,18 +244,18 @@ def test_a_stopped_run_keeps_its_weights_and_tells_its_steps(make, tmp_path):
 
 def test_a_model_that_diverges_leaves_the_others(make, tmp_path):
     zoo = make("num_images: 240, optimizer: sgd", "lr: [1e-3, 1e30]", ("lr: 0.003, ", ""))
-    diverged = train_stacked(zoo, zoo.runs, tmp_path)
+    diverged = train_stacked(PreparedBlueprint(zoo), zoo.runs, tmp_path)
     assert list(diverged) == [zoo.runs[1].run_id]
     assert weights(tmp_path, zoo.runs[0].run_id, 3).isfinite().all()
 
 
 def test_training_results_are_those_of_the_models_own_images(make, tmp_path):
     zoo = make("num_images: 240, label_noise: 0.2")
-    train_stacked(zoo, zoo.runs, tmp_path)
+    train_stacked(PreparedBlueprint(zoo), zoo.runs, tmp_path)
     images = load_images("digits", zoo.images["digits"])
     run = zoo.runs[1]
     tensors, told = RunFolder(tmp_path / run.run_id).load_epoch(3)
-    model = initial_model(zoo, run, images, tmp_path).eval()
+    model = initial_model(PreparedBlueprint(zoo), run, tmp_path).eval()
     model.load_state_dict(tensors)
     draw = images.pool.training_draw(run.world, run.learner, run.recipe.seed)
     with torch.no_grad():
@@ -265,7 +271,7 @@ def test_training_results_are_those_of_the_models_own_images(make, tmp_path):
 def test_a_world_does_not_train_by_train_run(make, tmp_path):
     zoo = make()
     with pytest.raises(ZooError, match="draws training images of its own"):
-        train_run(zoo, zoo.runs[0], tmp_path)
+        train_run(PreparedBlueprint(zoo), zoo.runs[0], tmp_path)
 
 
 def test_packed_rows_say_what_they_were_trained_on(make, tmp_path):
@@ -274,7 +280,7 @@ def test_packed_rows_say_what_they_were_trained_on(make, tmp_path):
     from vitzoo_hf.zoo import Zoo
 
     zoo = make()
-    train_stacked(zoo, zoo.runs, tmp_path / "runs")
+    train_stacked(PreparedBlueprint(zoo), zoo.runs, tmp_path / "runs")
     packed = Zoo(pack(zoo, tmp_path / "runs", tmp_path / "zoo", progress=False))
     table = packed.filter(is_final=True).to_pandas()
     assert set(table["factor_role"]) == {"target", "shadow"}
@@ -330,11 +336,11 @@ def test_private_training_without_noise_or_clipping_is_sgd_on_poisson_samples(ma
     pytest.importorskip("opacus", reason="opacus is an extra: pip install 'vitzoo-hf[privacy]'")
     zoo = make(PRIVATE, "label_ratio: [0.5]", ("lr: 0.003", "lr: 0.1"))
     (run,) = zoo.runs
-    train_stacked(zoo, [run], tmp_path)
+    train_stacked(PreparedBlueprint(zoo), [run], tmp_path)
     images = load_images("digits", zoo.images["digits"])
     draw = images.pool.training_draw(run.world, run.learner, run.recipe.seed)
     inputs = images.normalize(images.pool.images(draw))
-    model = initial_model(zoo, run, images, tmp_path).train()
+    model = initial_model(PreparedBlueprint(zoo), run, tmp_path).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     sizes = []
     for epoch in (1, 2, 3):
@@ -363,13 +369,13 @@ def test_private_gradients_are_clipped_and_noisy_and_the_budget_is_counted(make,
         (run,) = zoo.runs
         if noise:
             for folder in ("first", "second"):
-                train_stacked(zoo, [run], tmp_path / folder)
+                train_stacked(PreparedBlueprint(zoo), [run], tmp_path / folder)
             first, second = (weights(tmp_path / folder, run.run_id, 3) for folder in ("first", "second"))
             assert torch.equal(first, second)
             spent = [results(tmp_path / "first", run.run_id, epoch)["epsilon"] for epoch in (0, 1, 3)]
             assert spent[0] == 0 < spent[1] < spent[2] < 20
         else:
-            train_stacked(zoo, [run], tmp_path / "clipped")
+            train_stacked(PreparedBlueprint(zoo), [run], tmp_path / "clipped")
         folder = tmp_path / ("first" if noise else "clipped")
         moved[noise] = weights(folder, run.run_id, 3) - weights(folder, run.run_id, 0)
     assert 0 < float(moved[0].norm()) < 15 * 1e-3 * 48 / 24
@@ -380,8 +386,9 @@ def test_private_gradients_are_clipped_and_noisy_and_the_budget_is_counted(make,
 def test_shared_init_begins_every_run_at_the_same_weights(make, tmp_path):
     for shared in (False, True):
         zoo = make(f"shared_init: {str(shared).lower()}")
-        images = load_images("digits", zoo.images["digits"])
-        first, second = (flatten(initial_model(zoo, run, images, tmp_path).state_dict()) for run in zoo.runs[:2])
+        first, second = (
+            flatten(initial_model(PreparedBlueprint(zoo), run, tmp_path).state_dict()) for run in zoo.runs[:2]
+        )
         assert torch.equal(first, second) == shared
 
 
@@ -398,9 +405,8 @@ splits"""
 def test_shared_init_gives_fine_tuned_runs_one_head_on_their_checkpoint(make, tmp_path):
     zoo = make("", "role: [target]", ("splits", FINETUNE))
     parent, *children = zoo.runs
-    train_stacked(zoo, [parent], tmp_path)
-    images = load_images("digits", zoo.images["digits"])
-    states = [initial_model(zoo, run, images, tmp_path).state_dict() for run in children]
+    train_stacked(PreparedBlueprint(zoo), [parent], tmp_path)
+    states = [initial_model(PreparedBlueprint(zoo), run, tmp_path).state_dict() for run in children]
     trained, _ = RunFolder(tmp_path / parent.run_id).load_epoch(3)
     assert torch.equal(states[0]["head.weight"], states[1]["head.weight"])
     assert not torch.equal(states[0]["head.weight"], trained["head.weight"])

@@ -102,7 +102,7 @@ def test_leaving_early_stops_the_readers(stored):
     blocks = iter(Zoo(stored).weight_columns(block_bytes=2000))
     next(blocks)
     blocks.close()
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("vitzoo-columns")]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("vitzoo-ahead")]
 
 
 @pytest.mark.parametrize("workers", [1, 2])

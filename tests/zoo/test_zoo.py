@@ -169,7 +169,7 @@ def test_a_flipped_weight_is_refused_by_name(zoo_copy):
     (zoo_copy / "zoo.json").write_text(json.dumps(manifest))
     damaged = table["model_id"][1].as_py()
     with pytest.raises(ZooError, match=f"the weights of {damaged} do not match their hash"):
-        list(Zoo(zoo_copy).rows())
+        [row.weights for row in Zoo(zoo_copy).rows()]
 
 
 def test_a_newer_format_is_refused(zoo_copy):

@@ -1,4 +1,4 @@
-"""Weights that are no row of a zoo, averages and interpolations of rows, and how the networks they make behave."""
+"""Evaluate weight vectors that are not stored in a zoo, such as averages or interpolations of its rows."""
 
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -15,60 +15,64 @@ from vitzoo_hf.models.population import Population
 
 
 class Scores(NamedTuple):
-    """Of P networks on labelled images: mean cross-entropy in nats, and the share of right predictions."""
+    """Mean cross-entropy in nats and accuracy of P networks on labelled images."""
 
     loss: Float64[Tensor, " P"]
     accuracy: Float64[Tensor, " P"]
 
 
 def check_images(like: RowLike, images: Tensor, labels: Tensor | None = None) -> None:
-    """Refuse images that networks of a row's architecture do not take, and labels that are not one an image.
+    """Refuse images that do not fit a row's architecture, and labels that do not fit the images.
 
     Raises:
-        ZooError: for other channels, or another number of labels than of images.
+        ZooError: if the number of channels is not the architecture's, or there is not one label an image.
     """
-    model: Any = Architecture.of(like).skeleton
+    row = Row.of(like)
+    model: Any = Architecture.of(row).skeleton
     channels = model.patch_embed.proj.in_channels
     if images.ndim != 4 or images.shape[1] != channels:
         raise ZooError(
-            f"the images are {list(images.shape)}, and networks like {like.get('model_id', 'the row')} take"
-            f" [N, {channels}, H, W]: take the images of its dataset, Zoo.probes({str(like.get('dataset'))!r})"
+            f"the images are {list(images.shape)}, and networks like {row.name} take"
+            f" [N, {channels}, H, W]: take the images of its dataset, Zoo.probes({str(row.dataset)!r})"
         )
     if labels is not None and len(labels) != len(images):
         raise ZooError(f"{len(images)} images have {len(labels)} labels: give one label an image")
 
 
 def check_vectors(like: RowLike, *vectors: Tensor) -> None:
-    """Refuse vectors that are not weights of a row's architecture and head.
+    """Refuse vectors that do not fit a row's architecture and head.
 
     Raises:
-        ZooError: for another number of weights.
+        ZooError: if a vector has another number of weights than the row.
     """
-    wanted = Architecture.of(like).layout.num_parameters
+    row = Row.of(like)
+    size = Architecture.of(row).layout.num_parameters
     for vector in vectors:
-        if vector.shape != (wanted,):
+        if vector.shape != (size,):
             raise ZooError(
-                f"weights of shape {list(vector.shape)} do not fit {like.get('model_id', 'the row')}, whose"
-                f" architecture and head have [{wanted}]: take models of one architecture and head"
+                f"weights of shape {list(vector.shape)} do not fit {row.name}, whose"
+                f" architecture and head have [{size}]: take models of one architecture and head"
             )
 
 
 def candidate_rows(weights: Float[Tensor, "P D"], like: RowLike) -> Iterator[Row]:
-    """Rows, without a hash, of networks of the architecture and head of another row.
+    """Make rows from weights: the columns of `like` with new weights and without a hash.
 
     Args:
         weights: one vector a network, float32, in the layout of `like`.
-        like: any row with the architecture columns.
+        like: a row with the architecture columns.
 
     Raises:
         ZooError: if a weight is not finite.
     """
-    kept = {name: value for name, value in like.items() if name not in ("weights", "weights_sha256", "model_id")}
+    row = Row.of(like)
+    columns = {name: row[name] for name in row if name not in ("weights", "weights_sha256", "model_id")}
     for position, vector in enumerate(weights):
         if not vector.isfinite().all():
             raise ZooError(f"candidate {position} of {len(weights)} has weights that are not finite")
-        columns = {**kept, "model_id": f"candidate {position}", "dtype": "float32", "weights": vector}
-        yield Row(columns, verified=True)
+        changes = {"model_id": f"candidate {position}", "dtype": "float32", "weights": vector}
+        # verified, because there is no hash to compare with, and finiteness has just been checked
+        yield Row({**columns, **changes}, verified=True)
 
 
 def candidate_logits(
@@ -78,7 +82,7 @@ def candidate_logits(
     *,
     device: str | torch.device = "cpu",
 ) -> Float[Tensor, "P N K"]:
-    """Logits of networks of the architecture and head of a row, with other weights.
+    """Logits of networks that have the architecture and head of a row, and new weights.
 
     Example:
         >>> from vitzoo_hf.zoo import Zoo
@@ -99,15 +103,15 @@ def candidate_scores(
     *,
     device: str | torch.device = "cpu",
 ) -> Scores:
-    """Loss and accuracy of networks of the architecture and head of a row, with other weights.
+    """Loss and accuracy of networks that have the architecture and head of a row, and new weights.
 
     Raises:
-        ZooError: as `candidate_logits`; or if outputs of a network are not finite.
+        ZooError: if images, labels or weights do not fit the row, or outputs of a network are not finite.
     """
     check_images(like, images, labels)
     logits = candidate_logits(weights, like, images, device=device)
     broken = ~logits.isfinite().all(2).all(1)
     if broken.any():
         raise ZooError(f"network {int(broken.int().argmax())} of {len(weights)} gives NaN or infinite outputs")
-    place = labels.to(logits.device)
-    return Scores(cross_entropy(logits, place).double(), accuracy(logits, place).double())
+    labels = labels.to(logits.device)
+    return Scores(cross_entropy(logits, labels).double(), accuracy(logits, labels).double())

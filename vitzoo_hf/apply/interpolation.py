@@ -1,21 +1,24 @@
-"""Scores of networks along a path between weight vectors."""
+"""Loss and accuracy of networks along a path between weight vectors.
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+A path of T points costs T evaluations of a network on all images.
+"""
+
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
 from vitzoo_hf.apply.candidates import candidate_scores, check_vectors
+from vitzoo_hf.format.row import RowLike
 from vitzoo_hf.format.schema import ZooError
 
 TOGETHER = 100_000_000
-"""Weights of points that are held at once."""
+"""Most weights of points in memory at once: 400 MB of float32."""
 
 
 class PathScores(NamedTuple):
-    """Along a path: mean cross-entropy in nats and the share of right predictions, at positions from 0 to 1."""
+    """Mean cross-entropy in nats and accuracy at positions from 0 to 1 along a path."""
 
     positions: Float64[Tensor, " T"]
     loss: Float64[Tensor, " T"]
@@ -23,30 +26,30 @@ class PathScores(NamedTuple):
 
     @property
     def barrier(self) -> float:
-        """Largest rise of the loss over the line between the ends, in nats; 0 if there is none."""
+        """Largest rise of the loss above the line between its values at the ends, in nats; 0 without a rise."""
         return barrier(self.loss, self.positions)
 
     @property
     def accuracy_barrier(self) -> float:
-        """Largest fall of the accuracy below the line between the ends; 0 if there is none."""
+        """Largest fall of the accuracy below the line between its values at the ends; 0 without a fall."""
         return barrier(1 - self.accuracy, self.positions)
 
     @property
     def connectivity(self) -> float:
-        """The mode-connectivity measure of the errors; see `mode_connectivity`."""
+        """The mode connectivity of the error rates; see `mode_connectivity`."""
         return mode_connectivity(1 - self.accuracy)
 
     @property
     def midpoint(self) -> int:
-        """The place of the position closest to ½."""
+        """Index of the position closest to ½."""
         return int((self.positions - 0.5).abs().argmin())
 
 
 def positions(count: int) -> Float64[Tensor, " T"]:
-    """So many positions from 0 to 1, both ends among them.
+    """Positions at equal steps from 0 to 1, both ends included.
 
     Raises:
-        ZooError: for fewer than 3, which would leave out the middle.
+        ZooError: for fewer than 3 positions, which would leave out the middle.
     """
     if count < 3:
         raise ZooError(f"a path of {count} points has no middle: give at least 3")
@@ -54,7 +57,7 @@ def positions(count: int) -> Float64[Tensor, " T"]:
 
 
 def barrier(values: Float64[Tensor, " T"], positions: Float64[Tensor, " T"]) -> float:
-    """Largest rise of values over the line between the first and the last: never below 0.
+    """Largest rise of values above the line between the first and the last value; never below 0.
 
     Example:
         >>> t = positions(3)
@@ -68,16 +71,14 @@ def barrier(values: Float64[Tensor, " T"], positions: Float64[Tensor, " T"]) -> 
 def mode_connectivity(errors: Float64[Tensor, " T"]) -> float:
     """The measure ½ (e(0) + e(1)) − e(t*), with t* where the error is farthest from the mean of the ends.
 
-    Source: Yang et al. 2021. t* is looked for between the ends, which are both equally far from their mean, so that
-    the measure does not change when the ends change places; of points equally far, the one of higher error counts.
-
-    Below 0 there is a barrier, at 0 the ends are connected, above 0 the path goes through better networks.
+    Source: Yang et al. 2021. A measure below 0 means a barrier, 0 means that the ends are connected, and above 0 the
+    path goes through better networks. Exchanging the ends does not change the measure.
 
     Args:
-        errors: at positions along a path, both ends among them.
+        errors: error rates at positions along a path, both ends included.
 
     Raises:
-        ZooError: for fewer than 3, of which none is between the ends.
+        ZooError: for fewer than 3 errors, because then no position lies between the ends.
 
     Example:
         >>> mode_connectivity(torch.tensor([0.25, 0.75, 0.25]).double())
@@ -85,6 +86,8 @@ def mode_connectivity(errors: Float64[Tensor, " T"]) -> float:
     """
     if len(errors) < 3:
         raise ZooError(f"{len(errors)} errors have none between the ends of a path: give at least 3")
+    # The ends are left out: both are equally far from their mean, so as t* they would depend on their order. Of
+    # interior points that are equally far, the one with the higher error counts.
     rises = errors[1:-1] - (errors[0] + errors[-1]) / 2
     farthest = rises[rises.abs() == rises.abs().max()].max()
     return -float(farthest)
@@ -93,7 +96,7 @@ def mode_connectivity(errors: Float64[Tensor, " T"]) -> float:
 def straight_points(
     first: Float[Tensor, " D"], last: Float[Tensor, " D"], positions: Float64[Tensor, " T"]
 ) -> Float[Tensor, "T D"]:
-    """Points (1 − t) first + t last."""
+    """The points (1 − t) first + t last."""
     t = positions.to(first)[:, None]
     return (1 - t) * first + t * last
 
@@ -104,7 +107,7 @@ def bezier_points(
     last: Float[Tensor, " D"],
     positions: Float64[Tensor, " T"],
 ) -> Float[Tensor, "T D"]:
-    """Points (1 − t)² first + 2 t (1 − t) control + t² last."""
+    """The points (1 − t)² first + 2 t (1 − t) control + t² last."""
     t = positions.to(first)[:, None]
     return (1 - t) ** 2 * first + 2 * t * (1 - t) * control + t**2 * last
 
@@ -112,7 +115,7 @@ def bezier_points(
 def path_scores(
     first: Float[Tensor, " D"],
     last: Float[Tensor, " D"],
-    like: Mapping[str, Any],
+    like: RowLike,
     images: Float[Tensor, "N C H W"],
     labels: Int64[Tensor, " N"],
     *,
@@ -125,15 +128,15 @@ def path_scores(
     Args:
         first: weights at t = 0, float32.
         last: weights at t = 1, in the same layout.
-        like: a row of their architecture and head.
-        images: as the networks are fed them.
-        labels: of the images.
-        control: of a Bézier curve; None for the straight path.
-        points: positions at equal steps, both ends among them.
+        like: a row with the architecture and head of the networks.
+        images: normalised images, ready for the networks.
+        labels: one class an image.
+        control: control point of a Bézier curve; None for the straight path.
+        points: number of positions at equal steps, both ends included.
         device: where the networks run.
 
     Raises:
-        ZooError: for fewer than 3 points, weights of another length than those of `like`, or images it does not take.
+        ZooError: for fewer than 3 points, or weights or images that do not fit `like`.
 
     Example:
         >>> from vitzoo_hf.zoo import Zoo
@@ -144,13 +147,13 @@ def path_scores(
         >>> path.loss.shape, path.barrier >= 0
         (torch.Size([5]), True)
     """
-    where = positions(points)
+    at = positions(points)
     check_vectors(like, *(vector for vector in (first, last, control) if vector is not None))
     step = max(1, TOGETHER // len(first))
     parts = []
-    for some in where.split(step):
+    for part in at.split(step):
         ends = (first, last)
-        weights = straight_points(*ends, some) if control is None else bezier_points(first, control, last, some)
+        weights = straight_points(*ends, part) if control is None else bezier_points(first, control, last, part)
         parts.append(candidate_scores(weights, like, images, labels, device=device))
     loss, accuracy = (torch.cat(values).cpu() for values in zip(*parts, strict=True))
-    return PathScores(where, loss, accuracy)
+    return PathScores(at, loss, accuracy)

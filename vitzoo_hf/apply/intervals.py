@@ -1,15 +1,18 @@
-"""How sure a difference is: paired over images, over groups, over runs; percentile bootstraps (Efron 1979)."""
+"""Intervals and tests of differences: percentile bootstraps (Efron 1979) over images, groups, runs or pairs."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool
+from jaxtyping import Bool, Float, Int64
 from scipy.stats import binomtest, wilcoxon
 from torch import Tensor
 
 RESAMPLES = 10_000
 LEVEL = 0.95
+# In floating point this is 0.025000000000000022. Published tables rest on it, and others on 0.025: a caller states
+# which, as the two may differ in the last bit.
+TAIL = (1 - LEVEL) / 2
 
 
 class Difference(NamedTuple):
@@ -21,16 +24,18 @@ class Difference(NamedTuple):
 
 
 class Gains(NamedTuple):
-    """Differences of many runs or groups taken together.
+    """A summary of the differences of many runs or groups.
 
     Attributes:
-        number: how many there are.
-        mean: with `low` and `high`, its interval over resampled differences.
-        median: of the differences.
-        share_better: that are above zero.
-        share_worse: that are below zero.
-        sign_p: two-sided sign test, ties left out; 1 where there are only ties.
-        wilcoxon_p: two-sided signed-rank test, ties left out; 1 where there are only ties.
+        number: how many differences there are.
+        mean: the mean difference.
+        low: lower end of the interval of the mean over resampled differences.
+        high: upper end of that interval.
+        median: the median difference.
+        share_better: the share of differences above zero.
+        share_worse: the share of differences below zero.
+        sign_p: p-value of the two-sided sign test without ties; 1 where there are only ties.
+        wilcoxon_p: p-value of the two-sided signed-rank test without ties; 1 where there are only ties.
     """
 
     number: int
@@ -44,19 +49,38 @@ class Gains(NamedTuple):
     wilcoxon_p: float
 
 
+def resampled_places(count: int, resamples: int, seed: int) -> Int64[np.ndarray, "R N"]:
+    """Draw positions with replacement: each row is one bootstrap sample of `count` values."""
+    return np.random.default_rng(seed).integers(count, size=(resamples, count))
+
+
+def percentile_interval(
+    draws: Float[np.ndarray, " R"] | Sequence[float], *, tail: float = TAIL
+) -> tuple[float, float]:
+    """The quantiles `tail` and 1 - `tail` of draws, by default the ends of a 95 % interval.
+
+    Args:
+        draws: a statistic of every resample.
+        tail: the share of draws below the interval, and of draws above it.
+
+    Example:
+        >>> percentile_interval([0.0, 1.0, 2.0, 3.0, 4.0], tail=0.25)
+        (1.0, 3.0)
+    """
+    low, high = np.quantile(draws, [tail, 1 - tail])
+    return float(low), float(high)
+
+
 def paired_difference(
     right: Bool[Tensor, " N"], other: Bool[Tensor, " N"], *, resamples: int = RESAMPLES, seed: int = 0
 ) -> Difference:
-    """Accuracy less the other accuracy on the same images, with its 95 % interval over resampled images.
-
-    Resampling N images with replacement draws how many of them only one of the two had right from a multinomial, so
-    that is what is drawn.
+    """Accuracy of one model less that of another on the same images, with its 95 % interval over resampled images.
 
     Args:
-        right: which images one has right.
-        other: which the other has right.
-        resamples: of the images.
-        seed: of the draws.
+        right: images that the first model classifies rightly.
+        other: images that the second model classifies rightly.
+        resamples: how many times images are resampled.
+        seed: seed of the draws.
 
     Example:
         >>> import torch
@@ -67,23 +91,25 @@ def paired_difference(
     images = len(right)
     gained, lost = int((right & ~other).sum()), int((other & ~right).sum())
     shares = np.array([gained, lost, images - gained - lost]) / images
-    drawn = np.random.default_rng(seed).multinomial(images, shares, size=resamples)
-    low, high = np.quantile((drawn[:, 0] - drawn[:, 1]) / images, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return Difference((gained - lost) / images, float(low), float(high))
+    # Resampling N images with replacement makes the counts of gained and lost images multinomial, so the counts are
+    # drawn directly: R draws of three numbers, not of N images.
+    counts = np.random.default_rng(seed).multinomial(images, shares, size=resamples)
+    low, high = percentile_interval((counts[:, 0] - counts[:, 1]) / images)
+    return Difference((gained - lost) / images, low, high)
 
 
 def gains(differences: Sequence[float], *, resamples: int = RESAMPLES, seed: int = 0) -> Gains:
     """Mean, median, shares and tests of paired differences, with a bootstrap over them.
 
-    They are taken as independent; runs of one parent, measured on the same images, are not quite.
+    The differences are treated as independent. Runs of one parent that are measured on the same images are not quite.
 
     Args:
-        differences: one a run or a group.
-        resamples: of the differences.
-        seed: of the draws.
+        differences: one number a run or a group.
+        resamples: how many times differences are resampled.
+        seed: seed of the draws.
 
     Raises:
-        ValueError: if there is none, or one is not finite.
+        ValueError: if there is no difference, or one is not finite.
 
     Example:
         >>> gains([0.01, 0.02, 0.0, 0.01]).share_better
@@ -92,16 +118,16 @@ def gains(differences: Sequence[float], *, resamples: int = RESAMPLES, seed: int
     values = np.asarray(differences, dtype=np.float64)
     if not values.size or not np.isfinite(values).all():
         raise ValueError(f"{values.size} differences; expected at least one, all finite")
-    drawn = np.random.default_rng(seed).integers(values.size, size=(resamples, values.size))
-    low, high = np.quantile(values[drawn].mean(1), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    low, high = percentile_interval(values[resampled_places(values.size, resamples, seed)].mean(1))
     better, worse = int((values > 0).sum()), int((values < 0).sum())
     signs = binomtest(better, better + worse).pvalue if better + worse else 1.0
+    # "asymptotic", because the exact null distribution does not allow ties of absolute values
     ranks = wilcoxon(values, method="asymptotic").pvalue if better + worse else 1.0
     return Gains(
         int(values.size),
         float(values.mean()),
-        float(low),
-        float(high),
+        low,
+        high,
         float(np.median(values)),
         better / values.size,
         worse / values.size,

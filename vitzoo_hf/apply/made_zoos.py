@@ -1,6 +1,6 @@
-"""Networks that were made from rows of a zoo, such as averages and reconstructions, as rows of a zoo of their own.
+"""Write networks that were made from rows of a zoo, such as averages or reconstructions, as a zoo of their own.
 
-Where applications write: zoos made from zoos, which replace only an earlier one of their kind.
+A zoo that is made from another replaces only an earlier zoo of its kind.
 """
 
 import json
@@ -25,13 +25,13 @@ KINDS = {
     "reconstructions_of": "reconstructions",
     "samples_of": "samples",
 }
-"""What the manifest of a made zoo has, and what the zoo is of."""
+"""Key in the manifest of a made zoo -> its content in words."""
 
 
 def made_manifest(zoo: Zoo, kind: str) -> dict[str, Any]:
-    """The manifest of a zoo that is made from another: without files, and with what it was made of under `kind`."""
-    left_out = {"files", "subset_of", *KINDS}
-    manifest = {name: value for name, value in zoo.manifest.items() if name not in left_out}
+    """The manifest of a zoo made from another: without files, and with the fingerprint of its source under `kind`."""
+    outdated = {"files", "subset_of", *KINDS}
+    manifest = {name: value for name, value in zoo.manifest.items() if name not in outdated}
     return manifest | {kind: zoo.manifest["blueprint_fingerprint"], "blueprint_fingerprint": None}
 
 
@@ -39,13 +39,12 @@ def check_folder(folder: Path, zoo: Zoo, kind: str) -> None:
     """Refuse a folder for a made zoo before anything is computed.
 
     Args:
-        folder: that is to be written.
-        zoo: that it is made from.
+        folder: the folder to be written.
+        zoo: the source of the made zoo.
         kind: one of `KINDS`.
 
     Raises:
-        ZooError: if it is the folder of `zoo`, holds files that are no zoo or a zoo of another kind, or cannot be
-            written.
+        ZooError: if `folder` is that of `zoo`, holds something else than a zoo of this kind, or cannot be written.
     """
     if folder.resolve() == Path(zoo.name).resolve():
         raise ZooError(f"{folder} is the zoo that is read, and would be replaced: give another folder for the output")
@@ -60,11 +59,12 @@ def check_folder(folder: Path, zoo: Zoo, kind: str) -> None:
 
 
 def check_writable(path: Path) -> None:
-    """Refuse a file or folder that could not be made.
+    """Refuse a file or folder that could not be created.
 
     Raises:
-        ZooError: if the closest folder above it that exists is none, or takes no files.
+        ZooError: if its closest existing parent is not a folder, or is not writable.
     """
+    # A temporary file is tried, because permission bits say nothing of read-only mounts or network shares.
     above = next(parent for parent in path.absolute().parents if parent.exists())
     try:
         tempfile.TemporaryFile(dir=above).close()
@@ -76,7 +76,7 @@ def check_file(path: Path) -> None:
     """Refuse a file that could not be written.
 
     Raises:
-        ZooError: if it is a folder, or as `check_writable`.
+        ZooError: if it is a folder, or its closest existing parent is not writable.
     """
     if path.is_dir():
         raise ZooError(f"cannot write {path}: it is a folder; give the name of a file")
@@ -90,6 +90,7 @@ def _keys(manifest: Path) -> set[str]:
         return set()
 
 
+# Columns beside the factors that a made row takes over where all of its sources agree.
 SHARED = ("parent_id", "stage", "dataset", "architecture", "architecture_args", "head", "head_hidden", "layout")
 
 
@@ -98,7 +99,7 @@ def derived_row(
     sources: Sequence[Mapping[str, Any]],
     run_id: str,
     weights: Float[Tensor, " D"],
-    provenance: Mapping[str, Any],
+    provenance: Mapping[str, object],
     *,
     is_final: bool = True,
     test_loss: float | None = None,
@@ -106,21 +107,20 @@ def derived_row(
 ) -> Row:
     """A network as a row with the columns of the zoo that its sources are from, and its split.
 
-    Columns that all sources share keep their value: parent, factors. Others are null, as are results on training
-    images; `epoch` is the latest of the sources'; `split` is `test` if a source is of it, then
-    `validation`, then `train`.
+    Columns in which all sources agree, such as the parent or a factor, keep their value. Other columns are null, and
+    so are results on training images. `epoch` is the latest among the sources.
 
     Args:
-        zoo: of the sources.
+        zoo: the zoo of the sources.
         sources: records of the index, with `split`.
-        run_id: letters, digits and `._=+-`; others are replaced.
-        weights: of the network.
-        provenance: how it was made; the zoo and the versions are added.
-        is_final: the column.
-        test_loss: on test images, measured by the caller.
-        test_accuracy: likewise.
+        run_id: id of the new row; other characters than letters, digits and `._=+-` are replaced.
+        weights: weights of the network.
+        provenance: how the network was made; the zoo and the versions are added.
+        is_final: value of the column `is_final`.
+        test_loss: cross-entropy on test images, measured by the caller.
+        test_accuracy: accuracy on test images, measured by the caller.
     """
-    own = schema.safe_id(run_id, ".")
+    run_id = schema.safe_id(run_id, ".")
     epoch = max(row["epoch"] for row in sources)
     vector = weights.cpu().numpy()
     results = dict.fromkeys(schema.RESULTS) | {"test_loss": test_loss, "test_accuracy": test_accuracy}
@@ -128,11 +128,12 @@ def derived_row(
         "zoo": {"name": zoo.manifest["name"], "blueprint_fingerprint": zoo.manifest["blueprint_fingerprint"]},
         "versions": {"vitzoo_hf": schema.VERSION, "torch": torch.__version__},
     }
-    row = {"model_id": schema.model_id(own, epoch), "run_id": own, "epoch": epoch, "is_final": is_final}
+    row = {"model_id": schema.model_id(run_id, epoch), "run_id": run_id, "epoch": epoch, "is_final": is_final}
     row |= {column: _shared(sources, column) for column in (*SHARED, *zoo.factors)}
     row |= results | {"num_parameters": len(vector), "weights_sha256": schema.weights_sha256(vector)}
     row |= {"dtype": "float32", "provenance": schema.canonical_json(record), "weights": vector}
     order = [*schema.row_features(zoo.manifest["factors"])]
+    # The strictest split of the sources: a network with a test model in it must never be trained on.
     split = max((source["split"] for source in sources), key=schema.SPLITS.index)
     return Row({column: row[column] for column in order} | {"split": split}, verified=True)
 
@@ -141,13 +142,13 @@ def write_derived(zoo: Zoo, rows: Sequence[Row], folder: str | Path, kind: str) 
     """Write derived rows as a zoo, with the held-out images of the zoo that they come from.
 
     Args:
-        zoo: of the sources.
-        rows: of `derived_row`.
-        folder: the new zoo; an earlier one of the kind that is there is replaced.
-        kind: what the rows are, such as `soups`: ends the new zoo's name.
+        zoo: the zoo of the sources.
+        rows: results of `derived_row`.
+        folder: the new zoo; an earlier zoo of this kind is replaced.
+        kind: name of what the rows are, such as `soups`: ends the new zoo's name.
 
     Raises:
-        ZooError: as `check_folder`.
+        ZooError: if `check_folder` refuses the folder.
     """
     members = {split: [row for row in rows if row["split"] == split] for split in schema.SPLITS}
     splits = {
@@ -158,14 +159,14 @@ def write_derived(zoo: Zoo, rows: Sequence[Row], folder: str | Path, kind: str) 
 
 
 def write_streamed(zoo: Zoo, splits: Mapping[str, Rows], datasets: set[str], folder: str | Path, kind: str) -> Path:
-    """As `write_derived`, from rows without `split` that are made while they are written.
+    """Like `write_derived`, for rows that are made while they are written; the keys of `splits` give the split.
 
     Args:
-        zoo: of the sources.
-        splits: split -> its rows.
-        datasets: whose held-out images the new zoo holds.
-        folder: as for `write_derived`.
-        kind: likewise.
+        zoo: the zoo of the sources.
+        splits: split -> its rows, without a column `split`.
+        datasets: names of the datasets whose held-out images the new zoo holds.
+        folder: the new zoo; an earlier zoo of this kind is replaced.
+        kind: name of what the rows are, such as `soups`: ends the new zoo's name.
     """
     probes = {
         role: [row for row in zoo.probe_rows(role) if row["dataset"] in datasets] for role in ("selection", "test")
@@ -181,7 +182,7 @@ def _stored(row: Row) -> dict[str, Any]:
     return {name: value for name, value in row.items() if name != "split"}
 
 
-def _shared(rows: Sequence[Mapping[str, Any]], column: str) -> Any:
-    """The value that all rows have in a column, or None."""
+def _shared(rows: Sequence[Mapping[str, Any]], column: str) -> object:
+    """The value that all rows have in a column, or None where they differ."""
     values = {row[column] for row in rows}
     return values.pop() if len(values) == 1 else None

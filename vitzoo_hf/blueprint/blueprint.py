@@ -34,9 +34,9 @@ ID_PARTS: dict[str, Callable[[Any], str]] = {
 
 @dataclass(frozen=True)
 class Run:
-    """One training: what `train.py` needs, plus its place in the zoo.
+    """One training and its place in the zoo.
 
-    `world` and `learner` are those of a run that draws training images of its own, else None.
+    `world` and `learner` belong to a run that draws training images of its own; they are None for all others.
     """
 
     run_id: str
@@ -87,9 +87,9 @@ class Blueprint:
         if path.suffix not in (".yaml", ".yml"):
             path = BLUEPRINTS / f"{source}.yaml"
             if not path.is_file():
-                known = sorted(str(file.relative_to(BLUEPRINTS))[:-5] for file in BLUEPRINTS.rglob("*.yaml"))
+                names = sorted(str(file.relative_to(BLUEPRINTS))[:-5] for file in BLUEPRINTS.rglob("*.yaml"))
                 raise ZooError(
-                    f"unknown blueprint {str(source)!r}: {did_you_mean(str(source), known)}, or a .yaml file"
+                    f"unknown blueprint {str(source)!r}: {did_you_mean(str(source), names)}, or a .yaml file"
                 )
         return _parse(load_located(path), path.read_text(encoding="utf-8"))
 
@@ -98,7 +98,7 @@ class Blueprint:
         """A blueprint from its text, such as `Zoo.blueprint_text`.
 
         Raises:
-            ZooError: as `load`.
+            ZooError: for any mistake in the blueprint, naming its line.
         """
         return _parse(parse_located(text, Path("blueprint.yaml")), text)
 
@@ -116,10 +116,10 @@ class Blueprint:
 
     @property
     def secrets(self) -> tuple[str, ...]:
-        """Factors that say what distribution runs drew their images from; numbers of images, which tell too, last."""
-        names = {each.name for each in fields(World)} - {"role"}
-        told = [name for name in self.factor_types if name in names]
-        return tuple(sorted(told, key=lambda name: name == "num_images"))
+        """Factors that say what distribution runs drew their images from; `num_images` comes last."""
+        properties = {entry.name for entry in fields(World)} - {"role"}
+        secrets = [name for name in self.factor_types if name in properties]
+        return tuple(sorted(secrets, key=lambda name: name == "num_images"))
 
     @property
     def num_rows(self) -> int:
@@ -183,16 +183,16 @@ def _stage_runs(
     shares = {split: splits[split] for split in SPLITS}
     combinations = list(_combinations(stage, node, images[dataset].is_world))
     varied = list(dict.fromkeys(name for combination in combinations for name in combination[0]))
-    seen: set[str] = set()
+    run_ids: set[str] = set()
     for parent in parents if stage == "finetune" else (None,):
         for factors, (recipe, world, learner), place in combinations:
             if recipe.warmup_epochs >= epochs:
                 raise place.error(f"warmup_epochs is {recipe.warmup_epochs:g}; it must be below epochs = {epochs}")
             if world is not None and world.flip_rate and images[dataset].region == ():
                 raise place.error(f"flip_rate is {world.flip_rate:g}, but images {dataset!r} have no region: set it")
-            own = "-".join(_id_part(name, value) for name, value in factors.items())
-            run_id = f"{parent.run_id}--{own}" if parent else own
-            _check_id(run_id, seen, place)
+            stage_id = "-".join(_id_part(name, value) for name, value in factors.items())
+            run_id = f"{parent.run_id}--{stage_id}" if parent else stage_id
+            _check_id(run_id, run_ids, place)
             group = run_id.partition("--")[0] if splits["by"] == "lineage" else run_id
             yield Run(
                 run_id=run_id,
@@ -210,12 +210,12 @@ def _stage_runs(
 
 
 def _value_of(name: str, *holders: Any) -> Any:
-    """What the first of recipe, world and learner that has this setting says."""
+    """The value of a setting, from the recipe, world or learner that has it."""
     return next((getattr(holder, name) for holder in holders if hasattr(holder, name)), None)
 
 
 def _with_worlds(name: str, spec: ImagesSpec, runs: tuple[Run, ...]) -> ImagesSpec:
-    """With the distributions that runs on a world draw from, whatever their role and number of images."""
+    """Add the distributions that runs on a world draw from, whatever their role and number of images."""
     worlds = (run.world for run in runs if run.images == name and run.world is not None)
     plain = dict.fromkeys(replace(world, role="target", num_images=0, nominal=0) for world in worlds)
     return replace(spec, worlds=tuple(plain))
@@ -228,16 +228,16 @@ def _combinations(stage: str, node: Located, is_world: bool) -> Iterator[tuple[d
     common = settings_of(node.get("settings")) if "settings" in node else {}
     seeds = itertools.count()
     for variant in node.get("variants").sequence() if "variants" in node else [node]:
-        own = {}
+        settings: dict[str, Any] = {}
         if variant is not node:
             variant.only("factors", "settings", "replicas")
-            own = settings_of(variant.get("settings")) if "settings" in variant else {}
+            settings = settings_of(variant.get("settings")) if "settings" in variant else {}
         grid = variant.get("factors")
         for factors in _replicated(_expand(grid), variant, seeds):
-            both = sorted(set(factors) & (set(common) | set(own)))
+            both = sorted(set(factors) & (set(common) | set(settings)))
             if both:
                 raise grid.error(f"{both[0]!r} is both a setting and a factor of this stage: keep one of the two")
-            yield factors, built(stage, common | own | factors, is_world, grid), grid
+            yield factors, built(stage, common | settings | factors, is_world, grid), grid
 
 
 def _replicated(
@@ -302,10 +302,10 @@ def _kept(node: Located, epochs: int) -> tuple[int, ...]:
     keep = node.get("keep_epochs")
     if keep.value == "all":
         return tuple(range(epochs + 1))
-    kept = sorted({entry.typed(int) for entry in keep.sequence()} | {epochs})
-    if kept[0] < 0 or kept[-1] > epochs:
-        raise keep.error(f"keep_epochs {kept} must lie between 0 (initial weights) and epochs = {epochs}")
-    return tuple(kept)
+    keep_epochs = sorted({entry.typed(int) for entry in keep.sequence()} | {epochs})
+    if keep_epochs[0] < 0 or keep_epochs[-1] > epochs:
+        raise keep.error(f"keep_epochs {keep_epochs} must lie between 0 (initial weights) and epochs = {epochs}")
+    return tuple(keep_epochs)
 
 
 def _parse_splits(root: Located) -> dict[str, Any]:
@@ -346,12 +346,12 @@ def _id_part(name: str, value: Any) -> str:
     return f"{name}{value:g}" if isinstance(value, float) else f"{name}{value}"
 
 
-def _check_id(run_id: str, seen: set[str], node: Located) -> None:
+def _check_id(run_id: str, run_ids: set[str], node: Located) -> None:
     if not RUN_ID.fullmatch(run_id):
         raise node.error(f"the run id {run_id!r} would not be safe as a file name")
-    if run_id in seen:
+    if run_id in run_ids:
         raise node.error(f"two combinations give the run id {run_id!r}: tell them apart by a factor")
-    seen.add(run_id)
+    run_ids.add(run_id)
 
 
 def _factor_types(runs: tuple[Run, ...]) -> dict[str, str]:

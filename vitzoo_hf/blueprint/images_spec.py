@@ -1,7 +1,6 @@
 """Which images a blueprint trains on and how they are prepared."""
 
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any
 
 from vitzoo_hf.blueprint.located_yaml import Located
 from vitzoo_hf.blueprint.world import World
@@ -69,8 +68,8 @@ class ImagesSpec:
         """Whether each run draws training images of its own."""
         return self.world != "none"
 
-    def decides(self) -> dict[str, Any]:
-        """What decides a weight, as JSON values: nothing that only this machine knows.
+    def decides(self) -> dict[str, object]:
+        """Everything that can change a weight, as JSON values; paths of this machine and counts stay out.
 
         >>> "interpolation" in ImagesSpec("digits", 8).decides()
         False
@@ -88,7 +87,7 @@ class ImagesSpec:
 
 
 def check_images(spec: ImagesSpec, node: Located) -> None:
-    """Refuse what no images can be prepared by.
+    """Refuse a specification by which no images can be prepared.
 
     Raises:
         ZooError: naming the place in the file.
@@ -105,10 +104,10 @@ def check_images(spec: ImagesSpec, node: Located) -> None:
     for std in spec.std if isinstance(spec.std, tuple) else (spec.std,):
         if std <= 0:
             raise node.error(f"std is {std}; it must be positive")
-    for name, known in CHOICES.items():
+    for name, choices in CHOICES.items():
         value = getattr(spec, name)
-        if value not in known:
-            raise node.error(f"unknown {name} {value!r}: {did_you_mean(value, known)}")
+        if value not in choices:
+            raise node.error(f"unknown {name} {value!r}: {did_you_mean(value, choices)}")
     if spec.is_world and spec.channels not in (None, 3):
         raise node.error(f"channels is {spec.channels}; images of a world have 3")
     if not (0 < spec.selection < 1 and 0 < spec.test < 1 and spec.selection + spec.test < 1):

@@ -44,11 +44,11 @@ class Located:
         """Keys and values of a mapping."""
         yield from self._mapping().items()
 
-    def only(self, *known: str) -> None:
-        """Refuse keys that are not among `known`."""
+    def only(self, *expected: str) -> None:
+        """Refuse keys that are not among `expected`."""
         for key, node in self.items():
-            if key not in known:
-                raise node.error(f"unknown key {key!r} in {self.key}: {did_you_mean(key, known)}")
+            if key not in expected:
+                raise node.error(f"unknown key {key!r} in {self.key}: {did_you_mean(key, expected)}")
 
     @property
     def is_sequence(self) -> bool:
@@ -67,10 +67,10 @@ class Located:
         `3e-3` is a number here, although YAML 1.1 reads it as text.
         """
         if isinstance(kind, UnionType):
-            kind, *others = get_args(kind)
-            if self.value is None and NoneType in others:
+            kind, *alternatives = get_args(kind)
+            if self.value is None and NoneType in alternatives:
                 return None
-            if self.is_sequence and tuple[kind, ...] in others:
+            if self.is_sequence and tuple[kind, ...] in alternatives:
                 return tuple(entry.typed(kind) for entry in self.value)
         value = self.value
         if kind is float:
@@ -85,7 +85,7 @@ class Located:
         raise self.error(f"{self.key} is {self.plain()!r}; expected {KINDS[kind]}")
 
     def plain(self) -> Any:
-        """The value without its place, nor those of what it holds."""
+        """The value alone, without its place and the places of everything in it."""
         if isinstance(self.value, dict):
             return {key: node.plain() for key, node in self.value.items()}
         return [node.plain() for node in self.value] if self.is_sequence else self.value

@@ -1,7 +1,6 @@
 """How one run is trained: the settings that a blueprint gives, each of which can be a generating factor."""
 
 from dataclasses import asdict, dataclass, replace
-from typing import Any
 
 CHOICES = {
     "regime": ("supervised", "contrastive"),
@@ -66,23 +65,24 @@ class Recipe:
 
     @property
     def executed(self) -> "Recipe":
-        """What training does. The published trainer passed mixup, cutmix and random erasing one place too far left.
+        """The recipe as training carries it out, which for `executed` is what the published code did.
 
-        So it smoothed labels by the declared mixup, mixed with the declared cutmix, cut nothing, and erased with
-        probability 0.25 (ViTModelZoo, `get_data_augmentations`). Contrastive runs had none of these.
+        Its call shifted three positional arguments by one (ViTModelZoo, `get_data_augmentations`), so that
+        `label_smoothing` received the value of `mixup`, `mixup` that of `cutmix`, and `cutmix` none. Images were
+        erased with probability 0.25. Contrastive runs had none of these.
         """
         if self.augmentation_reading == "declared" or self.regime == "contrastive":
             return self
         return replace(self, label_smoothing=self.mixup, mixup=self.cutmix, cutmix=0.0, random_erase=0.25)
 
     @property
-    def decides(self) -> dict[str, Any]:
-        """As JSON values; settings that came later are left out at their default, so that old fingerprints hold."""
+    def decides(self) -> dict[str, object]:
+        """The recipe as JSON values. Newer settings are left out at their default, so that old fingerprints hold."""
         default = {name: getattr(Recipe, name) for name in LATER}
         return {name: value for name, value in asdict(self).items() if default.get(name) != value}
 
     def contradictions(self, stage: str) -> dict[str, bool]:
-        """What parts of a recipe of this stage cannot be had together, and whether it asks for them."""
+        """Message about settings that exclude each other in this stage -> whether this recipe has them."""
         contrastive = self.regime == "contrastive"
         return {
             "a contrastive run is a pre-training run": contrastive and stage == "finetune",

@@ -31,7 +31,7 @@ KNOWN = CHOICES | WORLD_CHOICES
 
 
 def known_setting(name: str, node: Located) -> None:
-    """Refuse what is no setting of a recipe, a world or a learner."""
+    """Refuse a name that is no setting of a recipe, a world or a learner."""
     if name not in SETTING_TYPES:
         raise node.error(f"unknown setting or factor {name!r}: {did_you_mean(name, SETTING_TYPES)}")
 

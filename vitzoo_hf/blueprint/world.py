@@ -46,15 +46,15 @@ class World:
 
     Attributes:
         role: a target learns from images of the victim, a shadow from the adversary's; no image is in both.
-        num_images: n.
+        num_images: n, the number of images that a run draws.
         label_ratio: P(Y = 1).
         label_noise: P(S ≠ Y).
         group_ratio: P(G = 1).
-        flip_rate: of the labels of images in the region of the image set.
+        flip_rate: share of the labels that are flipped among images in the region of the image set.
         colour_agreement: P(C = Y).
         environments: the `colour_agreement` of each environment, of which a run has equally many images.
-        last_environment: whether the last one is among those trained on; if not, the others are topped up to n.
-        nominal: a number that changes nothing but its name: the secret of a null cell.
+        last_environment: whether runs train on the last environment; if not, the others are topped up to n.
+        nominal: has no effect on training. Vary it to build a control in which no secret can leak.
     """
 
     role: str = "target"
@@ -83,14 +83,15 @@ class World:
 
     @property
     def contradictions(self) -> dict[str, bool]:
-        """What settings cannot be had together, and whether these ask for it."""
-        listed = self.environments if isinstance(self.environments, tuple) else (self.environments,)
+        """Message about settings that exclude each other -> whether these settings do."""
+        agreements = self.environments if isinstance(self.environments, tuple) else (self.environments,)
         return {
-            "environments are a list of at least two colour agreements": len(listed) == 1,
-            "environments are colour agreements between 0 and 1": any(not 0 <= share <= 1 for share in listed),
-            "environments have a colour agreement each: drop colour_agreement": bool(listed)
+            "environments are a list of at least two colour agreements": len(agreements) == 1,
+            "environments are colour agreements between 0 and 1": any(not 0 <= share <= 1 for share in agreements),
+            "environments have a colour agreement each: drop colour_agreement": bool(agreements)
             and self.colour_agreement != 0.5,
-            "there is no last environment to leave out: set environments": not listed and not self.last_environment,
+            "there is no last environment to leave out: set environments": not agreements
+            and not self.last_environment,
             f"{self.num_images} images cannot be shared equally among {len(self.agreements)} environments": bool(
                 self.num_images % len(self.agreements)
             ),
@@ -107,15 +108,15 @@ class Learner:
             `group-dro`; `resample`, to a share that is public; `dp-sgd`, by opacus, one run at a time.
         shared_init: all runs begin at the same weights: of the whole model, or of the head on their checkpoint.
         epoch_steps: optimiser steps an epoch, whatever n; 0 makes an epoch one pass over the images.
-        use_images: of the n drawn, how many to learn from; 0 for all.
-        penalty_weight: of `irm`, `irm-product` and `v-rex`.
-        penalty_from: steps with weight 1, at most, before it.
+        use_images: number of images to learn from, among the n drawn; 0 for all.
+        penalty_weight: factor of the penalty of `irm`, `irm-product` and `v-rex`.
+        penalty_from: number of first steps in which the penalty has at most weight 1.
         group_rate: step size of the shares of `group-dro`.
-        resample_by: what `resample` equalises: label, group, or whether colour agrees with the label.
-        resample_to: the public share of images that have it.
+        resample_by: the property that `resample` equalises: label, group, or agreement of colour and label.
+        resample_to: the public share of images that have this property.
         stop_loss: a run ends after the first epoch whose mean training loss is below; 0 for never.
-        noise_multiplier: of `dp-sgd`: the noise's standard deviation, in units of `clip_norm`.
-        clip_norm: of `dp-sgd`: the largest norm that the gradient of one image keeps.
+        noise_multiplier: standard deviation of the noise of `dp-sgd`, in units of `clip_norm`.
+        clip_norm: largest norm that the gradient of one image keeps in `dp-sgd`.
     """
 
     learner: str = "erm"
@@ -137,7 +138,7 @@ class Learner:
         return self.learner in BY_ENVIRONMENT
 
     def blocks(self, world: World) -> int:
-        """Equal parts of a batch, one an environment where the learner tells them apart."""
+        """Number of equal parts of a batch: one for each environment that the learner tells apart."""
         return len(world.agreements) if self.by_environment else 1
 
     def steps(self, world: World, batch_size: int) -> int:
@@ -145,8 +146,8 @@ class Learner:
         return self.epoch_steps or (self.use_images or world.num_images) // batch_size
 
     def contradictions(self, world: World, batch_size: int) -> dict[str, bool]:
-        """What settings cannot be had together, and whether these ask for it."""
-        learnt_from = self.use_images or world.num_images
+        """Message about settings that exclude each other -> whether these settings do."""
+        num_images = self.use_images or world.num_images
         environments = len(world.agreements)
         halves = 2 if self.learner == "irm-product" else 1
         penalised = self.learner in ("irm", "irm-product", "v-rex")
@@ -160,8 +161,8 @@ class Learner:
             f"learner {self.learner} has no resample_by or resample_to": self.learner != "resample"
             and (self.resample_by, self.resample_to) != ("label", 0.5),
             f"learner {self.learner} needs a penalty_weight": penalised and not self.penalty_weight,
-            f"a pass over {learnt_from} images is no whole number of batches of {batch_size}: set epoch_steps": bool(
-                not self.epoch_steps and (learnt_from < batch_size or learnt_from % batch_size)
+            f"a pass over {num_images} images is no whole number of batches of {batch_size}: set epoch_steps": bool(
+                not self.epoch_steps and (num_images < batch_size or num_images % batch_size)
             ),
             f"use_images is {self.use_images}, more than num_images": self.use_images > world.num_images,
             f"learner {self.learner} has no noise_multiplier or clip_norm": self.learner != "dp-sgd"

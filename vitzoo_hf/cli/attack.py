@@ -62,7 +62,7 @@ def attack(
             but the last two.
         queries: Selection images that models are asked about.
         seeds: Repetitions of attacks with randomness.
-        shuffled: A control: secrets of shadows are shuffled, 20 times, so that every attack is to be at chance.
+        shuffled: A control: secrets of shadows are shuffled, 20 times; every attack should then be at chance level.
         unequal: Go on although models differ in more than their secret; the card says so.
         out: Folder for attacks.csv, guesses.csv and attack_card.md.
         cache: Folder that keeps outputs; by default `.evaluation` in the folder of --out.

@@ -164,7 +164,8 @@ def _align_pair(
 
 
 def _write(opened: Any, ids: tuple[str, str], variant: Any, out: Path, options: dict[str, Any]) -> None:
-    from vitzoo_hf.apply.rebasin.rebasin import aligned_row, matching_images, rebasin_zoo
+    from vitzoo_hf.apply.rebasin.rebasin import matching_images
+    from vitzoo_hf.apply.rebasin.rows import aligned_row, rebasin_zoo
     from vitzoo_hf.convert.export import export_row
 
     chosen = {name: options[name] for name in ("restarts", "seed", "device")}
@@ -188,7 +189,7 @@ def _align_all(
     json: bool,
     quiet: bool,
 ) -> None:
-    from vitzoo_hf.apply.rebasin.rebasin import rebasin_zoo
+    from vitzoo_hf.apply.rebasin.rows import rebasin_zoo
 
     if out is None or out.suffix:
         raise ZooError(f"{model_a} alone aligns every other model to it: give --out FOLDER for the new zoo")

@@ -1,12 +1,14 @@
-"""A zoo -> metrics of every model and of every pair of final models, recomputed from the stored weights.
+"""A zoo to metrics of every model and of every pair of final models, recomputed from the stored weights.
 
-The images are those the zoo carries (`probes`), prepared as training prepared them, or images given by the
-caller. Metrics of a model are taken on the dataset it was trained on; metrics of pairs on one dataset for all. Every
-row is read once for its outputs, which a cache keeps, and once more, in columns, for the distances between weights.
+The images are the probe images of the zoo, prepared as in training, or images given by the caller. A model is
+measured on the dataset it was trained on; pairs are measured on one dataset for all.
+
+Cost: every row is read once for its outputs, which a cache keeps, and once more, in columns, for the distances
+between weights.
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -24,6 +26,7 @@ from vitzoo_hf.evaluation.pairs import measure_pairs
 from vitzoo_hf.evaluation.precision import precision_effect
 from vitzoo_hf.format import schema
 from vitzoo_hf.format.messages import did_you_mean
+from vitzoo_hf.format.row import Row, RowLike
 from vitzoo_hf.format.schema import ZooError
 from vitzoo_hf.format.tables import records
 from vitzoo_hf.metrics.behavior import (
@@ -34,15 +37,15 @@ from vitzoo_hf.metrics.behavior import (
     prediction_entropy,
 )
 from vitzoo_hf.metrics.cka import cka
+from vitzoo_hf.models.architecture import Architecture
 from vitzoo_hf.models.population import Population
 from vitzoo_hf.publish.folder import write_config
 from vitzoo_hf.zoo import Zoo
 
 COLUMNS = ("model_id", "run_id", "parent_id", "stage", "epoch", "is_final", "head", "dataset")
 TOP = 5
-COMPARED = 4
-"""Models and, at most, images of which a lower precision is compared with float32."""
-COMPARED_IMAGES = 512
+COMPARED, COMPARED_IMAGES = 4, 512
+"""Models and, at most, images on which a lower precision is compared with float32."""
 MEASURES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "loss": cross_entropy,
     "accuracy": accuracy,
@@ -55,15 +58,15 @@ MEASURES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 @dataclass(frozen=True)
 class Report:
-    """What was measured.
+    """Metrics of the models of a zoo, and of the pairs of its final models.
 
     Attributes:
         evaluations: one row a model, the columns of `schema.evaluation_features`.
         pairs: one row a pair of final models, the columns of `schema.pair_features`.
         dataset: images on which the pairs were compared.
         failed: model -> why it has no metrics, such as NaN among its outputs.
-        is_own: whether the images were those that the zoo carries.
-        precision_effect: what a lower precision than float32 changes, measured on some models; empty for float32.
+        is_own: whether the models were measured on the probe images of the zoo.
+        precision_effect: effect of a lower precision than float32, measured on some models; empty for float32.
     """
 
     evaluations: pd.DataFrame
@@ -96,7 +99,10 @@ class Report:
             ZooError: if it is not a zoo, has other models, or cannot be written.
         """
         if not self.is_own:
-            raise ZooError("this report is of other images than the zoo carries: keep its tables elsewhere")
+            raise ZooError(
+                "this report is not of the probe images of the zoo, so it cannot be written into the zoo: save"
+                " `report.evaluations` and `report.pairs` elsewhere"
+            )
         zoo = Zoo(folder)
         index = zoo.to_pandas().set_index("model_id")
         if list(self.evaluations["model_id"]) != list(index.index):
@@ -114,7 +120,7 @@ class Report:
 
 def evaluate(
     zoo: Zoo,
-    images: Float[Tensor, "N C H W"] | None = None,
+    images: Float[Tensor, "N channels H W"] | None = None,
     labels: Int64[Tensor, " N"] | None = None,
     *,
     device: str | torch.device = "cpu",
@@ -127,12 +133,12 @@ def evaluate(
 
     Args:
         zoo: the models; a filtered zoo is measured as it is.
-        images: test images, normalised as the models are fed them; by default those the zoo carries. Given images
-            are used for every model, so filter the zoo to models that know their classes.
-        labels: of `images`.
+        images: test images, normalised as in training, on which every model is measured, so filter the zoo to models
+            that know their classes; None for the probe images of the zoo.
+        labels: class numbers of `images`.
         device: where the models run.
         precision: `float32`, or `bfloat16` or `float16`, whose effect is then in the report.
-        cache: folder that keeps logits and features, found by the hashes of weights and images: an interrupted
+        cache: folder that keeps logits and features under the hashes of weights and images: an interrupted
             evaluation continues there, and models that were measured before are not run again. None keeps nothing.
         ray: address of a Ray cluster whose workers run the models (`auto`, `local` to start one here); every machine
             must reach the zoo under the same path or id. The extra `vitzoo-hf[ray]` installs it.
@@ -149,60 +155,68 @@ def evaluate(
     index = zoo.to_pandas()
     sets = _image_sets(zoo, index, images, labels)
     dataset = common_dataset(index)
-    rows = records(index)
-    compared = [row for row in rows if row["is_final"]]
-    wanted = {row["model_id"]: {*sets[row["dataset"]].values(), *_shared(row, sets[dataset])} for row in rows}
+    test = sets[dataset]["test"]
+    rows = [Row(record) for record in records(index)]
+    final_rows = [row for row in rows if row.is_final]
+    # pairs are compared on one dataset, which a final model of another stage may not have been trained on
+    batches = {row.model_id: {*sets[row["dataset"]].values(), *([test] if row.is_final else [])} for row in rows}
     _check_classes(zoo, rows, sets)
-    with OutputsCache.opened(None if cache is None else Path(cache), precision) as held:
-        read = run_models(zoo, rows, wanted, held, device=device, precision=precision, ray=ray, progress=progress)
-        _verify(zoo, [row["model_id"] for row in compared if row["model_id"] not in read])
-        failed = _overflowing(compared, held, sets[dataset]["test"])
-        measured = [_measure(row, sets[row["dataset"]], zoo.manifest, held, failed) for row in rows]
-        chosen = [
+    with OutputsCache.opened(None if cache is None else Path(cache), precision) as outputs:
+        verified = run_models(
+            zoo, rows, batches, outputs, device=device, precision=precision, ray=ray, progress=progress
+        )
+        _verify(zoo, [row.model_id for row in final_rows if row.model_id not in verified])
+        failed = _overflowing(final_rows, outputs, test)
+        metrics = [_measure(row, sets[row["dataset"]], zoo.manifest, outputs, failed) for row in rows]
+        classifiers = [
             number
-            for number, row in enumerate(compared)
-            if row["dataset"] == dataset and is_classifier(row, zoo.manifest) and row["model_id"] not in failed
+            for number, row in enumerate(final_rows)
+            if row.dataset == dataset and is_classifier(row, zoo.manifest) and row.model_id not in failed
         ]
-        test = sets[dataset]["test"]
-        final = zoo.filter(is_final=True)
-        options: dict[str, Any] = {"dataset": dataset, "device": device, "progress": progress, "left_out": failed}
-        pairs = measure_pairs(final, compared, chosen, held, test.digest, test.labels, **options)
-    evaluations = pd.concat([index[[*COLUMNS, *zoo.factors]], pd.DataFrame(measured)], axis=1)
-    effect = _effect(zoo, [compared[number] for number in chosen], test, precision, device)
+        pairs = measure_pairs(
+            zoo.filter(is_final=True),
+            final_rows,
+            classifiers,
+            outputs,
+            test.digest,
+            test.labels,
+            dataset=dataset,
+            left_out=failed,
+            device=device,
+            progress=progress,
+        )
+    evaluations = pd.concat([index[[*COLUMNS, *zoo.factors]], pd.DataFrame(metrics)], axis=1)
+    effect = _effect(zoo, [final_rows[number].model_id for number in classifiers], test, precision, device)
     return Report(evaluations, pairs, dataset, failed, effect, images is None)
 
 
 def _verify(zoo: Zoo, model_ids: list[str]) -> None:
-    """Compare rows with their hashes that were not read for their outputs: distances read weights as they lie."""
-    for _ in zoo.filter(model_id=model_ids).rows() if model_ids else ():
-        pass
+    """Compare rows with their hashes: distances between weights read columns without hashing the rows."""
+    for row in zoo.filter(model_id=model_ids).rows() if model_ids else ():
+        row.required("weights")  # asking for the weights reads and verifies them
 
 
-def _check_classes(zoo: Zoo, rows: Sequence[Mapping[str, Any]], sets: Mapping[str, Mapping[str, ImageBatch]]) -> None:
+def _check_classes(zoo: Zoo, rows: Sequence[Row], sets: Mapping[str, Mapping[str, ImageBatch]]) -> None:
     """Refuse labels that classifiers do not know, before anything runs."""
     for dataset, parts in sets.items():
-        known = [row for row in rows if row["dataset"] == dataset and is_classifier(row, zoo.manifest)]
-        parts["test"].check_classes(known)
+        parts["test"].check_classes(
+            [row for row in rows if row.dataset == dataset and is_classifier(row, zoo.manifest)]
+        )
 
 
-def _overflowing(rows: Sequence[Mapping[str, Any]], cache: OutputsCache, batch: ImageBatch) -> dict[str, str]:
+def _overflowing(rows: Sequence[Row], cache: OutputsCache, batch: ImageBatch) -> dict[str, str]:
     """Models whose features on these images are not all finite -> why they have no metrics."""
     return {
-        row["model_id"]: "NaN or infinite features: its training diverged"
+        row.model_id: "NaN or infinite features: its training diverged"
         for row in rows
         if not cache.read(row, batch.digest, "features").isfinite().all()
     }
 
 
-def _shared(row: Mapping[str, Any], sets: Mapping[str, ImageBatch]) -> list[ImageBatch]:
-    """The images on which final models are compared."""
-    return [sets["test"]] if row["is_final"] else []
-
-
 def _image_sets(
     zoo: Zoo, index: pd.DataFrame, images: Tensor | None, labels: Tensor | None
 ) -> dict[str, dict[str, ImageBatch]]:
-    """Dataset -> role -> images; given ones are the test images of every dataset."""
+    """Dataset -> role -> images; `images` are the test images of every dataset."""
     if len(zoo) == 0:
         raise ZooError("there is no model to evaluate: the filter matches none")
     if (images is None) != (labels is None):
@@ -217,58 +231,62 @@ def _image_sets(
 
 
 def _held_out(zoo: Zoo, dataset: str) -> dict[str, tuple[Tensor, Tensor]]:
-    """Test images, which a zoo must carry, and selection images if it does; the counts go into the evaluations."""
-    held = {"test": zoo.probes(dataset, "test")}
+    """Test images, which a zoo must carry, and selection images where it carries them."""
+    images = {"test": zoo.probes(dataset, "test")}
     if any(row["dataset"] == dataset for row in zoo.probe_rows("selection")):
-        held["selection"] = zoo.probes(dataset, "selection")
-    return held
+        images["selection"] = zoo.probes(dataset, "selection")
+    return images
 
 
-def is_classifier(row: Mapping[str, Any], manifest: Mapping[str, Any]) -> bool:
-    """Whether a row's head answers with classes; a contrastive model's head is a projection."""
+def is_classifier(row: RowLike, manifest: Mapping[str, Any]) -> bool:
+    """Whether the outputs of a row's head are classes; the head of a contrastive model is a projection."""
+    row = Row.of(row)
     recipe = json.loads(row["provenance"] or "{}").get("recipe", {})
     record = manifest["images"].get(row["dataset"], {})
-    outputs = json.loads(row["architecture_args"]).get("num_classes")
-    known = len(record.get("class_names", [])) or outputs
-    return recipe.get("regime", "supervised") == "supervised" and outputs == known
+    outputs = Architecture.of(row).args.get("num_classes")
+    classes = len(record.get("class_names", [])) or outputs
+    return recipe.get("regime", "supervised") == "supervised" and outputs == classes
+
+
+def _names_for(logits: Tensor) -> Collection[str]:
+    """Names of the measures that are defined for so many classes: among five, every class is in the top 5."""
+    return [name for name in MEASURES if name != "top5_accuracy" or logits.shape[-1] > TOP]
 
 
 def _measure(
-    row: Mapping[str, Any],
+    row: Row,
     sets: Mapping[str, ImageBatch],
     manifest: Mapping[str, Any],
     cache: OutputsCache,
     failed: dict[str, str],
-) -> dict[str, Any]:
-    """Metrics of one model from its outputs; None where it has none, with the reason in `failed`."""
+) -> dict[str, float | None]:
+    """Metrics of one model from its outputs; None for a model without metrics, with the reason in `failed`."""
     sizes = {f"num_{role}_images": len(sets[role].labels) if role in sets else 0 for role in ("selection", "test")}
-    found: dict[str, Any] = dict.fromkeys(schema.EVALUATIONS) | sizes
+    empty: dict[str, float | None] = dict.fromkeys(schema.EVALUATIONS) | sizes
     if not is_classifier(row, manifest):
-        return found
-    measured: dict[str, float] = {}
+        return empty
+    metrics: dict[str, float | None] = {}
     try:
         for role, batch in sets.items():
             logits = cache.read(row, batch.digest, "logits")[None]
-            for name in MEASURES:
-                if f"{role}_{name}" in found and not (name == "top5_accuracy" and logits.shape[-1] <= TOP):
-                    measured[f"{role}_{name}"] = float(MEASURES[name](logits, batch.labels))
-    except ValueError as error:
-        failed[row["model_id"]] = str(error)
-        return found
-    return found | measured
+            for name in _names_for(logits):
+                if f"{role}_{name}" in empty:
+                    metrics[f"{role}_{name}"] = float(MEASURES[name](logits, batch.labels))
+    except ValueError as error:  # logits that are not finite
+        failed[row.model_id] = str(error)
+        return empty
+    return empty | metrics
 
 
 def _effect(
-    zoo: Zoo, rows: Sequence[Mapping[str, Any]], batch: ImageBatch, precision: str, device: str | torch.device
+    zoo: Zoo, model_ids: Sequence[str], batch: ImageBatch, precision: str, device: str | torch.device
 ) -> dict[str, float]:
-    """What the precision changes for some of the models on some of the images; nothing for float32."""
-    if precision == "float32":
+    """Effect of the precision on some of the models and some of the images; empty for float32."""
+    if precision == "float32" or not model_ids:
         return {}
-    some = zoo.filter(model_id=[row["model_id"] for row in rows[:COMPARED]])
-    if not len(some):
-        return {}
+    models = zoo.filter(model_id=list(model_ids[:COMPARED]))
     images, labels = batch.images[:COMPARED_IMAGES], batch.labels[:COMPARED_IMAGES]
-    return precision_effect(some.rows(), images, labels, precision, device)
+    return precision_effect(models.rows(), images, labels, precision, device)
 
 
 def evaluate_on(
@@ -284,8 +302,8 @@ def evaluate_on(
     """Metrics of every classifier on each of several sets of images, such as corrupted ones.
 
     Args:
-        zoo: the models; those whose heads are no classifiers are left out.
-        sets: name -> normalised images `[N, C, H, W]` and labels `[N]`, as `image_sets` gives them.
+        zoo: the models; models whose heads are not classifiers are left out.
+        sets: name -> normalised images `[N, C, H, W]` and labels `[N]`; `image_sets` makes them.
         device: where the models run.
         precision: see `evaluate`.
         cache: see `evaluate`.
@@ -307,36 +325,37 @@ def evaluate_on(
         >>> bool(by_set["digits"] > by_set["digits, contrast 5"])
         True
     """
-    rows = [row for row in records(zoo.to_pandas()) if is_classifier(row, zoo.manifest)]
+    rows = [row for row in map(Row, records(zoo.to_pandas())) if is_classifier(row, zoo.manifest)]
     if not rows:
         raise ZooError("no model of this zoo classifies: filter another part of it")
     batches = {name: ImageBatch.of(*part) for name, part in sets.items()}
     for batch in batches.values():
         batch.check_classes(rows)
-    wanted = {row["model_id"]: set(batches.values()) for row in rows}
-    found = []
-    with OutputsCache.opened(None if cache is None else Path(cache), precision) as held:
-        run_models(zoo, rows, wanted, held, device=device, precision=precision, ray=ray, progress=progress)
+    every_batch = {row.model_id: set(batches.values()) for row in rows}
+    lines = []
+    with OutputsCache.opened(None if cache is None else Path(cache), precision) as outputs:
+        run_models(zoo, rows, every_batch, outputs, device=device, precision=precision, ray=ray, progress=progress)
         for row in rows:
             for name, batch in batches.items():
-                logits = held.read(row, batch.digest, "logits")[None]
-                shown = [name for name in MEASURES if name != "top5_accuracy" or logits.shape[-1] > TOP]
-                measured = {}
-                with suppress(ValueError):  # logits that are not finite: the row stays NaN
-                    measured = {measure: float(MEASURES[measure](logits, batch.labels)) for measure in shown}
-                about = {"model_id": row["model_id"], "images": name, "num_images": len(batch.labels)}
-                found.append(about | dict.fromkeys(MEASURES, float("nan")) | measured)
-    return pd.DataFrame(found)
+                logits = outputs.read(row, batch.digest, "logits")[None]
+                metrics = {}
+                with suppress(ValueError):  # logits that are not finite: the line stays NaN
+                    metrics = {
+                        measure: float(MEASURES[measure](logits, batch.labels)) for measure in _names_for(logits)
+                    }
+                about = {"model_id": row.model_id, "images": name, "num_images": len(batch.labels)}
+                lines.append(about | dict.fromkeys(MEASURES, float("nan")) | metrics)
+    return pd.DataFrame(lines)
 
 
 def layer_similarity(
-    zoo: Zoo, images: Float[Tensor, "N C H W"], *, device: str | torch.device = "cpu"
+    zoo: Zoo, images: Float[Tensor, "N channels H W"], *, device: str | torch.device = "cpu"
 ) -> pd.DataFrame:
     """Debiased CKA of every block of every model with every block of every other: one row a pair of blocks.
 
     Args:
         zoo: a few models.
-        images: normalised as the models are fed them.
+        images: normalised images.
         device: where models run.
 
     Example:

@@ -1,7 +1,7 @@
 """Logits and features of models on images, kept on disk, so that an evaluation continues and is not done twice.
 
-An entry is found by what determines it: the hash of the weights, the architecture, the precision and the hash of the
-images. It appears whole or not at all, and is compared with its own hashes when it is read.
+The name of an entry is a hash of all that determines it: the weights, the architecture, the precision and the images.
+An entry appears whole or not at all, and is compared with its hashes before it counts as present.
 """
 
 import hashlib
@@ -12,21 +12,22 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from vitzoo_hf.format.row import Row, RowLike
 from vitzoo_hf.format.schema import ZooError, fingerprint
+from vitzoo_hf.models.architecture import Architecture
 
 PARTS = ("logits", "features")
 RECORD = "record.json"
 
 
-def digest_of(images: Float[Tensor, "N C H W"]) -> str:
-    """Hash of images as models are fed them: dtype, shape and values.
+def digest_of(images: Float[Tensor, "N channels H W"]) -> str:
+    """Hash of normalised images: dtype, shape and values.
 
     >>> digest_of(torch.zeros(1, 1, 2, 2)) == digest_of(torch.zeros(1, 1, 4, 1))
     False
@@ -39,8 +40,8 @@ class OutputsCache:
     """Outputs of models in a folder.
 
     Args:
-        folder: made where it is missing.
-        precision: that the models run in.
+        folder: the folder, created with the first entry.
+        precision: the precision that the models run in.
     """
 
     def __init__(self, folder: Path, precision: str) -> None:
@@ -49,20 +50,21 @@ class OutputsCache:
     @classmethod
     @contextmanager
     def opened(cls, folder: Path | None, precision: str) -> Iterator["OutputsCache"]:
-        """A cache in a folder, which stays, or in a temporary one for None."""
+        """A cache in a folder, which stays, or for None in a folder that is deleted at the end."""
         if folder is not None:
             yield cls(folder, precision)
             return
         with tempfile.TemporaryDirectory(prefix="vitzoo-evaluate-") as temporary:
             yield cls(Path(temporary), precision)
 
-    def place(self, row: Mapping[str, Any], digest: str) -> Path:
-        """Where the outputs of a row's model on images of this hash are."""
+    def place(self, row: RowLike, digest: str) -> Path:
+        """The folder of the outputs of a row's model on images of this hash."""
+        row = Row.of(row)
         kind = [row[name] for name in ("weights_sha256", "architecture", "architecture_args", "head", "head_hidden")]
         return self.folder / digest[:32] / fingerprint([*map(str, kind), self.precision], 32)
 
-    def has(self, row: Mapping[str, Any], digest: str) -> bool:
-        """Whether whole outputs are there."""
+    def has(self, row: RowLike, digest: str) -> bool:
+        """Whether the outputs of a row's model on images of this hash are present and undamaged."""
         place = self.place(row, digest)
         try:
             record = json.loads((place / RECORD).read_text())
@@ -70,12 +72,12 @@ class OutputsCache:
         except (OSError, ValueError, KeyError, TypeError):
             return False
 
-    def read(self, row: Mapping[str, Any], digest: str, part: str) -> Tensor:
-        """`logits` `[N, K]` or `features` `[N, F]`, float32."""
+    def read(self, row: RowLike, digest: str, part: str) -> Tensor:
+        """`logits` `[N, C]` or `features` `[N, F]`, float32."""
         return torch.from_numpy(np.load(self.place(row, digest) / f"{part}.npy"))
 
-    def write(self, row: Mapping[str, Any], digest: str, parts: Mapping[str, np.ndarray]) -> None:
-        """Keep the outputs of a model.
+    def write(self, row: RowLike, digest: str, parts: Mapping[str, np.ndarray]) -> None:
+        """Write the outputs of a row's model on images of this hash.
 
         Raises:
             ZooError: if the folder cannot be written.
@@ -107,9 +109,9 @@ def _sha256(file: Path) -> str:
 
 @dataclass(frozen=True, eq=False)
 class ImageBatch:
-    """Images as models are fed them, with labels and the hash by which a cache finds their outputs."""
+    """Normalised images with labels, and the hash under which a cache keeps outputs on these images."""
 
-    images: Float[Tensor, "N C H W"]
+    images: Float[Tensor, "N channels H W"]
     labels: Int64[Tensor, " N"]
     digest: str
 
@@ -124,29 +126,29 @@ class ImageBatch:
             raise ZooError(f"images are {_described(images)}; expected a float32 tensor [N, C, H, W], normalised")
         if not images.isfinite().all():
             raise ZooError("NaN or infinite values among the images")
-        whole = isinstance(labels, Tensor) and not labels.is_floating_point() and labels.dtype != torch.bool
-        if not whole or labels.shape != images.shape[:1] or int(labels.min()) < 0:
+        is_whole = isinstance(labels, Tensor) and not labels.is_floating_point() and labels.dtype != torch.bool
+        if not is_whole or labels.shape != images.shape[:1] or int(labels.min()) < 0:
             raise ZooError(
                 f"labels are {_described(labels)}; expected a tensor of {len(images)} integers from 0, one an image"
             )
         return cls(images, labels.long(), digest_of(images))
 
-    def check_classes(self, rows: Sequence[Mapping[str, Any]]) -> None:
+    def check_classes(self, rows: Sequence[RowLike]) -> None:
         """Refuse labels that a classifier does not know.
 
         Raises:
-            ZooError: naming the first such model.
+            ZooError: naming the first model that knows fewer classes.
         """
         highest = int(self.labels.max())
-        for row in rows:
-            outputs = json.loads(row["architecture_args"]).get("num_classes")
-            if outputs is not None and highest >= outputs:
+        for row in map(Row.of, rows):
+            classes = Architecture.of(row).args.get("num_classes")
+            if classes is not None and highest >= classes:
                 raise ZooError(
-                    f"labels go up to {highest}, but {row['model_id']} knows {outputs} classes: give images of those"
+                    f"labels go up to {highest}, but {row.model_id} knows {classes} classes: give images of those"
                 )
 
 
-def _described(values: Any) -> str:
+def _described(values: object) -> str:
     if not isinstance(values, Tensor):
         return f"a {type(values).__name__}"
     return f"{str(values.dtype).removeprefix('torch.')} {list(values.shape)}"

@@ -5,89 +5,84 @@ here. A task whose worker dies is run again.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
+import torch
 
+from vitzoo_hf.evaluation.forward import Computed, outputs_of
+from vitzoo_hf.evaluation.outputs_cache import ImageBatch
 from vitzoo_hf.format.schema import ZooError
 from vitzoo_hf.launch.ray_cluster import cluster
-
-if TYPE_CHECKING:
-    from vitzoo_hf.evaluation.outputs_cache import ImageBatch
+from vitzoo_hf.zoo import Zoo
 
 RETRIES = 3
-
-Computed = list[tuple[str, str, dict[str, np.ndarray]]]
 
 
 def outputs_on_ray(
     source: tuple[str, str | None],
     chunks: Sequence[Sequence[str]],
-    missing: Mapping[str, Sequence["ImageBatch"]],
+    batches: Mapping[str, Sequence[ImageBatch]],
     *,
     device: str,
     precision: str,
     address: str,
 ) -> Iterator[Computed]:
-    """Outputs of chunks of models as they become ready: model id, digest of the images, and the arrays.
+    """Outputs of chunks of models, in the order in which the tasks end.
 
     Args:
         source: path or id of the zoo, which every machine must reach, and its revision.
-        chunks: model ids, a task each.
-        missing: model -> the images it is to see.
+        chunks: lists of model ids, one task a list.
+        batches: model -> the images that the model is run on.
         device: `cpu`, or `cuda` for one GPU a task.
-        precision: that models run in.
-        address: of a cluster, `auto` for the one this machine belongs to, or `local` to start one here.
+        precision: the precision that models run in.
+        address: address of a Ray cluster, `auto` for the cluster of this machine, or `local` to start one here.
 
     Raises:
         ZooError: if Ray is not installed, the cluster does not answer, or a task fails again and again.
     """
     with cluster(address) as ray:
-        images = {batch.digest: batch.images.cpu().numpy() for batches in missing.values() for batch in batches}
-        there = {digest: ray.put(values) for digest, values in images.items()}
+        distinct = {batch.digest: batch for model_batches in batches.values() for batch in model_batches}
+        # put once: an array among the arguments of every task would be sent with every task
+        references = {digest: ray.put(batch.images.cpu().numpy()) for digest, batch in distinct.items()}
         resources = {"num_cpus": 1, "num_gpus": 1 if device.startswith("cuda") else 0}
         task = ray.remote(max_retries=RETRIES, **resources)(_task)
-        waiting = [
+        running = [
             task.remote(
                 source,
-                {model_id: [batch.digest for batch in missing[model_id]] for model_id in chunk},
-                {batch.digest: there[batch.digest] for model_id in chunk for batch in missing[model_id]},
+                {model_id: [batch.digest for batch in batches[model_id]] for model_id in chunk},
+                {batch.digest: references[batch.digest] for model_id in chunk for batch in batches[model_id]},
                 device,
                 precision,
             )
             for chunk in chunks
         ]
-        while waiting:
-            done, waiting = ray.wait(waiting, num_returns=1)
-            yield _result(ray, done[0])
+        while running:
+            (reference,), running = ray.wait(running, num_returns=1)
+            yield _result(ray, reference)
 
 
 def _task(
     source: tuple[str, str | None],
     digests: Mapping[str, Sequence[str]],
-    references: Mapping[str, Any],
+    references: Mapping[str, object],
     device: str,
     precision: str,
 ) -> Computed:
     import ray
-    import torch
 
-    from vitzoo_hf.models.population import Population
-    from vitzoo_hf.zoo import Zoo
-
+    # copied: memory of Ray's store is read-only, which torch cannot mark
     images = {digest: torch.from_numpy(ray.get(reference).copy()) for digest, reference in references.items()}
     zoo = Zoo(source[0], revision=source[1]).filter(model_id=list(digests))
-    found: Computed = []
-    for row in zoo.rows():
-        population = Population.from_rows([row], device=device, precision=precision)
-        for digest in digests[row["model_id"]]:
-            (outputs,) = population.each(images[digest])
-            parts = {"logits": outputs.logits[0], "features": outputs.features[0]}
-            found.append((row["model_id"], digest, {name: part.cpu().numpy() for name, part in parts.items()}))
-    return found
+    # one row at a time: a worker holds the weights of one model, whatever the chunk
+    return [
+        entry
+        for row in zoo.rows()
+        for computed in outputs_of([row], digests, images, device, precision)
+        for entry in computed
+    ]
 
 
-def _result(ray: Any, reference: Any) -> Computed:
+def _result(ray: Any, reference: object) -> Computed:
     try:
         return ray.get(reference)
     except ray.exceptions.RayTaskError as error:

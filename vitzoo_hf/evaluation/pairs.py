@@ -1,12 +1,11 @@
-"""Every pair of final models: how alike they predict, represent and lie in weight space.
+"""Every pair of final models: similarity of predictions, similarity of representations, distance of weights.
 
 Metrics that compare predictions are NaN for a pair with a model that does not classify these images; distances of
 weights are NaN for models whose trunks differ in layout.
 """
 
 import itertools
-from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from collections.abc import Collection, Sequence
 
 import pandas as pd
 import torch
@@ -16,6 +15,8 @@ from torch import Tensor
 from vitzoo_hf.evaluation.outputs_cache import OutputsCache
 from vitzoo_hf.evaluation.weight_metrics import zoo_weight_metrics
 from vitzoo_hf.format import schema
+from vitzoo_hf.format.layout import trunk_key
+from vitzoo_hf.format.row import Row
 from vitzoo_hf.format.schema import ZooError
 from vitzoo_hf.metrics.agreement import agreement, cohen_kappa, error_consistency, error_overlap, jensen_shannon
 from vitzoo_hf.metrics.behavior import predictions
@@ -24,12 +25,13 @@ from vitzoo_hf.metrics.features import FeatureFile
 from vitzoo_hf.zoo import Zoo
 
 BLOCK_BYTES = 2**28
-LEAST_IMAGES = 4
+"""Logits of all models on a block of images."""
+LEAST_IMAGES = 4  # the debiased HSIC divides by N - 3
 
 
 def measure_pairs(
     zoo: Zoo,
-    rows: Sequence[Mapping[str, Any]],
+    rows: Sequence[Row],
     classifiers: Sequence[int],
     cache: OutputsCache,
     digest: str,
@@ -43,14 +45,14 @@ def measure_pairs(
     """One row a pair of models, the columns of `schema.pair_features`.
 
     Args:
-        zoo: exactly these models.
-        rows: the same, without weights.
-        classifiers: positions of those that classify the images.
-        cache: has the outputs of all on the images.
-        digest: of the images.
-        labels: of the images.
-        dataset: their name.
-        left_out: models whose outputs are not finite: they have distances of weights alone.
+        zoo: exactly the models to compare.
+        rows: the rows of the zoo, without weights.
+        classifiers: positions of the models that classify the images.
+        cache: a cache that has the outputs of all models on the images.
+        digest: the hash of the images.
+        labels: class numbers of the images.
+        dataset: name of the images.
+        left_out: models whose outputs are not finite, for which only distances of weights are measured.
         device: where the metrics are computed.
         progress: show bars.
 
@@ -68,10 +70,10 @@ def measure_pairs(
     return pd.DataFrame(
         [
             {
-                "model_a": rows[i]["model_id"],
-                "model_b": rows[j]["model_id"],
-                "same_parent": rows[i]["parent_id"] is not None and rows[i]["parent_id"] == rows[j]["parent_id"],
-                "same_head": rows[i]["head"] == rows[j]["head"],
+                "model_a": rows[i].model_id,
+                "model_b": rows[j].model_id,
+                "same_parent": rows[i].parent_id is not None and rows[i].parent_id == rows[j].parent_id,
+                "same_head": rows[i].head == rows[j].head,
                 "dataset": dataset,
                 **{name: tables[name][i][j] for name in schema.PAIR_METRICS},
             }
@@ -81,40 +83,37 @@ def measure_pairs(
 
 
 def _of_features(
-    rows: Sequence[Mapping[str, Any]], left_out: Collection[str], cache: OutputsCache, digest: str
+    rows: Sequence[Row], left_out: Collection[str], cache: OutputsCache, digest: str
 ) -> dict[str, Float64[Tensor, "P P"]]:
     """CKA of models whose features are finite."""
-    chosen = [position for position, row in enumerate(rows) if row["model_id"] not in left_out]
-    features = [FeatureFile(cache.place(rows[position], digest) / "features.npy") for position in chosen]
-    found = {"cka": _nan(len(rows)), "cka_biased": _nan(len(rows))}
-    place = torch.tensor(chosen, dtype=torch.int64)
-    for name, debiased in (("cka", True), ("cka_biased", False)) if chosen else ():
-        found[name][place[:, None], place] = cka(features, debiased=debiased).cpu()
-    return found
+    positions = [position for position, row in enumerate(rows) if row.model_id not in left_out]
+    features = [FeatureFile(cache.place(rows[position], digest) / "features.npy") for position in positions]
+    matrices = {"cka": _nan(len(rows)), "cka_biased": _nan(len(rows))}
+    if positions:
+        for name, debiased in (("cka", True), ("cka_biased", False)):
+            _fill(matrices[name], positions, cka(features, debiased=debiased))
+    return matrices
 
 
 def _of_weights(
-    zoo: Zoo, rows: Sequence[Mapping[str, Any]], device: str | torch.device, progress: bool
+    zoo: Zoo, rows: Sequence[Row], device: str | torch.device, progress: bool
 ) -> dict[str, Float64[Tensor, "P P"]]:
     """Distances between trunks, for models whose trunks have one layout."""
-    members: dict[tuple[str, ...], list[int]] = {}
+    members: dict[str, list[int]] = {}
     for position, row in enumerate(rows):
-        layout = zoo.layouts[row["layout"]]
-        trunk = [f"{name} {shape}" for name, shape in zip(layout.names, layout.shapes, strict=True)]
-        members.setdefault(tuple(part for part in trunk if not part.startswith("head.")), []).append(position)
+        members.setdefault(trunk_key(zoo.layouts[row["layout"]]), []).append(position)
     names = {"weight_l2": "l2", "weight_l2_normalized": "normalized_l2", "weight_cosine": "cosine"}
-    found = {name: _nan(len(rows)) for name in names}
+    matrices = {name: _nan(len(rows)) for name in names}
     for positions in members.values():
-        alike = zoo.filter(model_id=[rows[position]["model_id"] for position in positions])
-        measured = zoo_weight_metrics(alike, statistics=False, device=device, progress=progress)
-        place = torch.tensor(positions)
+        models = zoo.filter(model_id=[rows[position].model_id for position in positions])
+        metrics = zoo_weight_metrics(models, statistics=False, device=device, progress=progress)
         for name, metric in names.items():
-            found[name][place[:, None], place] = getattr(measured, metric)[0].cpu()
-    return found
+            _fill(matrices[name], positions, getattr(metrics, metric)[0])
+    return matrices
 
 
 def _of_predictions(
-    rows: Sequence[Mapping[str, Any]],
+    rows: Sequence[Row],
     positions: Sequence[int],
     count: int,
     cache: OutputsCache,
@@ -122,9 +121,9 @@ def _of_predictions(
     labels: Tensor,
     device: str | torch.device,
 ) -> dict[str, Float64[Tensor, "P P"]]:
-    """What classifiers predict alike; NaN for every other pair."""
+    """Similarity of the predictions of classifiers; NaN for every other pair of the `count` models."""
     names = ("agreement", "cohen_kappa", "error_consistency", "error_overlap", "jensen_shannon")
-    found = {name: _nan(count) for name in names}
+    matrices = {name: _nan(count) for name in names}
     if rows:
         predicted = torch.stack([predictions(cache.read(row, digest, "logits")) for row in rows]).to(device)
         labels = labels.to(device)
@@ -135,14 +134,19 @@ def _of_predictions(
             "error_overlap": error_overlap(predicted, labels),
             "jensen_shannon": _divergence(rows, cache, digest, len(labels), device),
         }
-        place = torch.tensor(positions)
         for name, matrix in values.items():
-            found[name][place[:, None], place] = matrix.cpu()
-    return found
+            _fill(matrices[name], positions, matrix)
+    return matrices
+
+
+def _fill(matrix: Float64[Tensor, "P P"], positions: Sequence[int], values: Float64[Tensor, "p p"]) -> None:
+    """Put the values of some models into the matrix of all models."""
+    place = torch.tensor(positions)
+    matrix[place[:, None], place] = values.cpu()
 
 
 def _divergence(
-    rows: Sequence[Mapping[str, Any]], cache: OutputsCache, digest: str, num_images: int, device: str | torch.device
+    rows: Sequence[Row], cache: OutputsCache, digest: str, num_images: int, device: str | torch.device
 ) -> Float64[Tensor, "P P"]:
     """Mean Jensen-Shannon divergence, over blocks of images whose logits fit into memory."""
     classes = cache.read(rows[0], digest, "logits").shape[1]

@@ -1,8 +1,8 @@
-"""A zoo -> distances of all pairs of its models in weight space, statistics and spectra, in bounded memory.
+"""A zoo to distances of all pairs of its models in weight space, statistics and spectra, in bounded memory.
 
-One pass over the stored bytes gives distances, norms and statistics. Another pass reads what is needed where models
-are so close to each other, beside others, that the first could not tell them apart: epochs late in a run, say.
-Spectra and quantiles take whole tensors, so they are taken model by model, in a pass of their own.
+Cost: one pass over the stored bytes gives distances, norms and statistics. Where models are too close to each other
+for the first pass to tell them apart, epochs late in a run for instance, another pass reads only these columns.
+Spectra and quantiles need whole tensors, so a further pass takes them model by model.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Literal, TypedDict
 
 import numpy as np
 import pandas as pd
@@ -30,20 +30,20 @@ from vitzoo_hf.zoo import Zoo
 from vitzoo_hf.zoo.weight_columns import WeightColumns
 
 Per = Literal["model", "block", "tensor"]
-SQUARED_ERROR = 1e-5
+SQUARED_ERROR = 1e-5  # bound on the relative error of a squared distance; the error of the distance is half of it
 STATISTICS = ("norm", "mean", "std", "sparsity", "excess_kurtosis")
 
 
 @dataclass(frozen=True)
 class WeightMetrics:
-    """What was measured of P models in G parts of the network.
+    """Geometry and statistics of the weights of P models, in G parts of the network.
 
     Attributes:
         model_ids: the order of the models.
         parts: the order of the parts: "model", all weights together, then the blocks or tensors asked for.
-        layout: of the weights compared: without heads where heads differ.
+        layout: the layout of the compared weights, without heads where heads differ.
         squared: squared Euclidean distances.
-        norms: of the weights of each part.
+        norms: Euclidean norms of the weights of each part.
         table: one row a model and tensor: `model_id`, `tensor`, `num_values` and its statistics.
         spectra: one row a model and matrix: `model_id`, `matrix`, `spectral_norm`, `stable_rank`, `singular_values`.
         passes: how often weights were read for the distances.
@@ -80,10 +80,10 @@ class WeightMetrics:
             ZooError: for an unknown metric or part.
         """
         metrics = ("l2", "normalized_l2", "cosine")
-        for name, known in ((metric, metrics), (part, self.parts)):
-            if name not in known:
-                more = "; per='block' or 'tensor' measures parts" if name is part and len(self.parts) == 1 else ""
-                raise ZooError(f"nothing was measured of {name!r}: {did_you_mean(name, known)}{more}")
+        for name, names in ((metric, metrics), (part, self.parts)):
+            if name not in names:
+                hint = "; per='block' or 'tensor' measures parts" if name is part and len(self.parts) == 1 else ""
+                raise ZooError(f"nothing was measured of {name!r}: {did_you_mean(name, names)}{hint}")
         values = getattr(self, metric)[self.parts.index(part)]
         return pd.DataFrame(values.cpu().numpy(), index=self.model_ids, columns=self.model_ids)
 
@@ -102,15 +102,15 @@ def zoo_weight_metrics(
 ) -> WeightMetrics:
     """Distances, cosines, norms, statistics and spectra of the weights of a zoo's models.
 
-    Weights are read as `Zoo.weight_columns` gives them, without their heads where heads differ, and not compared with
-    their hashes (`vitzoo verify`). Memory is some 300 MB beside the matrices.
+    Heads are left out where they differ. Weights are not compared with their hashes; `vitzoo verify` does that.
+    Memory is some 300 MB beside the matrices.
 
     Args:
         zoo: the models; a filtered zoo is measured as it is.
         per: also compare "block" by block (embedding, blocks, norm, head) or "tensor" by tensor.
         statistics: fill `table`.
-        quantiles: columns of the table, `quantile_0.5` and so on; sorts every tensor of every model.
-        spectra: fill the table of spectra, with so many of the largest singular values of every matrix.
+        quantiles: quantiles that become columns of the table, such as `quantile_0.5`; sorts every tensor.
+        spectra: number of the largest singular values of every matrix in the table of spectra; 0 for no table.
         threshold: values up to this size count as zero for the sparsity.
         device: where blocks of weights are multiplied.
         num_workers: threads that read ahead.
@@ -133,7 +133,8 @@ def zoo_weight_metrics(
     columns = zoo.weight_columns(device=device, num_workers=num_workers)
     sums = _Sums(columns.model_ids, columns.layout, columns.device, per, threshold if statistics else None)
     passes = _read(columns, sums, lambda piece: piece, progress)
-    ordered, spectrum = [], []
+    ordered: list[Tensor] = []
+    spectrum: list[_Spectrum] = []
     if quantiles or spectra:
         with progress_bar("taking spectra", "model", shown=progress, total=len(columns.model_ids)) as bar:
             for model_id, weights in zip(columns.model_ids, columns.rows(), strict=True):
@@ -158,17 +159,22 @@ def zoo_task_vectors(
     num_workers: int = 1,
     progress: bool = True,
 ) -> WeightMetrics:
-    """The same of task vectors: the weights of each model less those of its parent (`parent_id`).
+    """Distances, cosines and norms of task vectors: the weights of each model less the weights of its parent.
 
-    `norms` says how far each model went, `cosine` which went the same way. Models without a parent are left out;
-    parents are read even where a filter has left them out.
+    `norms` says how far each model went, `cosine` which models went the same way. Models without a parent are left
+    out; parents are read even where a filter has left them out.
 
     Args:
         zoo: the children.
-        per, statistics, threshold, device, num_workers, progress: as for `zoo_weight_metrics`.
+        per: see `zoo_weight_metrics`.
+        statistics: see `zoo_weight_metrics`.
+        threshold: see `zoo_weight_metrics`.
+        device: see `zoo_weight_metrics`.
+        num_workers: see `zoo_weight_metrics`.
+        progress: see `zoo_weight_metrics`.
 
     Raises:
-        ZooError: as `zoo_weight_metrics`; if no model has a parent, or a parent is not in the zoo.
+        ZooError: if no model has a parent, a parent is not in the zoo, or `zoo_weight_metrics` refuses the weights.
 
     Example:
         >>> found = zoo_task_vectors(Zoo.sample(), progress=False)
@@ -200,7 +206,7 @@ def zoo_task_vectors(
 
 
 class _Sums:
-    """What is accumulated over blocks of columns."""
+    """Sums over blocks of columns, from which the metrics follow."""
 
     def __init__(
         self, model_ids: list[str], layout: Layout, device: torch.device, per: Per, threshold: float | None
@@ -218,7 +224,7 @@ class _Sums:
         self.moments = [] if threshold is None else [Moments(count, device, threshold, scratch) for _ in self.names]
 
     def fork(self, *, first: bool) -> "_Sums":
-        """Sums of the pass to come of other columns, for another thread, to be joined to these."""
+        """Sums of other columns in the next pass, for another thread, to be joined to these."""
         twin, scratch = copy(self), Scratch()
         twin.distances = [distances.fork(scratch) for distances in self.distances]
         twin.lengths = torch.zeros_like(self.lengths)
@@ -226,21 +232,22 @@ class _Sums:
         return twin
 
     def join(self, twin: "_Sums") -> None:
-        """Add what a fork took in."""
-        for mine, its in zip(self.distances, twin.distances, strict=True):
-            mine.join(its)
+        """Add the sums of a fork."""
+        for distances, twin_distances in zip(self.distances, twin.distances, strict=True):
+            distances.join(twin_distances)
         self.lengths += twin.lengths
-        for moments, others in zip(self.moments, twin.moments, strict=False):
-            moments.join(others)
+        # a fork of a later pass has no moments
+        for moments, twin_moments in zip(self.moments, twin.moments, strict=False):
+            moments.join(twin_moments)
 
-    def wanted(self) -> list[slice]:
-        """Columns that the pass to come is for."""
+    def pending(self) -> list[slice]:
+        """Columns that the next pass has to read."""
         return [
             place for place, part in zip(self.places, self.part_of, strict=True) if self.distances[part].is_pending
         ]
 
     def add(self, columns: slice, block: Tensor, transform: Callable[[Tensor], Tensor], *, first: bool) -> None:
-        """Take in a block; norms and moments on the first pass only."""
+        """Add a block; norms and moments in the first pass only."""
         for number, piece in self._pieces(columns, block):
             vectors = transform(piece)
             self.distances[self.part_of[number]].add(vectors, self.lengths[number] if first else None)
@@ -250,7 +257,7 @@ class _Sums:
             raise ZooError(self._not_finite())
 
     def _pieces(self, columns: slice, block: Tensor) -> Iterator[tuple[int, Tensor]]:
-        """Pieces of a block that fit the cache, and the tensor each is of."""
+        """Pieces of a block that fit the cache, each with the number of its tensor."""
         for number, place in enumerate(self.places):
             first, last = max(place.start, columns.start), min(place.stop, columns.stop)
             if first < last:
@@ -262,7 +269,7 @@ class _Sums:
         count = len(set(models))
         return (
             f"{self.model_ids[models[0]]} has NaN or infinite weights in {self.names[tensors[0]]}"
-            + (f", as have at least {count - 1} other models" if count > 1 else "")
+            + (f", and so have at least {count - 1} other models" if count > 1 else "")
             + ": leave it out by a filter, or look for a diverged run"
         )
 
@@ -270,14 +277,14 @@ class _Sums:
         """Statistics, one row a model and tensor in the order of the layout."""
         names = self.layout.names
         sizes = dict(zip(names, self.layout.sizes, strict=True))
-        columns: dict[str, Any] = {
+        columns: dict[str, Sequence[str] | Sequence[int] | np.ndarray] = {
             "model_id": np.repeat(self.model_ids, len(names)),
             "tensor": list(names) * len(self.model_ids),
             "num_values": [sizes[name] for name in names] * len(self.model_ids),
         }
         if self.moments:
-            found = statistics_of([self.moments[self.names.index(name)] for name in names])
-            columns |= {name: getattr(found, name).flatten().cpu().numpy() for name in STATISTICS}
+            statistics = statistics_of([self.moments[self.names.index(name)] for name in names])
+            columns |= {name: getattr(statistics, name).flatten().cpu().numpy() for name in STATISTICS}
         return pd.DataFrame(columns)
 
     def metrics(self, table: pd.DataFrame, spectra: pd.DataFrame, passes: int) -> WeightMetrics:
@@ -295,15 +302,17 @@ class _Sums:
 
 
 def _read(columns: WeightColumns, sums: _Sums, transform: Callable[[Tensor], Tensor], progress: bool) -> int:
-    """Read blocks until every distance is accurate; how many passes that took."""
+    """Read blocks until every distance is accurate; returns the number of passes."""
     passes = 0
     with _single_threads(columns.device) as (pool, threads):
-        while wanted := sums.wanted():
+        while pending := sums.pending():
             first = passes == 0
-            chosen = None if first else wanted
+            selection = None if first else pending
             forks = [sums.fork(first=first) for _ in range(threads)]
-            with progress_bar("reading weights", "block", shown=progress, total=len(columns.blocks(chosen))) as bar:
-                for part, block in columns.read(chosen):
+            with progress_bar(
+                "reading weights", "block", shown=progress, total=len(columns.blocks(selection))
+            ) as bar:
+                for part, block in columns.read(selection):
                     _add_in_threads(pool, forks, part, block, transform, first)
                     bar.update()
             for fork in forks:
@@ -322,7 +331,10 @@ def _add_in_threads(
     transform: Callable[[Tensor], Tensor],
     first: bool,
 ) -> None:
-    """Give each fork its share of the columns of a block, always the same one, and wait for all."""
+    """Give each fork a share of the columns of a block, and wait for all.
+
+    A fork gets the share of one place in every block, so that sums have one order whatever the speed of threads.
+    """
     share = -(-block.shape[1] // len(forks))
     futures = []
     for number, fork in enumerate(forks):
@@ -336,7 +348,10 @@ def _add_in_threads(
 
 @contextmanager
 def _single_threads(device: torch.device) -> Iterator[tuple[ThreadPoolExecutor, int]]:
-    """A thread for each that torch would use: sums of a piece that fits the cache are too short to be shared out."""
+    """As many threads as torch would use, each with a torch of one thread.
+
+    Sums of a piece that fits the cache are too short for torch to share them among threads.
+    """
     before = torch.get_num_threads()
     count = before if device.type == "cpu" else 1
     torch.set_num_threads(1)
@@ -347,8 +362,18 @@ def _single_threads(device: torch.device) -> Iterator[tuple[ThreadPoolExecutor, 
         torch.set_num_threads(before)
 
 
-def _spectra(model_id: str, weights: Float[Tensor, "1 D"], layout: Layout, top: int) -> list[dict[str, Any]]:
-    rows = []
+class _Spectrum(TypedDict):
+    """A row of the table of spectra."""
+
+    model_id: str
+    matrix: str
+    spectral_norm: float
+    stable_rank: float
+    singular_values: list[float]
+
+
+def _spectra(model_id: str, weights: Float[Tensor, "1 D"], layout: Layout, top: int) -> list[_Spectrum]:
+    rows: list[_Spectrum] = []
     for name, (matrix,) in matrices_of(weights, layout).items():
         values = singular_values(matrix, min(top, *matrix.shape))
         rows.append(

@@ -71,11 +71,12 @@ def streamed(url: str, headers: dict[str, str], timeout: float) -> Iterator[tupl
     """The answer to a GET request, redirects followed, and the chunks of its body, read as they are taken."""
     from huggingface_hub.utils import get_session
 
+    session: Any = get_session()
     if http_client().__name__ == "requests":
-        with get_session().get(url, headers=headers, stream=True, timeout=timeout) as answer:
+        with session.get(url, headers=headers, stream=True, timeout=timeout) as answer:
             yield answer, _as_they_come(answer.raw)
     else:
-        with get_session().stream("GET", url, headers=headers, follow_redirects=True, timeout=timeout) as answer:
+        with session.stream("GET", url, headers=headers, follow_redirects=True, timeout=timeout) as answer:
             yield answer, answer.iter_raw()
 
 

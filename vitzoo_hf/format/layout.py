@@ -136,6 +136,28 @@ def is_head(name: str) -> bool:
     return name.startswith("head.")
 
 
+def trunk_layout(layout: Layout) -> Layout:
+    """The layout of everything but the head.
+
+    Example:
+        >>> trunk_layout(Layout(("norm.bias", "head.bias"), ((4,), (10,)))).names
+        ('norm.bias',)
+    """
+    tensors = [(name, shape) for name, shape in zip(layout.names, layout.shapes, strict=True) if not is_head(name)]
+    return Layout(tuple(name for name, _ in tensors), tuple(shape for _, shape in tensors))
+
+
+def trunk_key(layout: Layout) -> str:
+    """A string that two layouts share exactly when their trunks have equal names, order and shapes.
+
+    Example:
+        >>> linear = Layout(("norm.bias", "head.bias"), ((4,), (10,)))
+        >>> trunk_key(linear) == trunk_key(Layout(("norm.bias", "head.0.bias"), ((4,), (8,))))
+        True
+    """
+    return trunk_layout(layout).fingerprint
+
+
 def flatten(state_dict: Mapping[str, Tensor]) -> Float[Tensor, " D"]:
     """All tensors of a state dict as one float32 vector, in its order.
 

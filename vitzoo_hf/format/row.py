@@ -63,7 +63,8 @@ class Row(Mapping[str, Any]):
 
     def __getitem__(self, column: str) -> Any:
         if column == "weights" and self._read is not None:
-            self._columns["weights"], self._read = self._read(), None
+            self._columns["weights"] = self._vector = self._read()
+            self._read = None  # only now: a row that could not be read raises again, and names itself again
         return self._columns[column]
 
     def __iter__(self) -> Iterator[str]:
@@ -84,6 +85,9 @@ class Row(Mapping[str, Any]):
     def __repr__(self) -> str:
         return f"Row({self.name!r}, {len(self)} columns)"
 
+    def __copy__(self) -> "Row":
+        return self  # two rows over one vector would not know that a model of the other changed it
+
     def __reduce__(self) -> tuple[Any, ...]:
         return _unpickled, (dict(self), self._verified)
 
@@ -95,12 +99,12 @@ class Row(Mapping[str, Any]):
     @property
     def model_id(self) -> str:
         """`RUN@EPOCH`, unique in a zoo."""
-        return str(self._required("model_id"))
+        return str(self.required("model_id"))
 
     @property
     def run_id(self) -> str:
         """The run that the checkpoint is of."""
-        return str(self._required("run_id"))
+        return str(self.required("run_id"))
 
     @property
     def parent_id(self) -> str | None:
@@ -115,12 +119,12 @@ class Row(Mapping[str, Any]):
     @property
     def epoch(self) -> int:
         """Epochs trained."""
-        return int(self._required("epoch"))
+        return int(self.required("epoch"))
 
     @property
     def is_final(self) -> bool:
         """Whether this is the last checkpoint of its run."""
-        return bool(self._required("is_final"))
+        return bool(self.required("is_final"))
 
     @property
     def dataset(self) -> str | None:
@@ -131,7 +135,7 @@ class Row(Mapping[str, Any]):
     def head(self) -> str:
         """`linear` or `mlp`, also where `load_dataset` gives the class number."""
         head = self._class_name("head", schema.HEADS)
-        return str(self._required("head")) if head is None else head
+        return str(self.required("head")) if head is None else head
 
     @property
     def head_hidden(self) -> int | None:
@@ -172,11 +176,10 @@ class Row(Mapping[str, Any]):
         Raises:
             ZooError: if there are none, not as many as the row says, or not those of its hash when they are read.
         """
+        weights = self.required("weights")
         if self._vector is None:
-            if "weights" not in self:
-                raise ZooError("the row has no column 'weights': take whole rows, `load_dataset(id, 'weights')`")
             self._vector = vector_of(
-                self["weights"],
+                weights,
                 name=self.name,
                 num_parameters=self.num_parameters,
                 dtype=self._columns.get("dtype") or "float32",
@@ -188,10 +191,15 @@ class Row(Mapping[str, Any]):
         """Note that a model shares the memory of the weights and may change them: they are verified again."""
         self._verified = False
 
-    def _required(self, column: str) -> Any:
-        if column not in self._columns:
+    def required(self, column: str) -> Any:
+        """The value of a column that the caller cannot do without.
+
+        Raises:
+            ZooError: if the row has no such column.
+        """
+        if column not in self:
             raise ZooError(f"the row has no column {column!r}: take whole rows, `load_dataset(id, 'weights')`")
-        return self._columns[column]
+        return self[column]
 
     def _class_name(self, column: str, names: tuple[str, ...]) -> str | None:
         value = self._columns.get(column)

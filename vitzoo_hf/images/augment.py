@@ -88,8 +88,8 @@ def _whole(images: Batch, smallest: float, *generators: torch.Generator) -> Batc
 
 
 def _flip(images: Batch, *generators: torch.Generator) -> Batch:
-    chosen = _uniform(len(images), 0.0, 1.0, *generators) < 0.5
-    return torch.where(_per_image(chosen), images.flip(-1), images)
+    is_chosen = _uniform(len(images), 0.0, 1.0, *generators) < 0.5
+    return torch.where(_per_image(is_chosen), images.flip(-1), images)
 
 
 def _rotate(images: Batch, *generators: torch.Generator) -> Batch:
@@ -108,10 +108,10 @@ def _shift(images: Batch, *generators: torch.Generator) -> Batch:
     """By whole pixels, up to an eighth of the side either way; what comes into view is black."""
     count, _, height, width = images.shape
     most = max(height // 8, 1)
-    down, across = (_uniform(count, float(-most), most + 1.0, *generators).floor().long() for _ in range(2))
+    down, right = (_uniform(count, float(-most), most + 1.0, *generators).floor().long() for _ in range(2))
     padded = pad(images, (most,) * 4)
     rows = torch.arange(height, device=images.device) + most - down[:, None]
-    columns = torch.arange(width, device=images.device) + most - across[:, None]
+    columns = torch.arange(width, device=images.device) + most - right[:, None]
     picture = torch.arange(count, device=images.device)
     return padded[picture[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
@@ -125,8 +125,8 @@ def _jitter(images: Batch, *generators: torch.Generator) -> Batch:
     view = ((view - mean) * contrast + mean).clamp(0, 1)
     grey = view.mean(1, keepdim=True)
     view = ((view - grey) * colour + grey).clamp(0, 1)
-    chosen = _uniform(count, 0.0, 1.0, *generators) < 0.8
-    return torch.where(_per_image(chosen), view, images)
+    is_chosen = _uniform(count, 0.0, 1.0, *generators) < 0.8
+    return torch.where(_per_image(is_chosen), view, images)
 
 
 def _jitter_with_hue(images: Batch, *generators: torch.Generator) -> Batch:
@@ -139,10 +139,10 @@ def _jitter_with_hue(images: Batch, *generators: torch.Generator) -> Batch:
     view = ((view - mean) * contrast + mean).clamp(0, 1)
     grey = _luma(view)
     view = ((view - grey) * colour + grey).clamp(0, 1)
-    chosen = _uniform(count, 0.0, 1.0, *generators) < 0.8
+    is_chosen = _uniform(count, 0.0, 1.0, *generators) < 0.8
     if images.shape[1] == 3:
         view = turned_hue(view, turn)
-    return torch.where(_per_image(chosen), view, images)
+    return torch.where(_per_image(is_chosen), view, images)
 
 
 def _luma(images: Batch) -> Float[Tensor, "B 1 H W"]:
@@ -175,15 +175,15 @@ def turned_hue(images: Float[Tensor, "B 3 H W"], turn: Float[Tensor, "B 1 1"]) -
 
 
 def _greyscale(images: Batch, *generators: torch.Generator) -> Batch:
-    chosen = _uniform(len(images), 0.0, 1.0, *generators) < 0.2
-    return torch.where(_per_image(chosen), images.mean(1, keepdim=True).expand_as(images), images)
+    is_chosen = _uniform(len(images), 0.0, 1.0, *generators) < 0.2
+    return torch.where(_per_image(is_chosen), images.mean(1, keepdim=True).expand_as(images), images)
 
 
 def _blur(images: Batch, *generators: torch.Generator) -> Batch:
     """A 3×3 Gaussian of standard deviation 0.1 to 1 pixel for half of the images."""
     sigma = _uniform(len(images), 0.1, 1.0, *generators)
-    chosen = _uniform(len(images), 0.0, 1.0, *generators) < 0.5
-    return _gaussian(images, torch.where(chosen, sigma, torch.full_like(sigma, 0.05)), 1)
+    is_chosen = _uniform(len(images), 0.0, 1.0, *generators) < 0.5
+    return _gaussian(images, torch.where(is_chosen, sigma, torch.full_like(sigma, 0.05)), 1)
 
 
 def _wide_blur(images: Batch, *generators: torch.Generator) -> Batch:

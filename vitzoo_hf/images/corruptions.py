@@ -1,4 +1,4 @@
-"""Images made harder: a handful of corruptions and shifts at five severities, computed by torchvision.
+"""Corrupted images: a handful of corruptions and shifts at five severities, computed by torchvision.
 
 Every corruption takes and gives float images in [0, 1] and follows from its name, its severity and a seed alone.
 Noise and contrast have the severities of Hendrycks and Dietterich (2019) for small images; the others are ours.
@@ -53,7 +53,7 @@ def corrupted(
         images: float32 in [0, 1], as they are before normalisation.
         name: a key of `LEVELS`.
         severity: 1 to 5.
-        seed: of the noise.
+        seed: seed of the noise.
 
     Raises:
         ZooError: for an unknown corruption or severity, or images outside [0, 1].

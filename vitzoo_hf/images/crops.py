@@ -1,6 +1,6 @@
-"""Crops of many images of one size, resized at once on whatever device they are: two products a batch.
+"""Boxes of random crops, drawn from image sizes alone before anything is decoded; and the crops, cut and resized.
 
-Which part of an image a random crop takes, drawn from sizes alone, before anything is decoded.
+Many images of one size are resized at once on whatever device they are: two products a batch.
 
 A box is (left, top, right, bottom) in pixels of the original image, float64. All draws come from the generator given
 and are as many for every image, so a box depends on the image's place in the batch and on nothing else.
@@ -44,12 +44,12 @@ def resized_crop_boxes(sizes: Sizes, smallest: float, generator: torch.Generator
     wide, high_ = (area * aspect).sqrt().round(), (area / aspect).sqrt().round()
     fits = (wide >= 1) & (high_ >= 1) & (wide <= width) & (high_ <= height)
     first = fits.long().argmax(1, keepdim=True)
-    found = fits.any(1, keepdim=True)
-    wide = torch.where(found, wide.gather(1, first), torch.minimum(width, (height * ASPECT[1]).round()))
-    high_ = torch.where(found, high_.gather(1, first), torch.minimum(height, (width / ASPECT[0]).round()))
+    any_fits = fits.any(1, keepdim=True)
+    wide = torch.where(any_fits, wide.gather(1, first), torch.minimum(width, (height * ASPECT[1]).round()))
+    high_ = torch.where(any_fits, high_.gather(1, first), torch.minimum(height, (width / ASPECT[0]).round()))
     left, top = ((width - wide) // 2, (height - high_) // 2)
-    left = torch.where(found, (draws[:, -2:-1] * (width - wide + 1)).floor(), left)
-    top = torch.where(found, (draws[:, -1:] * (height - high_ + 1)).floor(), top)
+    left = torch.where(any_fits, (draws[:, -2:-1] * (width - wide + 1)).floor(), left)
+    top = torch.where(any_fits, (draws[:, -1:] * (height - high_ + 1)).floor(), top)
     return torch.cat([left, top, left + wide, top + high_], dim=1)
 
 
@@ -61,10 +61,10 @@ def placed_crop_boxes(sizes: Sizes, spec: ImagesSpec, generator: torch.Generator
     """
     draws = torch.rand(len(sizes), 2, generator=generator, dtype=torch.float64).tolist()
     boxes = []
-    for (height, width), (across, down) in zip(sizes.tolist(), draws, strict=True):
+    for (height, width), (right_share, down_share) in zip(sizes.tolist(), draws, strict=True):
         tall, wide = resized_size(height, width, spec)
         crop = crop_size(tall, wide, spec)
-        left, top = math.floor(across * (wide - crop + 1)), math.floor(down * (tall - crop + 1))
+        left, top = math.floor(right_share * (wide - crop + 1)), math.floor(down_share * (tall - crop + 1))
         x, y = width / wide, height / tall
         boxes.append([left * x, top * y, (left + crop) * x, (top + crop) * y])
     return torch.tensor(boxes, dtype=torch.float64).view(-1, 4)
@@ -75,13 +75,13 @@ def resized_crops(
 ) -> UInt8[Tensor, "n C S S"]:
     """The box of each image, resized to `size` × `size` with antialiasing, rounded to uint8.
 
-    The same as Pillow's `Image.resize((size, size), resample, box)`, up to rounding: pixels around the box count
+    Equal to Pillow's `Image.resize((size, size), resample, box)`, up to rounding: pixels around the box count
     where the filter reaches them.
 
     Args:
         images: uint8 `[n, C, h, w]`.
         boxes: float64 `[n, 4]`, (left, top, right, bottom) within the images, in pixels.
-        size: of the result.
+        size: height and width of the result.
         interpolation: `bilinear` or `bicubic`.
 
     Example:
@@ -90,9 +90,9 @@ def resized_crops(
         [7]
     """
     boxes = boxes.to(images.device)
-    across = _weights(boxes[:, 0], boxes[:, 2], images.shape[3], size, interpolation)
-    down = _weights(boxes[:, 1], boxes[:, 3], images.shape[2], size, interpolation)
-    crops = down.unsqueeze(1) @ images.float() @ across.unsqueeze(1).mT
+    horizontal = _weights(boxes[:, 0], boxes[:, 2], images.shape[3], size, interpolation)
+    vertical = _weights(boxes[:, 1], boxes[:, 3], images.shape[2], size, interpolation)
+    crops = vertical.unsqueeze(1) @ images.float() @ horizontal.unsqueeze(1).mT
     return crops.round_().clamp_(0, 255).to(torch.uint8)
 
 

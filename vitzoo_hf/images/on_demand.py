@@ -62,8 +62,8 @@ class OnDemandImages:
 
     def sizes(self, positions: Int64[Tensor, " n"]) -> Int64[Tensor, "n 2"]:
         """Height and width of the original images, from their headers."""
-        found = [self._read(position, _upright_size) for position in positions.tolist()]
-        return torch.tensor(found, dtype=torch.int64).view(-1, 2)
+        sizes = [self._read(position, _upright_size) for position in positions.tolist()]
+        return torch.tensor(sizes, dtype=torch.int64).view(-1, 2)
 
     def evaluation(self, positions: Int64[Tensor, " n"]) -> UInt8[Tensor, "n C S S"]:
         """Images as `preparation.prepare` makes them.
@@ -96,10 +96,10 @@ class OnDemandImages:
     def _gather(self, function: Callable[..., Any], arguments: list[tuple[Any, ...]]) -> Tensor:
         size = self.spec.size
         gathered = torch.empty(len(arguments), self.channels, size, size, dtype=torch.uint8)
-        made = mapped_ahead(
-            lambda given: function(*given), arguments, threads=self.num_threads, ahead=2 * self.num_threads
+        images = mapped_ahead(
+            lambda values: function(*values), arguments, threads=self.num_threads, ahead=2 * self.num_threads
         )
-        for row, image in zip(gathered, made, strict=True):
+        for row, image in zip(gathered, images, strict=True):
             row.copy_(image)
         return gathered
 
@@ -122,7 +122,7 @@ class OnDemandImages:
         return image if image.mode == self._mode else _eight_bits(image).convert(self._mode)
 
     def _read(self, position: int, function: Callable[[Encoded], Any]) -> Any:
-        """`function` of an encoded image, whose failures are told with its position."""
+        """Apply `function` to an encoded image; errors name the position of the image."""
         entry = self._files[position]
         data, path = entry["bytes"].as_buffer(), entry["path"].as_py()
         try:

@@ -87,7 +87,7 @@ class SmallImages:
 
 
 def _digest(images: Tensor) -> bytes:
-    """Of shape and pixels, without another copy of them."""
+    """Hash shape and pixels, without another copy of them."""
     sha = hashlib.sha256(f"{tuple(images.shape)}".encode())
     for part in images.contiguous().flatten(1).split(1024):
         sha.update(part.numpy().data)
@@ -99,7 +99,7 @@ Pixels = PreparedImages | SmallImages | OnDemandImages
 
 @dataclass(frozen=True)
 class Source:
-    """Images as they come: uint8 `[N, C, H, W]` or encoded, labels `[N]`, how many at the end are a test set.
+    """Images as a source gives them, uint8 `[N, C, H, W]` or encoded, and labels `[N]`; a test set comes last.
 
     `origin` names the place that images came from, and `sha256` the hashes of their arrays, for a source that can
     come from several places.
@@ -148,11 +148,11 @@ def _small(images: OnDemandImages, spec: ImagesSpec) -> SmallImages | None:
     too_large = len(images) * images.channels * height * width > PREPARED_LIMIT
     if too_large or height * width > spec.size**2 or len(images.sizes(sample).unique(dim=0)) > 1:
         return None
-    kept = torch.empty(shape, dtype=torch.uint8)
+    pixels = torch.empty(shape, dtype=torch.uint8)
     threads = images.num_threads
     originals = mapped_ahead(images.original, range(len(images)), threads=threads, ahead=2 * threads)
     for position, image in enumerate(originals):
         if image.shape[:2] != (height, width):
             return None
-        kept[position] = torch.from_numpy(image.copy()).permute(2, 0, 1)
-    return SmallImages(kept, spec)
+        pixels[position] = torch.from_numpy(image.copy()).permute(2, 0, 1)
+    return SmallImages(pixels, spec)

@@ -1,4 +1,4 @@
-"""Images as they come -> images of one size and number of channels -> what a model is fed."""
+"""Raw images -> images of one size and number of channels -> the standardized input of a model."""
 
 from typing import Any
 
@@ -68,15 +68,15 @@ def with_channels(images: UInt8[Tensor, "N C h w"], spec: ImagesSpec) -> UInt8[T
     Raises:
         ZooError: if they cannot be had.
     """
-    given, wanted = images.shape[1], spec.channels or images.shape[1]
-    if given == wanted:
+    channels, expected = images.shape[1], spec.channels or images.shape[1]
+    if channels == expected:
         return images
-    if given == 1:
-        return images.expand(-1, wanted, -1, -1)
-    if wanted == 1 and given == 3:
+    if channels == 1:
+        return images.expand(-1, expected, -1, -1)
+    if expected == 1 and channels == 3:
         weights = torch.tensor([0.299, 0.587, 0.114], device=images.device).view(1, 3, 1, 1)
         return (images.float() * weights).sum(1, keepdim=True).round().to(torch.uint8)
-    raise ZooError(f"images {spec.source!r} have {given} channels; {wanted} cannot be made of them")
+    raise ZooError(f"images {spec.source!r} have {channels} channels; {expected} cannot be made of them")
 
 
 def normalize(images: UInt8[Tensor, "n C H W"], mean: Statistic, std: Statistic) -> Float[Tensor, "n C H W"]:

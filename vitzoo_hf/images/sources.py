@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -35,14 +35,14 @@ class ImageSet:
     """Labelled images with fixed splits.
 
     Attributes:
-        name: the key in the blueprint; the `dataset` of a row.
+        name: the key in the blueprint, and the `dataset` of a row.
         pixels: the images by position, prepared in memory or made on demand.
         labels: int64 `[N]`.
         splits: role (`train`, `selection`, `test`) -> positions, int64, ascending.
-        pool: of a world, what every run draws its training images from; the images are then examples of them
-            (`train`), the query images (`selection`) and the test images.
+        pool: the pool that runs on a world draw their training images from. The images of a world are examples of
+            training images (`train`), the query images (`selection`) and the test images (`test`).
         origin: where the source's images came from on this machine; None where there is only one place.
-        sha256: of the arrays of the source as they came, by name; empty where the source is not checked by hash.
+        sha256: hashes of the arrays of the source by name, before preparation; empty where it is not checked by hash.
     """
 
     name: str
@@ -76,7 +76,7 @@ class ImageSet:
 
     @property
     def begun_with(self) -> dict[str, Any]:
-        """What a run's folder records of its images: their digest; where they came from and the source's hashes."""
+        """The record of the images in the folder of a run: their digest, origin and the hashes of the source."""
         origin = {"origin": self.origin, "sha256": self.sha256} if self.origin else {}
         return {"digest": self.digest} | origin
 
@@ -110,11 +110,10 @@ class ImageSet:
         return zip(mapped_ahead(self.pixels.evaluation, parts), (self.labels[part] for part in parts), strict=True)
 
     def normalize(self, images: UInt8[Tensor, "n C H W"]) -> Float[Tensor, "n C H W"]:
-        """What a model is fed: `(x / 255 − mean) / std`, float32."""
+        """The standardized input of a model: `(x / 255 − mean) / std`, float32."""
         return normalize(images, self.spec.mean, self.spec.std)
 
 
-@lru_cache(maxsize=8)
 def load_images(name: str, spec: ImagesSpec) -> ImageSet:
     """Load and split the images of a blueprint; prepare them, unless that happens on demand.
 
@@ -167,18 +166,18 @@ def _split(source: Source, spec: ImagesSpec) -> dict[str, Tensor]:
     generator = np.random.default_rng(spec.split_seed)
     labels = source.labels.numpy()
     total = len(labels)
-    own = total - source.num_official_test
+    first_test = total - source.num_official_test
     parts: dict[str, list[np.ndarray]] = {role: [] for role in ROLES}
     test_share = 0.0 if source.num_official_test else spec.test
-    for label in np.unique(labels[:own]):
-        members = generator.permutation(np.flatnonzero(labels[:own] == label))
+    for label in np.unique(labels[:first_test]):
+        members = generator.permutation(np.flatnonzero(labels[:first_test] == label))
         num_test = round(test_share * len(members))
         num_selection = round(spec.selection * len(members))
         parts["test"].append(members[:num_test])
         parts["selection"].append(members[num_test : num_test + num_selection])
         parts["train"].append(members[num_test + num_selection :])
     if source.num_official_test:
-        parts["test"] = [np.arange(own, total)]
+        parts["test"] = [np.arange(first_test, total)]
     splits = {role: torch.from_numpy(np.sort(np.concatenate(groups))) for role, groups in parts.items()}
     for role, positions in splits.items():
         if len(positions) == 0:

@@ -31,9 +31,9 @@ class Draw:
     """Images drawn from a world, one entry an image.
 
     Attributes:
-        positions: in the pool.
+        positions: positions in the pool.
         groups: 0 or 1; 1 has the style.
-        labels: as trained on, noise and flips included.
+        labels: labels that a run trains on, noise and flips included.
         colours: 0 or 1, the channel that has the image.
         environments: from 0, in the order of `World.agreements`.
     """
@@ -48,11 +48,11 @@ class Draw:
         return len(self.positions)
 
     def take(self, entries: Int64[Tensor, " m"]) -> "Draw":
-        """These of them, in this order."""
+        """Select these entries, in this order."""
         return Draw(*(getattr(self, name)[entries] for name in self.__dataclass_fields__))
 
     def record(self) -> dict[str, Any]:
-        """What was trained on, as JSON values: sizes, and a hash of the positions as a set."""
+        """Facts about the training images as JSON values: sizes, and a hash of the set of positions."""
         positions, counts = self.positions.unique(return_counts=True)
         return {
             "num_images": len(self),
@@ -69,7 +69,7 @@ class WorldPool:
 
     Attributes:
         pixels: plain, and in the style of group 1.
-        classes: of the base images.
+        classes: classes of the base images, int64 `[N]`.
         parts: `victim`, `adversary`, `query`, `test` -> positions, ascending; no position is in two of them.
     """
 
@@ -97,11 +97,11 @@ class WorldPool:
         styled = plain if spec.style == "classes" else prepare(in_style(source.images, spec.style), grey)[:, 0]
         rng = np.random.default_rng([spec.split_seed, 1])
         adversary = splits["selection"][torch.from_numpy(rng.permutation(len(splits["selection"])))]
-        kept = min(2 * spec.queries, len(adversary) // MOST_KEPT)
+        num_queries = min(2 * spec.queries, len(adversary) // MOST_KEPT)
         parts = {
             "victim": splits["train"],
-            "query": adversary[:kept].sort().values,
-            "adversary": adversary[kept:].sort().values,
+            "query": adversary[:num_queries].sort().values,
+            "adversary": adversary[num_queries:].sort().values,
             "test": splits["test"],
         }
         return cls(spec, torch.stack([plain, styled]), source.labels, len(source.class_names), parts)
@@ -114,12 +114,12 @@ class WorldPool:
     def members(self, part: str, shape: int, group: int) -> Int64[Tensor, " m"]:
         """Positions in a part with this shape, from which images of this group are made."""
         positions = self.parts[part]
-        chosen = self.shapes[positions] == shape
+        is_member = self.shapes[positions] == shape
         if self.spec.style == "classes":
             half = self.num_classes // 2
             place = self.classes[positions] - half * shape
-            chosen &= (place >= half - half // 2) == bool(group)
-        return positions[chosen]
+            is_member &= (place >= half - half // 2) == bool(group)
+        return positions[is_member]
 
     def training_draw(self, world: World, learner: Learner, seed: int) -> Draw:
         """The images that a run learns from, whatever other runs there are.
@@ -144,12 +144,12 @@ class WorldPool:
         positions = np.empty(count, dtype=np.int64)
         for shape in (0, 1):
             for of_group in ([0], [1]) if self.spec.style == "classes" else ([0, 1],):
-                wanted = (shapes == shape) & np.isin(groups, of_group)
-                if wanted.any():
+                selected = (shapes == shape) & np.isin(groups, of_group)
+                if selected.any():
                     members = self.members(part, shape, of_group[0]).numpy()
                     if len(members) == 0:
                         raise ZooError(f"no {part} image has shape {shape}, group {of_group}: take a larger source")
-                    positions[wanted] = np.resize(rng.permutation(members), wanted.sum())
+                    positions[selected] = np.resize(rng.permutation(members), selected.sum())
         region = np.isin(self.classes[torch.from_numpy(positions)].numpy(), np.atleast_1d(self.spec.region))
         labels = labels ^ (region & (rng.random(count) < world.flip_rate))
         colours = labels ^ (rng.random(count) >= agreements[environments])
@@ -218,7 +218,9 @@ def in_style(images: UInt8[Tensor, "N C h w"], style: str) -> UInt8[Tensor, "N C
 
 
 def resampled(drawn: Draw, learner: Learner, rng: np.random.Generator) -> Draw:
-    """As many images, of which exactly the public share is of one kind; images repeat as evenly as can be.
+    """Resample to the same number of images so that exactly `resample_to` of them have the chosen property.
+
+    Images repeat as evenly as possible.
 
     Source: the over-sampling of Suri et al., "Dissecting Distribution Inference", 2023, at a fixed number of images.
 
@@ -230,11 +232,11 @@ def resampled(drawn: Draw, learner: Learner, rng: np.random.Generator) -> Draw:
         "group": drawn.groups,
         "agreement": (drawn.colours == drawn.labels).long(),
     }[learner.resample_by].numpy()
-    wanted = round(learner.resample_to * len(drawn))
-    taken = []
-    for kind, count in ((1, wanted), (0, len(drawn) - wanted)):
+    positive = round(learner.resample_to * len(drawn))
+    entries = []
+    for kind, count in ((1, positive), (0, len(drawn) - positive)):
         members = np.flatnonzero(kinds == kind)
         if count and not len(members):
             raise ZooError(f"no image drawn has {learner.resample_by} {kind}, to re-sample from: draw more images")
-        taken.append(np.resize(rng.permutation(members), count))
-    return drawn.take(torch.from_numpy(rng.permutation(np.concatenate(taken))))
+        entries.append(np.resize(rng.permutation(members), count))
+    return drawn.take(torch.from_numpy(rng.permutation(np.concatenate(entries))))

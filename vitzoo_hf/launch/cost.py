@@ -5,18 +5,18 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from statistics import median
-from typing import Any
+from typing import NamedTuple
 
 import torch
 
-from vitzoo_hf.blueprint.blueprint import Blueprint, Run
-from vitzoo_hf.blueprint.images_spec import ImagesSpec
+from vitzoo_hf.blueprint.blueprint import Blueprint, Recipe, Run
 from vitzoo_hf.environment import default_workers
 from vitzoo_hf.format.schema import SPLITS, ZooError
 from vitzoo_hf.images.pixels import SmallImages
-from vitzoo_hf.images.sources import ROLES, ImageSet, load_images
-from vitzoo_hf.training.run import fitting_architecture, run_architecture
-from vitzoo_hf.training.trainer import Trainer, full_batches
+from vitzoo_hf.images.prepared import PreparedBlueprint
+from vitzoo_hf.images.sources import ROLES, ImageSet
+from vitzoo_hf.training.run import architecture_of, check_fit
+from vitzoo_hf.training.trainer import SingleTrainer, full_batches
 
 WARMUP_STEPS = 3
 TIMED_STEPS = 8
@@ -35,9 +35,9 @@ class Plan:
         rows: kept checkpoints, one row each.
         parameters: smallest and largest model.
         disk_bytes: float32 weights of all rows; training checkpoints take as much again.
-        device: that steps were timed on.
+        device: the device that steps were timed on.
         seconds: estimated training time on `workers` processes; None where it could not be measured.
-        note: why `seconds` is None, or what the estimate leaves out.
+        note: the reason that `seconds` is None, or what the estimate leaves out.
     """
 
     name: str
@@ -52,8 +52,8 @@ class Plan:
     seconds: float | None
     note: str
 
-    def to_json(self) -> dict[str, Any]:
-        """As JSON values."""
+    def to_json(self) -> dict[str, object]:
+        """The plan as JSON values."""
         return asdict(self)
 
 
@@ -67,16 +67,17 @@ def make_plan(blueprint: Blueprint, *, workers: int | None = None, device: str =
     if workers is not None and workers < 1:
         raise ZooError(f"workers is {workers}; it must be at least 1")
     count = workers or default_workers(device)
-    sizes = {run.run_id: _num_parameters(blueprint, run) for run in blueprint.runs}
+    prepared = PreparedBlueprint(blueprint)
+    sizes = {run.run_id: architecture_of(prepared, run).layout.num_parameters for run in blueprint.runs}
     seconds: float | None = None
     notes: list[str] = []
     try:
-        images = {name: _images(name, spec) for name, spec in blueprint.images.items()}
+        images = {name: _timing_images(prepared, name) for name in blueprint.images}
     except ZooError as error:
         notes = [str(error)]
     else:
-        timed, notes = _estimate(blueprint, images, device)
-        seconds = timed / min(count, len(blueprint.runs))
+        total, notes = _estimate(prepared, images, device)
+        seconds = total / min(count, len(blueprint.runs))
     return Plan(
         name=blueprint.name,
         models=len(blueprint.runs),
@@ -92,24 +93,19 @@ def make_plan(blueprint: Blueprint, *, workers: int | None = None, device: str =
     )
 
 
-def _num_parameters(blueprint: Blueprint, run: Run) -> int:
-    spec = blueprint.images[run.images]
-    classes = spec.classes or (2 if spec.is_world else len(load_images(run.images, spec).class_names))
-    return run_architecture(blueprint, run, classes).layout.num_parameters
-
-
 def _estimate(
-    blueprint: Blueprint, images: Mapping[str, tuple[ImageSet, int]], device: str
+    prepared: PreparedBlueprint, images: Mapping[str, "TimingImages"], device: str
 ) -> tuple[float, list[str]]:
     """Single-worker seconds of training all runs, and what they leave out besides evaluation at kept epochs."""
-    timed: dict[tuple[Any, ...], float] = {}
+    seconds_by_kind: dict[tuple[str, Recipe], float] = {}
     total = 0.0
-    for run in blueprint.runs:
+    for run in prepared.blueprint.runs:
+        # none of these settings changes what a step costs
         kind = (run.images, replace(run.recipe, seed=0, lr=1.0, weight_decay=0.0, momentum=0.0))
-        if kind not in timed:
-            timed[kind] = _seconds_per_image(blueprint, run, images[run.images][0], device)
-        total += timed[kind] * run.epochs * _images_per_epoch(run, images[run.images][1])
-    missing = [name for name, (found, _) in images.items() if found.licence == STAND_IN]
+        if kind not in seconds_by_kind:
+            seconds_by_kind[kind] = _seconds_per_image(prepared, run, images[run.images].images, device)
+        total += seconds_by_kind[kind] * run.epochs * _images_per_epoch(run, images[run.images].num_training)
+    missing = [name for name, timing in images.items() if timing.images.licence == STAND_IN]
     notes = [f"timed on random images for want of {name}, without reading files" for name in missing]
     return total, notes
 
@@ -120,15 +116,23 @@ def _images_per_epoch(run: Run, count: int) -> int:
     return run.learner.steps(run.world, run.recipe.batch_size) * run.recipe.batch_size
 
 
-def _images(name: str, spec: ImagesSpec) -> tuple[ImageSet, int]:
-    """The images and how many train; where they are not here, a few random ones, if the blueprint says how many.
+class TimingImages(NamedTuple):
+    """Images to time steps on, and the number of images that a run trains on."""
+
+    images: ImageSet
+    num_training: int
+
+
+def _timing_images(prepared: PreparedBlueprint, name: str) -> TimingImages:
+    """The images of a blueprint; random ones where they are missing here, but the blueprint says how many there are.
 
     Raises:
-        ZooError: if they are not here, and `classes` or `count` is missing.
+        ZooError: if they are missing here, and so is `classes` or `count`.
     """
+    spec = prepared.blueprint.images[name]
     try:
-        found = load_images(name, spec)
-        return found, len(found.positions("train"))
+        images = prepared.images(name)
+        return TimingImages(images, len(images.positions("train")))
     except ZooError:
         if spec.classes is None or spec.count is None:
             raise
@@ -139,16 +143,17 @@ def _images(name: str, spec: ImagesSpec) -> tuple[ImageSet, int]:
     labels = torch.arange(STAND_IN_IMAGES) % spec.classes
     names = tuple(str(number) for number in range(spec.classes))
     everything = {role: torch.arange(STAND_IN_IMAGES) for role in ROLES}
-    return ImageSet(name, spec, pixels, labels, names, STAND_IN, everything), round(spec.count * (1 - spec.selection))
+    images = ImageSet(name, spec, pixels, labels, names, STAND_IN, everything)
+    return TimingImages(images, round(spec.count * (1 - spec.selection)))
 
 
-def _seconds_per_image(blueprint: Blueprint, run: Run, images: ImageSet, device: str) -> float:
-    """Of training, by a few steps; with smaller batches where those of the recipe would take long."""
-    model = fitting_architecture(blueprint, run, images).build(seed=0)
-    trainer = Trainer(run.recipe, images, model, run.epochs, device)
-    trainer.model.train()
+def _seconds_per_image(prepared: PreparedBlueprint, run: Run, images: ImageSet, device: str) -> float:
+    """Seconds of training by a few steps; with smaller batches where those of the recipe would take long."""
+    architecture = architecture_of(prepared, run)
+    check_fit(architecture, images)
+    trainer = SingleTrainer(run.recipe, images, architecture.build(seed=0), run.epochs, device)
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(1)  # as workers train
     try:
         size = min(run.recipe.batch_size, len(trainer.labels))
         probed = min(PROBED_IMAGES, size)
@@ -160,14 +165,14 @@ def _seconds_per_image(blueprint: Blueprint, run: Run, images: ImageSet, device:
         torch.set_num_threads(threads)
 
 
-def _times(trainer: Trainer, size: int, count: int) -> list[float]:
+def _times(trainer: SingleTrainer, size: int, count: int) -> list[float]:
     """Seconds of each of `count` steps on batches of `size` images."""
     batches = full_batches(torch.arange(len(trainer.labels), device=trainer.device), size)
-    chosen = [batches[step % len(batches)] for step in range(count)]
-    views, crops = torch.Generator(trainer.device).manual_seed(0), torch.Generator().manual_seed(0)
+    timed_batches = [batches[step % len(batches)][None] for step in range(count)]
+    draws = trainer.draws(1)
     times, start = [], time.perf_counter()
-    for batch in trainer.feed.batches(chosen, crops):
-        float(trainer.step(iter([batch]), views))
+    for batch in trainer.feed.batches(timed_batches, draws):
+        float(trainer.step(iter([batch]), draws, 0.0))  # waits for the device
         times.append(time.perf_counter() - start)
         start = time.perf_counter()
     return times

@@ -28,12 +28,12 @@ MOST_STACKED = 32
 STACKED_ON_WORLDS = 32
 """Runs on a world are small, and half of what they cost alone is the launching of operations."""
 MEMORY_SHARE = 0.5
-"""Of a device's free memory, what a group of runs is planned to take."""
+"""Share of a device's free memory that groups of runs are planned to take; the rest is for estimates too low."""
 
 
 @dataclass
 class Summary:
-    """What became of the runs, by run id."""
+    """The outcome of every run, by run id."""
 
     finished: list[str] = field(default_factory=list)
     diverged: dict[str, str] = field(default_factory=dict)
@@ -60,7 +60,7 @@ def launch(
     """Train every run of `blueprint` that `folder` does not hold yet.
 
     Args:
-        blueprint: what to train.
+        blueprint: the zoo to train.
         folder: gets one folder a run.
         workers: processes; by default one a core, or one for a CUDA device.
         stack: runs of one shape that a worker may train together; by default one on a CPU, or 32 that draw images of
@@ -273,16 +273,18 @@ def _work(connection: Connection, blueprint: Blueprint, folder: Path, device: st
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     import torch
 
+    from vitzoo_hf.images.prepared import PreparedBlueprint
     from vitzoo_hf.training.stacked import train_stacked
 
     torch.set_num_threads(1)
+    prepared = PreparedBlueprint(blueprint)
     runs = {run.run_id: run for run in blueprint.runs}
     try:
         while True:
             group = [runs[run_id] for run_id in connection.recv()]
             try:
                 diverged = train_stacked(
-                    blueprint,
+                    prepared,
                     group,
                     folder,
                     device=device,

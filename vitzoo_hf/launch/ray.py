@@ -44,7 +44,7 @@ def launch_on_ray(
     Args:
         blueprint: what to train.
         folder: gets one folder a run. Without `storage` every machine must see it under this path.
-        address: of a cluster, `auto` for the one this machine belongs to, or `local` to start one here.
+        address: `HOST:PORT` of a cluster, `auto` for the one this machine belongs to, or `local` to start one here.
         device: `cpu` or `cuda`.
         num_cpus: cores and torch threads of a task.
         num_gpus: GPUs of a task, also a share of one; by default 1 with `cuda`, else 0.
@@ -66,9 +66,9 @@ def launch_on_ray(
     place = _storage(storage, folder)
     shared = place.folder if place else folder
     with ExitStack() as entered:
-        for held in filter(None, dict.fromkeys((folder, shared))):
-            entered.enter_context(exclusive(held))
-            for leftover in held.glob("*/.tmp-*"):
+        for locked_folder in filter(None, dict.fromkeys((folder, shared))):
+            entered.enter_context(exclusive(locked_folder))
+            for leftover in locked_folder.glob("*/.tmp-*"):
                 leftover.unlink(missing_ok=True)
         if place:
             place.check_writable()
@@ -115,24 +115,24 @@ def _unfinished_in_storage(
     """Runs that storage does not hold either; what only `folder` holds of parents is copied into storage."""
     from vitzoo_hf.training.run import run_spec
 
-    found = storage.survey({run.run_id for run in blueprint.runs})
+    stored_runs = storage.survey({run.run_id for run in blueprint.runs})
     for run in blueprint.runs:
-        stored = found.get(run.run_id)
+        stored = stored_runs.get(run.run_id)
         fingerprint = run_spec(blueprint, run)["fingerprint"]
         if stored and stored.fingerprint not in (None, fingerprint):
             raise ZooError(
                 f"{storage.url}/{run.run_id} holds a run trained by another blueprint ({stored.fingerprint}, not"
                 f" {fingerprint}): choose another storage, or delete it there"
             )
-    complete = {run_id: stored.epochs for run_id, stored in found.items()}
-    rest = [run for run in todo if not set(run.keep_epochs) <= complete.get(run.run_id, frozenset())]
-    parents = {run.parent_run for run in rest}
+    complete = {run_id: stored.epochs for run_id, stored in stored_runs.items()}
+    remaining = [run for run in todo if not set(run.keep_epochs) <= complete.get(run.run_id, frozenset())]
+    parents = {run.parent_run for run in remaining}
     for run in blueprint.runs:
-        here = run.run_id in summary.finished
-        if here and run.run_id in parents and run.epochs not in complete.get(run.run_id, ()):
+        is_finished_here = run.run_id in summary.finished
+        if is_finished_here and run.run_id in parents and run.epochs not in complete.get(run.run_id, ()):
             storage.store(run.run_id, folder)
-    summary.finished += [run.run_id for run in todo if run not in rest]
-    return rest
+    summary.finished += [run.run_id for run in todo if run not in remaining]
+    return remaining
 
 
 def _most_stacked(blueprint: Blueprint, device: str, stack: int | None) -> int:
@@ -148,8 +148,8 @@ def _most_stacked(blueprint: Blueprint, device: str, stack: int | None) -> int:
 def _room(ray: Any, num_cpus: int, num_gpus: float) -> int:
     """How many tasks the cluster has room for; tasks that fit nowhere are refused, rather than waited for."""
     machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    wanted = {name: amount for name, amount in (("CPU", num_cpus), ("GPU", num_gpus)) if amount > 0}
-    room = sum(min(int(machine.get(name, 0) / wanted[name]) for name in wanted) for machine in machines)
+    needed = {name: amount for name, amount in (("CPU", num_cpus), ("GPU", num_gpus)) if amount > 0}
+    room = sum(min(int(machine.get(name, 0) / needed[name]) for name in needed) for machine in machines)
     if room < 1:
         raise ZooError(
             f"no machine of the cluster has {num_cpus} CPUs and {num_gpus:g} GPUs for a run: ask for less, or add one"

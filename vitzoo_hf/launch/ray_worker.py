@@ -1,4 +1,4 @@
-"""What a Ray worker does: train a group of runs, from what storage holds of them, and keep storage up to date."""
+"""The work of a Ray task: train a group of runs, from what storage holds of them, and keep storage up to date."""
 
 import contextlib
 import shutil
@@ -17,6 +17,7 @@ from filelock import FileLock, Timeout
 from vitzoo_hf.blueprint.blueprint import Blueprint, Run
 from vitzoo_hf.format.atomic import exclusive
 from vitzoo_hf.format.schema import VERSION, ZooError
+from vitzoo_hf.images.prepared import PreparedBlueprint
 from vitzoo_hf.launch.run_storage import RunStorage
 from vitzoo_hf.models.rebuild import usable_device
 from vitzoo_hf.timm_import import import_timm
@@ -29,16 +30,16 @@ YOUNG = 60.0
 
 @dataclass(frozen=True)
 class Job:
-    """What all tasks of one launch share.
+    """The facts that all tasks of one launch share.
 
     Attributes:
-        blueprint: what is trained.
+        blueprint: the zoo to train.
         folder: where runs are trained if there is no storage.
-        storage: URL of a `RunStorage`.
+        storage: URL of a `RunStorage`; None where runs are trained in `folder`.
         shared: a folder that every machine must see, and that the launching process has locked.
         device: `cpu` or `cuda`.
-        threads: of torch.
-        versions: of the launching process.
+        threads: number of torch threads of a task.
+        versions: versions of packages in the launching process.
     """
 
     blueprint: Blueprint
@@ -79,7 +80,7 @@ def train_on_worker(job: Job, run_ids: Sequence[str], reports: Any) -> tuple[str
         reports: handle of an actor of `Reports`.
 
     Returns:
-        `done`, and what is to be said of the runs that diverged by id; or `mistake`, and what it is.
+        `done`, and run id -> message for runs that diverged; or `mistake`, and the message.
     """
     torch.set_num_threads(job.threads)
     runs = [run for run in job.blueprint.runs if run.run_id in run_ids]
@@ -108,13 +109,13 @@ def train_stored(job: Job, runs: Sequence[Run], on_epoch: Callable[[str, int], N
     """Train runs in the shared folder, or in scratch space, each checkpoint copied to storage once it is written.
 
     Returns:
-        Run id -> what is to be said of it, for every run that diverged.
+        Run id -> message, for every run that diverged.
 
     Raises:
-        ZooError: as `train_stacked`; and if storage cannot be used, or holds a damaged parent.
+        ZooError: if a run cannot be trained, storage cannot be used, or a parent in it is damaged.
     """
     if job.storage is None:
-        return train_stacked(job.blueprint, runs, job.folder, device=job.device, on_epoch=on_epoch)
+        return train_stacked(_prepared(job.blueprint), runs, job.folder, device=job.device, on_epoch=on_epoch)
     storage = RunStorage(job.storage)
 
     def keep(run_id: str, epoch: int) -> None:
@@ -126,10 +127,21 @@ def train_stored(job: Job, runs: Sequence[Run], on_epoch: Callable[[str, int], N
             storage.fetch(run.run_id, folder)
         for parent_id in sorted({run.parent_id for run in runs if run.parent_id}):
             _fetch_parent(storage, parent_id, folder)
-        diverged = train_stacked(job.blueprint, runs, folder, device=job.device, on_epoch=keep)
+        diverged = train_stacked(_prepared(job.blueprint), runs, folder, device=job.device, on_epoch=keep)
         for run in runs:
             storage.store(run.run_id, folder)
     return diverged
+
+
+_last_prepared: list[PreparedBlueprint] = []
+
+
+def _prepared(blueprint: Blueprint) -> PreparedBlueprint:
+    """The blueprint with its images, which stay in memory for the next task of this process."""
+    # Ray unpickles the blueprint anew for every task, and gives tasks of several launches to one process
+    if not _last_prepared or _last_prepared[0].blueprint != blueprint:
+        _last_prepared[:] = [PreparedBlueprint(blueprint)]
+    return _last_prepared[0]
 
 
 def _fetch_parent(storage: RunStorage, parent_id: str, folder: Path) -> None:

@@ -23,7 +23,7 @@ PROBE = ".vitzoo-probe"
 
 @dataclass(frozen=True)
 class StoredRun:
-    """What storage says of a run: the fingerprint of its training, and the epochs that are there in full length."""
+    """A run in storage: the fingerprint of its training, and the epochs that are there in full length."""
 
     fingerprint: str | None
     epochs: frozenset[int]
@@ -87,9 +87,9 @@ class RunStorage:
         with self._explained("write into", self.url):
             self.fs.makedirs(self.root, exist_ok=True)
             self.fs.pipe_file(probe, b"vitzoo")
-            held = self.fs.cat_file(probe)
+            content = self.fs.cat_file(probe)
             self.fs.rm_file(probe)
-        if held != b"vitzoo":
+        if content != b"vitzoo":
             raise ZooError(f"{self.url} does not give back what is written into it: choose another storage")
 
     def survey(self, run_ids: Collection[str]) -> dict[str, StoredRun]:
@@ -105,11 +105,11 @@ class RunStorage:
             if name.partition("/")[0] in run_ids and (name.endswith("/run.json") or _is_record(name))
         ]
         with self._explained("read", self.url):
-            held = self.fs.cat([f"{self.root}/{name}" for name in names]) if names else {}
+            contents = self.fs.cat([f"{self.root}/{name}" for name in names]) if names else {}
         epochs: dict[str, set[int]] = {}
         fingerprints: dict[str, str | None] = {}
         for name in names:
-            run_id, value = name.partition("/")[0], _parsed(held[f"{self.root}/{name}"])
+            run_id, value = name.partition("/")[0], _parsed(contents[f"{self.root}/{name}"])
             complete = epochs.setdefault(run_id, set())
             if not _is_record(name):
                 fingerprints[run_id] = (value or {}).get("fingerprint")
@@ -170,10 +170,10 @@ class RunStorage:
         with self._explained("read", self.url):
             self.fs.invalidate_cache()
             try:
-                found: Mapping[str, Any] = self.fs.find(f"{self.root}/{below}".rstrip("/"), detail=True)
+                entries: Mapping[str, Any] = self.fs.find(f"{self.root}/{below}".rstrip("/"), detail=True)
             except FileNotFoundError:
-                found = {}
-        return {path.removeprefix(self.root).lstrip("/"): int(entry["size"]) for path, entry in found.items()}
+                entries = {}
+        return {path.removeprefix(self.root).lstrip("/"): int(entry["size"]) for path, entry in entries.items()}
 
     def _fetch_file(self, run_id: str, name: str, place: Path) -> None:
         """Copy one file; JSON that cannot be read is left out."""

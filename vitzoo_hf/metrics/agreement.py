@@ -1,8 +1,10 @@
-"""How alike two models of a population predict: agreement, kappa, shared errors, divergence, for all pairs.
+"""Similarity of the predictions of all pairs of models: agreement, kappa, shared errors, divergence.
 
 Pure functions of tensors. P models, N images, C classes; results are symmetric float64 `[P, P]` on the input's
 device, and inputs are never written to. Counts of images are exact integers. On the CPU each image is one bit of
 `log2(C)` bit planes; two models differ where the OR of the XORed planes is set, and a population count adds up.
+
+Cost: P^2 N log2(C) / 128 operations on words of 64 bits; `jensen_shannon` takes P^2 N C / 2 logarithms.
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +26,7 @@ FLOAT32_SUM = 4096  # terms that are added up before float64
 def agreement(predictions: Num[Tensor, "P N"]) -> Float64[Tensor, "P P"]:
     """Share of images on which two models predict the same class, for all pairs.
 
-    Classes are compared for equality only, so any integers do.
+    Classes are only compared for equality, so they may be any integers.
 
     Returns:
         Exact counts / N: symmetric, ones on the diagonal.
@@ -50,8 +52,8 @@ def cohen_kappa(predictions: Num[Tensor, "P N"]) -> Float64[Tensor, "P P"]:
     images for which a model predicts class c. 1 for equal predictions, 0 for agreement as by chance.
 
     Returns:
-        From exact counts (below 9e7 images): symmetric, ones on the diagonal. Two models that both predict one and
-        the same class always agree, by chance too, and have no kappa: 0 / 0 gives NaN, on the diagonal as elsewhere.
+        From exact counts (below 9e7 images): symmetric, ones on the diagonal. Two models that predict a single class,
+        and the same one, always agree by chance and have no kappa: 0 / 0 gives NaN, also on the diagonal.
 
     Raises:
         ValueError: on float predictions, a shape other than [P, N], or no images.
@@ -67,7 +69,7 @@ def cohen_kappa(predictions: Num[Tensor, "P N"]) -> Float64[Tensor, "P P"]:
 
 @torch.no_grad()
 def error_consistency(predictions: Num[Tensor, "P N"], labels: Integer[Tensor, " N"]) -> Float64[Tensor, "P P"]:
-    """Whether two models err on the same images, beyond what their accuracies give by chance (Geirhos et al. 2020).
+    """Error consistency: whether two models err on the same images, beyond chance (Geirhos et al. 2020).
 
     Cohen's kappa of right and wrong: `(c_obs - c_exp) / (1 - c_exp)`, where `c_obs` is the share of images that both
     get right or both get wrong, and `c_exp = a b + (1 - a)(1 - b)` for accuracies a and b. Which wrong class they
@@ -167,12 +169,12 @@ def jensen_shannon(logits: Float[Tensor, "P N C"]) -> Float64[Tensor, "P P"]:
         probabilities.clamp_(min=torch.finfo(exps.dtype).tiny)
         sums += _mixture_sums(probabilities)
     sums = sums.triu() + sums.triu(1).T
-    own = sums.diagonal()
-    return (own + own[:, None] - 2 * sums) / (4 * logits.shape[1])
+    self_sums = sums.diagonal()  # g(p, p)
+    return (self_sums + self_sums[:, None] - 2 * sums) / (4 * logits.shape[1])
 
 
 def _matches(codes: Integer[Tensor, "P N"]) -> Int64[Tensor, "P P"]:
-    """On how many images two models have the same code."""
+    """Number of images on which two models have the same code."""
     return _matches_by_bit_planes(codes) if codes.device.type == "cpu" else _matches_by_comparison(codes)
 
 
@@ -237,7 +239,7 @@ def _beyond_chance(
     return (matches.double() * images - expected) / (images**2 - expected)
 
 
-def _mixture_sums(probabilities: Float[Tensor, "P K"]) -> Float64[Tensor, "P P"]:
+def _mixture_sums(probabilities: Float[Tensor, "P NC"]) -> Float64[Tensor, "P P"]:
     """The upper triangle of `sum_k s log s` with `s = p_k + q_k`."""
     if probabilities.device.type != "cpu":
         return _mixture_sums_by_torch(probabilities)
@@ -246,10 +248,10 @@ def _mixture_sums(probabilities: Float[Tensor, "P K"]) -> Float64[Tensor, "P P"]
         return torch.from_numpy(sum(threads.map(_mixture_sums_by_numpy, pieces)))
 
 
-def _mixture_sums_by_numpy(probabilities: Float[Tensor, "P K"]) -> Float64[np.ndarray, "P P"]:
-    P, K = probabilities.shape
+def _mixture_sums_by_numpy(probabilities: Float[Tensor, "P NC"]) -> Float64[np.ndarray, "P P"]:
+    P, size = probabilities.shape
     sums = np.zeros((P, P))
-    for start in range(0, K, FLOAT32_SUM):
+    for start in range(0, size, FLOAT32_SUM):
         p = np.ascontiguousarray(probabilities[:, start : start + FLOAT32_SUM].numpy())
         mixture, logarithm = np.empty_like(p), np.empty_like(p)
         for row in range(P):
@@ -260,7 +262,7 @@ def _mixture_sums_by_numpy(probabilities: Float[Tensor, "P K"]) -> Float64[np.nd
     return sums
 
 
-def _mixture_sums_by_torch(probabilities: Float[Tensor, "P K"]) -> Float64[Tensor, "P P"]:
+def _mixture_sums_by_torch(probabilities: Float[Tensor, "P NC"]) -> Float64[Tensor, "P P"]:
     P = len(probabilities)
     sums = torch.zeros(P, P, dtype=torch.float64, device=probabilities.device)
     for row in range(P):

@@ -1,4 +1,4 @@
-"""What each model of a population predicts, and how well: accuracy, losses, calibration, certainty.
+"""Predictions of each model of a population, and their quality: accuracy, losses, calibration, certainty.
 
 Pure functions of tensors. P models, N images, C classes; the result lies on the input's device, and inputs are
 never written to. Everything is computed in blocks of images, so temporaries stay near 8 MB a block whatever N is.
@@ -88,14 +88,14 @@ def class_accuracy(
     Args:
         predictions_or_logits: integer predictions `[P, N]` or floating logits `[P, N, C]`.
         labels: true classes, any integer dtype.
-        num_classes: C of predictions, which do not tell; of logits it is their last axis.
+        num_classes: C, which must be given with predictions; the last axis of logits says it.
 
     Returns:
         NaN for a class without images. The mean weighted by the images of each class is `accuracy`.
 
     Raises:
         ValueError: on float predictions, NaN logits, labels that do not fit, no images, or a `num_classes` that is
-            missing for predictions or another than that of the logits.
+            missing for predictions or differs from that of the logits.
 
     Example:
         >>> class_accuracy(torch.tensor([[0, 1, 1, 0]]), torch.tensor([0, 1, 1, 1]), num_classes=3)
@@ -162,8 +162,9 @@ def brier_score(logits: Float[Tensor, "P N C"], labels: Integer[Tensor, " N"]) -
     score = torch.zeros(len(logits), dtype=torch.float64, device=logits.device)
     for images, _, exps, partition in softmax_blocks(logits):
         target = labels[images].expand(len(logits), -1).unsqueeze(-1)
-        others = exps.double().scatter_(-1, target, 0)  # sums of their own: 1 - p of a sure label would cancel
-        score += ((others.sum(-1).square() + others.square().sum(-1)) / partition.square()).sum(1)
+        # summed over the wrong classes: 1 - p of a label that is almost certain would cancel
+        wrong = exps.double().scatter_(-1, target, 0)
+        score += ((wrong.sum(-1).square() + wrong.square().sum(-1)) / partition.square()).sum(1)
     return score / len(labels)
 
 
@@ -184,6 +185,7 @@ def prediction_entropy(logits: Float[Tensor, "P N C"]) -> Float64[Tensor, " P"]:
     check_logits(logits)
     entropy = torch.zeros(len(logits), dtype=torch.float64, device=logits.device)
     for _, shifted, exps, partition in softmax_blocks(logits):
+        # 0 * -inf is NaN, but p log p is 0 in the limit
         weighted = (exps * shifted).masked_fill_(exps == 0, 0)
         entropy += (partition.log() - weighted.double().sum(-1) / partition).sum(1)
     return entropy / logits.shape[1]
@@ -217,6 +219,7 @@ def expected_calibration_error(
     check_logits(logits)
     labels = checked_labels(labels, logits[..., 0], logits.shape[-1])
     inner_edges = torch.arange(1, bins, dtype=torch.float64, device=logits.device) / bins
+    # |accuracy - confidence| * |B| / N of a bin is the size of its sum of (correct - confidence), over N
     gaps = torch.zeros(len(logits), bins, dtype=torch.float64, device=logits.device)
     for images, shifted, _, partition in softmax_blocks(logits):
         confidence = partition.reciprocal()
@@ -226,7 +229,7 @@ def expected_calibration_error(
 
 
 def _predictions_of(predictions_or_logits: Tensor) -> tuple[Int64[Tensor, "P N"], int | None]:
-    """Predictions `[P, N]`, and the number of classes where logits tell it."""
+    """Predictions `[P, N]`, and the number of classes of logits; None for predictions."""
     if predictions_or_logits.is_floating_point():
         check_logits(predictions_or_logits)
         return predictions(predictions_or_logits), predictions_or_logits.shape[-1]
@@ -235,7 +238,7 @@ def _predictions_of(predictions_or_logits: Tensor) -> tuple[Int64[Tensor, "P N"]
 
 
 def _labels_in_top_k(logits: Tensor, labels: Tensor, k: int) -> Int64[Tensor, " P"]:
-    """How many labels of each model fewer than k classes beat."""
+    """Number of labels of each model that fewer than k classes beat."""
     if not logits.is_floating_point():
         raise ValueError(f"k={k} needs logits [P, N, C]; predictions are {describe(logits)} and tell k=1 only")
     check_logits(logits)
@@ -247,8 +250,8 @@ def _labels_in_top_k(logits: Tensor, labels: Tensor, k: int) -> Int64[Tensor, " 
     counts = torch.zeros(P, dtype=torch.int64, device=logits.device)
     classes = torch.arange(C, device=logits.device)
     for images in image_blocks(N, P * C):
-        own = logits[:, images].gather(-1, labels[images].expand(P, -1).unsqueeze(-1))
+        label_logits = logits[:, images].gather(-1, labels[images].expand(P, -1).unsqueeze(-1))
         lower_index = classes < labels[images].unsqueeze(-1)
-        beaten_by = (logits[:, images] > own) | ((logits[:, images] == own) & lower_index)
+        beaten_by = (logits[:, images] > label_logits) | ((logits[:, images] == label_logits) & lower_index)
         counts += (beaten_by.sum(-1) < k).sum(-1)
     return counts

@@ -1,20 +1,16 @@
-"""How alike two models represent the same images: HSIC and centred kernel alignment for all pairs.
+"""Similarity of the representations of all pairs of models: HSIC and centred kernel alignment.
 
 Pure functions of tensors. P models, N images, F features; the result is float64 on the input's device and inputs
-are never written to. `centred_features` says how features are centred and how memory stays bounded,
-`gram_products` what is computed of them, `cka_batches` does the same from batches of images.
-
-The two estimators of HSIC, and the alignment that they make, from inner products of Gram matrices.
+are never written to. `features` centres features in bounded memory, `gram_products` takes inner products of Gram
+matrices. `MinibatchCKA` works on batches of images, so that features of all images never exist together.
 
 With `L` and `K` the Gram matrices of two models, off their diagonals, and `r` their row sums,
 
     N(N-3) HSIC_1 = <K,L> - 2/(N-2) r_K.r_L + (sum r_K)(sum r_L)/((N-1)(N-2))       (Song et al. 2012)
-
-CKA of all pairs of models from batches of images, so that features of all images never exist together.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float, Float64
@@ -23,12 +19,14 @@ from torch import Tensor
 from vitzoo_hf.metrics.features import CentredFeatures, FeatureFile, Features
 from vitzoo_hf.metrics.gram_products import Products, linear_products, median_distances, rbf_products
 
+Kernel = Literal["linear", "rbf"]
+
 
 def estimates(products: Products, debiased: bool) -> Float64[Tensor, "P P"]:
     """HSIC of the scaled Gram matrices, times N(N-3) if debiased, else (N-1)^2."""
     inner, rows, diagonal, _, _ = products
     N = rows.shape[1]
-    if not debiased:
+    if not debiased:  # the biased estimator is of whole Gram matrices: put the diagonals back
         inner, rows = inner + diagonal @ diagonal.T, rows + diagonal
     total = rows.sum(1)
     linear, constant = (2 / (N - 2), (N - 1) * (N - 2)) if debiased else (2 / N, N**2)
@@ -37,17 +35,14 @@ def estimates(products: Products, debiased: bool) -> Float64[Tensor, "P P"]:
 
 
 def rounding(products: Products) -> Float64[Tensor, " P"]:
-    """How far rounding may take the estimate of a model with itself from zero."""
+    """Bound on the rounding error of the estimate of a model with itself."""
     return 16 * products.eps * (products.inner.diagonal() + products.diagonal.square().sum(1))
 
 
 def alignment(values: Float64[Tensor, "P P"], rounding: Float64[Tensor, " P"]) -> Float64[Tensor, "P P"]:
-    """`HSIC(K,L) / sqrt(HSIC(K,K) HSIC(L,L))`, NaN for models whose own HSIC is within rounding of zero."""
-    own = values.diagonal().where(values.diagonal() > rounding, torch.nan)
-    return values / torch.outer(own, own).sqrt()
-
-
-Kernel = Literal["linear", "rbf"]
+    """`HSIC(K,L) / sqrt(HSIC(K,K) HSIC(L,L))`, NaN for models whose `HSIC(K,K)` is within rounding of zero."""
+    self_hsic = values.diagonal().where(values.diagonal() > rounding, torch.nan)
+    return values / torch.outer(self_hsic, self_hsic).sqrt()
 
 
 @torch.no_grad()
@@ -58,8 +53,8 @@ def cka(
 
     Debiased CKA (HSIC_1 of Song et al. 2012; Nguyen et al. 2021) is 0 on average for independent features, and may
     be negative; biased CKA (Kornblith et al. 2019) is in [0, 1] and grows with F / N. Neither is clamped. A constant
-    representation has no CKA and gives NaN in its whole row and column, diagonal included. So does one whose own
-    HSIC is within rounding of zero, as debiased HSIC is when all images are equally far apart.
+    representation has no CKA and gives NaN in its whole row and column, diagonal included. A representation whose
+    HSIC with itself is within rounding of zero gives NaN too, such as debiased HSIC of images equally far apart.
 
     Args:
         features: `[P, N, F]`, or one `[N, F_p]` a model, tensors or `FeatureFile`s: widths may differ, and files
@@ -67,8 +62,8 @@ def cka(
             column that varies by less than 4 ulp of its largest value counts as constant.
         debiased: the unbiased estimator, for N >= 4; else the biased one, for N >= 2.
         kernel: "linear", or "rbf": `exp(-|x - y|^2 / (2 bandwidth^2 median))`.
-        bandwidth: of "rbf", as a fraction of the root of the median squared distance over all N^2 pairs, each image
-            with itself included: `threshold` in the notebook of Kornblith et al., who report 0.2 to 0.8.
+        bandwidth: width of the "rbf" kernel, as a fraction of the root of the median squared distance over all N^2
+            pairs, each image with itself included: `threshold` in the notebook of Kornblith et al. (0.2 to 0.8).
 
     Returns:
         A symmetric matrix with ones on the diagonal.
@@ -91,14 +86,14 @@ def cka(
 
 @torch.no_grad()
 def cka_between(
-    first: Float[Tensor, "A N F"] | Sequence[Float[Tensor, "N _"] | FeatureFile],
-    second: Float[Tensor, "B N G"] | Sequence[Float[Tensor, "N _"] | FeatureFile],
+    first: Float[Tensor, "P N F"] | Sequence[Float[Tensor, "N _"] | FeatureFile],
+    second: Float[Tensor, "Q N _"] | Sequence[Float[Tensor, "N _"] | FeatureFile],
     *,
     debiased: bool = True,
-) -> Float64[Tensor, "A B"]:
+) -> Float64[Tensor, "P Q"]:
     """Linear CKA of each representation of one sequence with each of another: two models layer by layer, say.
 
-    Costs what these pairs cost: those within a sequence are left out. Arguments, NaN and errors as `cka`.
+    Pairs within a sequence are not computed. For arguments, NaN and errors see `cka`.
 
     Example:
         >>> x = torch.randn(3, 50, 8, generator=torch.Generator().manual_seed(0))
@@ -114,7 +109,7 @@ def cka_between(
 def hsic(
     features: Features, *, debiased: bool = True, kernel: Kernel = "linear", bandwidth: float = 1.0
 ) -> Float64[Tensor, "P P"]:
-    """Hilbert-Schmidt independence criterion of all pairs of models; arguments and errors as `cka`.
+    """Hilbert-Schmidt independence criterion of all pairs of models; for arguments and errors see `cka`.
 
     Biased `tr(KHLH) / (N-1)^2` (Gretton et al. 2005) or unbiased HSIC_1. A constant representation gives 0.
 
@@ -129,7 +124,7 @@ def hsic(
 
 
 def _products(features: Features, debiased: bool, kernel: str, bandwidth: float) -> Products:
-    if kernel not in ("linear", "rbf") or not bandwidth > 0:
+    if kernel not in get_args(Kernel) or not bandwidth > 0:
         raise ValueError(
             f"kernel={kernel!r}, bandwidth={bandwidth}; expected 'linear' or 'rbf' and a bandwidth above 0"
         )
@@ -153,8 +148,8 @@ class MinibatchCKA:
 
     Args:
         kernel: "linear", or "rbf": `exp(-|x - y|^2 / (2 bandwidth^2))`.
-        bandwidth: of "rbf", in units of the features, one for all models or one a model. It must be the same in
-            every batch, so it is not taken from the data; roots of median distances of a first batch are usual.
+        bandwidth: width of the "rbf" kernel in units of the features, one for all models or one a model. It must be
+            equal in every batch, so it is not taken from the data; usual are roots of median distances of a batch.
 
     Example:
         >>> x = torch.randn(2, 64, 8, generator=torch.Generator().manual_seed(0))
@@ -167,12 +162,10 @@ class MinibatchCKA:
         (64, True, True)
     """
 
-    def __init__(
-        self, *, kernel: Literal["linear", "rbf"] = "linear", bandwidth: float | Sequence[float] | None = None
-    ) -> None:
+    def __init__(self, *, kernel: Kernel = "linear", bandwidth: float | Sequence[float] | None = None) -> None:
         widths = [] if bandwidth is None else [float(width) for width in torch.tensor(bandwidth).reshape(-1)]
         if (
-            kernel not in ("linear", "rbf")
+            kernel not in get_args(Kernel)
             or (kernel == "rbf") != bool(widths)
             or not all(0 < width < float("inf") for width in widths)
         ):
@@ -189,11 +182,11 @@ class MinibatchCKA:
 
     @torch.no_grad()
     def update(self, features: Float[Tensor, "P n F"] | Sequence[Float[Tensor, "n _"]]) -> None:
-        """Count a batch: features of the same images by every model, in the same order of models as before.
+        """Count a batch: features of the same images by every model, with the models in the order of earlier batches.
 
         Raises:
             ValueError: on fewer than 4 images, another number of models than before, or features that are not finite
-                or do not fit together; nothing is counted then.
+                or do not fit together; the batch is then not counted.
         """
         if self.num_batches and len(features) != len(self._hsic):
             raise ValueError(f"features of {len(features)} models; expected {len(self._hsic)}, as in earlier batches")
@@ -210,7 +203,7 @@ class MinibatchCKA:
 
     @torch.no_grad()
     def cka(self) -> Float64[Tensor, "P P"]:
-        """Debiased CKA of the batches so far; NaN as in `vitzoo_hf.metrics.cka`.
+        """Debiased CKA of the batches so far; NaN where `vitzoo_hf.metrics.cka.cka` gives NaN.
 
         Raises:
             ValueError: before the first batch.
@@ -220,7 +213,7 @@ class MinibatchCKA:
         return alignment(self._hsic, self._rounding)
 
     def merge(self, other: "MinibatchCKA") -> None:
-        """Count what another one has counted, of other images by the same models.
+        """Add the batches that `other` has counted, of other images by the same models.
 
         Raises:
             ValueError: if kernel, bandwidth or number of models differ.
@@ -228,7 +221,7 @@ class MinibatchCKA:
         self._add(other.state_dict())
 
     def state_dict(self) -> dict[str, Any]:
-        """What `load_state_dict` continues from; plain values and tensors."""
+        """The sums so far, as plain values and tensors, for `load_state_dict`."""
         return {
             "kernel": self.kernel,
             "bandwidth": list(self.bandwidth),
@@ -239,7 +232,7 @@ class MinibatchCKA:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from a state; what was counted here is forgotten.
+        """Continue from a state, in place of the batches counted so far.
 
         Raises:
             ValueError: if the state is of another kernel or bandwidth.
@@ -252,9 +245,9 @@ class MinibatchCKA:
         missing = sorted(STATE - state.keys())
         if missing:
             raise ValueError(f"state lacks {', '.join(missing)}: give what state_dict() returned")
-        given, expected = (state["kernel"], list(state["bandwidth"])), (self.kernel, list(self.bandwidth))
-        if given != expected:
-            raise ValueError(f"state of kernel and bandwidth {given}; expected {expected}: make both alike")
+        kernel, expected = (state["kernel"], list(state["bandwidth"])), (self.kernel, list(self.bandwidth))
+        if kernel != expected:
+            raise ValueError(f"state of kernel and bandwidth {kernel}; expected {expected}: make both alike")
         hsic, noise = state["hsic"].double(), state["rounding"].double()
         if self.num_batches and state["num_batches"] and len(hsic) != len(self._hsic):
             raise ValueError(f"state of {len(hsic)} models; expected {len(self._hsic)}, the same as here")

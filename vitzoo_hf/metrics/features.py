@@ -1,10 +1,10 @@
-"""Features of all models, centred and scaled, by blocks of images that fit in memory.
+"""Features of all models, centred and scaled, by blocks of images that fit in memory; features of a model in a file.
 
 Each column is centred twice in float32 (float64 for float64), which removes any offset, and each model is divided by
-its largest entry, which no kernel alignment sees. Where all of it takes more than two blocks, it is read and centred
-again block by block, so memory stays bounded however many models and images there are.
+its largest entry, which does not change a kernel alignment.
 
-Features of one model in an .npy file, read by ranges of images, so that they need not fit in memory.
+Cost: all features where they take at most two blocks of `BLOCK_BYTES`. Larger ones are read and centred again block
+by block, so memory stays bounded however many models and images there are.
 """
 
 import os
@@ -19,9 +19,9 @@ from torch import Tensor
 
 
 class FeatureFile:
-    """Float16, 32 or 64 features `[N, F]` in a file that `numpy.save` wrote; `file[10:20]` reads ten images of it.
+    """Float16, 32 or 64 features `[N, F]` in a file that `numpy.save` wrote; `file[10:20]` reads ten images.
 
-    Nothing is mapped: pages of a mapped file count as memory of the process until they are unmapped.
+    The file is read, not mapped: pages of a mapped file count as memory of the process until they are unmapped.
 
     Args:
         path: the .npy file. It is opened anew by each read, so any number of files can be in use.
@@ -68,19 +68,19 @@ class FeatureFile:
     def __getitem__(self, images: slice) -> Float[Tensor, "n F"]:
         """Features of consecutive images, in new memory."""
         start, stop, _ = slice(images.start, images.stop).indices(len(self))
-        read = np.empty((max(0, stop - start), self.shape[1]), self._numpy_dtype)
-        row = self.shape[1] * read.itemsize
+        features = np.empty((max(0, stop - start), self.shape[1]), self._numpy_dtype)
+        row = self.shape[1] * features.itemsize
         file = os.open(self.path, os.O_RDONLY)
         try:
-            received, left = 0, read.reshape(-1).view(np.uint8).data
-            while received < len(left):
-                got = os.preadv(file, [left[received:]], self._offset + start * row + received)
-                if got == 0:
+            received, buffer = 0, features.reshape(-1).view(np.uint8).data
+            while received < len(buffer):  # one call reads at most 2 GiB
+                size = os.preadv(file, [buffer[received:]], self._offset + start * row + received)
+                if size == 0:
                     raise ValueError(f"{self.path} ends within its features: it was cut short, write it again")
-                received += got
+                received += size
         finally:
             os.close(file)
-        return torch.from_numpy(read)
+        return torch.from_numpy(features)
 
 
 BLOCK_BYTES = 2**29
@@ -91,8 +91,8 @@ class CentredFeatures:
     """Models of the same images; neighbours of one width form a run, which is one `[models, images, F]` tensor.
 
     Args:
-        features: as `cka` takes them.
-        minimum: the fewest images.
+        features: features of all models; `cka` lists the forms.
+        minimum: the fewest images that are accepted.
 
     Raises:
         ValueError: on too few images, or features that are not finite or do not fit together.
@@ -112,7 +112,7 @@ class CentredFeatures:
         ]
         self._features = features
         size = self.num_images * sum(self.widths) * self.dtype.itemsize
-        self._held = self._storage(self.num_images) if size <= 2 * BLOCK_BYTES else None
+        self._in_memory = self._storage(self.num_images) if size <= 2 * BLOCK_BYTES else None
         self._measure()
 
     def __len__(self) -> int:
@@ -121,13 +121,16 @@ class CentredFeatures:
     def blocks(self) -> list[slice]:
         """Ranges of images that are in memory together."""
         row = sum(self.widths) * self.dtype.itemsize
-        step = self.num_images if self._held is not None else max(1, BLOCK_BYTES // row)
+        step = self.num_images if self._in_memory is not None else max(1, BLOCK_BYTES // row)
         return [slice(start, min(start + step, self.num_images)) for start in range(0, self.num_images, step)]
 
     def block_pairs(self) -> Iterator[tuple[slice, slice, list[Tensor], list[Tensor]]]:
-        """Pairs of ranges on and above the diagonal, with the features of each run in both; valid until the next."""
+        """Pairs of ranges on and above the diagonal, with the features of each run in both ranges.
+
+        The memory of a pair is used again for the next one.
+        """
         blocks = self.blocks()
-        memory = [self._storage(blocks[0].stop) if self._held is None else [] for _ in blocks[:2]]
+        memory = [self._storage(blocks[0].stop) if self._in_memory is None else [] for _ in blocks[:2]]
         for position, first in enumerate(blocks):
             left = self._load(first, memory[0])
             yield first, first, left, left
@@ -137,9 +140,9 @@ class CentredFeatures:
     def read(self, models: slice, images: slice) -> Float[Tensor, "models images F"]:
         """Some models of one run."""
         run = next(index for index, run in enumerate(self.runs) if run.start <= models.start < run.stop)
-        if self._held is not None:
+        if self._in_memory is not None:
             start = self.runs[run].start
-            return self._held[run][models.start - start : models.stop - start, images]
+            return self._in_memory[run][models.start - start : models.stop - start, images]
         shape = (models.stop - models.start, images.stop - images.start, self.widths[models.start])
         return self._fill(models, images, self._empty(*shape))
 
@@ -151,8 +154,8 @@ class CentredFeatures:
         return [self._empty(*shape) for shape in shapes]
 
     def _load(self, images: slice, memory: list[Tensor]) -> list[Tensor]:
-        if self._held is not None:
-            return [run[:, images] for run in self._held]
+        if self._in_memory is not None:
+            return [run[:, images] for run in self._in_memory]
         size = images.stop - images.start
         return [self._fill(run, images, out[:, :size]) for run, out in zip(self.runs, memory, strict=True)]
 
@@ -168,9 +171,9 @@ class CentredFeatures:
         self._columns: list[tuple[Tensor, Tensor, Tensor]] = []
         squares, peaks, finite = [], [], []
         for index, run in enumerate(self.runs):
-            scratch = self._empty(0 if self._held else self.num_images, self.widths[run.start])
+            scratch = self._empty(0 if self._in_memory else self.num_images, self.widths[run.start])
             for model in range(run.start, run.stop):
-                centred = self._held[index][model - run.start] if self._held else scratch
+                centred = self._in_memory[index][model - run.start] if self._in_memory else scratch
                 columns, peak, is_finite = _centre(self._features[model][:].to(self.dtype), centred)
                 self._columns.append(columns)
                 squares.append(torch.linalg.vector_norm(centred, dim=1).double().square())
@@ -189,10 +192,10 @@ class CentredFeatures:
 def _centre(
     model: Float[Tensor, "N F"], centred: Float[Tensor, "N F"]
 ) -> tuple[tuple[Tensor, Tensor, Tensor], Float[Tensor, ""], Bool[Tensor, ""]]:
-    """Write a centred and scaled model; what each column was lessened by (twice) and divided by; its scale."""
+    """Write a centred and scaled model; returns means and divisor of each column, the scale, and finiteness."""
     lowest, highest, mean = model.amin(0), model.amax(0), model.mean(0)
     torch.sub(model, mean, out=centred)
-    rest = centred.mean(0)
+    rest = centred.mean(0)  # the mean of float32 columns with a large offset is off by some ulp of the offset
     varies = highest - lowest > 4 * torch.finfo(model.dtype).eps * torch.maximum(-lowest, highest)
     peak = torch.where(varies, torch.maximum(highest - mean, mean - lowest), 0).amax()
     divisor = torch.where(varies, peak, torch.inf)
@@ -204,9 +207,9 @@ def _check(features: Features, minimum: int) -> None:
     shapes = [tuple(model.shape) for model in features]
     floating = all(model.dtype.is_floating_point for model in features)
     if not shapes or not floating or any(len(shape) != 2 or 0 in shape for shape in shapes):
-        given = list(features.shape) if isinstance(features, Tensor) else shapes[:4]
+        shown = list(features.shape) if isinstance(features, Tensor) else shapes[:4]
         raise ValueError(
-            f"features are {'floating' if floating else 'not floating'} {given}; expected non-empty floating "
+            f"features are {'floating' if floating else 'not floating'} {shown}; expected non-empty floating "
             "[P, N, F], or a sequence of [N, F] (tokens: flatten or pool them to one row an image)"
         )
     sizes = sorted({shape[0] for shape in shapes})

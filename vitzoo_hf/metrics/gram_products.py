@@ -29,7 +29,7 @@ Kernel = Callable[[Tensor, slice, slice], Tensor]
 
 
 class Products(NamedTuple):
-    """What HSIC needs of the scaled Gram matrices."""
+    """Sums over the scaled Gram matrices from which both estimators of HSIC follow."""
 
     inner: Float64[Tensor, "P P"]  # <K,L> without the diagonals; only of the pairs asked for, with p <= q
     rows: Float64[Tensor, "P N"]  # row sums without the diagonal
@@ -39,14 +39,15 @@ class Products(NamedTuple):
 
 
 def linear_products(centred: CentredFeatures, num_first: int | None = None) -> Products:
-    """Of all pairs; or, with `num_first`, of each model with itself and of the first ones with the others."""
+    """Products of all pairs; or, with `num_first`, of each model with itself and of the first with all others."""
     P, N, width = len(centred), centred.num_images, sum(centred.widths)
     first = sum(centred.widths[:num_first])
-    across = width**2 if num_first is None else 2 * first * (width - first) + 2 * sum(F * F for F in centred.widths)
+    # columns of the products of features that each route would take: the route with fewer operations is taken
+    pairs = width**2 if num_first is None else 2 * first * (width - first) + 2 * sum(F * F for F in centred.widths)
     models = P**2 if num_first is None else 2 * num_first * (P - num_first) + 2 * P
     diagonal = centred.squares
     with torch.autocast(centred.device.type, enabled=False):
-        if across < N * (width + models):
+        if pairs < N * (width + models):
             inner = _feature_route(centred, num_first) - diagonal @ diagonal.T
         else:
             inner, _ = _sample_route(centred, num_first)
@@ -55,7 +56,7 @@ def linear_products(centred: CentredFeatures, num_first: int | None = None) -> P
 
 
 def rbf_products(centred: CentredFeatures, rates: Float64[Tensor, " P"], typical: Float64[Tensor, " P"]) -> Products:
-    """Of `exp(-rate |x - y|^2)`, less its value at a `typical` squared distance: HSIC ignores a constant."""
+    """Products of `exp(-rate |x - y|^2)`, less the value at a `typical` distance: HSIC ignores a constant."""
     squares, rates = centred.squares.to(centred.dtype), rates.to(centred.dtype)
     level = torch.expm1(-rates * typical.to(centred.dtype))
 
@@ -71,9 +72,9 @@ def rbf_products(centred: CentredFeatures, rates: Float64[Tensor, " P"], typical
 
 def median_distances(centred: CentredFeatures) -> Float64[Tensor, " P"]:
     """Median of all N^2 squared distances within each model, images with themselves included."""
-    whole = slice(0, centred.num_images)
+    images = slice(0, centred.num_images)
     squares = centred.squares.to(centred.dtype)
-    medians = [_median(centred.read(slice(p, p + 1), whole)[0], squares[p]) for p in range(len(centred))]
+    medians = [_median(centred.read(slice(p, p + 1), images)[0], squares[p]) for p in range(len(centred))]
     return torch.stack(medians).double()
 
 
@@ -120,9 +121,9 @@ def _sample_route(
         for i, j in _tiles(first, second, height, width):
             shape = (P, i.stop - i.start, j.stop - j.start)
             tile = memory[: P * shape[1] * shape[2]].view(shape)
-            within, beside = (slice(s.start - b.start, s.stop - b.start) for s, b in ((i, first), (j, second)))
+            rows_i, rows_j = (slice(s.start - b.start, s.stop - b.start) for s, b in ((i, first), (j, second)))
             for run, a, b in zip(centred.runs, left, right, strict=True):
-                torch.bmm(a[:, within], b[:, beside].transpose(1, 2), out=tile[run])
+                torch.bmm(a[:, rows_i], b[:, rows_j].transpose(1, 2), out=tile[run])
             if kernel is not None:
                 kernel(tile, i, j)
             if i == j:
@@ -130,6 +131,7 @@ def _sample_route(
             if kernel is not None:
                 rows[:, i] += tile.sum(2)
                 rows[:, j] += tile.sum(1) * (i != j)
+            # the tile below the diagonal is the transpose: it adds as much and is not computed
             flat, copies = tile.flatten(1), 1 if i == j else 2
             for p, q in pairs:
                 inner[p, q] += copies * (flat[p] @ flat[q].T)
@@ -175,13 +177,14 @@ def _median(model: Float[Tensor, "N F"], squares: Float[Tensor, " N"]) -> Float[
 
 
 def _digit_counts(model: Float[Tensor, "N F"], squares: Float[Tensor, " N"], leading: Tensor | None) -> Tensor:
-    """How often each value of the upper 16 bits occurs, or of the lower 16 where the upper are `leading`."""
+    """Counts of the values of the upper 16 bits, or of the lower 16 bits where the upper are `leading`."""
     counts = torch.zeros(2**16, dtype=torch.int64, device=model.device)
-    whole = slice(0, len(model))
-    for i, j in _tiles(whole, whole, MEDIAN_TILE, MEDIAN_TILE):
+    images = slice(0, len(model))
+    for i, j in _tiles(images, images, MEDIAN_TILE, MEDIAN_TILE):
         distances = squares[i, None] + squares[j] - 2 * (model[i] @ model[j].T)
         if i == j:
             distances.fill_diagonal_(0)
+        # the bits of floats that are not negative are in the order of the floats
         bits = distances.clamp(min=0).float().abs().flatten().view(torch.int32)
         digits = bits >> 16 if leading is None else (bits & 0xFFFF)[bits >> 16 == leading]
         counts += digits.bincount(minlength=2**16) * (1 if i == j else 2)

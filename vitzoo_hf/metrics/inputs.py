@@ -1,4 +1,4 @@
-"""What the metrics of behaviour take in: checked logits, predictions and labels, and softmax in blocks of images."""
+"""Inputs of the metrics of behaviour: checks of logits, predictions and labels, and softmax in blocks of images."""
 
 from collections.abc import Iterator
 from typing import NamedTuple

@@ -1,4 +1,4 @@
-"""Models in a plane by their distances, and how far groups of them lie apart: pure functions of distances."""
+"""Pure functions of distances between models: their map in a plane, and the separation of groups of models."""
 
 import math
 
@@ -6,8 +6,8 @@ import numpy as np
 from jaxtyping import Float, Float64, Int64
 
 
-def classical_mds(distances: Float[np.ndarray, "M M"]) -> tuple[Float64[np.ndarray, "M 2"], float]:
-    """Points in the plane whose distances are closest to the given ones: Torgerson's classical scaling (1952).
+def classical_mds(distances: Float[np.ndarray, "P P"]) -> tuple[Float64[np.ndarray, "P 2"], float]:
+    """Points in the plane with distances closest to `distances`: Torgerson's classical scaling (1952).
 
     Double centring of the squared distances gives inner products; the points are its first two eigenvectors times the
     roots of their eigenvalues. Distances of points in a plane come back exactly. The sign of an axis means nothing:
@@ -17,7 +17,7 @@ def classical_mds(distances: Float[np.ndarray, "M M"]) -> tuple[Float64[np.ndarr
         distances: symmetric, 0 on the diagonal; no NaN.
 
     Returns:
-        float64 `[M, 2]`, and the share of the two eigenvalues in the sum of the positive ones; NaN if none is.
+        float64 `[P, 2]`, and the share of the two eigenvalues in the sum of the positive ones; NaN if none is.
 
     Example:
         >>> points, share = classical_mds(np.array([[0.0, 3, 3], [3, 0, 0], [3, 0, 0]]))
@@ -34,7 +34,7 @@ def classical_mds(distances: Float[np.ndarray, "M M"]) -> tuple[Float64[np.ndarr
     return points * np.where(largest < 0, -1.0, 1.0), float(share)
 
 
-def silhouette(distances: Float[np.ndarray, "M M"], codes: Int64[np.ndarray, " M"]) -> float:
+def silhouette(distances: Float[np.ndarray, "P P"], codes: Int64[np.ndarray, " P"]) -> float:
     """The mean silhouette of groups: scikit-learn's `silhouette_score`, in one matrix product.
 
     1: groups are tight and far apart; 0: they overlap; below: models are closer to another group than to their own.
@@ -43,13 +43,13 @@ def silhouette(distances: Float[np.ndarray, "M M"], codes: Int64[np.ndarray, " M
         distances: symmetric, 0 on the diagonal.
         codes: the group of each model, at least two different ones.
     """
-    groups, own = np.unique(codes, return_inverse=True)
-    members = np.eye(len(groups))[own]
+    groups, group = np.unique(codes, return_inverse=True)
+    members = np.eye(len(groups))[group]
     counts = members.sum(axis=0)
     sums = distances @ members
     rows = np.arange(len(codes))
-    inside = sums[rows, own] / np.maximum(counts[own] - 1, 1)
+    inside = sums[rows, group] / np.maximum(counts[group] - 1, 1)
     outside = np.where(members > 0, np.inf, sums / counts).min(axis=1)
     larger = np.maximum(inside, outside)
-    alone = (counts[own] == 1) | (larger == 0)
+    alone = (counts[group] == 1) | (larger == 0)  # 0 by definition (Rousseeuw 1987), not 0 / 0
     return float(np.where(alone, 0.0, (outside - inside) / np.where(alone, 1.0, larger)).mean())

@@ -2,9 +2,9 @@
 
 `d_ij^2 = G_ii + G_jj - 2 G_ij` of the Gram matrix G of the vectors less their mean costs one matrix product, and
 loses digits where two vectors are much closer to each other than to the mean. So a first pass takes the Gram matrix
-of all; where its error bound is not met, another pass takes groups of close vectors, each less a mean of its own;
-and a group that does not fall apart is subtracted pair by pair. float32 products obey
-`torch.set_float32_matmul_precision`.
+of all vectors. Where its error bound is not met, another pass takes groups of close vectors, each less its mean.
+A group that does not fall apart is subtracted pair by pair. float32 products obey
+`torch.set_float32_matmul_precision`. P vectors, c columns of a block, K pairs.
 """
 
 from collections.abc import Iterator
@@ -18,11 +18,11 @@ from torch import Tensor
 from vitzoo_hf.format.layout import Layout
 
 RELATIVE_ERROR = 5e-7
-BLOCK_ELEMENTS = 2**18  # of a piece: 1 MB, which stays in a core's cache
+BLOCK_ELEMENTS = 2**18  # values of a piece: 1 MB, which stays in a core's cache
 MAX_COLUMNS = 4096  # longer float32 sums would lose a digit
 TILE = 64  # rows of a product that are taken at a time, of its lower triangle only
 CANCELLED = 0.1  # share of two summands below which their difference has lost a digit
-COMMON_SHARE = 0.25  # of the squares of vectors that their mean holds, from which on it is taken off
+COMMON_SHARE = 0.25  # share of the mean in the squares of vectors, from which on the mean is subtracted
 SAMPLED_COLUMNS = 32
 SAFE_SQUARES = (1e-24, 1e30)  # float32 sums of squares outside of this may have lost digits or overflown
 
@@ -31,14 +31,15 @@ class Scratch:
     """Memory of temporaries that is taken once: fresh memory of their size costs more than filling it."""
 
     def __init__(self) -> None:
-        self._held: dict[int, Tensor] = {}
+        self._buffers: dict[int, Tensor] = {}
 
     def like(self, piece: Float[Tensor, "P c"], number: int = 0) -> Float[Tensor, "P c"]:
-        """Uninitialised memory of the shape of `piece`; what had this number before is overwritten."""
-        held = self._held.get(number)
-        if held is None or held.numel() < piece.numel() or (held.dtype, held.device) != (piece.dtype, piece.device):
-            held = self._held[number] = torch.empty(piece.numel(), dtype=piece.dtype, device=piece.device)
-        return held[: piece.numel()].view(piece.shape)
+        """Uninitialised memory of the shape of `piece`; the next call with this number overwrites it."""
+        size, kind = piece.numel(), (piece.dtype, piece.device)
+        buffer = self._buffers.get(number)
+        if buffer is None or buffer.numel() < size or (buffer.dtype, buffer.device) != kind:
+            buffer = self._buffers[number] = torch.empty(size, dtype=piece.dtype, device=piece.device)
+        return buffer[:size].view(piece.shape)
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class _Group:
     """Models that share a centred Gram matrix."""
 
     models: Tensor
-    sums: Float64[Tensor, "M M"]
+    sums: Float64[Tensor, "P P"]
 
     def empty(self) -> "_Group":
         return _Group(self.models, torch.zeros_like(self.sums))
@@ -71,10 +72,10 @@ class SquaredDistances:
 
     Args:
         count: P.
-        dtype: of the blocks; products are in float64 for float64, else in float32.
-        device: of the blocks.
-        relative_error: of a squared distance, the bound that decides on another pass.
-        scratch: memory to share with others.
+        dtype: dtype of the blocks; products are in float64 for float64, else in float32.
+        device: device of the blocks.
+        relative_error: bound on the relative error of a squared distance, which decides on another pass.
+        scratch: memory to share with other sums of the same thread.
 
     Attributes:
         squared: float64 `[P, P]`, symmetric with a zero diagonal; complete when nothing is pending.
@@ -108,32 +109,33 @@ class SquaredDistances:
         """Take in these columns of all vectors; add their squared lengths, to six digits, to `lengths` if given."""
         with torch.autocast(block.device.type, enabled=False):
             for piece in column_pieces(block):
-                found = None
+                squares = None
                 for task in self._pending:
                     if isinstance(task, _Direct):
                         _add_direct(task, piece)
                         continue
                     of_all = len(task.models) == len(piece)
-                    chosen = piece if of_all else piece[task.models]
-                    mean = _mean_model(chosen) if _has_common_part(chosen) else None
-                    vectors = chosen if mean is None else torch.sub(chosen, mean, out=self.scratch.like(chosen))
+                    members = piece if of_all else piece[task.models]
+                    mean = _mean_model(members) if _has_common_part(members) else None
+                    vectors = members if mean is None else torch.sub(members, mean, out=self.scratch.like(members))
                     diagonal = _add_gram(task.sums, vectors)
                     if of_all and lengths is not None:
-                        found = _lengths_of(diagonal, vectors, mean)
+                        # the product has the lengths on its diagonal already
+                        squares = _lengths_of(diagonal, vectors, mean)
                 if lengths is not None:
-                    lengths += squared_lengths_of_piece(piece) if found is None else found
+                    lengths += squared_lengths_of_piece(piece) if squares is None else squares
 
     def fork(self, scratch: Scratch) -> "SquaredDistances":
-        """Another that takes in other columns of the same pass, in another thread, to be joined to this one."""
+        """Sums of other columns of the same pass, for another thread, to be joined to these."""
         twin = copy(self)
         twin.scratch = scratch
         twin._pending = [task.empty() for task in self._pending]
         return twin
 
     def join(self, twin: "SquaredDistances") -> None:
-        """Add what a fork of this pass took in."""
-        for mine, its in zip(self._pending, twin._pending, strict=True):
-            mine.sums.add_(its.sums)
+        """Add the sums of a fork of this pass."""
+        for task, twin_task in zip(self._pending, twin._pending, strict=True):
+            task.sums.add_(twin_task.sums)
 
     @property
     def is_pending(self) -> bool:
@@ -171,7 +173,7 @@ class SquaredDistances:
 
 
 def check_weights(weights: Tensor, layout: Layout | None = None) -> None:
-    """Refuse what is not a population of flat vectors, or not one of this layout."""
+    """Refuse a tensor that is not a population of flat vectors, or not of this layout."""
     if weights.ndim != 2 or not weights.is_floating_point() or 0 in weights.shape:
         raise ValueError(
             f"weights are {str(weights.dtype).removeprefix('torch.')} {list(weights.shape)}; expected non-empty "
@@ -200,7 +202,7 @@ def squared_lengths(block: Float[Tensor, "P c"]) -> Float64[Tensor, " P"]:
 
 @torch.no_grad()
 def squared_lengths_of_piece(piece: Float[Tensor, "P c"]) -> Float64[Tensor, " P"]:
-    """As `squared_lengths` to six digits, several times faster, of one of the pieces of `column_pieces`."""
+    """Sums of squares of the rows of a piece of `column_pieces`, to six digits, several times faster."""
     quick = torch.linalg.vecdot(piece, piece).double()
     if ((quick > SAFE_SQUARES[0]) & (quick < SAFE_SQUARES[1])).all():
         return quick
@@ -219,23 +221,24 @@ def working(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _has_common_part(piece: Float[Tensor, "M c"]) -> bool:
-    """Whether vectors share so much that distances would lose digits unless it is taken off; judged by a few columns.
+def _has_common_part(piece: Float[Tensor, "P c"]) -> bool:
+    """Whether the mean is large relative to the spread, so that it must be subtracted to avoid cancellation.
 
-    Which pieces are centred changes accuracy alone: a distance is the same whatever is taken off both vectors.
+    Estimated from the first columns. The answer changes accuracy alone: subtracting one vector from both ends of a
+    distance does not change the distance.
     """
     if piece.device.type != "cpu":
-        return True  # to look would wait for the device
+        return True  # reading the estimate would wait for the device
     few = piece[:, :SAMPLED_COLUMNS]
     mean = _mean_model(few)
     return not len(piece) * torch.dot(mean, mean) < COMMON_SHARE * few.square().sum()
 
 
-def _mean_model(piece: Float[Tensor, "M c"]) -> Float[Tensor, " c"]:
+def _mean_model(piece: Float[Tensor, "P c"]) -> Float[Tensor, " c"]:
     return (piece.new_full((1, len(piece)), 1 / len(piece)) @ piece)[0]  # half the time of `mean(0)`
 
 
-def _add_gram(gram: Float64[Tensor, "M M"], vectors: Float[Tensor, "M c"]) -> Float[Tensor, " M"]:
+def _add_gram(gram: Float64[Tensor, "P P"], vectors: Float[Tensor, "P c"]) -> Float[Tensor, " P"]:
     """Add the lower triangle, by tiles, of the product of vectors with themselves; returns its diagonal."""
     diagonals = []
     for start in range(0, len(vectors), TILE):
@@ -247,9 +250,9 @@ def _add_gram(gram: Float64[Tensor, "M M"], vectors: Float[Tensor, "M c"]) -> Fl
 
 
 def _lengths_of(
-    diagonal: Float[Tensor, " M"], vectors: Float[Tensor, "M c"], mean: Float[Tensor, " c"] | None
-) -> Float64[Tensor, " M"] | None:
-    """Squared lengths from those of the vectors less their mean; None where digits were lost."""
+    diagonal: Float[Tensor, " P"], vectors: Float[Tensor, "P c"], mean: Float[Tensor, " c"] | None
+) -> Float64[Tensor, " P"] | None:
+    """Squared lengths from the squared lengths of the vectors less their mean; None where digits were lost."""
     lengths = terms = diagonal.double()
     if mean is not None:
         middle = torch.dot(mean, mean).double()
@@ -265,10 +268,10 @@ def _add_direct(task: _Direct, piece: Float[Tensor, "P c"]) -> None:
         task.sums[part] += differences.square().sum(1)
 
 
-def _connected(close: Bool[Tensor, "M M"]) -> Iterator[Tensor]:
+def _connected(close: Bool[Tensor, "P P"]) -> Iterator[Tensor]:
     """Connected components, of two models or more, of the graph of close pairs."""
     labels = torch.arange(len(close), device=close.device)
-    while True:
+    while True:  # each model takes the smallest label among its neighbours, until none changes
         spread = torch.minimum(labels, labels.expand_as(close).where(close, len(close)).amin(1))
         if torch.equal(spread, labels):
             break

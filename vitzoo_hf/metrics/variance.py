@@ -1,10 +1,12 @@
-"""How much of the variance between models a factor explains: eta squared, for values and for distances (PERMANOVA).
+"""Share of the variance between models that a factor explains: eta squared, of values and of distances (PERMANOVA).
 
 The sum of squared distances over all pairs of models, divided by the number of models, is the sum of squares around
 the mean. So one formula serves both: with `(y_i - y_j)²` of a value the share is one-way eta squared, with a matrix
 of distances the R² of PERMANOVA (Anderson 2001, https://doi.org/10.1111/j.1442-9993.2001.01070.pp.x). Several factors
 together are the additive model of McArdle and Anderson (2001). Tests permute levels, only among models that may be
-exchanged; like all of their kind they also answer to levels that differ in spread and not in place.
+exchanged; like all permutation tests of distances they also respond to levels that differ in spread alone.
+
+P models, R permutations or groupings, K factors.
 """
 
 import math
@@ -17,7 +19,7 @@ TIE = 1e-9
 """Shares that differ by less are equal: they differ by rounding."""
 
 
-def gower_centred(squared: Float[np.ndarray, "M M"]) -> Float64[np.ndarray, "M M"]:
+def gower_centred(squared: Float[np.ndarray, "P P"]) -> Float64[np.ndarray, "P P"]:
     """Inner products around the mean, from squared distances: `-1/2 J D² J` (Gower 1966).
 
     Args:
@@ -33,15 +35,15 @@ def gower_centred(squared: Float[np.ndarray, "M M"]) -> Float64[np.ndarray, "M M
     return -(squared - rows - rows[:, None] + rows.mean()) / 2
 
 
-def one_way_shares(inner: Float64[np.ndarray, "M M"], codes: Int64[np.ndarray, "R N"]) -> Float64[np.ndarray, " R"]:
-    """The share of the variance that each of several groupings of the models explains.
+def one_way_shares(inner: Float64[np.ndarray, "P P"], codes: Int64[np.ndarray, "R P"]) -> Float64[np.ndarray, " R"]:
+    """Share of the variance that each of several groupings of the models explains.
 
     Args:
-        inner: of `gower_centred`.
+        inner: inner products around the mean, from `gower_centred`.
         codes: the groups of all models, from 0, one grouping a row.
 
     Raises:
-        ValueError: for another number of models in `inner` than in `codes`, N.
+        ValueError: if `inner` and `codes` differ in the number of models.
 
     Returns:
         float64, NaN where the models do not vary. In [0, 1] for distances of points; other dissimilarities can
@@ -54,17 +56,18 @@ def one_way_shares(inner: Float64[np.ndarray, "M M"], codes: Int64[np.ndarray, "
     """
     _check_models(inner, codes.shape[1])
     total, groups = _total(inner), int(codes.max()) + 1
-    found = np.empty(len(codes))
+    explained = np.empty(len(codes))
     step = max(1, BLOCK_BYTES // (8 * groups * len(inner)))
     for start in range(0, len(codes), step):
         members = np.eye(groups)[codes[start : start + step]]
         counts = members.sum(axis=1)
         sums = np.einsum("rmg,rmg->rg", members, inner @ members)
-        found[start : start + step] = np.divide(sums, counts, out=np.zeros_like(sums), where=counts > 0).sum(axis=1)
-    return found / total
+        means = np.divide(sums, counts, out=np.zeros_like(sums), where=counts > 0)
+        explained[start : start + step] = means.sum(axis=1)
+    return explained / total
 
 
-def additive_basis(codes: Int64[np.ndarray, "K M"]) -> Float64[np.ndarray, "M degrees"]:
+def additive_basis(codes: Int64[np.ndarray, "K P"]) -> Float64[np.ndarray, "P degrees"]:
     """An orthonormal basis of what several factors can explain together, each by a shift of its own per level.
 
     Args:
@@ -79,46 +82,46 @@ def additive_basis(codes: Int64[np.ndarray, "K M"]) -> Float64[np.ndarray, "M de
 
 
 def additive_shares(
-    inner: Float64[np.ndarray, "M M"], basis: Float64[np.ndarray, "N degrees"], orders: Int64[np.ndarray, "R N"]
+    inner: Float64[np.ndarray, "P P"], basis: Float64[np.ndarray, "P degrees"], orders: Int64[np.ndarray, "R P"]
 ) -> Float64[np.ndarray, " R"]:
-    """The share of the variance that the factors of `additive_basis` explain, for several orders of the models.
+    """Share of the variance that the factors of `additive_basis` explain, for several orders of the models.
 
     Args:
-        inner: of `gower_centred`.
-        basis: of the same models.
+        inner: inner products around the mean, from `gower_centred`.
+        basis: basis of the factors of the same models, from `additive_basis`.
         orders: permutations of the models, one a row; model i gets the levels of model `orders[r, i]`.
 
     Raises:
-        ValueError: for another number of models in `inner` than in `basis`, N.
+        ValueError: if `inner` and `basis` differ in the number of models.
 
     Returns:
         float64, NaN where the models do not vary.
     """
     _check_models(inner, len(basis))
     total = _total(inner)
-    found = np.empty(len(orders))
+    explained = np.empty(len(orders))
     step = max(1, BLOCK_BYTES // (8 * max(1, basis.size)))
     for start in range(0, len(orders), step):
-        moved = basis[orders[start : start + step]]
-        found[start : start + step] = np.einsum("rmd,rmd->r", moved, inner @ moved)
-    return found / total
+        permuted = basis[orders[start : start + step]]
+        explained[start : start + step] = np.einsum("rmd,rmd->r", permuted, inner @ permuted)
+    return explained / total
 
 
 def exchangeable_codes(
-    codes: Int64[np.ndarray, " M"], strata: Int64[np.ndarray, " M"], count: int, rng: np.random.Generator
-) -> tuple[Int64[np.ndarray, "R M"], str]:
-    """A factor's levels, permuted among what may be exchanged if the factor has no effect.
+    codes: Int64[np.ndarray, " P"], strata: Int64[np.ndarray, " P"], count: int, rng: np.random.Generator
+) -> tuple[Int64[np.ndarray, "R P"], str]:
+    """Permutations of a factor's levels among the units that may be exchanged if the factor has no effect.
 
     A factor that varies within a stratum is permuted among the models of each stratum, so that differences between
-    strata are not taken for its effect. One that is constant in each belongs to the stratum: strata exchange their
-    levels as wholes, since models of one are no independent repetitions. In a single stratum all models are
-    exchanged.
+    strata are not taken for its effect. A factor that is constant in each stratum belongs to the stratum: strata
+    exchange their levels as a whole, since models of one stratum are not independent repetitions. In a single stratum
+    all models are exchanged.
 
     Args:
         codes: the level of each model, from 0.
-        strata: the stratum of each, such as its parent, from 0.
-        count: how many permutations.
-        rng: where they come from.
+        strata: the stratum of each model, such as its parent, from 0.
+        count: number of permutations.
+        rng: generator of the permutations.
 
     Returns:
         The levels, one permutation a row; and what was permuted: `models`, `models within strata` or `strata`.
@@ -137,9 +140,9 @@ def exchangeable_codes(
 
 
 def p_value(observed: float, permuted: Float64[np.ndarray, " R"]) -> float:
-    """How often a permutation reaches the observed statistic, itself counted as one (Phipson and Smyth 2010).
+    """Share of permutations that reach the observed statistic, the observed order among them.
 
-    NaN where the statistic is not defined.
+    Source: Phipson and Smyth, 2010. NaN where the statistic is not defined.
 
     Example:
         >>> p_value(0.9, np.array([0.1, 0.9, 0.2]))
@@ -150,28 +153,28 @@ def p_value(observed: float, permuted: Float64[np.ndarray, " R"]) -> float:
     return float((1 + (permuted >= observed - TIE).sum()) / (1 + len(permuted)))
 
 
-def least_p_value(codes: Int64[np.ndarray, " M"], permuted: Int64[np.ndarray, "R M"]) -> float:
-    """The p-value that these permutations give the strongest effect: some leave every model with its group.
+def least_p_value(codes: Int64[np.ndarray, " P"], permuted: Int64[np.ndarray, "R P"]) -> float:
+    """The p-value of the strongest possible effect, since some permutations leave all groups unchanged.
 
-    Two parents of two regimes, say, have no other order than this: 1, whatever the effect.
+    Two parents of two regimes, say, have no other order: the p-value is 1, whatever the effect.
     """
     return float((1 + _is_same_grouping(codes, permuted).sum()) / (1 + len(permuted)))
 
 
-def _is_same_grouping(codes: Int64[np.ndarray, " M"], permuted: Int64[np.ndarray, "R M"]) -> Bool[np.ndarray, " R"]:
-    """Whether models share a group in both, whatever the names of the groups."""
+def _is_same_grouping(codes: Int64[np.ndarray, " P"], permuted: Int64[np.ndarray, "R P"]) -> Bool[np.ndarray, " R"]:
+    """Whether two groupings are equal, whatever the names of the groups."""
     together = np.sort(codes * (int(permuted.max()) + 1) + permuted, axis=1)
     distinct = 1 + (np.diff(together, axis=1) > 0).sum(axis=1)
-    own = 1 + (np.diff(np.sort(permuted, axis=1), axis=1) > 0).sum(axis=1)
-    return (distinct == len(np.unique(codes))) & (distinct == own)
+    groups = 1 + (np.diff(np.sort(permuted, axis=1), axis=1) > 0).sum(axis=1)
+    return (distinct == len(np.unique(codes))) & (distinct == groups)
 
 
-def _check_models(inner: Float64[np.ndarray, "M M"], models: int) -> None:
+def _check_models(inner: Float64[np.ndarray, "P P"], models: int) -> None:
     if len(inner) != models:
         raise ValueError(f"distances of {len(inner)} models and levels of {models}: give one level a model")
 
 
-def _total(inner: Float64[np.ndarray, "M M"]) -> float:
+def _total(inner: Float64[np.ndarray, "P P"]) -> float:
     """The sum of squares around the mean; NaN for models that do not vary."""
     total = float(np.trace(inner))
     return total if total > 0 else math.nan

@@ -1,4 +1,4 @@
-"""Where models lie in weight space: norms, distances and cosines of all pairs of a population.
+"""Geometry of models in weight space: norms, distances and cosines of all pairs of a population.
 
 Pure functions of tensors. P models, D weights; the result is float64 on the input's device and inputs are never
 written to. Weights are read in blocks of columns, so a memory-mapped population larger than memory works, and
@@ -44,8 +44,8 @@ def weight_distances(weights: Float[Tensor, "P D"], metric: Metric = "l2") -> Fl
 
     "l2" is the Euclidean distance from the Gram matrix of the weights less their mean,
     `d_ij^2 = G_ii + G_jj - 2 G_ij`, relative error below 1e-6 for float32: where models lie so close together that
-    the difference would cancel, groups of close models are centred anew on their own mean, and what that cannot
-    separate is subtracted directly. Identical models are exactly 0 apart. "normalized_l2" is
+    the difference would cancel, groups of close models are centred again on the mean of the group, and models that
+    this does not separate are subtracted directly. Identical models are exactly 0 apart. "normalized_l2" is
     `d_ij / sqrt(|w_i| |w_j|)`, which no common scale of the weights changes. "cosine" is 1 - cosine similarity,
     `(d_ij^2 - (|w_i| - |w_j|)^2) / (2 |w_i| |w_j|)`, which stays accurate for nearly equal models; its absolute error
     is below 1e-6 times the ratio of the two norms, which matters where they differ a thousandfold. For the last two
@@ -93,12 +93,13 @@ def part_distances(
 
     Args:
         weights: the vectors of models of one layout.
-        layout: of the vectors.
+        layout: the layout of the vectors.
         per: the parts, in the order of `layout.parts(per)`: embedding, blocks, norm and head, or every tensor.
-        metric: as for `weight_distances`.
+        metric: "l2", "normalized_l2" or "cosine"; see `weight_distances`.
 
     Raises:
-        ValueError: as `weight_distances`; or if weights and layout differ in length.
+        ValueError: on another metric or weights that `weight_distances` refuses, or if weights and layout differ in
+            length.
 
     Example:
         >>> layout = Layout.of({"norm.bias": torch.zeros(1), "head.bias": torch.zeros(2)})
@@ -132,7 +133,7 @@ def cosine_similarity(weights: Float[Tensor, "P D"]) -> Float64[Tensor, "P P"]:
         A symmetric matrix, in [-1, 1], with ones on the diagonal.
 
     Raises:
-        ValueError: as `weight_distances`.
+        ValueError: on weights that `weight_distances` refuses.
 
     Example:
         >>> cosine_similarity(torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]])).round(decimals=4).abs()
@@ -144,10 +145,10 @@ def cosine_similarity(weights: Float[Tensor, "P D"]) -> Float64[Tensor, "P P"]:
 
 
 def task_vectors(children: Float[Tensor, "P D"], parents: Float[Tensor, "P D"]) -> Float[Tensor, "P D"]:
-    """What training changed: child less parent, row by row ("Editing models with task arithmetic", Ilharco et al.).
+    """The change by training: child less parent, row by row ("Editing models with task arithmetic", Ilharco et al.).
 
-    `norms` of the result says how far each model went, `cosine_similarity` which went the same way. It is float32 for
-    half precision, as the difference of two such numbers is no such number.
+    `norms` of the result says how far each model went, `cosine_similarity` which models went the same way. The result
+    of half precision is float32, since the difference of two float16 numbers need not be a float16 number.
 
     Raises:
         ValueError: on weights that are empty or not floating, or if the two differ in shape.
@@ -181,6 +182,7 @@ def distances_of(
     products = lengths[..., :, None] * lengths[..., None, :]
     if metric == "normalized_l2":
         return (squared / products).sqrt()
+    # |x/|x| - y/|y||^2 / 2, written without 1 - cos, which would cancel for nearly equal models
     radial = (lengths[..., :, None] - lengths[..., None, :]).square()
     return ((squared - radial) / (2 * products)).clamp(0, 2)
 

@@ -1,12 +1,12 @@
-"""What the weights of each tensor of each model look like: norm, mean, spread, sparsity, tails, quantiles.
+"""Statistics of each tensor of each model, norm, mean, spread, sparsity, tails and quantiles; singular values.
 
-Pure functions of tensors. P models, D weights, T tensors of a layout. Moments are merged from blocks of columns by
-the formulas of Pébay (Sandia report SAND2008-6212, 2008), so that vectors need not be in memory at once.
+Pure functions of tensors. P models, D weights, G tensors of a layout, Q quantiles. Moments are merged from blocks of
+columns by the formulas of Pébay (Sandia report SAND2008-6212, 2008), so that vectors need not be in memory at once.
 
-Singular values of the matrices in the weights: spectral norms, stable ranks.
-
-Pure functions of tensors. A matrix is a tensor of two axes, or of four (the patch embedding, a linear map of patches:
+Matrices are tensors of two axes, or of four (the patch embedding, a linear map of patches:
 `[out, in * height * width]`), with timm's `qkv` taken apart into the maps of queries, keys and values.
+
+Cost: quantiles sort every tensor; singular values take an eigenvalue or singular value decomposition a matrix.
 """
 
 from collections.abc import Sequence
@@ -25,18 +25,18 @@ class WeightStatistics:
     """Statistics of every tensor (column) of every model (row).
 
     Attributes:
-        norm: Euclidean.
-        mean: of the values.
+        norm: Euclidean norm.
+        mean: mean of the values.
         std: standard deviation of the values, divided by their number.
         sparsity: share of the values whose size is at most the threshold.
         excess_kurtosis: fourth central moment over the squared variance, less 3 (Fisher); NaN for a constant tensor.
     """
 
-    norm: Float64[Tensor, "P T"]
-    mean: Float64[Tensor, "P T"]
-    std: Float64[Tensor, "P T"]
-    sparsity: Float64[Tensor, "P T"]
-    excess_kurtosis: Float64[Tensor, "P T"]
+    norm: Float64[Tensor, "P G"]
+    mean: Float64[Tensor, "P G"]
+    std: Float64[Tensor, "P G"]
+    sparsity: Float64[Tensor, "P G"]
+    excess_kurtosis: Float64[Tensor, "P G"]
 
 
 def weight_statistics(weights: Float[Tensor, "P D"], layout: Layout, *, threshold: float = 0.0) -> WeightStatistics:
@@ -44,7 +44,7 @@ def weight_statistics(weights: Float[Tensor, "P D"], layout: Layout, *, threshol
 
     Args:
         weights: the vectors of models of one layout, any floating dtype.
-        layout: of the vectors.
+        layout: the layout of the vectors.
         threshold: values up to this size count as zero.
 
     Raises:
@@ -67,13 +67,13 @@ def weight_statistics(weights: Float[Tensor, "P D"], layout: Layout, *, threshol
 
 def weight_quantiles(
     weights: Float[Tensor, "P D"], layout: Layout, quantiles: Sequence[float | int]
-) -> Float64[Tensor, "P T Q"]:
+) -> Float64[Tensor, "P G Q"]:
     """Quantiles of every tensor of every model, interpolated linearly as `numpy.quantile` does.
 
     Args:
         weights: the vectors of models of one layout, any floating dtype.
-        layout: of the vectors.
-        quantiles: between 0 and 1.
+        layout: the layout of the vectors.
+        quantiles: numbers between 0 and 1.
 
     Raises:
         ValueError: on weights that are empty, not floating, or of another length than the layout; on a quantile that
@@ -85,17 +85,17 @@ def weight_quantiles(
         tensor([[[1.0000, 2.0000, 2.5000]]], dtype=torch.float64)
     """
     check_weights(weights, layout)
-    wanted = torch.tensor(list(quantiles), dtype=torch.float64, device=weights.device)
-    if not ((wanted >= 0) & (wanted <= 1)).all():
+    shares = torch.tensor(list(quantiles), dtype=torch.float64, device=weights.device)
+    if not ((shares >= 0) & (shares <= 1)).all():
         raise ValueError(f"quantiles={list(quantiles)}; expected numbers between 0 and 1")
-    found = weights.new_empty(len(weights), len(layout.names), len(wanted), dtype=torch.float64)
+    values_at = weights.new_empty(len(weights), len(layout.names), len(shares), dtype=torch.float64)
     for tensor, (_, place) in enumerate(layout.items()):
         for model, values in enumerate(weights[:, place]):
             ordered = values.sort().values
-            below = wanted * (len(values) - 1)
+            below = shares * (len(values) - 1)
             low, high = ordered[below.floor().long()].double(), ordered[below.ceil().long()].double()
-            found[model, tensor] = low + (high - low) * (below - below.floor())
-    return found
+            values_at[model, tensor] = low + (high - low) * (below - below.floor())
+    return values_at
 
 
 class Moments:
@@ -103,9 +103,9 @@ class Moments:
 
     Args:
         count: P.
-        device: of the blocks.
+        device: device of the blocks.
         threshold: values up to this size count as zero.
-        scratch: memory to share with others.
+        scratch: memory to share with other sums of the same thread.
     """
 
     def __init__(
@@ -115,7 +115,7 @@ class Moments:
         if not threshold >= 0:
             raise ValueError(f"threshold={threshold}; expected 0 or more")
         self.threshold = threshold
-        self.seen = 0
+        self.count = 0  # columns so far
         zeros = torch.zeros(count, dtype=torch.float64, device=device)
         self.small, self.mean, self.second, self.third, self.fourth = (zeros.clone() for _ in range(5))
 
@@ -138,13 +138,13 @@ class Moments:
             self._add_sums(piece.shape[1], rough.double(), size.double(), *(total.double() for total in sums))
 
     def join(self, other: "Moments") -> None:
-        """Add what another took in of other columns of the same tensor."""
-        if other.seen:
+        """Add the moments of other columns of the same tensor."""
+        if other.count:
             self.small += other.small
-            self._merge(other.seen, other.mean, other.second, other.third, other.fourth)
+            self._merge(other.count, other.mean, other.second, other.third, other.fourth)
 
     def _add_sums(self, n: int, rough: Tensor, size: Tensor, s1: Tensor, s2: Tensor, s3: Tensor, s4: Tensor) -> None:
-        """Merge sums of powers of n values `(w - rough) / size`."""
+        """Merge sums of powers of n values `(w - rough) / size`, made central about the exact mean."""
         off = s1 / n
         second = size**2 * (s2 - n * off**2)
         third = size**3 * (s3 - 3 * off * s2 + 2 * n * off**3)
@@ -152,7 +152,8 @@ class Moments:
         self._merge(n, rough + size * off, second, third, fourth)
 
     def _merge(self, n: int, mean: Tensor, second: Tensor, third: Tensor, fourth: Tensor) -> None:
-        m, total = self.seen, self.seen + n
+        # the pairwise updates of Pébay, for two sets of m and n values
+        m, total = self.count, self.count + n
         delta = mean - self.mean if m else torch.zeros_like(mean)
         ratio = delta / total
         self.fourth += (
@@ -164,22 +165,22 @@ class Moments:
         self.third += third + delta * ratio**2 * m * n * (m - n) + 3 * ratio * (m * second - n * self.second)
         self.second += second + delta * ratio * m * n
         self.mean = self.mean + ratio * n if m else mean
-        self.seen = total
+        self.count = total
 
 
 def statistics_of(moments: Sequence[Moments]) -> WeightStatistics:
     """The statistics of tensors of which every column was added."""
-    seen = torch.tensor([tensor.seen for tensor in moments], device=moments[0].mean.device)
+    count = torch.tensor([tensor.count for tensor in moments], device=moments[0].mean.device)
     small, mean, second, fourth = (
         torch.stack([getattr(tensor, name) for tensor in moments], 1)
         for name in ("small", "mean", "second", "fourth")
     )
     return WeightStatistics(
-        norm=(second + seen * mean**2).sqrt(),
+        norm=(second + count * mean**2).sqrt(),
         mean=mean,
-        std=(second / seen).sqrt(),
-        sparsity=small / seen,
-        excess_kurtosis=seen * fourth / second**2 - 3,
+        std=(second / count).sqrt(),
+        sparsity=small / count,
+        excess_kurtosis=count * fourth / second**2 - 3,
     )
 
 
@@ -195,7 +196,7 @@ def singular_values(matrices: Float[Tensor, "*B m n"], top: int | None = None) -
 
     Args:
         matrices: any floating dtype; one matrix or a stack of them.
-        top: how many; all `min(m, n)` by default.
+        top: number of singular values; all `min(m, n)` by default.
 
     Raises:
         ValueError: on a matrix that is empty or not floating, has NaN or infinite values, or fewer than `top`
@@ -215,19 +216,19 @@ def singular_values(matrices: Float[Tensor, "*B m n"], top: int | None = None) -
         raise ValueError(f"top={top} of matrices {list(matrices.shape)}; expected 1 to {rank}")
     if not matrices.isfinite().all():
         raise ValueError("NaN or infinite values in a matrix: drop this model, or look for a diverged run")
-    found = matrices.double()
-    gram = found.mT @ found if found.shape[-2] > found.shape[-1] else found @ found.mT
+    double = matrices.double()
+    gram = double.mT @ double if double.shape[-2] > double.shape[-1] else double @ double.mT
     squares = torch.linalg.eigvalsh(gram).flip(-1)[..., :top]
     if (squares >= GRAM_SHARE * squares[..., :1]).all():
         return squares.sqrt()
-    return torch.linalg.svdvals(found)[..., :top]
+    return torch.linalg.svdvals(double)[..., :top]
 
 
 def spectral_norm(matrices: Float[Tensor, "*B m n"]) -> Float64[Tensor, "*B"]:
     """Largest singular value.
 
     Raises:
-        ValueError: as `singular_values`.
+        ValueError: on matrices that `singular_values` refuses.
     """
     return singular_values(matrices, 1)[..., 0]
 
@@ -239,7 +240,7 @@ def stable_rank(matrices: Float[Tensor, "*B m n"]) -> Float64[Tensor, "*B"]:
     Source: Rudelson and Vershynin, "Sampling from large matrices", 2007.
 
     Raises:
-        ValueError: as `singular_values`.
+        ValueError: on matrices that `singular_values` refuses.
 
     Example:
         >>> stable_rank(torch.eye(3))
@@ -262,14 +263,14 @@ def matrices_of(weights: Float[Tensor, "P D"], layout: Layout) -> dict[str, Floa
         [('attn.q.weight', [1, 2, 2]), ('attn.k.weight', [1, 2, 2]), ('attn.v.weight', [1, 2, 2])]
     """
     check_weights(weights, layout)
-    found: dict[str, Tensor] = {}
+    matrices: dict[str, Tensor] = {}
     for (name, place), shape in zip(layout.items(), layout.shapes, strict=True):
         if len(shape) not in (2, 4):
             continue
         matrix = weights[:, place].unflatten(1, (shape[0], -1))
         if name.endswith("attn.qkv.weight"):
             stem = name.removesuffix("qkv.weight")
-            found |= {f"{stem}{kind}.weight": part for kind, part in zip("qkv", matrix.chunk(3, 1), strict=True)}
+            matrices |= {f"{stem}{kind}.weight": part for kind, part in zip("qkv", matrix.chunk(3, 1), strict=True)}
         else:
-            found[name] = matrix
-    return found
+            matrices[name] = matrix
+    return matrices

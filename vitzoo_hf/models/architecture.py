@@ -1,4 +1,4 @@
-"""An architecture as a value: the timm name, its arguments and the head; builds modules and tells their layout."""
+"""An architecture as a value: the timm name, its arguments and the head; it builds modules and has a layout."""
 
 import json
 from collections.abc import Mapping
@@ -6,18 +6,20 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor, nn
 
 from vitzoo_hf.format.layout import Layout
 from vitzoo_hf.format.row import Row, RowLike
-from vitzoo_hf.format.schema import ZooError, canonical_json
+from vitzoo_hf.format.schema import ZooError, canonical_json, weights_sha256
 from vitzoo_hf.models.batched import BatchedViT
 from vitzoo_hf.models.vit import create, module_with, skeleton_and_layout
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """What rebuilds a network but for its weights.
+    """All that rebuilds a network except its weights.
 
     Attributes:
         name: timm name, such as `vit_small_patch16_224`.
@@ -45,14 +47,12 @@ class Architecture:
             ZooError: if an architecture column is missing or damaged.
         """
         row = Row.of(row)
-        for column in ("architecture", "architecture_args", "head"):
-            if column not in row:
-                raise ZooError(f"the row has no column {column!r}: take whole rows, `load_dataset(id, 'weights')`")
+        name, args_json = row.required("architecture"), row.required("architecture_args")
         try:
-            args = json.loads(row["architecture_args"])
+            args = json.loads(args_json)
         except (TypeError, json.JSONDecodeError):
-            raise ZooError(f"architecture_args is {row['architecture_args']!r}; expected a JSON object") from None
-        return cls(row["architecture"], args, row.head, row.head_hidden)
+            raise ZooError(f"architecture_args is {args_json!r}; expected a JSON object") from None
+        return cls(name, args, row.head, row.head_hidden)
 
     def __hash__(self) -> int:
         return hash(self.key)
@@ -98,6 +98,42 @@ class Architecture:
         """
         return module_with(*self._shared, tensors)
 
+    def vector_of(self, row: Row, *, verify: bool = True) -> Tensor:
+        """The flat weights of a row of this architecture, float32 `[D]`, which may be written to.
+
+        Raises:
+            ZooError: for a layout of another architecture, a wrong length and, with `verify`, weights that are not
+                finite or do not match the row's `weights_sha256`.
+        """
+        layout = self.layout
+        if row.layout is not None and row.layout != layout.fingerprint:
+            raise ZooError(
+                f"{row.name} has layout {row.layout}, but its architecture gives layout {layout.fingerprint}:"
+                " one of the two columns is not of this row"
+            )
+        stored = row.required("weights")
+        if isinstance(stored, Tensor):  # stays on its device
+            vector = stored.detach().float()
+        else:
+            # memory that may not be written to, as of a memory-mapped table, is copied: torch cannot mark it
+            vector = torch.from_numpy(row.weights if row.weights.flags.writeable else row.weights.copy())
+        if vector.shape != (layout.num_parameters,):
+            raise ZooError(
+                f"{row.name} has weights of shape {tuple(vector.shape)}; its layout wants [{layout.num_parameters}]"
+            )
+        if verify and not row.verified:
+            _verify(vector, row.weights_sha256, row.name)
+        return vector
+
     @property
     def _shared(self) -> tuple[nn.Module, Layout]:
         return skeleton_and_layout(self.name, canonical_json(dict(self.args)), self.head, self.head_hidden)
+
+
+def _verify(vector: Tensor, sha256: str | None, name: str) -> None:
+    values = vector.cpu().numpy()
+    finite = np.isfinite(values)
+    if not finite.all():
+        raise ZooError(f"{name} has {(~finite).sum()} weights that are not finite: it cannot be rebuilt")
+    if sha256 and weights_sha256(values) != sha256:
+        raise ZooError(f"the weights of {name} do not match their hash: they were changed, or belong to another row")

@@ -2,10 +2,12 @@
 
 Written for the pre-norm ViT that timm builds for names like `vit_small_patch16_224`: patch embedding, class token,
 learned positions, blocks of LayerNorm, attention and GELU MLP, class token through the last norm to a linear or MLP
-head. `BatchedViT.of` gives None for any other, which is then run as the module that it is.
+head. `BatchedViT.of` gives None for any other architecture, which then runs as a module.
 
-P models, B images, t patches and T tokens an image, d features, C outputs. A linear layer is one batched product for
-all models. Measuring overwrites activations, which halves their memory; training keeps them for autograd.
+P models, B images of a batch, t patches and T tokens an image, n = B T tokens, L blocks, F features, C classes. A
+linear layer is one batched product for all models.
+
+Cost: measuring overwrites activations, which halves their memory; training keeps them for autograd.
 """
 
 from collections.abc import Mapping
@@ -24,11 +26,11 @@ READOUTS = ("token", "mean")
 
 
 class Outputs(NamedTuple):
-    """What a forward gives: logits, features before the head, and one vector a block where they were asked for."""
+    """Outputs of a forward: logits, features before the head and, on request, one vector a block."""
 
     logits: Float[Tensor, "P B C"]
-    features: Float[Tensor, "P B d"]
-    blocks: Float[Tensor, "P L B d"] | None
+    features: Float[Tensor, "P B F"]
+    blocks: Float[Tensor, "P L B F"] | None
 
     def of(self, model: int) -> "Outputs":
         """Outputs of a single model, P = 1."""
@@ -47,15 +49,15 @@ class Outputs(NamedTuple):
         return Outputs(*map(room, self))  # type: ignore[arg-type]
 
     def fill(self, part: "Outputs", start: int) -> None:
-        """Put in outputs on some of the images, from `start` on."""
-        for to, values in zip(self, part, strict=True):
-            if to is not None and values is not None:
-                to[..., start : start + values.shape[-2], :] = values
+        """Write outputs on some of the images, from image `start` on."""
+        for room, values in zip(self, part, strict=True):
+            if room is not None and values is not None:
+                room[..., start : start + values.shape[-2], :] = values
 
 
 @dataclass(frozen=True)
 class BatchedViT:
-    """The sizes of a plain ViT that its weights alone do not tell.
+    """The sizes of a plain ViT that do not follow from its weights alone.
 
     Example:
         >>> from vitzoo_hf.models.vit import create
@@ -76,7 +78,7 @@ class BatchedViT:
 
     @classmethod
     def of(cls, model: nn.Module) -> "BatchedViT | None":
-        """Its sizes if a timm model is a plain ViT, else None."""
+        """The sizes of a timm model that is a plain ViT, else None."""
         if not is_plain(model):
             return None
         vit: Any = model
@@ -113,9 +115,9 @@ class BatchedViT:
     def patches(self, images: Float[Tensor, "*P B channels H W"]) -> Float[Tensor, "*P B t values"]:
         """Images cut into patches, each in the order of the patch embedding's weights."""
         *lead, channels, height, width = images.shape
-        down, across = self.patch
-        cut = images.reshape(-1, channels, height // down, down, width // across, across).permute(0, 2, 4, 1, 3, 5)
-        return cut.reshape(*lead, (height // down) * (width // across), channels * down * across)
+        rows, columns = self.patch
+        cut = images.reshape(-1, channels, height // rows, rows, width // columns, columns).permute(0, 2, 4, 1, 3, 5)
+        return cut.reshape(*lead, (height // rows) * (width // columns), channels * rows * columns)
 
     def __call__(
         self,
@@ -131,7 +133,7 @@ class BatchedViT:
             tensors: timm's names -> `[P, …]`, all of the dtype to compute in.
             patches: patches of the images, of the same dtype: `[B, t, values]`, shared by all models, or
                 `[P, B, t, values]`, images of each model.
-            readout: what to keep of each block: `token`, the class token, or `mean`, that of all other tokens.
+            readout: vector to keep of each block: `token`, the class token, or `mean`, the mean of all other tokens.
             in_place: overwrite activations, which takes less memory; give False to differentiate.
         """
         P, B, T = len(tensors["cls_token"]), patches.shape[-3], self.tokens
@@ -149,7 +151,7 @@ class BatchedViT:
     def logits(
         self, tensors: Mapping[str, Tensor], images: Float[Tensor, "P B channels H W"]
     ) -> Float[Tensor, "P B C"]:
-        """Outputs of P models, each on images of its own, differentiable.
+        """Logits of P models, each on separate images, differentiable.
 
         Example:
             >>> from vitzoo_hf.models.vit import create
@@ -163,7 +165,7 @@ class BatchedViT:
 
     def _embedded(
         self, tensors: Mapping[str, Tensor], patches: Float[Tensor, "*P B t values"], in_place: bool
-    ) -> Float[Tensor, "P n d"]:
+    ) -> Float[Tensor, "P n F"]:
         """Embedded patches behind the class token, with their positions."""
         B, t = patches.shape[-3:-1]
         weight, bias = tensors["patch_embed.proj.weight"].flatten(2), tensors["patch_embed.proj.bias"]
@@ -182,8 +184,8 @@ class BatchedViT:
         return stream.view(P, B * (t + 1), d)
 
     def _block(
-        self, tensors: Mapping[str, Tensor], prefix: str, stream: Float[Tensor, "P n d"], in_place: bool
-    ) -> Float[Tensor, "P n d"]:
+        self, tensors: Mapping[str, Tensor], prefix: str, stream: Float[Tensor, "P n F"], in_place: bool
+    ) -> Float[Tensor, "P n F"]:
         """Attention and MLP, added to the stream."""
         P, n, d = stream.shape
         T, heads = self.tokens, self.heads
@@ -201,10 +203,10 @@ class BatchedViT:
 def outputs_of_module(
     model: Any, tensors: Mapping[str, Tensor], images: Float[Tensor, "B channels H W"], readout: str | None = None
 ) -> Outputs:
-    """Outputs of one timm ViT of any kind, P = 1, by the module itself with these tensors as its weights."""
+    """Outputs of one timm ViT of any kind, P = 1, computed by the module with `tensors` as weights."""
     blocks: list[Tensor] = []
     handles = [
-        block.register_forward_hook(lambda module, given, result: blocks.append(result))
+        block.register_forward_hook(lambda module, inputs, result: blocks.append(result))
         for block in (model.blocks if readout is not None else ())
     ]
     try:
@@ -214,8 +216,8 @@ def outputs_of_module(
         for handle in handles:
             handle.remove()
     prefix = model.num_prefix_tokens
-    read = [block[:, 0] if readout == "token" else block[:, prefix:].mean(1) for block in blocks]
-    return Outputs(logits[None], features[None], torch.stack(read)[None] if read else None)
+    readouts = [block[:, 0] if readout == "token" else block[:, prefix:].mean(1) for block in blocks]
+    return Outputs(logits[None], features[None], torch.stack(readouts)[None] if readouts else None)
 
 
 class _FeaturesAndLogits(nn.Module):
@@ -230,8 +232,8 @@ class _FeaturesAndLogits(nn.Module):
         return features, self.model.head(features)
 
 
-def batched_head(features: Float[Tensor, "P B d"], tensors: Mapping[str, Tensor]) -> Float[Tensor, "P B C"]:
-    """The linear or MLP head of each model on its own features."""
+def batched_head(features: Float[Tensor, "P B F"], tensors: Mapping[str, Tensor]) -> Float[Tensor, "P B C"]:
+    """Logits of each model: its linear or MLP head applied to its features."""
     if "head.weight" in tensors:
         return batched_linear(features, tensors, "head")
     return batched_linear(functional.relu(batched_linear(features, tensors, "head.0")), tensors, "head.2")
@@ -240,17 +242,17 @@ def batched_head(features: Float[Tensor, "P B d"], tensors: Mapping[str, Tensor]
 def batched_linear(
     inputs: Float[Tensor, "P n i"], tensors: Mapping[str, Tensor], name: str
 ) -> Float[Tensor, "P n o"]:
-    """The linear layer `name` of each model on its own inputs."""
+    """The linear layer `name` of each model applied to the inputs of the model."""
     weight, bias = tensors[f"{name}.weight"], tensors[f"{name}.bias"]
-    if len(inputs) == 1:
+    if len(inputs) == 1:  # the kernel of a single module, to the bit
         return functional.linear(inputs[0], weight[0], bias[0])[None]
     return torch.baddbmm(bias[:, None], inputs, weight.transpose(1, 2))
 
 
 def batched_norm(
-    inputs: Float[Tensor, "P n d"], tensors: Mapping[str, Tensor], name: str, eps: float
-) -> Float[Tensor, "P n d"]:
-    """The LayerNorm `name` of each model on its own inputs."""
+    inputs: Float[Tensor, "P n F"], tensors: Mapping[str, Tensor], name: str, eps: float
+) -> Float[Tensor, "P n F"]:
+    """The LayerNorm `name` of each model applied to the inputs of the model."""
     weight, bias = tensors[f"{name}.weight"], tensors[f"{name}.bias"]
     if len(inputs) == 1:
         return functional.layer_norm(inputs, inputs.shape[-1:], weight[0], bias[0], eps)

@@ -1,9 +1,11 @@
-"""Rows -> a population: the weights of many models, and the forward pass of them all on the same images.
+"""Rows to a population: the weights of many models, and the forward pass of all models on the same images.
 
-Models of one layout form a group. A group of plain ViTs runs in tiles of some models by some images, a few dozen
-model-images each, whose activations stay in the processor's cache: all models at once on few images, one model at a
-time on many. Other architectures run as the modules they are, one model at a time. Which way is taken depends on
-sizes and device alone, so that the same call gives the same numbers; `Population.describe` tells it.
+Models of one architecture form a group. A group of plain ViTs runs in tiles of some models by some images, a few
+dozen model-images each, whose activations stay in the processor's cache: all models at once on few images, one model
+at a time on many. Other architectures run as modules, one model at a time. The choice depends on sizes and device
+alone, so that the same call gives the same numbers; `Population.describe` says which way is taken.
+
+Cost: float32 weights on the device, or on the CPU where they would fill half of it, and a tile of activations.
 """
 
 import sys
@@ -21,33 +23,34 @@ from vitzoo_hf.format.row import Row, RowLike
 from vitzoo_hf.format.schema import ZooError
 from vitzoo_hf.models.architecture import Architecture
 from vitzoo_hf.models.batched import READOUTS, BatchedViT, Outputs, outputs_of_module
-from vitzoo_hf.models.rebuild import checked_vector, usable_device
+from vitzoo_hf.models.rebuild import usable_device
 
 TILE_BYTES = {"cpu": 2**22, "cuda": 2**26}
-"""Of the widest activation in a tile: what the processor's cache holds beside weights and other activations."""
+"""Size of the widest activation of a tile: fits the processor's cache beside weights and other activations."""
 LEAST_IMAGES, MOST_MODEL_IMAGES = 8, {"cpu": 64, "cuda": 8192}
+"""Bounds of the images, and of the models times images, of a tile."""
 MODULE_IMAGES = 256
-ACTIVATIONS = 16  # times the widest activation: what a forward holds at its peak, as a bound
+ACTIVATIONS = 16  # bound on the memory of a forward at its peak, in units of the widest activation
 SHARE_OF_MEMORY = 0.5
 STACKED_PARAMETERS = 2_000_000
-"""Smaller models are copied into one matrix, so that tiles of them are views; larger ones stay where they are."""
+"""Smaller models are copied into one matrix, so that tiles are views of it; larger models are not copied."""
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
 class Group:
-    """The models of one layout: their positions in the population and their weights.
+    """The models of one architecture: their positions in the population and their weights.
 
     Attributes:
-        positions: in the population.
-        layout: of every vector.
+        positions: positions of the models in the population.
+        layout: the layout of every vector.
         vectors: flat weights, `[P, D]` of small models or one `[D]` a model; on the device, or on the CPU where
             they would fill half of it.
-        model: without weights.
+        model: the module, without weights.
         batched: the batched forward; None for an architecture that it does not know.
-        forward: the same, compiled if it is to be.
-        num_outputs: of the head.
-        views: of `vectors` by tensor, made once: making them takes as long as a small forward.
+        forward: the batched forward, compiled on request.
+        num_outputs: number of outputs of the head.
+        views: named views of `vectors`, cached: making the views takes as long as a small forward.
     """
 
     positions: list[int]
@@ -59,11 +62,15 @@ class Group:
     num_outputs: int
     views: dict[tuple[int, int], dict[str, Tensor]] = field(default_factory=dict, repr=False)
 
-    def named(self, first: int, vectors: Float[Tensor, "M D"]) -> dict[str, Tensor]:
-        """The tensors of models from `first` on; `vectors` are theirs, as stored or copied to compute in."""
-        key, own = (first, len(vectors)), self.vectors
-        if not isinstance(own, Tensor) or own.dtype != vectors.dtype or own[first].data_ptr() != vectors.data_ptr():
-            return unflatten(vectors, self.layout)
+    def named(self, first: int, vectors: Float[Tensor, "P D"]) -> dict[str, Tensor]:
+        """The tensors of the models from `first` on; `vectors` are their weights, stored or copied."""
+        key, rows = (first, len(vectors)), self.vectors
+        if (
+            not isinstance(rows, Tensor)
+            or rows.dtype != vectors.dtype
+            or rows[first].data_ptr() != vectors.data_ptr()
+        ):
+            return unflatten(vectors, self.layout)  # cached views of a copy would keep the copy alive
         if key not in self.views:
             self.views[key] = unflatten(vectors, self.layout)
         return self.views[key]
@@ -74,9 +81,9 @@ class Group:
             return 1, max(1, int(min(num_images, MODULE_IMAGES) * scale))
         width = PRECISIONS[precision].itemsize
         kind = device.type if device.type in TILE_BYTES else "cuda"
-        wanted = TILE_BYTES[kind] // (self.batched.widest * width)
+        cached = TILE_BYTES[kind] // (self.batched.widest * width)
         fitting = _free_memory(device) // (self.batched.widest * width * ACTIVATIONS)
-        most = max(1, int(min(max(wanted, LEAST_IMAGES), MOST_MODEL_IMAGES[kind], fitting) * scale))
+        most = max(1, int(min(max(cached, LEAST_IMAGES), MOST_MODEL_IMAGES[kind], fitting) * scale))
         images = min(num_images, most)
         return max(1, min(len(self.positions), most // images)), images
 
@@ -86,8 +93,8 @@ class Population:
     """Models held together on a device.
 
     Attributes:
-        model_ids: in the order of the rows; the first axis of everything returned.
-        precision: what the forward computes in; results are float32 whatever it is.
+        model_ids: ids of the models in the order of the rows, along the first axis of all results.
+        precision: precision of the forward; results are float32 in any case.
 
     Example:
         >>> from vitzoo_hf.zoo import Zoo
@@ -114,9 +121,10 @@ class Population:
         """Models of any rows of a zoo.
 
         Args:
-            rows: of `zoo.rows()` or `load_dataset(...)`; weights that are not verified yet are, against their hash.
+            rows: rows of `zoo.rows()` or `load_dataset(...)`; weights that are not verified yet are compared with
+                their hash.
             device: where the models run. Weights that would fill more than half of its free memory stay on the
-                CPU, and the next model's are copied while one runs.
+                CPU, and the weights of the next model are copied while a model runs.
             compiled: compile the forward of plain ViTs once for each architecture and tile, half a minute each; on
                 CUDA as graphs that are replayed. On a CPU it gained nothing in `benchmarks/LOG.md`.
             precision: `bfloat16` and `float16` round weights and activations; `precision_effect` of
@@ -131,8 +139,8 @@ class Population:
         model_ids: list[str] = []
         members: dict[Architecture, list[tuple[int, Tensor]]] = {}
         for position, row in enumerate(map(Row.of, rows)):
-            vector, _ = checked_vector(row)
-            members.setdefault(Architecture.of(row), []).append((position, vector))
+            architecture = Architecture.of(row)
+            members.setdefault(architecture, []).append((position, architecture.vector_of(row)))
             model_ids.append(row.get("model_id", str(position)))
         if not model_ids:
             raise ZooError("a population needs at least one row; the filter or dataset gave none")
@@ -145,7 +153,7 @@ class Population:
     def __len__(self) -> int:
         return len(self.model_ids)
 
-    def __call__(self, images: Float[Tensor, "N C H W"]) -> Float[Tensor, "P N K"]:
+    def __call__(self, images: Float[Tensor, "N channels H W"]) -> Float[Tensor, "P N C"]:
         """Logits of every model on the same images.
 
         Raises:
@@ -154,7 +162,9 @@ class Population:
         self._check_outputs()
         return self._gathered(self._tiles(images, None), "logits")
 
-    def outputs(self, images: Float[Tensor, "N C H W"]) -> tuple[Float[Tensor, "P N K"], Float[Tensor, "P N F"]]:
+    def outputs(
+        self, images: Float[Tensor, "N channels H W"]
+    ) -> tuple[Float[Tensor, "P N C"], Float[Tensor, "P N F"]]:
         """Logits and features in one pass.
 
         Raises:
@@ -172,48 +182,50 @@ class Population:
                 " or take `.features(images)`"
             )
 
-    def features(self, images: Float[Tensor, "N C H W"]) -> Float[Tensor, "P N F"]:
+    def features(self, images: Float[Tensor, "N channels H W"]) -> Float[Tensor, "P N F"]:
         """Features of every model before its head (the class token after the last norm)."""
         return self._gathered(self._tiles(images, None), "features")
 
-    def block_features(self, images: Float[Tensor, "N C H W"], readout: str = "token") -> Float[Tensor, "P L N F"]:
+    def block_features(
+        self, images: Float[Tensor, "N channels H W"], readout: str = "token"
+    ) -> Float[Tensor, "P L N F"]:
         """The output of every block of every model; `cka(….flatten(0, 1))` compares every layer with every other.
 
         Args:
-            images: normalised as the models were fed them.
-            readout: `token`, the class token, or `mean`, that of all other tokens.
+            images: normalised images.
+            readout: `token`, the class token, or `mean`, the mean of all other tokens.
 
         Raises:
             ZooError: if the models differ in depth or width, or for another readout.
         """
         return self._gathered(self._tiles(images, readout), "blocks")
 
-    def each(self, images: Float[Tensor, "N C H W"], *, readout: str | None = None) -> list[Outputs]:
-        """Outputs of every model by itself, `[1, N, …]`, so that architectures and heads may differ.
+    def each(self, images: Float[Tensor, "N channels H W"], *, readout: str | None = None) -> list[Outputs]:
+        """Outputs of every model separately, `[1, N, …]`, so that architectures and heads may differ.
 
         Raises:
             ZooError: for images that a model cannot take, or another readout.
         """
-        found: list[Outputs | None] = [None] * len(self)
+        by_position: dict[int, Outputs] = {}
         for positions, outputs in self._tiles(images, readout):
             for number, position in enumerate(positions):
-                found[position] = outputs.of(number)
-        return [outputs for outputs in found if outputs is not None]
+                by_position[position] = outputs.of(number)
+        return [by_position[position] for position in range(len(self))]
 
     def _gathered(self, outputs: Iterable[tuple[list[int], Outputs]], part: str) -> Tensor:
         """One part of the outputs of all models, as one tensor."""
-        tiles = [(positions, getattr(found, part)) for positions, found in outputs]
+        tiles = [(positions, getattr(tile, part)) for positions, tile in outputs]
         if len({values.shape[1:] for _, values in tiles}) > 1:
             raise ZooError("these models differ in feature width or depth: filter by `architecture`")
         if len(tiles) == 1:
             return tiles[0][1]
-        whole = torch.empty(len(self), *tiles[0][1].shape[1:], device=tiles[0][1].device)
+        gathered = torch.empty(len(self), *tiles[0][1].shape[1:], device=tiles[0][1].device)
         for positions, values in tiles:
-            whole[positions] = values
-        return whole
+            gathered[positions] = values
+        return gathered
 
     def _tiles(self, images: Tensor, readout: str | None) -> Iterator[tuple[list[int], Outputs]]:
-        """Outputs of some models after the others: their positions, and what they give."""
+        """Positions and outputs of some models at a time."""
         if images.ndim != 4 or len(images) == 0:
             raise ZooError(f"images have shape {tuple(images.shape)}; expected [N, C, H, W] with N of at least 1")
         if images.dtype != torch.float32:
@@ -238,9 +250,9 @@ class Population:
         """
         trunks: list[Tensor] = [torch.empty(0)] * len(self)
         for group in self.groups:
-            kept = group.layout.trunk()
+            trunk = group.layout.trunk()
             for position, vector in zip(group.positions, group.vectors, strict=True):
-                trunks[position] = vector[kept]
+                trunks[position] = vector[trunk]
         if len({len(trunk) for trunk in trunks}) > 1:
             raise ZooError(
                 "these models differ in trunk, so their weights have no distance: filter by `architecture`"
@@ -248,7 +260,7 @@ class Population:
         return torch.stack(trunks)
 
     def describe(self, num_images: int) -> list[str]:
-        """A line a group: how its forward runs on so many images."""
+        """One line a group: how its forward runs on this number of images."""
         lines = []
         for group in self.groups:
             models, images = group.tile(self.device, num_images, self.precision, self._scale[0])
@@ -261,22 +273,21 @@ class Population:
         return lines
 
     def _check_images(self, group: Group, images: Tensor) -> None:
-        wanted: Any = group.batched.image if group.batched is not None else None
-        if wanted is not None and tuple(images.shape[1:]) != wanted:
+        if group.batched is not None and tuple(images.shape[1:]) != group.batched.image:
             raise ZooError(
                 f"{self.model_ids[group.positions[0]]} cannot take images of shape {tuple(images.shape)}:"
-                f" it takes [N, {', '.join(map(str, wanted))}]"
+                f" it takes [N, {', '.join(map(str, group.batched.image))}]"
             )
 
     def _run(self, group: Group, images: Tensor, readout: str | None) -> Iterator[tuple[int, Outputs]]:
-        """Outputs of tiles of models on all images: the first model's number, and what the tile gives."""
+        """Outputs of tiles of models on all images: number of the first model, and the outputs of the tile."""
         dtype = PRECISIONS[self.precision]
         inputs = images.to(self.device, dtype)
         inputs = group.batched.patches(inputs) if group.batched is not None else inputs
         models, _ = group.tile(self.device, len(images), self.precision, self._scale[0])
         for first, tensors in _weights(group, models, self.device, dtype):
             names = [self.model_ids[position] for position in group.positions[first : first + models]]
-            whole: Outputs | None = None
+            outputs: Outputs | None = None
             start = 0
             while start < len(inputs):
                 _, step = group.tile(self.device, len(images), self.precision, self._scale[0])
@@ -291,13 +302,13 @@ class Population:
                         continue
                     raise ZooError(f"{names[0]} cannot take images of shape {tuple(images.shape)}: {error}") from None
                 if step >= len(inputs) and self.precision == "float32":
-                    whole = part
+                    outputs = part  # nothing to join or to widen
                     break
-                whole = part.room_for(len(inputs)) if whole is None else whole
-                whole.fill(part, start)
+                outputs = part.room_for(len(inputs)) if outputs is None else outputs
+                outputs.fill(part, start)
                 start += step
-            assert whole is not None
-            yield first, whole
+            assert outputs is not None
+            yield first, outputs
 
     def _smaller(self, step: int) -> None:
         """Halve all further tiles after memory ran out."""
@@ -335,9 +346,9 @@ def _compiled(batched: BatchedViT, place: torch.device) -> Callable[..., Outputs
     mode = "reduce-overhead" if place.type == "cuda" else "default"
     forward = torch.compile(batched.__call__, dynamic=False, mode=mode)
 
-    def run(*given: Any) -> Outputs:
+    def run(*arguments: Any) -> Outputs:
         with dynamo_config.patch(recompile_limit=64, fail_on_recompile_limit_hit=True):
-            return forward(*given)
+            return forward(*arguments)
 
     return run
 
@@ -350,27 +361,27 @@ def _weights(
     stream = torch.cuda.Stream(device) if device.type == "cuda" else None
     ahead = _copied(group, 0, models, device, dtype, stream)
     for first in starts:
-        vectors, done = ahead
+        vectors, copy_event = ahead
         if first + models < len(group.positions):
             ahead = _copied(group, first + models, models, device, dtype, stream)
-        if done is not None:
-            torch.cuda.current_stream(device).wait_event(done)
+        if copy_event is not None:
+            torch.cuda.current_stream(device).wait_event(copy_event)
+            # without this the allocator may hand the memory out while the forward still reads it
             vectors.record_stream(torch.cuda.current_stream(device))
         yield first, group.named(first, vectors)
 
 
 def _copied(
-    group: Group, first: int, models: int, device: torch.device, dtype: torch.dtype, stream: Any
-) -> tuple[Tensor, Any]:
-    """Vectors of a tile of models in the dtype to compute in, and the event that says they have arrived."""
+    group: Group, first: int, models: int, device: torch.device, dtype: torch.dtype, stream: torch.cuda.Stream | None
+) -> tuple[Tensor, torch.cuda.Event | None]:
+    """Vectors of a tile of models in `dtype`, and the event that marks the end of their copy."""
     part = group.vectors[first : first + models]
     vectors = part if isinstance(part, Tensor) else part[0][None] if len(part) == 1 else torch.stack(part)
     if stream is None or vectors.is_cuda:
         return vectors.to(device, dtype), None
     pinned = vectors.to(dtype).pin_memory()
     with torch.cuda.stream(stream):
-        there = pinned.to(device, non_blocking=True)
-        return there, stream.record_event()
+        return pinned.to(device, non_blocking=True), stream.record_event()
 
 
 def _forward(group: Group, tensors: dict[str, Tensor], inputs: Tensor, readout: str | None) -> Outputs:
@@ -381,7 +392,7 @@ def _forward(group: Group, tensors: dict[str, Tensor], inputs: Tensor, readout: 
 
 
 def _free_memory(device: torch.device) -> int:
-    """Bytes that may be taken on the device; on the CPU tiles are small and weights lie there already."""
+    """Free bytes of the device; no bound on the CPU, where tiles are small and the weights already are."""
     return int(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else sys.maxsize
 
 

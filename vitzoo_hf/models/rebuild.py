@@ -1,10 +1,9 @@
-"""A row -> its checked vector, its layout, and a live timm ViT."""
+"""A row to its checked vector, its layout, and a live timm ViT."""
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vitzoo_hf.format import schema
 from vitzoo_hf.format.layout import Layout, unflatten
 from vitzoo_hf.format.row import Row, RowLike
 from vitzoo_hf.format.schema import ZooError
@@ -17,13 +16,13 @@ def reconstruct(
     """A live timm ViT in eval mode from any row of `load_dataset(…)` or `Zoo.rows()`.
 
     Args:
-        row: has `weights` (list, array, tensor, or bytes of the row's `dtype`) and the architecture columns; or a
-            table of one row, as `with_format("arrow")` gives it.
+        row: a row with `weights` (list, array, tensor, or bytes of the row's `dtype`) and the architecture columns,
+            or a table of one row, which `with_format("arrow")` gives.
         device: where the model goes, in one copy; its parameters are views of one vector.
-        verify: refuse weights that are not finite or not those of the row's `weights_sha256`. Rows of `Zoo.rows()`
-            were verified when they were read and are not again, unless a model shares their memory.
+        verify: refuse weights that are not finite or do not match the row's `weights_sha256`. Rows of `Zoo.rows()`
+            are verified when they are read, and again only after a model shared their memory.
         copy: on the CPU, parameters are views of the row's own memory where it is float32 and may be written to, so
-            that nothing is copied; give True for a model that leaves its row alone when it is trained.
+            that nothing is copied; give True for a model whose training does not change the row.
 
     Raises:
         ZooError: if columns are missing, or the weights do not fit the architecture, are not finite, or do not match
@@ -35,18 +34,19 @@ def reconstruct(
         False
     """
     target, row = usable_device(device), Row.of(row)
-    vector, layout = checked_vector(row, verify=verify)
+    architecture = Architecture.of(row)
+    vector = architecture.vector_of(row, verify=verify)
     if not copy:
         row.lend()  # training the model changes the row
     vector = vector.to(target) if target.type != "cpu" or not copy else vector.clone()
-    return Architecture.of(row).module(unflatten(vector, layout))
+    return architecture.module(unflatten(vector, architecture.layout))
 
 
 def usable_device(device: str | torch.device) -> torch.device:
     """The device, if this machine has it.
 
     Raises:
-        ZooError: for an unknown device, or one that is not here.
+        ZooError: for an unknown device, or a device that this machine lacks.
     """
     try:
         target = torch.device(device)
@@ -67,7 +67,7 @@ def weights_of(row: RowLike) -> np.ndarray:
     Takes every encoding and dtype of the format; the length is compared with `num_parameters`.
 
     Args:
-        row: of `load_dataset(…)` in any format, or of `Zoo.rows()`.
+        row: a row of `load_dataset(…)` in any format, or of `Zoo.rows()`.
 
     Raises:
         ZooError: if there are no weights, or not as many as the row says.
@@ -83,38 +83,11 @@ def weights_of(row: RowLike) -> np.ndarray:
 
 
 def checked_vector(row: RowLike, *, verify: bool = True) -> tuple[Tensor, Layout]:
-    """The flat vector of a row and the layout of its architecture, checked against each other.
-
-    The vector may be written to: memory that may not be is copied.
+    """The flat vector of a row, float32 `[D]` and writable, with the layout of its architecture.
 
     Raises:
-        ZooError: for a wrong length, a layout of another architecture and, if it is to be verified, a weight that is
-            not finite, or weights that are not those of the row's `weights_sha256`, if it has one.
+        ZooError: see `Architecture.vector_of`.
     """
     row = Row.of(row)
-    layout = Architecture.of(row).layout
-    if row.layout is not None and row.layout != layout.fingerprint:
-        raise ZooError(
-            f"{row.name} has layout {row.layout}, its architecture {layout.fingerprint}: it was made otherwise"
-        )
-    if "weights" in row and isinstance(row["weights"], Tensor):
-        vector = row["weights"].detach().float()
-    else:
-        values = row.weights
-        vector = torch.from_numpy(values if values.flags.writeable else values.copy())
-    if vector.shape != (layout.num_parameters,):
-        raise ZooError(
-            f"{row.name} has weights of shape {tuple(vector.shape)}; its layout wants [{layout.num_parameters}]"
-        )
-    if verify and not row.verified:
-        _verify(vector, row.weights_sha256, row.name)
-    return vector, layout
-
-
-def _verify(vector: Tensor, sha256: str | None, name: str) -> None:
-    values = vector.cpu().numpy()
-    finite = np.isfinite(values)
-    if not finite.all():
-        raise ZooError(f"{name} has {(~finite).sum()} weights that are not finite: it cannot be rebuilt")
-    if sha256 and schema.weights_sha256(values) != sha256:
-        raise ZooError(f"the weights of {name} do not match their hash: they were changed, or belong to another row")
+    architecture = Architecture.of(row)
+    return architecture.vector_of(row, verify=verify), architecture.layout

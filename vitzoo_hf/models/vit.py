@@ -1,11 +1,14 @@
-"""Architecture name and arguments -> timm ViT with a linear or MLP head. The only file that imports timm.
+"""Architecture name and arguments to a timm ViT with a linear or MLP head. The only module that builds timm models.
 
-`create` draws initial weights; `skeleton` gives a module without weights, to be filled with views of a flat
-vector. Importing timm costs about a second, so it waits until a model is needed.
+`create` draws initial weights; `skeleton_and_layout` gives a module without weights, to be filled with views of a
+flat vector.
+
+Cost: importing timm takes about a second, so the import waits until a model is needed. A skeleton is built once an
+architecture.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -19,7 +22,7 @@ from vitzoo_hf.format.schema import HEADS, ZooError
 from vitzoo_hf.timm_import import import_timm
 
 INITS = ("timm", "kaiming")
-WIDEST_HEAD = 1_000_000
+WIDEST_HEAD = 1_000_000  # a damaged row must not ask for all memory
 NOT_OF_THE_MODEL = frozenset(
     {
         "pretrained",
@@ -55,8 +58,8 @@ def create(
         head: `linear`, or `mlp` for Linear–ReLU–Linear.
         head_hidden: width of the MLP head's hidden layer; None with a linear head.
         init: `timm` keeps timm's initialisation; `kaiming` draws every Linear and Conv2d from
-            `kaiming_normal_` with biases 0.01, while an MLP head keeps torch's own, as the ViT model zoo did.
-        seed: seeds the draw and leaves the global generator as it was; None draws from the global generator.
+            `kaiming_normal_` with biases 0.01, and an MLP head from torch's default, as in the ViT model zoo.
+        seed: seed of the draw, which leaves the global generator unchanged; None draws from the global generator.
 
     Raises:
         ZooError: for an unknown architecture, head or init, or arguments that timm refuses.
@@ -83,9 +86,10 @@ def create(
 
 def _build(architecture: str, args: Mapping[str, Any], head: str, head_hidden: int | None, init: str) -> nn.Module:
     timm = import_timm()
-    known = timm.list_models("*vit*") if not timm.is_model(architecture) else []
-    if known:
-        raise ZooError(f"unknown architecture {architecture!r}: {did_you_mean(architecture, known)}")
+    if not timm.is_model(architecture):
+        raise ZooError(
+            f"unknown architecture {architecture!r}: {did_you_mean(architecture, timm.list_models('*vit*'))}"
+        )
     foreign = sorted(NOT_OF_THE_MODEL & set(args))
     if foreign:
         raise ZooError(f"{foreign[0]!r} is no argument of a row's architecture: it says where weights come from")
@@ -103,7 +107,7 @@ def _build(architecture: str, args: Mapping[str, Any], head: str, head_hidden: i
         raise ZooError(f"timm cannot build {architecture!r} with {dict(args)}: {error}") from None
     if not isinstance(getattr(model, "head", None), nn.Linear):
         raise ZooError(f"{architecture!r} has no linear `head` to train: a zoo needs num_classes above 0")
-    if init == "kaiming":
+    if init == "kaiming":  # before the MLP head, which keeps torch's initialisation
         model.apply(_kaiming)
     if head_hidden is not None:
         features, classes = model.head.in_features, model.head.out_features
@@ -147,11 +151,12 @@ def module_with(skeleton: nn.Module, layout: Layout, tensors: Mapping[str, Tenso
     return _twin(skeleton, "", tensors, {})
 
 
-def _twin(module: nn.Module, prefix: str, tensors: Mapping[str, Tensor], made: dict[int, nn.Module]) -> nn.Module:
-    """A copy of a module tree with other tensors; a submodule that is in two places stays one."""
-    if id(module) in made:
-        return made[id(module)]
-    twin = made[id(module)] = module.__class__.__new__(module.__class__)
+def _twin(module: nn.Module, prefix: str, tensors: Mapping[str, Tensor], twins: dict[int, nn.Module]) -> nn.Module:
+    """A copy of a module tree with other tensors; a submodule that is in two places is copied once."""
+    if id(module) in twins:
+        return twins[id(module)]
+    # neither __init__, which would draw weights, nor deepcopy, which would copy them
+    twin = twins[id(module)] = module.__class__.__new__(module.__class__)
     containers = (dict, list, set)
     twin.__dict__ = {
         name: value.copy() if isinstance(value, containers) else value for name, value in module.__dict__.items()
@@ -164,7 +169,7 @@ def _twin(module: nn.Module, prefix: str, tensors: Mapping[str, Tensor], made: d
             twin._buffers[name] = tensors[prefix + name]
     for name, child in module._modules.items():
         if child is not None:
-            twin._modules[name] = _twin(child, f"{prefix}{name}.", tensors, made)
+            twin._modules[name] = _twin(child, f"{prefix}{name}.", tensors, twins)
     return twin
 
 
@@ -173,7 +178,13 @@ class _WithoutValues(TorchFunctionMode):
 
     FILLING = frozenset({"uniform_", "normal_", "erfinv_", "mul_", "add_", "clamp_", "fill_", "zero_"})
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: object,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
         filled = args[0] if args else (kwargs or {}).get("tensor")
         if isinstance(filled, Tensor) and filled.is_meta and getattr(func, "__name__", "") in self.FILLING:
             return filled
@@ -240,7 +251,7 @@ def _is_plain_block(block: Any, attention: type, mlp: type) -> bool:
 
 
 def _is(module: object, kind: type) -> bool:
-    """Whether a module is of this very class: a subclass may compute otherwise."""
+    """Whether a module is of exactly this class: a subclass may compute something else."""
     return type(module) is kind
 
 
@@ -248,5 +259,5 @@ def _all_identities(*modules: nn.Module) -> bool:
     return all(_is(module, nn.Identity) for module in modules)
 
 
-def _is_mlp(head: Any) -> bool:
+def _is_mlp(head: nn.Module) -> bool:
     return isinstance(head, nn.Sequential) and [type(part) for part in head] == [nn.Linear, nn.ReLU, nn.Linear]

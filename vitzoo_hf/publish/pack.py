@@ -16,12 +16,12 @@ from vitzoo_hf.format.atomic import read_json
 from vitzoo_hf.format.encoding import check_dtype, check_finite, rounded
 from vitzoo_hf.format.layout import Layout, flatten
 from vitzoo_hf.format.schema import ZooError
+from vitzoo_hf.images.prepared import PreparedBlueprint
 from vitzoo_hf.images.sources import ImageSet, load_images
 from vitzoo_hf.images.world_pool import flipped
-from vitzoo_hf.models.architecture import Architecture
 from vitzoo_hf.publish.folder import Rows, write_zoo
 from vitzoo_hf.training.checkpoint import RunFolder
-from vitzoo_hf.training.run import is_finished, run_architecture
+from vitzoo_hf.training.run import architecture_of, is_finished
 
 MAX_PROBES = 20_000
 PROBES_AT_ONCE = 256
@@ -56,22 +56,23 @@ def pack(blueprint: Blueprint, runs: Path, folder: Path, *, dtype: str = "float3
     """
     check_dtype(dtype)
     packable, missing = _runs_to_pack(blueprint, runs)
+    prepared = PreparedBlueprint(blueprint)
     for run in packable:
-        images = load_images(run.images, blueprint.images[run.images])
-        RunFolder(runs / run.run_id).check_images(images.begun_with, record=False)
+        RunFolder(runs / run.run_id).check_images(prepared.images_of(run).begun_with, record=False)
     members = {split: [run for run in packable if run.split == split] for split in schema.SPLITS}
+    image_sets = _image_sets(prepared)
     write_zoo(
         folder,
-        _manifest(blueprint, missing),
+        _manifest(blueprint, image_sets, missing),
         {
             split: Rows(
                 sum(len(run.keep_epochs) for run in part),
-                max((_num_parameters(blueprint, run) for run in part), default=0),
-                _rows(blueprint, part, runs, dtype),
+                max((architecture_of(prepared, run).layout.num_parameters for run in part), default=0),
+                _rows(prepared, part, runs, dtype),
             )
             for split, part in members.items()
         },
-        {role: _probes(blueprint, role) for role in ("selection", "test")},
+        {role: _probes(blueprint, image_sets, role) for role in ("selection", "test")},
         blueprint.text,
         dtype=dtype,
         progress=progress,
@@ -114,23 +115,15 @@ def _runs_to_pack(blueprint: Blueprint, runs: Path) -> tuple[list[Run], dict[str
     return packable, missing
 
 
-def _num_parameters(blueprint: Blueprint, run: Run) -> int:
-    return _architecture(blueprint, run).layout.num_parameters
-
-
-def _architecture(blueprint: Blueprint, run: Run) -> Architecture:
-    images = load_images(run.images, blueprint.images[run.images])
-    return run_architecture(blueprint, run, len(images.class_names))
-
-
-def _rows(blueprint: Blueprint, members: Iterable[Run], runs: Path, dtype: str) -> Iterator[dict[str, object]]:
+def _rows(prepared: PreparedBlueprint, members: Iterable[Run], runs: Path, dtype: str) -> Iterator[dict[str, object]]:
     """Yield the rows of runs with their weights, epochs ascending."""
+    blueprint = prepared.blueprint
     for run in members:
         place = RunFolder(runs / run.run_id)
-        architecture = _architecture(blueprint, run)
+        architecture = architecture_of(prepared, run)
         args = schema.canonical_json(dict(architecture.args))
-        provenance = _provenance(blueprint, run, place.spec)
-        drawn = _drawn(blueprint, run)
+        provenance = _provenance(prepared, run, place.spec)
+        drawn = _drawn(prepared, run)
         for epoch in run.keep_epochs:
             tensors, results = place.load_epoch(epoch)
             layout = Layout.of(tensors)
@@ -166,11 +159,11 @@ def _on_worlds(blueprint: Blueprint) -> bool:
     return any(run.world is not None for run in blueprint.runs)
 
 
-def _drawn(blueprint: Blueprint, run: Run) -> dict[str, int | str | None]:
+def _drawn(prepared: PreparedBlueprint, run: Run) -> dict[str, int | str | None]:
     """Return the columns of `TRAINED_ON` that follow from the run's images; none in a zoo without worlds."""
-    if not _on_worlds(blueprint):
+    if not _on_worlds(prepared.blueprint):
         return {}
-    pool = load_images(run.images, blueprint.images[run.images]).pool
+    pool = prepared.images_of(run).pool
     if run.world is None or run.learner is None or pool is None:
         return dict.fromkeys(TRAINED_ON)
     record = pool.training_draw(run.world, run.learner, run.recipe.seed).record()
@@ -189,9 +182,9 @@ def _training_record(run: Run, results: Mapping[str, Any]) -> dict[str, int | fl
     return {"factor_trained_steps": int(results["steps"]), "factor_trained_epsilon": results.get("epsilon")}
 
 
-def _provenance(blueprint: Blueprint, run: Run, spec: Mapping[str, Any]) -> str:
+def _provenance(prepared: PreparedBlueprint, run: Run, spec: Mapping[str, Any]) -> str:
     """Return the column `provenance` of a run's rows, as JSON."""
-    hashes = load_images(run.images, blueprint.images[run.images]).sha256
+    blueprint, hashes = prepared.blueprint, prepared.images_of(run).sha256
     return schema.canonical_json(
         {
             "blueprint": blueprint.name,
@@ -206,23 +199,24 @@ def _provenance(blueprint: Blueprint, run: Run, spec: Mapping[str, Any]) -> str:
     )
 
 
-def _probes(blueprint: Blueprint, role: str) -> list[dict[str, object]]:
+def _probes(blueprint: Blueprint, image_sets: Iterable[ImageSet], role: str) -> list[dict[str, object]]:
     """Return the probe images of every dataset that has at most `MAX_PROBES` of them."""
     rows: list[dict[str, object]] = []
-    for images in _image_sets(blueprint):
+    for images in image_sets:
         if len(images.splits[role]) <= MAX_PROBES and (role == "test" or not _is_flipped(blueprint, images)):
             rows += list(_probe_rows(images, role))
     return rows
 
 
-def _image_sets(blueprint: Blueprint) -> list[ImageSet]:
+def _image_sets(prepared: PreparedBlueprint) -> list[ImageSet]:
     """Return the image sets that runs train on, and `NAME-flipped` where worlds correlate colour and label.
 
     In a flipped set colour agrees with the label in one of ten images: a model that reads the label from the colour
     is wrong there.
     """
+    blueprint = prepared.blueprint
     used = dict.fromkeys(run.images for run in blueprint.runs)
-    sets = [load_images(name, blueprint.images[name]) for name in used]
+    sets = [prepared.images(name) for name in used]
     for name in used:
         spec = blueprint.images[name]
         if any(set(world.agreements) != {0.5} for world in spec.worlds):
@@ -252,13 +246,13 @@ def _probe_rows(images: ImageSet, role: str) -> Iterator[dict[str, object]]:
             }
 
 
-def _manifest(blueprint: Blueprint, missing: Mapping[str, str]) -> dict[str, object]:
+def _manifest(blueprint: Blueprint, image_sets: Iterable[ImageSet], missing: Mapping[str, str]) -> dict[str, object]:
     return {
         "format": schema.FORMAT_VERSION,
         "name": blueprint.name,
         "blueprint_fingerprint": blueprint.fingerprint,
         "factors": blueprint.factor_types | (TRAINED_ON if _on_worlds(blueprint) else {}),
-        "images": {images.name: images.record for images in _image_sets(blueprint)},
+        "images": {images.name: images.record for images in image_sets},
         "splits": blueprint.splits,
         "missing_runs": dict(missing),
     }

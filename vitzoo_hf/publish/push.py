@@ -355,11 +355,12 @@ def _batches(items: list[Item], size: int) -> Iterator[list[Item]]:
 @contextmanager
 def _explained(repository: str) -> Iterator[None]:
     """Turn every failure of the Hub's client into a `ZooError` of one line."""
+    failures: tuple[type[Exception], ...] = (*http_errors(), OSError, ValueError, RuntimeError)
     try:
         yield
     except ZooError:
         raise
-    except (*http_errors(), OSError, ValueError, RuntimeError) as error:
+    except failures as error:
         raise hub_failure(error, f"cannot push to {repository!r}") from None
 
 

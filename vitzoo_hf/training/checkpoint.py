@@ -20,6 +20,9 @@ from vitzoo_hf.format.atomic import read_json, write_atomically, write_json
 from vitzoo_hf.format.layout import flatten
 from vitzoo_hf.format.schema import ZooError, weights_sha256
 
+Results = dict[str, float | None]
+"""Results of a kept epoch by name, such as `test_accuracy`; None where a run has no such result."""
+
 
 @dataclass(frozen=True)
 class RunFolder:
@@ -27,11 +30,11 @@ class RunFolder:
 
     path: Path
 
-    def open(self, spec: Mapping[str, Any]) -> None:
+    def open(self, spec: Mapping[str, object]) -> None:
         """Create the folder, or check that it belongs to the same training.
 
         Args:
-            spec: what determines the weights; `fingerprint` is compared, the rest is kept for provenance.
+            spec: everything that determines the weights; `fingerprint` is compared, the rest is for provenance.
 
         Raises:
             ZooError: if the folder holds another training, or cannot be made.
@@ -42,10 +45,10 @@ class RunFolder:
             raise ZooError(f"cannot make {self.path}: {error.strerror}") from None
         file = self.path / "run.json"
         if file.is_file():
-            found = self._recorded(file, "fingerprint")
-            if found != spec["fingerprint"]:
+            recorded = self._recorded(file, "fingerprint")
+            if recorded != spec["fingerprint"]:
                 raise ZooError(
-                    f"{self.path} holds a run trained by another blueprint ({found}, not {spec['fingerprint']}):"
+                    f"{self.path} holds a run trained by another blueprint ({recorded}, not {spec['fingerprint']}):"
                     " choose another output folder, or delete this one"
                 )
             return
@@ -57,15 +60,15 @@ class RunFolder:
         except (KeyError, TypeError):
             raise ZooError(f"{file} is damaged (no {name}): delete {self.path} and train again") from None
 
-    def check_images(self, images: Mapping[str, Any], *, record: bool = True) -> None:
+    def check_images(self, images: Mapping[str, object], *, record: bool = True) -> None:
         """Check that the run began with these images; record them where nothing is recorded yet.
 
         Args:
-            images: their `digest`, which is compared, and what else is recorded of them.
+            images: facts about the images, of which `digest` is compared.
             record: write the record where there is none.
 
         Raises:
-            ZooError: if it began with others.
+            ZooError: if the run began with other images.
         """
         file = self.path / "images.json"
         if not file.is_file():
@@ -79,7 +82,7 @@ class RunFolder:
 
     @property
     def spec(self) -> dict[str, Any]:
-        """What `open` recorded when the run began."""
+        """The specification that `open` recorded when the run began."""
         return read_json(self.path / "run.json")
 
     def epochs(self) -> list[int]:
@@ -188,7 +191,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Put back what `optimizer_tensors` took."""
+    """Restore the state that `optimizer_tensors` gave."""
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         if key.startswith("optimizer."):

@@ -1,56 +1,165 @@
-"""The pixels of training batches: random views of images in memory, or of crops that are decoded ahead."""
+"""The one route of an image from its set to a training step: positions of a batch, and random views of its images.
 
-from collections import deque
-from collections.abc import Iterable, Iterator
+Costs: prepared images lie on the device and are gathered there; images on demand are decoded one batch ahead.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int64, UInt8
+from jaxtyping import Float, Int64, Shaped, UInt8
 from torch import Tensor
 
+from vitzoo_hf.blueprint.images_spec import ImagesSpec
 from vitzoo_hf.format.schema import ZooError
 from vitzoo_hf.images.augment import CROPPED_SHARE, PLACED_CROP, augment
 from vitzoo_hf.images.crops import placed_crop_boxes, resized_crop_boxes
 from vitzoo_hf.images.on_demand import OnDemandImages
 from vitzoo_hf.images.pixels import PreparedImages, SmallImages
+from vitzoo_hf.images.preparation import standardize
 from vitzoo_hf.images.sources import ImageSet
 from vitzoo_hf.read_ahead import mapped_ahead
+from vitzoo_hf.training.seeds import GlobalDraws, derive_seed
+
+Positions = Int64[Tensor, "P _"]
+"""Positions `[P, B]` of the images of one batch, for each of P models; the last batch of an epoch may be smaller."""
 
 
-class PreparedFeed:
-    """Views of prepared images, which lie on the device: the crop is cut from the prepared image there.
+@dataclass
+class Draws:
+    """The random generators of P models during one epoch, each seeded as if its run trained alone.
 
-    Raises:
-        ZooError: if the augmentation crops at a random place, which prepared images have lost.
+    Attributes:
+        views: P generators of random views, on the training device.
+        crops: P generators of crop boxes, on the CPU.
+        mixing: P states of the global generators where models share a process and mix or erase images; else empty.
     """
 
-    def __init__(self, images: Tensor, augmentation: str, device: str) -> None:
+    views: list[torch.Generator]
+    crops: list[torch.Generator]
+    mixing: list[GlobalDraws]
+
+    @classmethod
+    def of(cls, seeds: Sequence[int], epoch: int, device: str, *, mixes: bool = False) -> "Draws":
+        """The generators of runs with these seeds in one epoch; `mixes` adds states of the global generators."""
+        return cls(
+            views=[torch.Generator(device).manual_seed(derive_seed(seed, "views", epoch)) for seed in seeds],
+            crops=[torch.Generator().manual_seed(derive_seed(seed, "crops", epoch)) for seed in seeds],
+            mixing=[GlobalDraws(derive_seed(seed, "mix", epoch), device) for seed in seeds if mixes],
+        )
+
+    @classmethod
+    def fixed(cls, device: str) -> "Draws":
+        """The generators of one model whose views are to be equal in every epoch and run."""
+        seed = derive_seed(0, "fixed views")
+        views, crops = torch.Generator(device).manual_seed(seed), torch.Generator().manual_seed(seed)
+        return cls(views=[views], crops=[crops], mixing=[])
+
+
+class FedBatch(NamedTuple):
+    """A batch of images for each of P models, as the models are fed it.
+
+    Attributes:
+        positions: int64 `[P, B]`, positions among the images of the feed.
+        inputs: float32 `[P, VB, C, S, S]`, V standardized views of every image: all first views, then all second.
+    """
+
+    positions: Tensor
+    inputs: Tensor
+
+
+class Feed(ABC):
+    """Random, standardized views of the images at given positions.
+
+    Args:
+        spec: mean and standard deviation of the images.
+        augmentation: the policy of `vitzoo_hf.images.augment.augment`.
+        views: number of views of every image.
+    """
+
+    cropped = False
+    """Whether `_images` gives random crops, so that augmentation must not crop again."""
+    ahead = False
+    """Whether the images of the next batch are made in a thread while a batch trains."""
+
+    def __init__(self, spec: ImagesSpec, augmentation: str, views: int) -> None:
+        self._spec, self._augmentation, self._num_views = spec, augmentation, views
+
+    def batches(self, batches: Sequence[Positions], draws: Draws) -> Iterator[FedBatch]:
+        """Feed these batches in order.
+
+        Args:
+            batches: int64 `[P, B]` on the training device, one tensor a batch.
+            draws: generators of the P models; batches draw from them in order, so that views can be repeated.
+
+        Raises:
+            ZooError: if an image cannot be decoded.
+        """
+        make = partial(self._images, draws=draws)
+        # one thread, so that batches draw in their order
+        all_images = mapped_ahead(make, batches) if self.ahead else map(make, batches)
+        for positions, images in zip(batches, all_images, strict=True):
+            pixels = images.to(positions.device)
+            pixels = pixels if pixels.is_floating_point() else pixels.float() / 255
+            views = [self._view(view, draws).unflatten(0, positions.shape) for view in pixels]
+            # concatenating copies, which a single view need not
+            yield FedBatch(positions, views[0] if len(views) == 1 else torch.cat(views, 1))
+
+    def _view(self, pixels: Float[Tensor, "PB C S S"], draws: Draws) -> Float[Tensor, "PB C S S"]:
+        if len(pixels) > 0:  # a Poisson sample may be empty, which convolutions of policies refuse
+            pixels = augment(pixels, self._augmentation, *draws.views, cropped=self.cropped)
+        return standardize(pixels, self._spec.mean, self._spec.std)
+
+    # no sequence among the types of `_images`: beartype draws from `random` to check one, and so does erasing
+    @abstractmethod
+    def _images(self, positions: Positions, draws: Draws) -> Shaped[Tensor, "V PB C S S"]:
+        """The images that the V views of a batch are made of: uint8, or floats in [0, 1]."""
+
+
+class PreparedFeed(Feed):
+    """Views of prepared images on the device, from which augmentation cuts its crops.
+
+    Args:
+        images: uint8 `[N, C, S, S]`.
+        spec: how the images were prepared.
+        augmentation: the policy of `vitzoo_hf.images.augment.augment`.
+        device: where to train.
+        views: number of views of every image.
+
+    Raises:
+        ZooError: if the augmentation cuts from images before preparation, which prepared images no longer have.
+    """
+
+    def __init__(
+        self, images: UInt8[Tensor, "N C S S"], spec: ImagesSpec, augmentation: str, device: str, views: int
+    ) -> None:
         if augmentation in PLACED_CROP:
             raise ZooError(
                 f"augmentation {augmentation!r} cuts from images before preparation: set decode: on_demand"
             )
-        self._images = images.to(device)
-        self._augmentation = augmentation
+        super().__init__(spec, augmentation, views)
+        self._pixels = images.to(device)
 
-    def batches(
-        self, batches: Iterable[Int64[Tensor, " _"]], crops: torch.Generator
-    ) -> Iterator[Int64[Tensor, " _"]]:
-        """The batches as they are."""
-        yield from batches
-
-    def view(self, batch: Int64[Tensor, " B"], generator: torch.Generator) -> Float[Tensor, "B C S S"]:
-        """A random view of the images at these positions, in [0, 1]."""
-        return augment(self._images[batch].float() / 255, self._augmentation, generator)
+    def _images(self, positions: Positions, draws: Draws) -> UInt8[Tensor, "V PB C S S"]:
+        pixels = self._pixels[positions.flatten()]
+        return pixels.expand(self._num_views, *pixels.shape)
 
 
-class CroppingFeed:
-    """Views of images that are made on demand: crops are cut from the original images, a batch ahead where decoded.
+class CroppingFeed(Feed):
+    """Views of images that are made on demand: every view is cut from the original image.
 
     Args:
         pixels: small images, which move to the device, or images to decode.
-        positions: of the images that batches count through.
-        views: how many views a batch will be asked for.
+        positions: int64 `[N]`, positions in `pixels` of the images that batches count through.
+        augmentation: the policy of `vitzoo_hf.images.augment.augment`.
+        device: where to train.
+        views: number of views of every image.
     """
+
+    cropped = True
 
     def __init__(
         self,
@@ -58,37 +167,21 @@ class CroppingFeed:
         positions: Int64[Tensor, " N"],
         augmentation: str,
         device: str,
-        *,
         views: int,
     ) -> None:
+        super().__init__(pixels.spec, augmentation, views)
         if isinstance(pixels, SmallImages):
             pixels = SmallImages(pixels.images.to(device), pixels.spec)
-        self._pixels = pixels
-        self._positions = positions
-        self._augmentation = augmentation
-        self._device = device
-        self._num_views = views
-        self._ready: deque[UInt8[Tensor, "B C S S"]] = deque()
+        self._pixels, self._positions = pixels, positions
+        self.ahead = isinstance(pixels, OnDemandImages)
 
-    def batches(
-        self, batches: Iterable[Int64[Tensor, " _"]], crops: torch.Generator
-    ) -> Iterator[Int64[Tensor, " _"]]:
-        """The batches, each once its crops are made; `crops`, a generator on the CPU, draws where they lie."""
-        announced = [batch.cpu() for batch in batches]
-        make = partial(self._crops, generator=crops)
-        made = mapped_ahead(make, announced) if isinstance(self._pixels, OnDemandImages) else map(make, announced)
-        for batch, views in zip(announced, made, strict=True):
-            self._ready = deque(views)
-            yield batch.to(self._device)
-
-    def view(self, batch: Int64[Tensor, " B"], generator: torch.Generator) -> Float[Tensor, "B C S S"]:
-        """The next random view of the batch that `batches` gave last, in [0, 1]."""
-        crops = self._ready.popleft().to(self._device)
-        return augment(crops.float() / 255, self._augmentation, generator, cropped=True)
-
-    def _crops(self, batch: Int64[Tensor, " B"], generator: torch.Generator) -> list[UInt8[Tensor, "B C S S"]]:
-        positions = self._positions[batch]
-        return [self._crop(positions, generator) for _ in range(self._num_views)]
+    def _images(self, positions: Positions, draws: Draws) -> UInt8[Tensor, "V PB C S S"]:
+        places = self._positions[positions.cpu()]
+        views = []
+        for _ in range(self._num_views):
+            models = zip(places, draws.crops, strict=True)
+            views.append(torch.cat([self._crop(model_places, generator) for model_places, generator in models]))
+        return torch.stack(views)
 
     def _crop(self, positions: Int64[Tensor, " B"], generator: torch.Generator) -> UInt8[Tensor, "B C S S"]:
         pixels = self._pixels
@@ -100,10 +193,8 @@ class CroppingFeed:
         return pixels.evaluation(positions)
 
 
-def make_feed(
-    images: ImageSet, augmentation: str, device: str, *, role: str = "train", views: int = 1
-) -> PreparedFeed | CroppingFeed:
+def make_feed(images: ImageSet, augmentation: str, device: str, *, role: str = "train", views: int = 1) -> Feed:
     """The feed of one role of an image set; batches are positions among the images of that role."""
     if isinstance(images.pixels, PreparedImages):
-        return PreparedFeed(images.part(role)[0], augmentation, device)
-    return CroppingFeed(images.pixels, images.positions(role), augmentation, device, views=views)
+        return PreparedFeed(images.part(role)[0], images.spec, augmentation, device, views)
+    return CroppingFeed(images.pixels, images.positions(role), augmentation, device, views)

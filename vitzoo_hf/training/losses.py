@@ -1,4 +1,4 @@
-"""Losses, soft targets, mixing and erasing, and the seeds they are drawn from."""
+"""Losses, soft targets, mixing and erasing; their random draws come from the global generators."""
 
 import math
 from collections.abc import Callable
@@ -62,8 +62,8 @@ def info_nce(outputs: Float[Tensor, "B2 K"], temperature: float) -> Tensor:
     return cross_entropy(similarity, positives)
 
 
-def stacked_info_nce(outputs: Float[Tensor, "M B2 K"], temperature: float) -> Float[Tensor, " M"]:
-    """`info_nce` of each of M models on its own batch.
+def stacked_info_nce(outputs: Float[Tensor, "P B2 K"], temperature: float) -> Float[Tensor, " P"]:
+    """`info_nce` of each of P models on its own batch.
 
     >>> stacked_info_nce(torch.eye(2).repeat(3, 2, 1), temperature=0.01).shape
     torch.Size([3])
@@ -76,8 +76,8 @@ def stacked_info_nce(outputs: Float[Tensor, "M B2 K"], temperature: float) -> Fl
     return stacked_cross_entropy(similarity, positives)
 
 
-def stacked_cross_entropy(logits: Float[Tensor, "M B K"], targets: Tensor) -> Float[Tensor, " M"]:
-    """The mean cross-entropy of each of M models; targets are labels `[M, B]` or distributions `[M, B, K]`.
+def stacked_cross_entropy(logits: Float[Tensor, "P B K"], targets: Tensor) -> Float[Tensor, " P"]:
+    """The mean cross-entropy of each of P models; targets are labels `[P, B]` or distributions `[P, B, K]`.
 
     >>> stacked_cross_entropy(torch.zeros(2, 5, 4), torch.zeros(2, 5, dtype=torch.int64))
     tensor([1.3863, 1.3863])

@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 def derive_seed(seed: int, purpose: str, epoch: int = 0) -> int:
-    """A seed for one purpose and epoch, unrelated to those of the others.
+    """A seed for one purpose and epoch, unrelated to the seeds of other purposes.
 
     >>> derive_seed(42, "order", 1) != derive_seed(42, "views", 1)
     True
@@ -24,7 +24,7 @@ def derive_seed(seed: int, purpose: str, epoch: int = 0) -> int:
 
 @dataclass
 class GlobalDraws:
-    """The global generators as one training of several has them, whose turns alternate in one process.
+    """The state of the global generators for one of several trainings that alternate in one process.
 
     Over all turns, `taken()` draws what `seeded_globals` would draw at one stretch.
     """
@@ -38,7 +38,7 @@ class GlobalDraws:
 
     @contextmanager
     def taken(self) -> Iterator[None]:
-        """Draw from these; those found are put back afterwards."""
+        """Draw from this training's generators; the global ones are put back afterwards."""
         before = self._global_state()
         self._set_global_state(self._state)
         try:

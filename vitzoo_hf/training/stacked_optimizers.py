@@ -1,4 +1,4 @@
-"""AdamW and SGD over the weights of G models in one matrix, each with its own learning rate, decay and momentum.
+"""AdamW and SGD over the weights of P models in one matrix, each with its own learning rate, decay and momentum.
 
 Operations and their order are those of `torch.optim.AdamW` and `torch.optim.SGD`, and so are the names of the state.
 All models of a stack have made equally many steps.
@@ -21,7 +21,7 @@ STATE = {"adamw": ("exp_avg", "exp_avg_sq"), "sgd": ("momentum_buffer",)}
 
 @dataclass
 class StackedOptimizer:
-    """One optimizer for G models; a row of a tensor belongs to a model.
+    """One optimizer for P models; a row of a tensor belongs to a model.
 
     Attributes:
         kind: `adamw` or `sgd`.
@@ -38,12 +38,12 @@ class StackedOptimizer:
     """
 
     kind: str
-    settings: dict[str, Float64[Tensor, "G 1"]]
-    state: dict[str, Float[Tensor, "G P"]]
+    settings: dict[str, Float64[Tensor, "P 1"]]
+    state: dict[str, Float[Tensor, "P D"]]
     steps: int = field(default=0)
 
     @classmethod
-    def of(cls, recipes: Sequence[Recipe], weights: Float[Tensor, "G P"]) -> "StackedOptimizer":
+    def of(cls, recipes: Sequence[Recipe], weights: Float[Tensor, "P D"]) -> "StackedOptimizer":
         """The optimizer of these recipes, before its first step.
 
         Raises:
@@ -63,7 +63,7 @@ class StackedOptimizer:
             state={name: torch.zeros_like(weights) for name in STATE[kinds[0]] if remembers},
         )
 
-    def step(self, weights: Float[Tensor, "G P"], gradients: Float[Tensor, "G P"], lr_scale: float) -> None:
+    def step(self, weights: Float[Tensor, "P D"], gradients: Float[Tensor, "P D"], lr_scale: float) -> None:
         """Change `weights` in place; `lr_scale` is what the schedule leaves of every learning rate."""
         self.steps += 1
         lr, decay = self.settings["lr"] * lr_scale, self.settings["weight_decay"]
@@ -85,13 +85,13 @@ class StackedOptimizer:
             update = self.state["momentum_buffer"].mul_(momentum).add_(update)
         weights.sub_(update * lr)
 
-    def of_model(self, model: int) -> dict[str, Float[Tensor, " P"]]:
-        """What the optimizer remembers of one model, by torch's names."""
+    def of_model(self, model: int) -> dict[str, Float[Tensor, " D"]]:
+        """The optimizer state of one model, by torch's names."""
         if self.kind == "sgd" and not self.settings["momentum"][model]:
             return {}
         return {name: value[model] for name, value in self.state.items()}
 
     def keep(self, models: Sequence[int]) -> None:
-        """Go on with these models alone."""
+        """Continue with these models alone."""
         self.settings = {name: value[list(models)] for name, value in self.settings.items()}
         self.state = {name: value[list(models)] for name, value in self.state.items()}

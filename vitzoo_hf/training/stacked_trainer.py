@@ -1,60 +1,61 @@
-"""Models of one shape in training together: what `Trainer` does for one, done once for all of them.
+"""P models of one shape in training together: the work of `SingleTrainer`, done once for all of them.
 
-The weights of G models are the rows of one matrix. Every model keeps its own data order, views and mixing, drawn from
-the seeds that it would have alone; operations on images run once on all batches.
+The weights of the models are the rows of one matrix `[P, D]`. Every model has its own data order, views and mixing,
+drawn from the seeds that it would have alone; operations on images run once on the batches of all models.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 
 import torch
-from jaxtyping import Float, Int64, UInt8
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
 from vitzoo_hf.blueprint.blueprint import Recipe
 from vitzoo_hf.format.layout import Layout, flatten, is_head, unflatten
 from vitzoo_hf.format.schema import ZooError
-from vitzoo_hf.images.augment import augment
-from vitzoo_hf.images.preparation import standardize
 from vitzoo_hf.images.sources import ImageSet
 from vitzoo_hf.models.batched import BatchedViT
+from vitzoo_hf.training.checkpoint import Results
+from vitzoo_hf.training.feed import Draws, FedBatch, Feed, Positions
 from vitzoo_hf.training.losses import make_erase, make_mix, stacked_cross_entropy, stacked_info_nce
-from vitzoo_hf.training.seeds import GlobalDraws, derive_seed
 from vitzoo_hf.training.stacked_optimizers import StackedOptimizer
 from vitzoo_hf.training.trainer import (
     EVALUATION_BATCH,
+    Measured,
     batches_of,
-    full_batches,
+    feed_of,
+    fixed_views,
+    is_contrastive,
     learning_rate_share,
+    results_of,
     resumed_weights,
 )
 
 
-@dataclass
-class Draws:
-    """Where one epoch of every model draws from: views, and the global generators if it mixes or erases."""
-
-    views: list[torch.Generator]
-    mixing: list[GlobalDraws]
-
-
 class StackedTrainer:
-    """G models in training: the step, the epoch, the results, what must be kept to continue.
+    """The trainer of P models of one shape; see `vitzoo_hf.training.loop.Trainer` for its methods.
 
     Args:
-        recipes: alike in all that `vitzoo_hf.training.stacked.shape_of` compares.
-        images: for all of them.
-        models: at their initial weights.
-        epochs: of the whole training, for the schedule.
+        recipes: P recipes, equal in all that `vitzoo_hf.training.stacked.shape_of` compares.
+        images: the image set that all models train on.
+        models: P models at their initial weights.
+        epochs: length of the whole training, for the schedule.
         device: where to train.
+        feed: gives the training images; by default the feed of `images`.
 
     Raises:
         ZooError: if the models are no plain ViTs, or draw random numbers themselves while they train.
     """
 
     def __init__(
-        self, recipes: Sequence[Recipe], images: ImageSet, models: Sequence[nn.Module], epochs: int, device: str
+        self,
+        recipes: Sequence[Recipe],
+        images: ImageSet,
+        models: Sequence[nn.Module],
+        epochs: int,
+        device: str,
+        feed: Feed | None = None,
     ) -> None:
         vit = BatchedViT.trainable(models[0])
         if vit is None:
@@ -63,146 +64,125 @@ class StackedTrainer:
         self.recipes = recipes = [recipe.executed for recipe in recipes]
         self.layout = Layout.of(models[0].state_dict())
         self.weights = torch.stack([flatten(model.state_dict()) for model in models]).to(device)
-        frozen = [self.recipe.freeze_trunk and not is_head(name) for name in self.layout.names]
-        self.trained = Layout(self.layout.names[sum(frozen) :], self.layout.shapes[sum(frozen) :])
+        is_frozen = [self.recipe.freeze_trunk and not is_head(name) for name in self.layout.names]
+        # the head comes last in timm's ViTs, so that the weights that change are one slice of the matrix
+        self.trained = Layout(self.layout.names[sum(is_frozen) :], self.layout.shapes[sum(is_frozen) :])
         self.optimizer = StackedOptimizer.of(recipes, self._trained_weights)
-        pixels, labels = images.part("train")
-        self.pixels, self.labels = pixels.to(device), labels.to(device)
+        self.feed = feed or feed_of(images, self.recipe, device)
+        self.labels = images.labels[images.positions("train")].to(device)
+        self.steps = len(batches_of(self.recipe, len(self.labels), 1, "cpu"))
         self.mix = [make_mix(recipe, len(images.class_names)) for recipe in recipes]
         self.smoothing = torch.tensor([recipe.label_smoothing for recipe in recipes], dtype=torch.float64).to(device)
         self.erase = make_erase(self.recipe, device)
 
     @property
+    def num_models(self) -> int:
+        """P, the number of models that are still in training."""
+        return len(self.recipes)
+
+    @property
     def recipe(self) -> Recipe:
-        """Of the first model, for what all recipes have alike."""
+        """The recipe of the first model, for what all recipes share."""
         return self.recipes[0]
 
     @property
-    def contrastive(self) -> bool:
-        """Whether the runs learn from views rather than labels."""
-        return self.recipe.regime == "contrastive"
-
-    @property
-    def _trained_weights(self) -> Float[Tensor, "G P"]:
+    def _trained_weights(self) -> Float[Tensor, "P D"]:
         """The weights that change: all, or the head behind a frozen trunk."""
         return self.weights[:, self.layout.num_parameters - self.trained.num_parameters :]
 
-    def train_epoch(self, epoch: int) -> list[int]:
-        """One pass over the training images; returns the positions of models that are no longer finite."""
-        draws = self.draws(epoch)
+    def batches(self, epoch: int) -> Sequence[Positions]:
+        """Positions `[P, B]` of the training images of an epoch, batch by batch."""
         orders = [batches_of(recipe, len(self.labels), epoch, self.device) for recipe in self.recipes]
-        total = torch.zeros(len(self.recipes), device=self.device)
-        for number, batches in enumerate(zip(*orders, strict=True)):
-            position = epoch - 1 + number / len(orders[0])
-            total += self.step(torch.stack(batches), draws, position)
-        finite = total.isfinite() & self.weights.isfinite().all(1)
-        return [model for model, fine in enumerate(finite.tolist()) if not fine]
+        return [torch.stack(batches) for batches in zip(*orders, strict=True)]
 
     def draws(self, epoch: int) -> Draws:
         """The generators of this epoch, each as its run has it alone."""
-        seeds = [recipe.seed for recipe in self.recipes]
-        mixes = self.recipe.mixup or self.recipe.cutmix or self.recipe.random_erase
-        return Draws(
-            views=[torch.Generator(self.device).manual_seed(derive_seed(seed, "views", epoch)) for seed in seeds],
-            mixing=[GlobalDraws(derive_seed(seed, "mix", epoch), self.device) for seed in seeds if mixes],
-        )
+        mixes = bool(self.recipe.mixup or self.recipe.cutmix or self.recipe.random_erase)
+        return Draws.of([recipe.seed for recipe in self.recipes], epoch, self.device, mixes=mixes)
 
-    def step(self, batch: Int64[Tensor, "G B"], draws: Draws, position: float) -> Float[Tensor, " G"]:
-        """One update of every model on its own training images; returns the losses, detached.
-
-        Args:
-            batch: positions of the images.
-            draws: of this epoch.
-            position: epochs completed, with the share of this one, for the schedule.
-        """
+    def step(self, batches: Iterator[FedBatch], draws: Draws, position: float, count: int = 1) -> Float[Tensor, " P"]:
+        """Update every model once on its own batch; returns the losses, detached."""
+        (batch,) = batches  # groups do not accumulate
         inputs, targets = self.inputs(batch, draws)
-        tensors = unflatten(self.weights, self.layout)
-        changing = [tensors[name].requires_grad_() for name in self.trained.names]
-        losses = self._losses(inputs, targets, tensors)
+        tensors, changing = self._tensors(self.weights)
+        outputs = self.vit.logits(tensors, inputs)
+        if targets is None:
+            losses = stacked_info_nce(outputs, self.recipe.temperature)
+        else:
+            losses = stacked_cross_entropy(outputs, targets)
         self._update(losses, changing, position)
         return losses.detach()
 
-    def _update(self, losses: Float[Tensor, " G"], changing: list[Tensor], position: float) -> None:
+    def _tensors(self, weights: Float[Tensor, "P D"]) -> tuple[dict[str, Tensor], list[Tensor]]:
+        """The tensors of the models, and those among them that gradients are taken of."""
+        tensors = unflatten(weights, self.layout)
+        return tensors, [tensors[name].requires_grad_() for name in self.trained.names]
+
+    def _update(self, losses: Float[Tensor, " P"], changing: list[Tensor], position: float) -> None:
+        # no two models share a parameter, so the gradient of the sum is the gradient of every model's own loss
         gradients = torch.autograd.grad(losses.sum(), changing)
         lr_scale = learning_rate_share(self.recipe, position, self.epochs)
         flat = torch.cat([gradient.flatten(1) for gradient in gradients], 1)
         self.optimizer.step(self._trained_weights, flat, lr_scale)
 
-    def inputs(self, batch: Int64[Tensor, "G B"], draws: Draws) -> tuple[Float[Tensor, "G B2 C H W"], Tensor | None]:
-        """What the models are fed, and their targets unless they learn from views: two views of B images, or B."""
-        pixels = self.pixels[batch.flatten()]
-        views = [self._views(pixels, *draws.views).unflatten(0, batch.shape) for _ in range(1 + self.contrastive)]
-        inputs, labels = torch.cat(views, 1), self.labels[batch]
-        if self.contrastive:
-            return self._erased(inputs, draws), None
+    def inputs(self, batch: FedBatch, draws: Draws) -> tuple[Float[Tensor, "P VB C S S"], Tensor | None]:
+        """The images of a batch, mixed and erased by every model's own draws; and targets, unless contrastive."""
+        if is_contrastive(self.recipe):
+            return self._erased(batch.inputs, draws), None
+        labels = self.labels[batch.positions]
         if not (self.recipe.mixup or self.recipe.cutmix):
-            return self._erased(inputs, draws), self._softened(labels)
+            return self._erased(batch.inputs, draws), self._softened(labels)
         mixed = []
-        for each, own, mix, mixing in zip(inputs, labels, self.mix, draws.mixing, strict=True):
+        for images, classes, mix, mixing in zip(batch.inputs, labels, self.mix, draws.mixing, strict=True):
             with mixing.taken():
-                mixed.append(mix(each, own))
+                mixed.append(mix(images, classes))
         inputs, targets = (torch.stack(parts) for parts in zip(*mixed, strict=True))
         return self._erased(inputs, draws), targets
 
-    def _softened(self, labels: Int64[Tensor, "G B"]) -> Float[Tensor, "G B K"]:
-        """`soften`, with every model's own smoothing."""
+    def _softened(self, labels: Int64[Tensor, "P B"]) -> Float[Tensor, "P B C"]:
+        """`losses.soften`, with every model's own smoothing."""
         count = len(self.images.class_names)
         smoothing = self.smoothing[:, None, None]
         return one_hot(labels, count) * (1 - smoothing).float() + (smoothing / count).float()
 
-    def _erased(self, inputs: Tensor, draws: Draws) -> Tensor:
+    def _erased(self, inputs: Float[Tensor, "P B C S S"], draws: Draws) -> Float[Tensor, "P B C S S"]:
         if not self.recipe.random_erase:
             return inputs
         erased = []
-        for each, mixing in zip(inputs, draws.mixing, strict=True):
+        for images, mixing in zip(inputs, draws.mixing, strict=True):
             with mixing.taken():
-                erased.append(self.erase(each))
+                erased.append(self.erase(images))
         return torch.stack(erased)
 
-    def _views(self, pixels: UInt8[Tensor, "n C H W"], *generators: torch.Generator) -> Float[Tensor, "n C H W"]:
-        spec = self.images.spec
-        view = augment(pixels.float() / 255, self.recipe.augmentation, *generators)
-        return standardize(view, spec.mean, spec.std)
-
-    def _losses(self, inputs: Tensor, targets: Tensor | None, tensors: dict[str, Tensor]) -> Float[Tensor, " G"]:
-        outputs = self.vit.logits(tensors, inputs)
-        if targets is None:
-            return stacked_info_nce(outputs, self.recipe.temperature)
-        return stacked_cross_entropy(outputs, targets)
+    def end_epoch(self, losses: Float[Tensor, " P"], epoch: int) -> Bool[Tensor, " P"]:
+        """Which models have a finite mean loss in this epoch, and finite weights."""
+        return losses.isfinite() & self.weights.isfinite().all(1)
 
     @torch.no_grad()
-    def results(self) -> list[dict[str, float | None]]:
-        """What `Trainer.results` gives for each model."""
+    def results(self) -> list[Results]:
+        """The results that `SingleTrainer.results` gives for each model."""
         tensors = unflatten(self.weights, self.layout)
-        measured: list[dict[str, float | None]] = [{} for _ in self.recipes]
-        for role in ("train", "test"):
-            pixels, labels = self.images.part(role)
-            for own, loss, accuracy in zip(
-                measured, *self._measured(tensors, pixels.to(self.device), labels.to(self.device)), strict=True
-            ):
-                own |= {f"{role}_loss": loss, f"{role}_accuracy": accuracy}
-        for own in measured:
-            train, test = own["train_accuracy"], own["test_accuracy"]
-            own["generalization_gap"] = train - test if train is not None and test is not None else None
-        return measured
+        roles = (self._measured(tensors, role) for role in ("train", "test"))
+        return [results_of(train, test) for train, test in zip(*roles, strict=True)]
 
-    def _measured(
-        self, tensors: dict[str, Tensor], pixels: Tensor, labels: Tensor
-    ) -> tuple[list[float], list[float] | list[None]]:
-        """Loss and accuracy of every model on the same images."""
-        if self.contrastive:
-            views = torch.Generator(self.device).manual_seed(derive_seed(0, "fixed views"))
-            losses = []
-            for part in full_batches(pixels, self.recipe.batch_size):
-                both = torch.cat([self._views(part, views) for _ in range(2)])
-                losses.append(stacked_info_nce(self._outputs(tensors, both), self.recipe.temperature))
-            return torch.stack(losses).double().mean(0).tolist(), [None] * len(self.recipes)
-        parts = pixels.split(EVALUATION_BATCH)
-        logits = torch.cat([self._outputs(tensors, self.images.normalize(part)) for part in parts], 1)
-        right = (logits.argmax(2) == labels).double().mean(1)
-        return stacked_cross_entropy(logits.double(), labels.expand(len(logits), -1)).tolist(), right.tolist()
+    def _measured(self, tensors: dict[str, Tensor], role: str) -> list[Measured]:
+        """Loss and accuracy of every model on the images of a role, which all models share."""
+        if is_contrastive(self.recipe):
+            losses = [
+                stacked_info_nce(self._outputs(tensors, views), self.recipe.temperature)
+                for views in fixed_views(self.feed, self.images, self.recipe, role, self.device)
+            ]
+            return [Measured(loss, None) for loss in torch.stack(losses).double().mean(0).tolist()]
+        batches, labels = [], []
+        for pixels, classes in self.images.batches(role, EVALUATION_BATCH):
+            batches.append(self._outputs(tensors, self.images.normalize(pixels.to(self.device))))
+            labels.append(classes.to(self.device))
+        logits, targets = torch.cat(batches, 1), torch.cat(labels)
+        accuracies = (logits.argmax(2) == targets).double().mean(1).tolist()
+        mean_losses = stacked_cross_entropy(logits.double(), targets.expand(len(logits), -1)).tolist()
+        return [Measured(loss, accuracy) for loss, accuracy in zip(mean_losses, accuracies, strict=True)]
 
-    def _outputs(self, tensors: dict[str, Tensor], images: Float[Tensor, "n C H W"]) -> Float[Tensor, "G n K"]:
+    def _outputs(self, tensors: dict[str, Tensor], images: Float[Tensor, "N C S S"]) -> Float[Tensor, "P N K"]:
         return self.vit(tensors, self.vit.patches(images)).logits
 
     def state_dict(self, model: int) -> dict[str, Tensor]:
@@ -210,17 +190,16 @@ class StackedTrainer:
         return unflatten(self.weights[model], self.layout)
 
     def resume_tensors(self, model: int) -> dict[str, Tensor]:
-        """Weights and optimizer state of one model, as `Trainer.resume_tensors` names them."""
+        """Weights and optimizer state of one model, as `SingleTrainer.resume_tensors` names them."""
         tensors = {f"model.{name}": tensor for name, tensor in self.state_dict(model).items()}
-        remembered = {
+        state = {
             name: list(unflatten(value, self.trained).values())
             for name, value in self.optimizer.of_model(model).items()
         }
         for index in range(len(self.trained.names)):
-            own = {f"optimizer.{index}.{name}": values[index] for name, values in remembered.items()}
+            tensors |= {f"optimizer.{index}.{name}": values[index] for name, values in state.items()}
             if self.recipe.optimizer == "adamw":
-                own[f"optimizer.{index}.step"] = torch.tensor(float(self.optimizer.steps))
-            tensors |= own
+                tensors[f"optimizer.{index}.step"] = torch.tensor(float(self.optimizer.steps))
         return tensors
 
     def resume(self, resumes: Sequence[dict[str, Tensor]], epoch: int) -> None:
@@ -231,10 +210,10 @@ class StackedTrainer:
             for name in self.optimizer.of_model(model):
                 values = [tensors[f"optimizer.{index}.{name}"] for index in range(len(self.trained.names))]
                 self.optimizer.state[name][model] = torch.cat([value.flatten() for value in values]).to(self.device)
-        self.optimizer.steps = epoch * len(batches_of(self.recipe, len(self.labels), epoch, "cpu"))
+        self.optimizer.steps = epoch * self.steps
 
     def keep(self, models: Sequence[int]) -> None:
-        """Go on with these models alone."""
+        """Continue with these models alone."""
         self.recipes = [self.recipes[model] for model in models]
         self.mix = [self.mix[model] for model in models]
         self.smoothing = self.smoothing[list(models)]

@@ -1,9 +1,9 @@
-"""What the learners of `vitzoo_hf.blueprint.world.Learner` minimise, for many models at once.
+"""Losses that the learners of `vitzoo_hf.blueprint.world.Learner` minimise, for many models at once.
 
-Losses of learners that see environments: invariant risk minimisation, V-REx, GroupDRO.
+They see environments: invariant risk minimisation, V-REx, GroupDRO.
 
-Pure, differentiable functions with a leading axis of models: M models are trained at once, each on E environments of
-n examples with K outputs. Sums over models are what a stack of models is trained on, since no two share a parameter.
+Pure, differentiable functions with a leading axis of models: P models are trained at once, each on E environments of
+n examples with C classes. Sums over models are what a stack of models is trained on, since no two share a parameter.
 """
 
 import torch
@@ -14,14 +14,14 @@ from vitzoo_hf.blueprint.world import Learner
 
 
 def scale_gradients(
-    outputs: Float[Tensor, "M E n"], targets: Float[Tensor, "M E n"], counted: Bool[Tensor, "M E n"] | None = None
-) -> Float[Tensor, "M E"]:
+    outputs: Float[Tensor, "P E n"], targets: Float[Tensor, "P E n"], counted: Bool[Tensor, "P E n"] | None = None
+) -> Float[Tensor, "P E"]:
     """Derivative by w at 1 of an environment's mean squared loss `(w f - y)^2`: `2 mean f (f - y)`.
 
     Source: the dummy classifier of Arjovsky et al., "Invariant Risk Minimization", 2019, in closed form.
 
     Args:
-        outputs: f, of M models on the n examples of E environments.
+        outputs: f, of P models on the n examples of E environments.
         targets: y.
         counted: examples that are there, where environments differ in size; all by default. An environment without
             any has derivative 0.
@@ -34,9 +34,9 @@ def scale_gradients(
 
 
 def half_scale_gradients(
-    outputs: Float[Tensor, "M E n"], targets: Float[Tensor, "M E n"], order: Int64[Tensor, " n"]
-) -> Float[Tensor, "2 M E"]:
-    """As `scale_gradients`, on the examples at even and at odd places of an order.
+    outputs: Float[Tensor, "P E n"], targets: Float[Tensor, "P E n"], order: Int64[Tensor, " n"]
+) -> Float[Tensor, "2 P E"]:
+    """Like `scale_gradients`, on the examples at even and at odd places of an order.
 
     Example:
         >>> half_scale_gradients(torch.tensor([[[2.0, 1.0]]]), torch.tensor([[[1.0, 1.0]]]), torch.tensor([0, 1]))
@@ -52,13 +52,13 @@ def half_scale_gradients(
 
 
 def logit_scale_gradients(
-    logits: Float[Tensor, "M E n K"], labels: Int64[Tensor, "M E n"], counted: Bool[Tensor, "M E n"] | None = None
-) -> Float[Tensor, "M E"]:
+    logits: Float[Tensor, "P E n C"], labels: Int64[Tensor, "P E n"], counted: Bool[Tensor, "P E n"] | None = None
+) -> Float[Tensor, "P E"]:
     """Derivative by w at 1 of an environment's mean cross-entropy of `w logits`: `mean sum_k (p_k - y_k) logit_k`.
 
     Args:
-        logits: of M models on the n examples of E environments.
-        labels: from 0 to K - 1.
+        logits: outputs of P models on the n examples of E environments.
+        labels: from 0 to C - 1.
         counted: examples that are there; all by default. An environment without any has derivative 0.
 
     Example:
@@ -69,7 +69,7 @@ def logit_scale_gradients(
     return _mean(expected - logits.gather(-1, labels[..., None])[..., 0], counted)
 
 
-def invariance_penalty(gradients: Float[Tensor, "M E"]) -> Float[Tensor, " M"]:
+def invariance_penalty(gradients: Float[Tensor, "P E"]) -> Float[Tensor, " P"]:
     """IRMv1: the squared derivatives, summed over environments. Never negative.
 
     Example:
@@ -79,7 +79,7 @@ def invariance_penalty(gradients: Float[Tensor, "M E"]) -> Float[Tensor, " M"]:
     return gradients.square().sum(1)
 
 
-def invariance_product(first: Float[Tensor, "M E"], second: Float[Tensor, "M E"]) -> Float[Tensor, " M"]:
+def invariance_product(first: Float[Tensor, "P E"], second: Float[Tensor, "P E"]) -> Float[Tensor, " P"]:
     """IRMv1 without bias: products of derivatives on two halves of the examples, summed over environments.
 
     It has no lower bound, so training with it can diverge: count the models that do, and report them.
@@ -93,7 +93,7 @@ def invariance_product(first: Float[Tensor, "M E"], second: Float[Tensor, "M E"]
     return (first * second).sum(1)
 
 
-def annealed(risks: Float[Tensor, " M"], penalties: Float[Tensor, " M"], weight: float | int) -> Float[Tensor, " M"]:
+def annealed(risks: Float[Tensor, " P"], penalties: Float[Tensor, " P"], weight: float | int) -> Float[Tensor, " P"]:
     """Risk plus weighted penalty, divided by the weight where that is above 1, so that steps do not grow with it.
 
     Source: the training loop of Arjovsky et al., 2019, where the weight is 1 for the first steps.
@@ -110,7 +110,7 @@ def annealed(risks: Float[Tensor, " M"], penalties: Float[Tensor, " M"], weight:
     return (risks + weight * penalties) / max(weight, 1.0)
 
 
-def risk_variance(risks: Float[Tensor, "M E"], present: Bool[Tensor, "M E"] | None = None) -> Float[Tensor, " M"]:
+def risk_variance(risks: Float[Tensor, "P E"], present: Bool[Tensor, "P E"] | None = None) -> Float[Tensor, " P"]:
     """V-REx: variance of the risks over environments, divided by their number.
 
     Source: Krueger et al., "Out-of-Distribution Generalization via Risk Extrapolation", 2021.
@@ -129,8 +129,8 @@ def risk_variance(risks: Float[Tensor, "M E"], present: Bool[Tensor, "M E"] | No
 
 
 def group_shares(
-    shares: Float[Tensor, "M E"], risks: Float[Tensor, "M E"], *, rate: float = 0.01
-) -> Float[Tensor, "M E"]:
+    shares: Float[Tensor, "P E"], risks: Float[Tensor, "P E"], *, rate: float = 0.01
+) -> Float[Tensor, "P E"]:
     """GroupDRO's next weights of environments: `q exp(rate * risk)`, normalised. The loss is `(q * risks).sum(1)`.
 
     An environment that a model does not see keeps the weight 0 that it was given. There are no gradients through the
@@ -151,27 +151,27 @@ def group_shares(
     return logits.softmax(1)
 
 
-def _shares(risks: Float[Tensor, "M E"], present: Bool[Tensor, "M E"] | None) -> Float[Tensor, "M E"]:
-    held = torch.ones_like(risks) if present is None else present.to(risks.dtype)
-    return held / held.sum(1, keepdim=True)
+def _shares(risks: Float[Tensor, "P E"], present: Bool[Tensor, "P E"] | None) -> Float[Tensor, "P E"]:
+    weights = torch.ones_like(risks) if present is None else present.to(risks.dtype)
+    return weights / weights.sum(1, keepdim=True)
 
 
-def _mean(values: Float[Tensor, "M E n"], counted: Bool[Tensor, "M E n"] | None) -> Float[Tensor, "M E"]:
+def _mean(values: Float[Tensor, "P E n"], counted: Bool[Tensor, "P E n"] | None) -> Float[Tensor, "P E"]:
     if counted is None:
         return values.mean(-1)
     return values.masked_fill(~counted, 0.0).sum(-1) / counted.sum(-1).clamp(min=1)
 
 
 def penalised_risk(
-    learner: Learner, losses: Float[Tensor, "M E b"], logits: Float[Tensor, "M E b K"], labels: Tensor, step: int
-) -> Float[Tensor, " M"]:
+    learner: Learner, losses: Float[Tensor, "P E b"], logits: Float[Tensor, "P E b C"], labels: Tensor, step: int
+) -> Float[Tensor, " P"]:
     """Mean risk over environments plus the learner's weighted penalty, as `penalties.annealed` weighs them.
 
     Args:
         learner: one of `irm`, `irm-product`, `v-rex`.
         losses: cross-entropies of E environments, b images each.
-        logits: of the same images.
-        labels: int64 `[M, E, b]`.
+        logits: outputs on the same images.
+        labels: int64 `[P, E, b]`.
         step: optimiser steps made before; the weight is at most 1 until `penalty_from`.
 
     Example:
@@ -186,8 +186,8 @@ def penalised_risk(
 
 
 def _penalty(
-    learner: Learner, risks: Float[Tensor, "M E"], logits: Float[Tensor, "M E b K"], labels: Int64[Tensor, "M E b"]
-) -> Float[Tensor, " M"]:
+    learner: Learner, risks: Float[Tensor, "P E"], logits: Float[Tensor, "P E b C"], labels: Int64[Tensor, "P E b"]
+) -> Float[Tensor, " P"]:
     environments = risks.shape[1]
     if learner.learner == "v-rex":
         return risk_variance(risks)
@@ -197,8 +197,8 @@ def _penalty(
     return invariance_product(*halves) / environments
 
 
-def even_shares(models: int, environments: int) -> Float[Tensor, "M E"]:
-    """What `group-dro` begins with.
+def even_shares(models: int, environments: int) -> Float[Tensor, "P E"]:
+    """The shares of environments with which `group-dro` begins.
 
     >>> even_shares(1, 4)
     tensor([[0.2500, 0.2500, 0.2500, 0.2500]])

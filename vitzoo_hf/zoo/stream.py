@@ -2,13 +2,14 @@
 
 The whole order of an epoch follows from the seed, the epoch and the index, before anything is read. So the state of
 a stream is two numbers, and continuing neither loses nor repeats a row. Batches are read ahead by threads.
+
+Cost: `num_workers + 1` batches `[B, D]` of host memory, pinned where they go to CUDA.
 """
 
 import fnmatch
-from collections import deque
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
 
@@ -22,26 +23,31 @@ from vitzoo_hf.format.messages import did_you_mean
 from vitzoo_hf.format.schema import ZooError, fingerprint
 from vitzoo_hf.format.weight_reader import WeightReader
 from vitzoo_hf.models.rebuild import usable_device
+from vitzoo_hf.read_ahead import mapped_ahead
 
 WINDOW_BYTES = 256_000_000
+"""Weights among which rows are shuffled: row groups of a window are read in one go, wherever its rows end up."""
+
+Batch = dict[str, Any]
+"""`weights`, float32 `[B, D]`; a tensor or list for each column; `tensors` where tensors were asked for by name."""
 
 
 @dataclass(frozen=True)
 class RowSource:
-    """What a stream knows of a zoo.
+    """The selected rows of a zoo, their light columns, and the reader of their weights.
 
     Attributes:
-        positions: of the chosen rows, ascending.
+        positions: the positions of the selected rows in the index, ascending.
         layout_ids: position -> layout fingerprint.
         layouts: fingerprint -> layout.
         columns: light column -> the values of all positions, as a list or a tensor.
-        reader: of their weights.
+        reader: the reader of the weights, by position.
     """
 
     positions: np.ndarray
     layout_ids: Sequence[str]
     layouts: Mapping[str, Layout]
-    columns: Mapping[str, list[Any] | Tensor]
+    columns: Mapping[str, list[object] | Tensor]
     reader: WeightReader
 
 
@@ -55,19 +61,19 @@ class Selection:
 
 @dataclass
 class _Slot:
-    """A batch's memory on the host, and what must have happened before it may be filled again."""
+    """Host memory for one batch, and the event of the copy that must end before the memory is filled again."""
 
     buffer: Tensor | None = None
-    copied: Any = None
+    copy_event: torch.cuda.Event | None = None
 
 
 @dataclass(frozen=True)
 class _Loaded:
-    batch: dict[str, Any]
-    copied: Any = field(default=None)
+    batch: Batch
+    copy_event: torch.cuda.Event | None
 
 
-class Stream(IterableDataset[dict[str, Any]]):
+class Stream(IterableDataset[Batch]):
     """Batches of one layout each; made by `Zoo.stream`.
 
     Iterating gives one epoch; the next iteration gives the next one, in another order if shuffled. An iteration that
@@ -112,12 +118,14 @@ class Stream(IterableDataset[dict[str, Any]]):
         self.epoch = 0
         self.batches_done = 0
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
+    def __iter__(self) -> Iterator[Batch]:
         for loaded in self._read_ahead(self._batches()[self.batches_done :]):
-            if loaded.copied is not None:
-                here = torch.cuda.current_stream(self.device)
-                here.wait_event(loaded.copied)
-                loaded.batch["weights"].record_stream(here)
+            if loaded.copy_event is not None:
+                cuda_stream = torch.cuda.current_stream(self.device)
+                cuda_stream.wait_event(loaded.copy_event)
+                # without this the allocator may hand the memory out while kernels of the caller still read it
+                loaded.batch["weights"].record_stream(cuda_stream)
+            # counted before the batch is handed out: a state taken while the caller uses it must not repeat it
             self.batches_done += 1
             yield loaded.batch
         self.epoch += 1
@@ -127,25 +135,26 @@ class Stream(IterableDataset[dict[str, Any]]):
         """Start at the beginning of this epoch, counted from 0."""
         self.epoch, self.batches_done = epoch, 0
 
-    def state_dict(self) -> dict[str, Any]:
-        """Where the stream is: the epoch, and the batches of it that were handed out."""
+    def state_dict(self) -> dict[str, int | str]:
+        """The place of the stream: the epoch, the number of batches handed out, and a fingerprint of the order."""
         return {"epoch": self.epoch, "batches_done": self.batches_done, "order": self._order_fingerprint()}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, object]) -> None:
         """Continue from `state_dict`.
 
         Raises:
             ZooError: if the state is of a stream with other rows or another order.
         """
-        known = isinstance(state, Mapping) and {"epoch", "batches_done", "order"} <= state.keys()
-        if not known or not all(isinstance(state[key], int) and state[key] >= 0 for key in ("epoch", "batches_done")):
+        complete = isinstance(state, Mapping) and {"epoch", "batches_done", "order"} <= state.keys()
+        epoch, batches_done = (state["epoch"], state["batches_done"]) if complete else (None, None)
+        if not (isinstance(epoch, int) and isinstance(batches_done, int) and epoch >= 0 and batches_done >= 0):
             raise ZooError(f"this is no state of a stream: expected what `state_dict()` gives, got {str(state)[:80]}")
         if state["order"] != self._order_fingerprint():
             raise ZooError(
                 "this state is of another stream: its zoo, filter, batch size, shuffle, seed, rank and world size"
                 " must be equal"
             )
-        self.epoch, self.batches_done = state["epoch"], state["batches_done"]
+        self.epoch, self.batches_done = epoch, batches_done
 
     def _order_fingerprint(self) -> str:
         ids = self.source.reader.rows.model_ids
@@ -153,7 +162,7 @@ class Stream(IterableDataset[dict[str, Any]]):
         return fingerprint([rows, self.batch_size, self.shuffle, self.seed, self.rank, self.world_size])
 
     def _batches(self) -> list[list[int]]:
-        """The positions of every batch of this epoch that is this rank's and worker's."""
+        """The positions of the rows of every batch of this epoch, for this rank and loader worker."""
         numbers = self.source.reader.places.groups()[self.source.positions]
         starts = np.flatnonzero(np.diff(numbers, prepend=-1))
         groups = [part.tolist() for part in np.split(self.source.positions, starts[1:])] if len(numbers) else []
@@ -170,7 +179,7 @@ class Stream(IterableDataset[dict[str, Any]]):
         return self._in_batches(windows)
 
     def _windows(self, groups: Sequence[Sequence[int]]) -> list[list[int]]:
-        """Neighbouring row groups together, up to `WINDOW_BYTES`: rows are shuffled within a window."""
+        """Neighbouring row groups joined up to `WINDOW_BYTES`: rows are shuffled within a window."""
         windows: list[list[int]] = []
         size = WINDOW_BYTES
         for group in groups:
@@ -183,45 +192,28 @@ class Stream(IterableDataset[dict[str, Any]]):
         return windows
 
     def _in_batches(self, windows: Sequence[Sequence[int]]) -> list[list[int]]:
-        waiting: dict[str, list[int]] = {}
+        unfilled: dict[str, list[int]] = {}
         batches = []
         for window in windows:
             for position in window:
                 layout = self.source.layout_ids[position]
-                rows = waiting.setdefault(layout, [])
+                rows = unfilled.setdefault(layout, [])
                 rows.append(position)
                 if len(rows) == self.batch_size:
-                    batches.append(waiting.pop(layout))
-        return batches + list(waiting.values())
+                    batches.append(unfilled.pop(layout))
+        return batches + list(unfilled.values())
 
     def _read_ahead(self, batches: Sequence[list[int]]) -> Iterator[_Loaded]:
         """Load batches in their order, `num_workers` of them at a time while earlier ones are used."""
-        slots = deque(_Slot() for _ in range(self.num_workers + 1))
+        # a slot more than batches read ahead, for the one in use: a slot comes round when its batch was given back
+        slots = itertools.cycle([_Slot() for _ in range(self.num_workers + 1)])
+        jobs = zip(batches, slots, strict=False)
         if self.num_workers == 0:
-            for batch in batches:
-                yield self._load(batch, slots[0])
-            return
-        with ThreadPoolExecutor(self.num_workers, thread_name_prefix="vitzoo-stream") as pool:
-            pending: deque[Future[_Loaded]] = deque()
-            upcoming = iter(batches)
-            try:
-                for batch in upcoming:
-                    pending.append(pool.submit(self._load, batch, slots[0]))
-                    slots.rotate(-1)
-                    if len(pending) == self.num_workers:
-                        break
-                while pending:
-                    loaded = pending.popleft().result()
-                    following = next(upcoming, None)
-                    if following is not None:
-                        pending.append(pool.submit(self._load, following, slots[0]))
-                        slots.rotate(-1)
-                    yield loaded
-            finally:
-                for future in pending:
-                    future.cancel()
+            return map(self._load, jobs)
+        return mapped_ahead(self._load, jobs, threads=self.num_workers, ahead=self.num_workers)
 
-    def _load(self, batch: Sequence[int], slot: _Slot) -> _Loaded:
+    def _load(self, job: tuple[list[int], _Slot]) -> _Loaded:
+        batch, slot = job
         host = self._host_memory(batch, slot)
         rows, reader = host.numpy(), self.source.reader
         selection = self.selections.get(self.source.layout_ids[batch[0]])
@@ -230,20 +222,20 @@ class Stream(IterableDataset[dict[str, Any]]):
                 reader.read_into(position, row, verify=self.verify)
             else:
                 reader.read_parts(position, selection.parts, row, verify=self.verify)
-        weights, slot.copied = _sent(host, self.device)
-        loaded: dict[str, Any] = {}
+        weights, slot.copy_event = _sent(host, self.device)
+        columns: Batch = {}
         for name, values in self.source.columns.items():
             if isinstance(values, Tensor):
-                loaded[name] = values[list(batch)].to(self.device)
+                columns[name] = values[batch].to(self.device)
             else:
-                loaded[name] = [values[position] for position in batch]
-        loaded["weights"] = weights
+                columns[name] = [values[position] for position in batch]
+        columns["weights"] = weights
         if selection is not None:
-            loaded["tensors"] = unflatten(weights, selection.layout)
-        return _Loaded(loaded, slot.copied)
+            columns["tensors"] = unflatten(weights, selection.layout)
+        return _Loaded(columns, slot.copy_event)
 
     def _host_memory(self, batch: Sequence[int], slot: _Slot) -> Tensor:
-        """Memory for a batch `[B, D]`: fresh, or the slot's own where it is reused or only staged for a device."""
+        """Memory for a batch `[B, D]`: fresh, or that of the slot where it is reused or only staged for a device."""
         layout_id = self.source.layout_ids[batch[0]]
         selection = self.selections.get(layout_id)
         layout = self.source.layouts[layout_id] if selection is None else selection.layout
@@ -251,18 +243,18 @@ class Stream(IterableDataset[dict[str, Any]]):
         staged = self.device.type == "cuda"
         if not (staged or self.reuse):
             return torch.from_numpy(np.empty(shape, np.float32))  # numpy asks for huge pages, torch does not
-        if slot.copied is not None:
-            slot.copied.synchronize()
+        if slot.copy_event is not None:
+            slot.copy_event.synchronize()
         if slot.buffer is None or slot.buffer.numel() < shape[0] * shape[1]:
             slot.buffer = torch.empty(shape[0] * shape[1], pin_memory=staged)
         return slot.buffer[: shape[0] * shape[1]].view(shape)
 
 
-def check_names(what: str, names: Any) -> None:
-    """Refuse names that are no list of texts, or an empty one.
+def check_names(what: str, names: object) -> None:
+    """Refuse names that are not a list of texts, and an empty list of tensors.
 
     Raises:
-        ZooError: saying what was given.
+        ZooError: quoting the argument.
     """
     fits = names is None or (
         not isinstance(names, str) and isinstance(names, Sequence) and all(isinstance(name, str) for name in names)
@@ -272,35 +264,35 @@ def check_names(what: str, names: Any) -> None:
 
 
 def _share(groups: Sequence[list[int]], part: int, parts: int) -> list[list[int]]:
-    """The row groups of one of several readers, in their order: as many rows for each, so that few are cut."""
+    """The row groups of one of several readers, in their order, cut so that all readers have as many rows."""
     total = sum(len(group) for group in groups)
     first, last = total * part // parts, total * (part + 1) // parts
-    mine, start = [], 0
+    share, start = [], 0
     for group in groups:
         piece = group[max(0, first - start) : max(0, last - start)]
         start += len(group)
         if piece:
-            mine.append(piece)
-    return mine
+            share.append(piece)
+    return share
 
 
-def _sent(host: Tensor, device: torch.device) -> tuple[Tensor, Any]:
-    """The batch on its device, and the event after which it is there; host memory itself for the CPU."""
+def _sent(host: Tensor, device: torch.device) -> tuple[Tensor, torch.cuda.Event | None]:
+    """The batch on the device, with the event that marks the end of the copy; the host memory itself for the CPU."""
     if device.type != "cuda":
         return host.to(device), None
-    side = torch.cuda.Stream(device)
-    with torch.cuda.stream(side):
-        there = host.to(device, non_blocking=True)
-        copied = torch.cuda.Event()
-        copied.record(side)
-    return there, copied
+    # a stream of its own: on the caller's stream the copy would wait for the kernels that use the batch before
+    copy_stream = torch.cuda.Stream(device)
+    with torch.cuda.stream(copy_stream):
+        weights = host.to(device, non_blocking=True)
+        copy_event = torch.cuda.Event()
+        copy_event.record(copy_stream)
+    return weights, copy_event
 
 
 def _selections(source: RowSource, patterns: list[str]) -> dict[str, Selection]:
     """Layout -> the tensors whose names match a pattern, neighbours read as one."""
-    used = {source.layout_ids[position] for position in source.positions.tolist()}
-    chosen = {}
-    for layout_id in used:
+    selections = {}
+    for layout_id in {source.layout_ids[position] for position in source.positions.tolist()}:
         layout = source.layouts[layout_id]
         unmatched = [pattern for pattern in patterns if not fnmatch.filter(layout.names, pattern)]
         if unmatched:
@@ -310,11 +302,11 @@ def _selections(source: RowSource, patterns: list[str]) -> dict[str, Selection]:
             )
         names = [name for name in layout.names if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
         shapes = dict(zip(layout.names, layout.shapes, strict=True))
-        chosen[layout_id] = Selection(
+        selections[layout_id] = Selection(
             _merged([layout.place(name) for name in names]),
             Layout(tuple(names), tuple(shapes[name] for name in names)),
         )
-    return chosen
+    return selections
 
 
 def _merged(parts: Sequence[slice]) -> list[slice]:
@@ -328,24 +320,24 @@ def _merged(parts: Sequence[slice]) -> list[slice]:
 
 
 def light_columns(
-    records: Mapping[str, list[Any]], kinds: Mapping[str, type], chosen: Sequence[str] | None
-) -> dict[str, list[Any] | Tensor]:
+    records: Mapping[str, list[Any]], kinds: Mapping[str, type], selection: Sequence[str] | None
+) -> dict[str, list[object] | Tensor]:
     """Columns of the index as a stream hands them out; what becomes a tensor depends on the type alone.
 
     Args:
         records: column -> values of all rows.
         kinds: column -> Python type of its values.
-        chosen: columns to keep; None for all.
+        selection: names of the columns to hand out; None for all.
 
     Raises:
         ZooError: for an unknown column.
     """
-    check_names("columns", chosen)
-    for name in chosen or ():
+    check_names("columns", selection)
+    for name in selection or ():
         if name not in records:
             raise ZooError(f"unknown column {name!r}: {did_you_mean(name, records)}")
-    columns: dict[str, Any] = {}
-    for name in records if chosen is None else chosen:
+    columns: dict[str, list[object] | Tensor] = {}
+    for name in records if selection is None else selection:
         values = records[name]
         if kinds[name] is bool:
             columns[name] = torch.tensor([bool(value) for value in values])

@@ -1,12 +1,13 @@
 """Hash every file of a zoo again, in a folder or on the Hub, and name what is damaged, down to the row."""
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from vitzoo_hf.format import schema
 from vitzoo_hf.format.files import FolderFiles, HubFiles
@@ -20,13 +21,13 @@ CHUNK_BYTES = 16_000_000
 
 @dataclass
 class Verification:
-    """What was compared.
+    """Result of comparing the files of a zoo with their hashes.
 
     Attributes:
         files: number of files hashed.
         size: bytes hashed.
-        damaged: file -> what is wrong with it.
-        rows: damaged file of weights -> the models in it that are lost, if the index is intact; others can be read.
+        damaged: file -> description of the damage.
+        rows: damaged file of weights -> the lost models in it, if the index is intact; all other rows can be read.
     """
 
     files: int = 0
@@ -43,7 +44,7 @@ class Verification:
 def verify(path: str | Path, *, revision: str | None = None, progress: bool = True) -> Verification:
     """Compare every file of a zoo with the hash in its manifest.
 
-    Of a dataset on the Hub every file is read once, in ranges, and nothing is kept.
+    The files of a dataset on the Hub are read once, in ranges, and not stored.
 
     Args:
         path: a folder, or a dataset id.
@@ -57,46 +58,47 @@ def verify(path: str | Path, *, revision: str | None = None, progress: bool = Tr
     manifest = read_manifest(files.path(schema.MANIFEST))
     listed = manifest["files"] | read_shards(files, manifest)
     listed = {name: entry for name, entry in listed.items() if name != "README.md"}  # cards are there to be edited
-    found = Verification()
+    verification = Verification()
     with progress_bar(
         "verifying", "B", shown=progress, total=sum(entry["bytes"] for entry in listed.values())
     ) as bar:
         for name, entry in listed.items():
             reason = _damage(files, name, entry, bar)
-            found.files += 1
-            found.size += entry["bytes"]
+            verification.files += 1
+            verification.size += entry["bytes"]
             if reason is not None:
-                found.damaged[name] = reason
-    found.damaged |= _odd_files(files, manifest, listed)
-    shards = [name for name in found.damaged if name.startswith("weights/") and name in listed]
-    if shards and not any(name.startswith("index/") for name in found.damaged):
-        found.rows = _lost_rows(files, manifest, shards)
-    return found
+                verification.damaged[name] = reason
+    verification.damaged |= _odd_files(files, listed)
+    shards = [name for name in verification.damaged if name.startswith("weights/") and name in listed]
+    if shards and not any(name.startswith("index/") for name in verification.damaged):
+        verification.rows = _lost_rows(files, manifest, shards)
+    return verification
 
 
-def _odd_files(
-    files: FolderFiles | HubFiles, manifest: Mapping[str, Any], listed: Mapping[str, Any]
-) -> dict[str, str]:
-    """What is wrong beside the listed files: a card that is missing, and files that `datasets` would read too."""
+def _odd_files(files: FolderFiles | HubFiles, listed: Collection[str]) -> dict[str, str]:
+    """Faults beside the listed files: a card that is missing, and files that `datasets` would read too."""
     odd = {} if files.exists("README.md") else {"README.md": "missing: `load_dataset` needs the configs in it"}
     if isinstance(files, FolderFiles):
         folder = files.folder
         configs = {name.split("/")[0] for name in listed if "/" in name}
-        held = {
+        present = {
             file.relative_to(folder).as_posix() for config in configs for file in (folder / config).glob("*.parquet")
         }
-        odd |= dict.fromkeys(sorted(held - listed.keys()), "not a file of this zoo, and `load_dataset` would read it")
+        odd |= dict.fromkeys(
+            sorted(present.difference(listed)), "not a file of this zoo, and `load_dataset` would read it"
+        )
     return odd
 
 
-def _damage(files: FolderFiles | HubFiles, name: str, entry: Mapping[str, Any], bar: Any) -> str | None:
-    """What is wrong with a file, or None."""
+def _damage(files: FolderFiles | HubFiles, name: str, entry: Mapping[str, Any], bar: tqdm) -> str | None:
+    """Description of the damage of a file, or None."""
     if not files.exists(name):
         return "missing"
     local = files.local(name)
     if local is not None and local.stat().st_size != entry["bytes"]:
         return f"{local.stat().st_size} bytes, not {entry['bytes']}"
     digest = hashlib.sha256()
+    # one buffer: reading a whole shard of the Hub would take gigabytes
     buffer = memoryview(bytearray(min(CHUNK_BYTES, max(1, entry["bytes"]))))
     for start in range(0, entry["bytes"], CHUNK_BYTES):
         part = buffer[: min(CHUNK_BYTES, entry["bytes"] - start)]
@@ -131,13 +133,13 @@ def _lost_rows(
         name: [
             ids[position]
             for position in np.flatnonzero(reader.places.file == numbers[name]).tolist()
-            if not _whole(reader, position)
+            if not _is_readable(reader, position)
         ]
         for name in damaged
     }
 
 
-def _whole(reader: WeightReader, position: int) -> bool:
+def _is_readable(reader: WeightReader, position: int) -> bool:
     try:
         reader.read_into(position, np.empty(int(reader.rows.num_parameters[position]), np.float32))
     except ZooError:

@@ -8,17 +8,17 @@ decoded into a temporary file. Memory is two blocks, whatever the number of mode
 import os
 import tempfile
 import weakref
-from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from vitzoo_hf.format.layout import Layout, is_head
+from vitzoo_hf.format.layout import Layout, trunk_layout
 from vitzoo_hf.format.schema import ZooError
 from vitzoo_hf.models.rebuild import usable_device
+from vitzoo_hf.read_ahead import mapped_ahead
 from vitzoo_hf.zoo.stream import RowSource
 
 BLOCK_BYTES = 64_000_000
@@ -31,9 +31,9 @@ Run = tuple[slice, int]
 class WeightColumns:
     """Blocks of columns of the weights of a zoo's rows, in the order of their layout; made by `Zoo.weight_columns`.
 
-    Iterating reads every weight once and gives `(columns, block)`: a slice of the common layout, and those weights,
-    float32 `[P, c]`. The memory of a block is used again: it holds until the next is asked for. Rows are
-    compared with their hashes only after `verified`, or by `vitzoo verify`.
+    Iterating reads every weight once and gives `(columns, block)`: a slice of the common layout, and the weights in
+    these columns, float32 `[P, c]`. The memory of a block is used again: a block holds until the next is asked for.
+    Rows are compared with their hashes only after `verified`, or by `vitzoo verify`.
 
     Args:
         source: the rows.
@@ -42,8 +42,8 @@ class WeightColumns:
         block_bytes: memory of a block.
 
     Attributes:
-        layout: of the columns: that of the models where they share one, else that without their heads.
-        model_ids: of the rows, the first axis of every block.
+        layout: the layout that all models share, or the layout of their trunk where heads differ.
+        model_ids: ids of the models, along the first axis of every block.
 
     Raises:
         ZooError: if there is no row, rows differ in layout beyond the head, or an argument is below 1.
@@ -76,16 +76,16 @@ class WeightColumns:
 
     @property
     def num_bytes(self) -> int:
-        """Of all weights, as float32."""
+        """Size of all weights of the common layout, as float32."""
         return 4 * len(self.positions) * self.layout.num_parameters
 
     def verified(self) -> "WeightColumns":
-        """These columns, and from now on each row is read whole and compared with its hash when it is first read."""
+        """Compare each row with its hash when it is first read, which reads the whole row; returns these columns."""
         self._verify = True
         return self
 
     def blocks(self, wanted: Sequence[slice] | None = None) -> list[slice]:
-        """The columns of each block, of those only that hold wanted columns."""
+        """The columns of each block, restricted to blocks that overlap `wanted`."""
         size = self.layout.num_parameters
         blocks = [slice(start, min(start + self.width, size)) for start in range(0, size, self.width)]
         if wanted is None:
@@ -98,34 +98,27 @@ class WeightColumns:
         return self.read()
 
     def read(self, wanted: Sequence[slice] | None = None) -> Iterator[tuple[slice, Tensor]]:
-        """As iterating, but only the blocks that hold wanted columns."""
+        """Like `__iter__`, restricted to blocks that overlap `wanted`."""
         self._decode_where_needed()
         blocks = self.blocks(wanted)
         pinned = self.device.type == "cuda"
         buffers = [torch.empty(len(self.positions), self.width, pin_memory=pinned) for _ in blocks[:2]]
-        ahead: deque[list[Future[None]]] = deque()
-        with ThreadPoolExecutor(self.num_workers, thread_name_prefix="vitzoo-columns") as pool:
-            try:
-                for number in range(len(blocks) + 1):
-                    if number < len(blocks):
-                        ahead.append(self._submit(pool, blocks[number], buffers[number % 2]))
-                    if number > 0:
-                        for future in ahead.popleft():
-                            future.result()
-                        columns = blocks[number - 1]
-                        block = buffers[(number - 1) % 2][:, : columns.stop - columns.start]
-                        yield columns, block.to(self.device)
-            finally:
-                for future in [future for futures in ahead for future in futures]:
-                    future.cancel()
-
-    def _submit(self, pool: ThreadPoolExecutor, columns: slice, buffer: Tensor) -> list[Future[None]]:
-        """Have the workers fill a block, each some rows."""
-        rows = np.array_split(np.arange(len(self.positions)), min(self.num_workers, len(self.positions)))
-        return [pool.submit(self._read, part.tolist(), columns, buffer.numpy()) for part in rows]
+        shares = np.array_split(np.arange(len(self.positions)), min(self.num_workers, len(self.positions)))
+        jobs = (
+            (share.tolist(), columns, buffers[number % 2].numpy())
+            for number, columns in enumerate(blocks)
+            for share in shares
+        )
+        # ahead by exactly one block: a block later would be read into the buffer that the caller still uses
+        with closing(mapped_ahead(self._read, jobs, threads=self.num_workers, ahead=len(shares))) as filled:
+            for number, columns in enumerate(blocks):
+                for _ in shares:
+                    next(filled)
+                block = buffers[number % 2][:, : columns.stop - columns.start]
+                yield columns, block.to(self.device)
 
     def rows(self) -> Iterator[Tensor]:
-        """Row by row instead: every model's weights in the common layout, float32 `[D]`, in memory of one's own."""
+        """The weights of one model after the other in the common layout, float32 `[D]`, each in memory of its own."""
         self._decode_where_needed()
         columns = slice(0, self.layout.num_parameters)
         for position in self.positions:
@@ -133,7 +126,9 @@ class WeightColumns:
             self._fill(position, columns, vector)
             yield torch.from_numpy(vector).to(self.device)
 
-    def _read(self, rows: Sequence[int], columns: slice, buffer: np.ndarray) -> None:
+    def _read(self, job: tuple[list[int], slice, np.ndarray]) -> None:
+        """Fill some rows of a block."""
+        rows, columns, buffer = job
         for row in rows:
             self._fill(self.positions[row], columns, buffer[row, : columns.stop - columns.start])
 
@@ -146,19 +141,19 @@ class WeightColumns:
 
     def _decode_where_needed(self) -> None:
         """Write rows whose place in a shard is not known into a temporary file, once."""
-        unknown = [position for position in self.positions if self.source.reader.places.offset[position] < 0]
-        if self._decoded is not None or not unknown:
+        without_place = [position for position in self.positions if self.source.reader.places.offset[position] < 0]
+        if self._decoded is not None or not without_place:
             return
         decoded = _DecodedRows(self.layout.num_parameters)
         vector = np.empty(self.layout.num_parameters, np.float32)
-        for position in unknown:
+        for position in without_place:
             self._fill(position, slice(0, vector.size), vector)
             decoded.append(position, vector)
         self._decoded = decoded
 
 
 class _DecodedRows:
-    """Vectors of float32 in a temporary file without a name, which is gone when the last user of it is."""
+    """Vectors of float32 in a temporary file without a name, which is deleted with the last object that uses it."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -180,15 +175,14 @@ class _DecodedRows:
 
 
 def common_layout(layouts: dict[str, Layout]) -> Layout:
-    """The layout that models share: theirs if there is one, else that of their trunks, without heads.
+    """The layout that models share: the only one, or the layout of their trunk where heads differ.
 
     Raises:
         ZooError: naming the layouts, if they differ beyond the head.
     """
-    first, *others = layouts.values()
-    if not others:
-        return first
-    trunks = {layout_id: _trunk(layout) for layout_id, layout in layouts.items()}
+    if len(layouts) == 1:
+        return next(iter(layouts.values()))
+    trunks = {layout_id: trunk_layout(layout) for layout_id, layout in layouts.items()}
     if len({trunk.fingerprint for trunk in trunks.values()}) > 1:
         shown = ", ".join(
             f"{layout_id}: {len(trunk.names)} tensors of {trunk.num_parameters} weights"
@@ -201,13 +195,8 @@ def common_layout(layouts: dict[str, Layout]) -> Layout:
     return next(iter(trunks.values()))
 
 
-def _trunk(layout: Layout) -> Layout:
-    kept = [(name, shape) for name, shape in zip(layout.names, layout.shapes, strict=True) if not is_head(name)]
-    return Layout(tuple(name for name, _ in kept), tuple(shape for _, shape in kept))
-
-
 def _runs(common: Layout, layout: Layout) -> list[Run]:
-    """Where the columns of the common layout lie in vectors of this one, neighbours together."""
+    """Where the columns of the common layout lie in vectors of `layout`, neighbours joined."""
     runs: list[Run] = []
     places = dict(layout.items())
     for name, columns in common.items():
@@ -221,7 +210,7 @@ def _runs(common: Layout, layout: Layout) -> list[Run]:
 
 def _overlaps(runs: Sequence[Run], columns: slice) -> Iterator[slice]:
     """The slices of a row's vector that hold these columns."""
-    for held, start in runs:
-        first, last = max(held.start, columns.start), min(held.stop, columns.stop)
+    for run, start in runs:
+        first, last = max(run.start, columns.start), min(run.stop, columns.stop)
         if first < last:
-            yield slice(start + first - held.start, start + last - held.start)
+            yield slice(start + first - run.start, start + last - run.start)

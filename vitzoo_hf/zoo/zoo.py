@@ -1,8 +1,8 @@
 """Open a zoo: its index, a filter over factors, single models, a stream of weights.
 
-The index is read at once and is small; of the weights only those asked for are read, and every row is compared with
-its hash when it is first read. A zoo is a folder, or the id of a dataset on the Hub, whose shards are read when they
-are needed: small ones through the Hub's cache, of large ones only the rows that are wanted.
+A zoo is a folder, or the id of a dataset on the Hub. Cost: opening reads the index, which is small. The weights of a
+row are read when they are asked for, and compared with their hash the first time. Small shards of the Hub go through
+its cache; of large ones only needed rows are read.
 """
 
 import copy
@@ -105,8 +105,9 @@ class Zoo:
     @property
     def configs(self) -> list[str]:
         """Configs of the dataset, `weights` first."""
-        held = {name.split("/")[0] for name in self.manifest["files"] if "/" in name} | {"weights"}
-        return [config for config in schema.CONFIGS if config in held]
+        # shards.json lists the weights, so the manifest may name no file of this config
+        folders = {name.split("/")[0] for name in self.manifest["files"] if "/" in name} | {"weights"}
+        return [config for config in schema.CONFIGS if config in folders]
 
     @property
     def model_ids(self) -> list[str]:
@@ -114,7 +115,7 @@ class Zoo:
         return self._column("model_id")
 
     def splits_of(self, model_ids: Sequence[str]) -> list[str]:
-        """The split each of these models is in."""
+        """The split of each of these models."""
         splits = dict(zip(self.model_ids, self._column("split"), strict=True))
         return [splits[model_id] for model_id in model_ids]
 
@@ -135,10 +136,10 @@ class Zoo:
         if config == "index":
             rows = with_class_names(self._index, self._features).take(self._positions)
             return rows.to_pandas(integer_object_nulls=True)
-        known = [held for held in self.configs if held != "weights"]
-        if config not in known:
+        configs = [name for name in self.configs if name != "weights"]
+        if config not in configs:
             hint = "; `vitzoo evaluate` writes it" if config in ("evaluations", "pairs") else ""
-            raise ZooError(f"{self.name} has no config {config!r}{hint}: {did_you_mean(config, known)}")
+            raise ZooError(f"{self.name} has no config {config!r}{hint}: {did_you_mean(config, configs)}")
         table = self._tables.read(config)
         return with_class_names(table, features_of(table)).to_pandas(integer_object_nulls=True)
 
@@ -165,10 +166,10 @@ class Zoo:
             if column in ("stage", "head"):
                 check_classes(column, condition)
             mask &= matches(table[column], column, condition)
-        return self._at(self._positions[mask[self._positions]])
+        return self._select_rows(self._positions[mask[self._positions]])
 
     def rows(self, *, verify: bool = True) -> Iterator[Row]:
-        """Every row, read-only; its weights, float32 `[D]`, are read when they are first asked for.
+        """All rows in order, read-only; the weights of a row, float32 `[D]`, are read when they are first asked for.
 
         Args:
             verify: compare every row with its hash when it is first read.
@@ -192,7 +193,7 @@ class Zoo:
             raise ZooError(f"model_id is {model_id!r}; expected the text in column `model_id`")
         if model_id not in ids:
             raise ZooError(f"{self.name} has no model {model_id!r}: {did_you_mean(model_id, ids)}")
-        return next(self._at(self._positions[[ids.index(model_id)]]).rows())
+        return next(self._select_rows(self._positions[[ids.index(model_id)]]).rows())
 
     def model(self, model_id: str, *, device: str | torch.device = "cpu") -> nn.Module:
         """A live timm ViT in eval mode, with exactly the stored weights.
@@ -224,16 +225,16 @@ class Zoo:
 
         Args:
             batch_size: rows a batch; the last batch of a layout may be smaller.
-            device: where `weights` go; for CUDA they are copied from pinned memory while earlier ones are used.
-            columns: of the index, to hand out beside `weights`; all by default.
+            device: where `weights` go; for CUDA they are copied from pinned memory while an earlier batch is used.
+            columns: columns of the index to hand out beside `weights`; all by default.
             tensors: names or patterns such as `blocks.*.attn.qkv.weight`: `weights` then holds only these, in the
-                order of the layout, and `tensors` maps their names to views `[B, *shape]`. Nothing else is read,
-                but for hashing a row the first time; give `verify=False` to not even do that.
+                order of the layout, and `tensors` maps their names to views `[B, *shape]`. Other tensors are read
+                only to hash a row the first time; `verify=False` avoids that too.
             shuffle: another order every epoch: row groups are permuted, and rows within windows of 256 MB. That is a
                 permutation of all rows where a zoo is smaller than that, or a model has a row group of its own.
-            seed: of the order.
+            seed: seed of the order.
             num_workers: threads that read ahead, a batch each; 0 reads when a batch is asked for.
-            rank: this process among `world_size`; each reads rows of its own, as many as any other but for one.
+            rank: number of this process among `world_size`. Ranks share the rows, as evenly as possible.
             world_size: number of processes.
             verify: compare every row with its hash when it is first read.
             reuse: hand out the same memory again, so that a batch's `weights` hold only until the next is asked for.
@@ -281,25 +282,25 @@ class Zoo:
         return WeightColumns(self._row_source([]), device=device, num_workers=num_workers, block_bytes=block_bytes)
 
     def probes(self, dataset: str, role: str = "test") -> tuple[Tensor, Tensor]:
-        """Held-out images of a dataset as its models are fed them, and their labels.
+        """Probe images of a dataset, prepared as in training, and their labels.
 
         Args:
             dataset: a `dataset` of the index.
             role: `test`, or `selection` for choosing models.
 
         Returns:
-            float32 `[N, C, H, W]`, normalised, and int64 `[N]`.
+            float32 `[N, channels, H, W]`, normalised, and int64 `[N]`.
 
         Raises:
             ZooError: if the zoo does not carry them.
         """
         import datasets
 
-        held = self._tables.read("probes", role)
-        table = held.filter(pc.equal(held["dataset"], dataset)) if held is not None else None
-        if table is None or table.num_rows == 0:
-            known = sorted(set(held["dataset"].to_pylist())) if held is not None else []
-            raise ZooError(f"{self.name} carries no {role} images of {dataset!r}; it has them of: {known or 'none'}")
+        every_dataset = self._tables.read("probes", role)
+        names = [] if every_dataset is None else sorted(set(every_dataset["dataset"].to_pylist()))
+        if every_dataset is None or dataset not in names:
+            raise ZooError(f"{self.name} carries no {role} images of {dataset!r}; it has them of: {names or 'none'}")
+        table = every_dataset.filter(pc.equal(every_dataset["dataset"], dataset))
         record = self.manifest["images"].get(dataset)
         if record is None:
             raise ZooError(f"zoo.json of {self.name} does not say how images of {dataset!r} are prepared; {REPAIR}")
@@ -315,13 +316,13 @@ class Zoo:
     def push(
         self, repository: str, *, private: bool = False, tag: str | None = None, dry_run: bool = False
     ) -> "Push":
-        """Publish the zoo on the Hub, or bring a published one up to date; see `vitzoo_hf.publish.push.push`.
+        """Publish the zoo on the Hub, or update a published zoo; see `vitzoo_hf.publish.push.push`.
 
         Args:
             repository: dataset id, `ORG/NAME`.
             private: make a new dataset private.
             tag: also tag this version.
-            dry_run: only say what would be uploaded.
+            dry_run: only list the files that would be uploaded.
 
         Raises:
             ZooError: for a zoo that is not a folder here, or only some of its rows.
@@ -340,18 +341,18 @@ class Zoo:
     @property
     def unfiltered(self) -> "Zoo":
         """All rows of the zoo, whatever was filtered."""
-        return self._at(np.arange(self._index.num_rows))
+        return self._select_rows(np.arange(self._index.num_rows))
 
     @property
     def blueprint_text(self) -> str:
         """The blueprint the zoo was made from."""
         return self._at_hand.path("blueprint.yaml").read_text(encoding="utf-8")
 
-    def _at(self, positions: np.ndarray) -> "Zoo":
+    def _select_rows(self, positions: np.ndarray) -> "Zoo":
         """A zoo over the same files with only the rows at these positions of the index."""
-        chosen = copy.copy(self)
-        chosen._positions = positions
-        return chosen
+        zoo = copy.copy(self)  # shares the reader, and with it what was verified
+        zoo._positions = positions
+        return zoo
 
     def _row_source(self, columns: Sequence[str] | None) -> RowSource:
         for position in self._positions.tolist():
@@ -365,12 +366,13 @@ class Zoo:
         )
 
     def _check_layout(self, position: int) -> None:
-        held, size = self._records["layout"][position], self._records["num_parameters"][position]
-        layout = self.layouts.get(held)
+        layout_id, size = self._records["layout"][position], self._records["num_parameters"][position]
+        layout = self.layouts.get(layout_id)
         if layout is None or layout.num_parameters != size:
+            expected = "lacks" if layout is None else f"gives {layout.num_parameters} weights"
             raise ZooError(
-                f"{self._records['model_id'][position]} has {size} weights and layout {held}, which layouts.json"
-                f" does not have like that: the index is damaged; {REPAIR}"
+                f"{self._records['model_id'][position]} has {size} weights of layout {layout_id}, which layouts.json"
+                f" {expected}: the index is damaged; {REPAIR}"
             )
 
     @property

@@ -231,7 +231,7 @@ def test_contrast_of_long_sequences_compares_windows(zoo):
     sizes = replace(SMALL.sizes, window=8, halo=1)
     trained = train_autoencoder(zoo, replace(SMALL, sizes=sizes).arm("C+S"))
     assert trained.step == SMALL.steps
-    assert trained.model.seen == 8 < trained.tokenizer.num_tokens
+    assert trained.model.window_tokens == 8 < trained.tokenizer.num_tokens
 
 
 def test_batches_of_one_model_are_left_out_of_contrast(zoo):

@@ -99,7 +99,7 @@ def test_every_attack_sees_a_label_ratio_and_none_when_secrets_are_shuffled(zoo)
     assert (control.table["low"] < 0.5).all()
     assert (control.table["high"] > 0.5).all()
     assert (control.table["seeds"] == 20).all()
-    assert "every attack is to be at chance" in control.facts["guards"]["control"]
+    assert "every attack should then be at chance level" in control.facts["guards"]["control"]
     with pytest.raises(ZooError, match="loss test learns nothing from shadows"):
         attack_zoo(zoo, "label_ratio", attacks=["loss_test"], shuffled=True)
 

@@ -11,8 +11,8 @@ from weight_zoo import ARGUMENTS, LAYOUT, damage, draw, epochs_zoo, write
 
 from vitzoo_hf.apply.lineage.epochs import order_along_path, order_epochs, random_taus
 from vitzoo_hf.apply.lineage.lineage import Forest, recover_lineage
+from vitzoo_hf.apply.lineage.metrics import Truth, forest_scores, tree_accuracy, truth_of
 from vitzoo_hf.apply.lineage.plot import forest_figure, lineage_table, radial_places
-from vitzoo_hf.apply.lineage.scores import Truth, forest_scores, tree_accuracy, truth_of
 from vitzoo_hf.format import schema
 from vitzoo_hf.format.schema import ZooError
 from vitzoo_hf.models.architecture import Architecture
@@ -158,7 +158,7 @@ def test_a_damaged_row_is_named_where_it_is_read(tmp_path, measure):
 
 
 def test_an_empty_zoo_is_refused(two_trees):
-    with pytest.raises(ZooError, match="no model to find the lineage of"):
+    with pytest.raises(ZooError, match="no model to recover the lineage of"):
         recover_lineage(two_trees.filter(model_id=[]), progress=False)
 
 

@@ -74,7 +74,7 @@ def test_sums_scales_and_negation_are_those_of_vectors(child, parent, start):
     torch.testing.assert_close((0.5 * one + -noise).values, 0.5 * one.values - noise.values)
     torch.testing.assert_close(edited_weights(start, one + -one), torch.from_numpy(start["weights"]))
     assert float(two.values.norm()) < 1e-6
-    with pytest.raises(ZooError, match="change other tensors: take both with or without the head"):
+    with pytest.raises(ZooError, match="change different tensors: take both with the head, or both without"):
         one + task_vector(child, start, head=True)
 
 
@@ -90,7 +90,7 @@ def test_noise_has_the_norms_of_the_vector_and_not_its_direction(child, parent):
 
 
 def test_heads_of_other_kinds_or_classes_are_refused(zoo, child, parent):
-    with pytest.raises(ZooError, match=r"heads are of other kinds or other classes: take the trunk alone"):
+    with pytest.raises(ZooError, match=r"heads differ in kind or classes: take the trunk alone"):
         task_vector(child, parent, head=True)
     other = next(zoo.filter(stage="finetune", head="linear").rows())
     with pytest.raises(ZooError, match=r"has no tensor 'head.* which .* changes"):
@@ -124,5 +124,5 @@ def test_scales_are_chosen_by_the_rules():
 
 
 def test_no_scale_is_told():
-    with pytest.raises(ZooError, match="no scale to choose"):
+    with pytest.raises(ZooError, match="no scale to select"):
         best_scale(pd.DataFrame({"scale": [], "loss": [], "accuracy": []}))

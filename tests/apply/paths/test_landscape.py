@@ -3,7 +3,8 @@ import pytest
 import torch
 from PIL import Image
 
-from vitzoo_hf.apply.paths.landscape import draw_slice, landscape_slice, plane_through
+from vitzoo_hf.apply.paths.landscape import landscape_slice, plane_through
+from vitzoo_hf.apply.paths.plot import draw_slice
 from vitzoo_hf.format.schema import ZooError
 from vitzoo_hf.models.rebuild import reconstruct
 from vitzoo_hf.zoo import Zoo

@@ -14,8 +14,8 @@ from sklearn.model_selection import GridSearchCV, GroupKFold
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
+from vitzoo_hf.apply.properties import metrics as property_scores
 from vitzoo_hf.apply.properties import models as property_models
-from vitzoo_hf.apply.properties import scores as property_scores
 from vitzoo_hf.apply.properties.models import prepare, ridge_path, ridge_predictions, tree_predictions
 from vitzoo_hf.format.schema import ZooError
 

@@ -208,5 +208,5 @@ def test_alignment_is_deterministic_and_mistakes_are_told():
     one, same = (align_by_weights(target, source, sizes, FAMILIES[:4], seed=3, restarts=2) for _ in range(2))
     assert one.squared_distances == same.squared_distances
     assert one.squared_distances[-1] <= align_by_weights(target, source, sizes, FAMILIES[:4]).squared_distances[0]
-    with pytest.raises(ZooError, match="alignment by activations needs images"):
+    with pytest.raises(ZooError, match="no images were given for alignment by activations"):
         align_by_activations(target, source, row, sizes, ("mlp",), torch.zeros(0, 1, 8, 8))

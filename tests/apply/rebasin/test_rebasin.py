@@ -16,7 +16,8 @@ from vitzoo_hf.apply.interpolation import path_scores
 from vitzoo_hf.apply.paths.paths import train_bezier
 from vitzoo_hf.apply.rebasin.barriers import LADDER, Variant, pair_barriers, sample_pairs, summary
 from vitzoo_hf.apply.rebasin.canonical import canonical
-from vitzoo_hf.apply.rebasin.rebasin import finite_weights, matching_images, rebasin, rebasin_zoo
+from vitzoo_hf.apply.rebasin.rebasin import finite_weights, matching_images, rebasin
+from vitzoo_hf.apply.rebasin.rows import rebasin_zoo
 from vitzoo_hf.apply.rebasin.symmetries import FAMILIES, Symmetry, apply, sizes_of
 from vitzoo_hf.cli.app import run
 from vitzoo_hf.format.row import Row
@@ -68,7 +69,7 @@ def test_mistakes_of_pairs_are_told(tiny_zoo, tuned):
         rebasin(one, linear)
     with pytest.raises(ZooError, match="unknown way of alignment 'weight': did you mean 'weights'"):
         rebasin(one, other, by="weight")
-    with pytest.raises(ZooError, match="alignment by both needs images"):
+    with pytest.raises(ZooError, match="no images were given for alignment by both"):
         rebasin(one, other, by="both")
     with pytest.raises(ZooError, match="unknown kind of pairs 'near'"):
         sample_pairs(tuned.to_pandas(), 2, kind="near")
@@ -293,7 +294,7 @@ PROGRAM = """
 import sys
 from pathlib import Path
 import side_by_side
-from vitzoo_hf.apply.rebasin.rebasin import rebasin_zoo
+from vitzoo_hf.apply.rebasin.rows import rebasin_zoo
 from vitzoo_hf.zoo import Zoo
 
 folder = Path(sys.argv[1])

@@ -45,7 +45,7 @@ def test_uniform_soup_averages_every_parameter(finals):
     soup = uniform_soup(finals)
     np.testing.assert_allclose(soup.weights.numpy(), expected, rtol=6e-8, atol=1e-12)
     layout = finals.layouts[rows[0]["layout"]]
-    turned = uniform_soup(finals._at(finals._positions[::-1]))
+    turned = uniform_soup(finals._select_rows(finals._positions[::-1]))
     assert torch.equal(soup.weights, turned.weights)
     averaged, first = (unflatten(torch.as_tensor(v), layout) for v in (soup.weights, rows[0]["weights"]))
     assert {"cls_token", "pos_embed", "head.weight", "head.bias", "blocks.0.attn.qkv.bias"} <= averaged.keys()
@@ -213,8 +213,8 @@ def test_soups_on_cuda_are_those_on_the_cpu(finals, selection):
 def test_incomplete_figures_are_told(finals, selection):
     known = single_accuracies(finals, *selection)
     known.pop(finals.model_ids[0])
-    with pytest.raises(ZooError, match=r"1 of .* candidates have no accuracy, .* the first: give that of every"):
+    with pytest.raises(ZooError, match=r"1 of .* candidates have no accuracy, .* the first: give one for every"):
         greedy_soup(finals, *selection, accuracies=known)
     first, second = finals.model_ids[:2]
-    with pytest.raises(ZooError, match="models have 1 to 2 coefficients: give each as many"):
+    with pytest.raises(ZooError, match="models have 1 to 2 coefficients: give every model the same number"):
         weighted_sums(finals, {first: [1.0], second: [1.0, 2.0]})

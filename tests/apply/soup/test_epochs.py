@@ -84,7 +84,7 @@ def test_gains_count_every_run_once_an_average(zoo):
 def test_averaging_noise_away_gains_and_the_order_of_rows_does_not_matter(zoo):
     found = average_epochs(zoo, last=[3], decays=[], progress=False)
     assert found.gains()["mean"].iloc[0] > 0  # noise is independent here: three average better than one
-    turned = zoo._at(zoo._positions[::-1])
+    turned = zoo._select_rows(zoo._positions[::-1])
     again = average_epochs(turned, last=[3], decays=[], progress=False)
     for run_id, soup in found.soups.items():
         torch.testing.assert_close(soup.weights, again.soups[run_id].weights, rtol=2e-7, atol=0)

@@ -27,7 +27,7 @@ greedy = greedy_soup(zoo, images, labels)
 learned = learned_soup(zoo, images, labels, epochs=1, batch_size=4)
 soups = [soup_row(zoo, soup) for soup in (uniform, greedy, learned)]
 write_soups(zoo, soups, folder / "soups")
-assert len(list(Zoo(folder / "soups").rows())) == 3
+assert len([row.weights for row in Zoo(folder / "soups").rows()]) == 3
 rows = [zoo.row(model_id) for model_id in zoo.model_ids[:3]]
 assert edited_weights(rows[0], 0.5 * task_vector(rows[1], rows[2])).isfinite().all()
 assert landscape_slice(rows, images[:2], labels[:2], resolution=2).loss.isfinite().all()

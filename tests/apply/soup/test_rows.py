@@ -6,7 +6,7 @@ import pytest
 from datasets import load_dataset
 from soup_zoo import noisy_zoo
 
-from vitzoo_hf.apply.rebasin.rebasin import rebasin_zoo
+from vitzoo_hf.apply.rebasin.rows import rebasin_zoo
 from vitzoo_hf.apply.soup.averaging import Soup, greedy_soup, uniform_soup
 from vitzoo_hf.apply.soup.rows import soup_row, write_soups
 from vitzoo_hf.cli.app import run
@@ -76,7 +76,7 @@ def test_a_soup_of_several_splits_is_in_the_most_guarded_one(tmp_path, tiny_zoo)
 def test_soups_that_cannot_be_written_are_refused(children, finals, tmp_path):
     row = soup_row(children, uniform_soup(children), name="a b/c")
     assert row["model_id"] == "soup-uniform--a.b.c@2"
-    with pytest.raises(ZooError, match=r"1 ids are those of several soups, soup-uniform--a.b.c@2 the first"):
+    with pytest.raises(ZooError, match=r"1 ids belong to several soups, soup-uniform--a.b.c@2 the first"):
         write_soups(children, [row, row], tmp_path / "twice")
     with pytest.raises(ZooError, match="there is no soup to write"):
         write_soups(children, [], tmp_path / "none")

@@ -1,4 +1,7 @@
-"""Generated networks trained on for a few epochs, all of them at once, each as if it were alone."""
+"""Fine-tune generated networks for a few epochs, all in one batched forward; no network changes another.
+
+Costs: weights, gradients and the two moments of Adam of all P networks are in memory at once.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,14 +21,14 @@ from vitzoo_hf.zoo import Zoo
 
 @dataclass(frozen=True)
 class FineTuning:
-    """How generated networks are trained on: Adam with L2 decay, as Meynent et al. 2025 do.
+    """Settings of fine-tuning: Adam with L2 decay, after Meynent et al. 2025.
 
     Attributes:
-        epochs: over the training images.
-        lr: of Adam, constant.
-        weight_decay: added to the gradient.
-        batch_size: images a step; every network sees the same batches.
-        seed: of their order.
+        epochs: passes over the training images.
+        lr: learning rate of Adam, constant.
+        weight_decay: factor of the weights that is added to the gradient.
+        batch_size: number of images in a step; every network sees the same batches.
+        seed: seed of the order of images.
     """
 
     epochs: int = 5
@@ -40,8 +43,8 @@ class FineTuning:
                 raise ZooError(f"{name} of fine-tuning is {getattr(self, name)}; it must be positive")
 
 
-def training_images(zoo: Zoo, dataset: str) -> tuple[Float[Tensor, "n C H W"], Int64[Tensor, " n"]]:
-    """The training images of a dataset as its models are fed them, by the blueprint that the zoo carries.
+def training_images(zoo: Zoo, dataset: str) -> tuple[Float[Tensor, "N C H W"], Int64[Tensor, " N"]]:
+    """Load the training images of a dataset, normalised for its models, by the blueprint that the zoo carries.
 
     Raises:
         ZooError: if the zoo was not made from a blueprint with these images, or they are not on this machine.
@@ -49,29 +52,29 @@ def training_images(zoo: Zoo, dataset: str) -> tuple[Float[Tensor, "n C H W"], I
     images = Blueprint.parse(zoo.blueprint_text).images
     if dataset not in images:
         raise ZooError(f"the blueprint of {zoo.name} has images {', '.join(images)}, not {dataset!r}")
-    found = load_images(dataset, images[dataset])
-    pixels, labels = found.part("train")
-    return found.normalize(pixels), labels
+    image_set = load_images(dataset, images[dataset])
+    pixels, labels = image_set.part("train")
+    return image_set.normalize(pixels), labels
 
 
 def fine_tuned(
     networks: Networks,
-    vectors: Float[Tensor, "M D"],
-    images: Float[Tensor, "n C H W"],
-    labels: Int64[Tensor, " n"],
+    vectors: Float[Tensor, "P D"],
+    images: Float[Tensor, "N C H W"],
+    labels: Int64[Tensor, " N"],
     how: FineTuning | None = None,
     *,
     device: str = "cpu",
-) -> Iterator[Float[Tensor, "M D"]]:
-    """Weights after each epoch, on the CPU; no network's depend on the others'.
+) -> Iterator[Float[Tensor, "P D"]]:
+    """Yield the weights of all networks after each epoch, on the CPU.
 
     Args:
-        networks: whose weights the vectors are.
-        vectors: of M networks; they are not changed.
-        images: for training, as the networks are fed them.
-        labels: of the images.
-        how: `FineTuning()` by default.
-        device: where.
+        networks: networks of the layout of the vectors.
+        vectors: weights of P networks; they are not changed.
+        images: training images, normalised.
+        labels: labels of the images.
+        how: settings, `FineTuning()` by default.
+        device: device that trains.
 
     Raises:
         ZooError: if the weights of a network are no longer finite.
@@ -82,14 +85,15 @@ def fine_tuned(
     patches, labels = networks.patches(images.to(place)), labels.to(place)
     generator = torch.Generator().manual_seed(how.seed)
     for epoch in range(how.epochs):
-        for chosen in torch.randperm(len(labels), generator=generator).to(place).split(how.batch_size):
-            logits = networks.logits(weights, patches[chosen])
-            targets = labels[chosen].expand(len(weights), -1)
+        for batch in torch.randperm(len(labels), generator=generator).to(place).split(how.batch_size):
+            logits = networks.logits(weights, patches[batch])
+            targets = labels[batch].expand(len(weights), -1)
             losses = functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
             optimizer.zero_grad(set_to_none=True)
+            # a sum over networks, so that the gradient of a network is the one of its loss alone
             losses.view(targets.shape).mean(1).sum().backward()
             optimizer.step()
-        bad = (~weights.detach().isfinite().all(1)).nonzero().flatten().tolist()
-        if bad:
-            raise ZooError(f"networks {bad} are not finite after epoch {epoch + 1}: lower lr, now {how.lr:g}")
+        diverged = (~weights.detach().isfinite().all(1)).nonzero().flatten().tolist()
+        if diverged:
+            raise ZooError(f"networks {diverged} are not finite after epoch {epoch + 1}: lower lr, now {how.lr:g}")
         yield weights.detach().cpu().clone()

@@ -1,7 +1,7 @@
-"""What an autoencoder of weights is trained on: structure, contrast and behaviour, and their sum.
+"""Losses of an autoencoder of weights: structure, contrast, behaviour, and their weighted sum.
 
-Formulas are those of Meynent et al. 2025 ("Structure Is Not Enough") and of SANE (Schürholt et al. 2024): masked mean
-squared error of weights, NT-Xent on two views, mean squared error of softmax outputs on query images.
+Formulas follow Meynent et al. 2025 ("Structure Is Not Enough") and SANE (Schürholt et al. 2024): masked mean squared
+error of weights, NT-Xent on two views, mean squared error of softmax outputs on query images.
 """
 
 from dataclasses import dataclass, field
@@ -13,25 +13,28 @@ from torch import Tensor
 from torch.nn import functional
 
 from vitzoo_hf.format.schema import ZooError
+from vitzoo_hf.training.losses import info_nce
 
 BEHAVIOURS = ("softmax", "distillation", "logits")
 SOFTENING = 2.0
+"""Temperature of distillation."""
 LEAST_SCALE = 1e-11
+"""A first loss below this is rounding error; as a scale it would blow the part up by the inverse."""
 
 
 def structural_loss(
-    decoded: Float[Tensor, "B N T"],
-    target: Float[Tensor, "B N T"],
-    mask: Bool[Tensor, "N T"],
+    decoded: Float[Tensor, "B T W"],
+    target: Float[Tensor, "B T W"],
+    mask: Bool[Tensor, "T W"],
     *,
     normalise: bool = False,
 ) -> Float[Tensor, ""]:
-    """Mean squared error over weights; padding counts neither in the sum nor in the number.
+    """Mean squared error over weights; padding is left out of the sum and of the count.
 
     Args:
         decoded: tokens from the autoencoder.
-        target: tokens that went in.
-        mask: where tokens hold weights.
+        target: tokens that went into the autoencoder.
+        mask: true where a token has a weight, false at padding.
         normalise: divide by the variance of the batch's weights ("masked loss normalisation").
 
     Example:
@@ -50,36 +53,33 @@ def structural_loss(
 
 
 def contrastive_loss(
-    first: Float[Tensor, "B P"], second: Float[Tensor, "B P"], temperature: float = 0.1
+    first: Float[Tensor, "B F"], second: Float[Tensor, "B F"], temperature: float = 0.1
 ) -> Float[Tensor, ""]:
-    """NT-Xent (Chen et al. 2020): each view's other view among all others of the batch, by cosine similarity.
+    """NT-Xent (Chen et al. 2020): find the other view of a model among all views of the batch, by cosine similarity.
 
     Raises:
         ZooError: for fewer than two models, which have no negatives.
     """
     if len(first) < 2:
         raise ZooError("contrast needs at least two models in a batch")
-    views = functional.normalize(torch.cat([first, second]), dim=1)
-    similarity = (views @ views.T / temperature).fill_diagonal_(float("-inf"))
-    partner = torch.arange(len(views), device=views.device).roll(len(first))
-    return functional.cross_entropy(similarity, partner)
+    return info_nce(torch.cat([first, second]), temperature)
 
 
 class Behaviour(NamedTuple):
-    """The behavioural loss, and how many decoded networks were left out because theirs was not finite."""
+    """The behavioural loss, and the number of decoded networks left out because their loss was not finite."""
 
     loss: Float[Tensor, ""]
     dropped: int
 
 
 def behavioural_loss(
-    decoded: Float[Tensor, "M n K"], original: Float[Tensor, "M n K"], kind: str = "softmax"
+    decoded: Float[Tensor, "P N C"], original: Float[Tensor, "P N C"], kind: str = "softmax"
 ) -> Behaviour:
-    """How far outputs of decoded networks are from those of the originals on the same images, mean over networks.
+    """Distance of outputs of decoded networks to those of the originals on the same images, mean over networks.
 
     Args:
         decoded: logits of the decoded networks, with gradients.
-        original: logits of the originals.
+        original: logits of the original networks.
         kind: `softmax`: mean squared error of probabilities; `distillation`: `T² KL(original ‖ decoded)` at T = 2,
             in nats; `logits`: mean squared error of logits.
 
@@ -92,6 +92,7 @@ def behavioural_loss(
     elif kind == "distillation":
         soft, target = (decoded / SOFTENING).log_softmax(2), (original / SOFTENING).log_softmax(2)
         divergence = functional.kl_div(soft, target, reduction="none", log_target=True)
+        # T² keeps gradients at the size of those without softening (Hinton et al. 2015)
         losses = SOFTENING**2 * divergence.sum(2).mean(1)
     elif kind == "logits":
         losses = (decoded - original).square().mean((1, 2))
@@ -105,12 +106,12 @@ def behavioural_loss(
 
 @dataclass
 class Composite:
-    """`contrast C + (1 - contrast) [structure S + (1 - structure) B]`, each divided by its value on the first batch.
+    """`contrast C + (1 - contrast) [structure S + (1 - structure) B]`, each part divided by its first value.
 
     Attributes:
         contrast: γ, the share of the contrastive loss.
-        structure: β, the share of the structural loss in the rest.
-        scales: the first values, which a checkpoint keeps.
+        structure: β, the share of the structural loss in the remainder.
+        scales: value of each part on the first batch; a checkpoint stores them.
 
     Example:
         >>> loss = Composite(contrast=0.05, structure=0.1)
@@ -130,19 +131,19 @@ class Composite:
 
     @property
     def shares(self) -> dict[str, float]:
-        """The weight of each part; parts of weight 0 need not be computed."""
-        rest = 1 - self.contrast
+        """Part -> its weight; parts of weight 0 need not be computed."""
+        remainder = 1 - self.contrast
         return {
             "contrast": self.contrast,
-            "structure": rest * self.structure,
-            "behaviour": rest * (1 - self.structure),
+            "structure": remainder * self.structure,
+            "behaviour": remainder * (1 - self.structure),
         }
 
     def __call__(self, parts: dict[str, Float[Tensor, ""]]) -> Float[Tensor, ""]:
-        """The sum; the first call sets the scales of the parts it is given.
+        """Weighted sum of parts; the first call sets their scales.
 
         Raises:
-            ZooError: if a part that counts is missing, or is rounding alone or not finite when it sets its scale.
+            ZooError: if a part with a share is missing, or its first value is not finite or only rounding error.
         """
         total: Tensor = torch.zeros(())
         for name, share in self.shares.items():
@@ -157,8 +158,8 @@ class Composite:
                     raise ZooError(f"the first {name} loss is {scale:g}; it cannot set a scale")
                 if scale < LEAST_SCALE:
                     raise ZooError(
-                        f"the first {name} loss is {scale:g}, rounding alone: before any step, what is decoded is"
-                        " what went in; take fewer latent numbers a token"
+                        f"the first {name} loss is {scale:g}, only rounding error: the autoencoder already"
+                        " copies its input before the first step; take fewer latent numbers a token"
                     )
                 self.scales[name] = scale
             total = total.to(value.device) + share * value / self.scales[name]

@@ -1,24 +1,25 @@
-"""How good decoded networks are, by measures that a decoder of one good prototype cannot pass.
+"""Measures of decoded networks that a decoder which returns one good prototype cannot pass.
 
-P originals and their reconstructions; functions of tensors, float64 out. Sources: agreement and retention of accuracy
-as in Meynent et al. 2025; specificity, rank correlation and diversity are there to tell a reconstruction from a
-prototype that is good at the task but not the model that went in.
+Functions of tensors of P originals and their reconstructions; results are float64. Agreement and retention of
+accuracy follow Meynent et al. 2025. Specificity, rank correlation and diversity separate a reconstruction from a
+prototype that is good at the task but is not the model that went in.
 
-What decoded networks compute on query images, all of them in one forward, with gradients to their weights.
+`Networks` computes the outputs of all decoded networks in one forward pass, with gradients to their weights.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Float64, Int64
+from jaxtyping import Float, Float64, Int64
 from scipy.stats import spearmanr
 from torch import Tensor
 
 from vitzoo_hf.apply.autoencoder.tokens import Tokenizer
 from vitzoo_hf.format.layout import Layout, unflatten
+from vitzoo_hf.format.row import RowLike
 from vitzoo_hf.format.schema import ZooError
+from vitzoo_hf.metrics.agreement import agreement, error_overlap
 from vitzoo_hf.metrics.weight_distances import weight_distances
 from vitzoo_hf.models.architecture import Architecture
 from vitzoo_hf.models.batched import BatchedViT
@@ -26,11 +27,11 @@ from vitzoo_hf.models.batched import BatchedViT
 
 @dataclass(frozen=True)
 class Networks:
-    """The networks that vectors of one layout make.
+    """Networks whose weights are the vectors of one layout.
 
     Attributes:
-        architecture: of the networks.
-        layout: of the vectors.
+        architecture: architecture of the networks.
+        layout: layout of the vectors.
         vit: sizes of the plain ViT.
     """
 
@@ -39,8 +40,8 @@ class Networks:
     vit: BatchedViT
 
     @classmethod
-    def like(cls, row: Mapping[str, Any]) -> "Networks":
-        """Those of the architecture and head of a row.
+    def like(cls, row: RowLike) -> "Networks":
+        """Make the networks of the architecture and head of a row.
 
         Raises:
             ZooError: for an architecture other than a plain ViT without dropout.
@@ -49,10 +50,10 @@ class Networks:
 
     @classmethod
     def of(cls, architecture: Architecture) -> "Networks":
-        """Those of an architecture and head.
+        """Make the networks of an architecture and head.
 
         Raises:
-            ZooError: as `like`.
+            ZooError: for an architecture other than a plain ViT without dropout.
         """
         vit = BatchedViT.trainable(architecture.skeleton)
         if vit is None:
@@ -62,28 +63,28 @@ class Networks:
             )
         return cls(architecture, architecture.layout, vit)
 
-    def patches(self, images: Float[Tensor, "n C H W"]) -> Float[Tensor, "n t c"]:
-        """Images cut as the patch embedding takes them."""
+    def patches(self, images: Float[Tensor, "N C H W"]) -> Float[Tensor, "N t c"]:
+        """Cut images into the patches of the patch embedding."""
         return self.vit.patches(images)
 
-    def logits(self, vectors: Float[Tensor, "M D"], patches: Float[Tensor, "n t c"]) -> Float[Tensor, "M n K"]:
-        """Outputs of M networks on the same images, differentiable in the vectors."""
+    def logits(self, vectors: Float[Tensor, "P D"], patches: Float[Tensor, "N t c"]) -> Float[Tensor, "P N C"]:
+        """Outputs of P networks on the same images, differentiable in the vectors."""
         return self.vit(unflatten(vectors, self.layout), patches, in_place=False).logits
 
 
 def layer_r2(
     decoded: Float[Tensor, "P D"], original: Float[Tensor, "P D"], mean: Float[Tensor, " D"], tokenizer: Tokenizer
-) -> Float64[Tensor, " G"]:
+) -> Float64[Tensor, " L"]:
     """`1 - Σ(decoded - original)² / Σ(original - mean)²` of each layer, in the order of `tokenizer.groups`.
 
     Args:
         decoded: reconstructed weights.
         original: weights that went in.
-        mean: what a decoder without input would give, such as the mean of training models, or of their layers.
-        tokenizer: says which weights make a layer.
+        mean: output of a decoder without input, such as the mean of training models, or of their layers.
+        tokenizer: tokenizer of the weights, which says which weights make a layer.
 
     Returns:
-        NaN for a layer in which no original differs from the mean.
+        One value a layer; NaN for a layer in which no original differs from the mean.
     """
     groups = tokenizer.groups
     error, spread = (
@@ -97,46 +98,54 @@ def layer_r2(
 
 
 def own_agreement(decoded: Int64[Tensor, "P N"], original: Int64[Tensor, "P N"]) -> Float64[Tensor, " P"]:
-    """Share of images on which a reconstruction predicts what its own original does."""
+    """Share of images on which a reconstruction predicts the class that its original predicts."""
     return (decoded == original).double().mean(1)
 
 
-def specificity(decoded: Int64[Tensor, "P N"], original: Int64[Tensor, "P N"]) -> Float64[Tensor, " P"]:
-    """Agreement with one's own original, less the mean agreement with the other originals.
+def shared_errors(
+    decoded: Int64[Tensor, "P N"], original: Int64[Tensor, "P N"], labels: Int64[Tensor, " N"]
+) -> Float64[Tensor, " P"]:
+    """`error_overlap` of each reconstruction with its original; NaN where neither makes an error."""
+    return error_overlap(torch.cat([decoded, original]), labels).diagonal(len(decoded))
 
-    Near 0 for a decoder that gives one prototype whatever went in.
+
+def specificity(decoded: Int64[Tensor, "P N"], original: Int64[Tensor, "P N"]) -> Float64[Tensor, " P"]:
+    """Agreement of a reconstruction with its original, less the mean agreement with the other originals.
+
+    Near 0 for a decoder that returns one prototype for every input.
 
     Raises:
         ValueError: for fewer than two models.
     """
     if len(original) < 2:
         raise ValueError("specificity compares with other originals: give at least two models")
-    among = torch.stack([(row == original).double().mean(1) for row in decoded])
-    own = among.diagonal()
-    return own - (among.sum(1) - own) / (len(original) - 1)
+    P = len(original)
+    shares = agreement(torch.cat([decoded, original]))[:P, P:].contiguous()
+    matched = shares.diagonal()
+    return matched - (shares.sum(1) - matched) / (P - 1)
 
 
 def retention(decoded: Float64[Tensor, " P"], original: Float64[Tensor, " P"], chance: float) -> Float64[Tensor, ""]:
-    """`(accuracy of reconstructions - chance) / (accuracy of originals - chance)`, of the means.
+    """`(accuracy of reconstructions - chance) / (accuracy of originals - chance)`, both accuracies means over models.
 
     Raises:
         ValueError: if the originals are not better than chance.
     """
-    better = original.mean() - chance
-    if better <= 0:
+    gain = original.mean() - chance
+    if gain <= 0:
         raise ValueError(f"originals of accuracy {original.mean():.3f} are no better than chance, {chance:.3f}")
-    return (decoded.mean() - chance) / better
+    return (decoded.mean() - chance) / gain
 
 
 def rank_correlation(decoded: Float64[Tensor, " P"], original: Float64[Tensor, " P"]) -> float:
-    """Spearman's ρ of accuracies; 0 where all reconstructions are equally good."""
+    """Spearman's ρ of accuracies; 0 where all reconstructions, or all originals, are equally good."""
     if decoded.unique().numel() < 2 or original.unique().numel() < 2:
         return 0.0
     return float(spearmanr(decoded.numpy(), original.numpy()).statistic)
 
 
 def diversity(decoded: Float[Tensor, "P D"], original: Float[Tensor, "Q D"]) -> float:
-    """Mean distance of pairs of reconstructions over that of pairs of originals."""
+    """Mean distance of pairs of reconstructions, divided by the mean distance of pairs of originals."""
     return float(_mean_distance(decoded) / _mean_distance(original))
 
 
@@ -146,33 +155,24 @@ def _mean_distance(weights: Float[Tensor, "P D"]) -> Float64[Tensor, ""]:
 
 
 CLOSEST = 8
+"""Candidates for the nearest model; rounding of products may exchange models that are about equally far."""
 
 
 class Nearest(NamedTuple):
-    """The nearest training model of each model: L2 distance, and its position."""
+    """Nearest training model of each model: its L2 distance and its position."""
 
     distance: Float64[Tensor, " P"]
     position: Int64[Tensor, " P"]
 
 
 def nearest(weights: Float[Tensor, "P D"], training: Float[Tensor, "Q D"]) -> Nearest:
-    """The nearest training model of each model; copies are exactly 0 away.
+    """Find the nearest training model of each model; a copy is at distance exactly 0.
 
-    Products in float64 find the closest few, differences decide between them.
+    Products in float64 select the closest few, and differences decide between them.
     """
     ours, theirs = weights.double(), training.double()
-    few = torch.cdist(ours, theirs, compute_mode="use_mm_for_euclid_dist").topk(
-        min(CLOSEST, len(theirs)), largest=False
-    )
-    far = torch.stack([(theirs[chosen] - row).square().sum(1) for row, chosen in zip(ours, few.indices, strict=True)])
-    least = far.min(1)
-    return Nearest(least.values.sqrt(), few.indices.gather(1, least.indices[:, None])[:, 0])
-
-
-def shared_errors(
-    decoded: Int64[Tensor, "P N"], original: Int64[Tensor, "P N"], labels: Int64[Tensor, " N"]
-) -> Float64[Tensor, " P"]:
-    """Images that both get wrong over images that either gets wrong; NaN where neither errs."""
-    wrong, also = decoded != labels, original != labels
-    either: Bool[Tensor, "P N"] = wrong | also
-    return (wrong & also).sum(1).double() / either.sum(1)
+    distances = torch.cdist(ours, theirs, compute_mode="use_mm_for_euclid_dist")
+    closest = distances.topk(min(CLOSEST, len(theirs)), largest=False).indices
+    squares = torch.stack([(theirs[few] - row).square().sum(1) for row, few in zip(ours, closest, strict=True)])
+    least = squares.min(1)
+    return Nearest(least.values.sqrt(), closest.gather(1, least.indices[:, None])[:, 0])

@@ -1,10 +1,10 @@
-"""Autoencoders of weights: transformers over the tokens of one model, which never see another model of the batch.
+"""Autoencoder of weights: two transformers over the tokens of one model; models of a batch never see each other.
 
-Encoder: token -> width, plus position -> blocks -> latent numbers a token. Decoder: the same the other way round.
-Positions are three learned tables: of the token's index, its layer and its role. Sequences longer than a window are
-taken in windows with a halo of context on both sides (SANE, Schürholt et al. 2024). Beside each transformer may go a
-linear map of each layer's tokens, which begins at the principal components of training tokens; the transformers then
-begin at nothing.
+Encoder: token -> width, plus position -> blocks -> latent numbers of a token. The decoder runs the steps in reverse
+order. A position is the sum of three learned tables, indexed by the token, its layer and its role. Sequences longer
+than a window are split into windows with a halo of context on both sides (SANE, Schürholt et al. 2024). Optionally a
+linear map of each layer's tokens runs beside each transformer: it starts at the principal components of training
+tokens, and the output of the transformers starts at zero.
 """
 
 from collections.abc import Iterator
@@ -22,17 +22,17 @@ INIT_STD = 0.02
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of an autoencoder.
+    """Sizes of an autoencoder.
 
     Attributes:
-        width: of tokens inside the transformer.
-        latent: numbers a token is encoded in.
-        heads: of attention.
-        blocks: in the encoder, and as many in the decoder.
-        hidden: width of the MLPs over `width`.
+        width: numbers of a token inside the transformer.
+        latent: numbers of a token between encoder and decoder.
+        heads: number of attention heads.
+        blocks: number of transformer blocks in the encoder; the decoder has the same number.
+        hidden: width of the MLPs, in multiples of `width`.
         projection: outputs of the projection head of the contrastive loss.
-        window: tokens that are encoded or decoded together; 0 takes all.
-        halo: tokens of context on each side of a window.
+        window: number of tokens that are encoded or decoded together; 0 takes all.
+        halo: number of tokens of context on each side of a window.
         linear: put a linear map of each layer's tokens beside each transformer.
     """
 
@@ -57,14 +57,14 @@ class Sizes:
 
 
 class WeightAutoencoder(nn.Module):
-    """Tokens `[B, N, T]` -> latents `[B, N, latent]` -> tokens.
+    """Tokens `[B, T, W]` -> latents `[B, T, latent]` -> tokens.
 
-    Padding is set to 0 on the way in and on the way out.
+    Padding is set to 0 in the input and in the output.
 
     Args:
-        tokenizer: of the models.
-        sizes: of the autoencoder.
-        components: where linear maps begin, see `components.layer_components`; at random if not given.
+        tokenizer: tokenizer of the models.
+        sizes: sizes of the autoencoder.
+        components: initial linear maps, see `layer_components`; random by default.
 
     Example:
         >>> from vitzoo_hf.zoo import Zoo
@@ -81,25 +81,25 @@ class WeightAutoencoder(nn.Module):
     roles: Tensor
 
     def __init__(
-        self, tokenizer: Tokenizer, sizes: Sizes, components: Float[Tensor, "G T latent"] | None = None
+        self, tokenizer: Tokenizer, sizes: Sizes, components: Float[Tensor, "L W latent"] | None = None
     ) -> None:
         super().__init__()
         self.sizes = sizes
         self.lengths = tokenizer.lengths
-        N, T = tokenizer.num_tokens, tokenizer.width
+        T, W = tokenizer.num_tokens, tokenizer.width
         self.register_buffer("padding", ~tokenizer.mask, persistent=False)
         self.register_buffer("layers", tokenizer.layers, persistent=False)
         self.register_buffer("roles", tokenizer.roles, persistent=False)
-        self.index_table = nn.Parameter(torch.empty(N, sizes.width))
+        self.index_table = nn.Parameter(torch.empty(T, sizes.width))
         self.layer_table = nn.Parameter(torch.empty(int(tokenizer.layers.max()) + 1, sizes.width))
         self.role_table = nn.Parameter(torch.empty(len(tokenizer.role_names), sizes.width))
-        self.enter_encoder, self.leave_encoder = nn.Linear(T, sizes.width), nn.Linear(sizes.width, sizes.latent)
-        self.enter_decoder, self.leave_decoder = nn.Linear(sizes.latent, sizes.width), nn.Linear(sizes.width, T)
+        self.enter_encoder, self.leave_encoder = nn.Linear(W, sizes.width), nn.Linear(sizes.width, sizes.latent)
+        self.enter_decoder, self.leave_decoder = nn.Linear(sizes.latent, sizes.width), nn.Linear(sizes.width, W)
         self.encoder, self.decoder = _transformer(sizes), _transformer(sizes)
-        self.seen = min(N, sizes.window) if sizes.window else N
+        self.window_tokens = min(T, sizes.window) if sizes.window else T
         self.projection = nn.Sequential(
             nn.Flatten(),
-            nn.Linear(self.seen * sizes.latent, sizes.projection, bias=False),
+            nn.Linear(self.window_tokens * sizes.latent, sizes.projection, bias=False),
             nn.LayerNorm(sizes.projection),
             nn.ReLU(),
             nn.Linear(sizes.projection, sizes.projection, bias=False),
@@ -110,75 +110,76 @@ class WeightAutoencoder(nn.Module):
         for table in (self.index_table, self.layer_table, self.role_table):
             nn.init.normal_(table, std=INIT_STD)
         if sizes.linear:
-            start = torch.randn(len(self.lengths), T, sizes.latent) / T**0.5 if components is None else components
+            start = torch.randn(len(self.lengths), W, sizes.latent) / W**0.5 if components is None else components
             self.down = nn.Parameter(start.clone(memory_format=torch.contiguous_format))
             self.up = nn.Parameter(start.mT.contiguous())
+            # the first reconstruction is that of PCA, and training only improves on it
             nn.init.zeros_(self.leave_encoder.weight)
             nn.init.zeros_(self.leave_decoder.weight)
 
-    def forward(self, tokens: Float[Tensor, "B N T"]) -> tuple[Float[Tensor, "B N latent"], Float[Tensor, "B N T"]]:
-        """Latents of models, and what is decoded from them."""
+    def forward(self, tokens: Float[Tensor, "B T W"]) -> tuple[Float[Tensor, "B T latent"], Float[Tensor, "B T W"]]:
+        """Latents of models, and the tokens decoded from the latents."""
         latents = self.encode(tokens)
         return latents, self.decode(latents)
 
-    def encode(self, tokens: Float[Tensor, "B N T"]) -> Float[Tensor, "B N latent"]:
-        """Latents of models."""
-        held = tokens.masked_fill(self.padding, 0.0)
-        latents = self.leave_encoder(self._through(self.encoder, self.enter_encoder(held) + self._positions()))
-        return latents + self._by_layer(held, self.down) if self.sizes.linear else latents
+    def encode(self, tokens: Float[Tensor, "B T W"]) -> Float[Tensor, "B T latent"]:
+        """Encode tokens of models."""
+        inputs = tokens.masked_fill(self.padding, 0.0)
+        latents = self.leave_encoder(self._through(self.encoder, self.enter_encoder(inputs) + self._positions()))
+        return latents + self._by_layer(inputs, self.down) if self.sizes.linear else latents
 
-    def decode(self, latents: Float[Tensor, "B N latent"]) -> Float[Tensor, "B N T"]:
-        """Tokens of models."""
+    def decode(self, latents: Float[Tensor, "B T latent"]) -> Float[Tensor, "B T W"]:
+        """Decode latents of models."""
         inside = self.enter_decoder(latents) + self._positions()
         tokens = self.leave_decoder(self._through(self.decoder, inside))
         if self.sizes.linear:
             tokens = tokens + self._by_layer(latents, self.up)
         return tokens.masked_fill(self.padding, 0.0)
 
-    def project(self, latents: Float[Tensor, "B n latent"]) -> Float[Tensor, "B projection"]:
-        """What the contrastive loss compares, of all tokens or of one window."""
+    def project(self, latents: Float[Tensor, "B t latent"]) -> Float[Tensor, "B projection"]:
+        """Projection for the contrastive loss, of all tokens or of one window."""
         return self.projection(latents)
 
-    def _by_layer(self, values: Float[Tensor, "B N a"], maps: Float[Tensor, "G a b"]) -> Float[Tensor, "B N b"]:
+    def _by_layer(self, values: Float[Tensor, "B T a"], maps: Float[Tensor, "L a b"]) -> Float[Tensor, "B T b"]:
         parts = values.split(self.lengths, 1)
         return torch.cat([part @ map for part, map in zip(parts, maps, strict=True)], 1)
 
-    def _positions(self) -> Float[Tensor, "N width"]:
+    def _positions(self) -> Float[Tensor, "T width"]:
         return self.index_table + self.layer_table[self.layers] + self.role_table[self.roles]
 
-    def _through(self, transformer: nn.Module, inside: Float[Tensor, "B N width"]) -> Float[Tensor, "B N width"]:
+    def _through(self, transformer: nn.Module, inside: Float[Tensor, "B T width"]) -> Float[Tensor, "B T width"]:
         if not self.sizes.window or inside.shape[1] <= self.sizes.window + 2 * self.sizes.halo:
             return transformer(inside)
         parts = [
-            transformer(inside[:, seen])[:, kept]
-            for seen, kept in windows(inside.shape[1], self.sizes.window, self.sizes.halo)
+            transformer(inside[:, context])[:, inner]
+            for context, inner in windows(inside.shape[1], self.sizes.window, self.sizes.halo)
         ]
         return torch.cat(parts, 1)
 
 
-def embedding(latents: Float[Tensor, "B N latent"]) -> Float[Tensor, "B latent"]:
-    """One vector a model: the mean over its tokens, as published (SANE)."""
+def embedding(latents: Float[Tensor, "B T latent"]) -> Float[Tensor, "B latent"]:
+    """Embed a model as the mean over its tokens, as SANE does."""
     return latents.mean(1)
 
 
-def embedding_by_layer(latents: Float[Tensor, "B N latent"], lengths: list[int]) -> Float[Tensor, "B E"]:
-    """One vector a model: mean and deviation of each latent number over the tokens of each layer, `E = 2 G latent`.
+def embedding_by_layer(latents: Float[Tensor, "B T latent"], lengths: list[int]) -> Float[Tensor, "B E"]:
+    """Embed a model as mean and deviation of each latent number over the tokens of each layer, `E = 2 L latent`.
 
     Args:
-        latents: of models.
-        lengths: tokens of each of the G layers, `Tokenizer.lengths`.
+        latents: latents of B models.
+        lengths: number of tokens of each of the L layers, `Tokenizer.lengths`.
     """
     parts = latents.split(lengths, 1)
     return torch.cat([value for part in parts for value in (part.mean(1), part.std(1, correction=0))], 1)
 
 
 def windows(length: int, window: int, halo: int) -> Iterator[tuple[slice, slice]]:
-    """What each window sees of the sequence, and what is kept of what it sees.
+    """Slices of a sequence that a window reads, and slices of each window that belong to the output.
 
-    Every window sees `window + 2 halo` tokens: at the ends of the sequence, all context lies on the inner side.
+    Every window reads `window + 2 halo` tokens: at the ends of the sequence, all context lies on the inner side.
 
     Example:
-        >>> [(seen.start, seen.stop, kept.start, kept.stop) for seen, kept in windows(10, 4, 1)]
+        >>> [(context.start, context.stop, inner.start, inner.stop) for context, inner in windows(10, 4, 1)]
         [(0, 6, 0, 4), (3, 9, 1, 5), (4, 10, 4, 6)]
     """
     wide = min(length, window + 2 * halo)

@@ -1,4 +1,4 @@
-"""How an autoencoder is trained: everything of it in one place, read from one YAML file."""
+"""Recipe of the training of an autoencoder, read from one YAML file."""
 
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -20,42 +20,43 @@ ARMS = {
     "C+B": (0.05, 0.0),
     "C+S+B": (0.05, 0.1),
 }
-"""The published arms: shares of contrast (γ), and of structure in the rest (β)."""
+"""The published arms: share of contrast (γ), and of structure in the remainder (β)."""
 
 VIEWS = ("mlp", "heads")
 QUERIES = ("data", "noise")
 PRECISIONS = ("float32", "bfloat16")
 LARGEST_SEED = 2**63 - 1
+"""The largest seed that torch accepts."""
 
 
 @dataclass(frozen=True)
 class AutoencoderRecipe:
-    """How an autoencoder is trained.
+    """Settings of the training of an autoencoder.
 
     Attributes:
         contrast: γ of the composite loss.
         structure: β of the composite loss.
         behaviour: kind of behavioural loss: softmax, distillation or logits.
         normalise: divide the structural loss by the variance of the batch.
-        warmup: share of the steps in which the rest of the loss is structure alone.
-        scaling: none, layer or entry; see `Scaling`.
-        token_width: 0 for the longest row.
-        dense: cut layers without regard to their rows.
+        warmup: share of the steps, at the start, that use the structural loss alone.
+        scaling: none, layer or entry; see `Scaling.fit`.
+        token_width: numbers in a token; 0 takes the longest row.
+        dense: cut layers into tokens without regard to their rows.
         views: families of symmetries that views of a model are drawn from: mlp, heads.
-        noise: standard deviation of what is added to scaled weights of a view.
-        queries: images on which outputs are compared in each step.
+        noise: standard deviation of the noise added to scaled weights of a view.
+        queries: number of images on which a step compares outputs.
         query_images: `data`, the zoo's selection images; a corruption of them, such as `contrast:5`; or `noise`,
             uniform in the range of pixels.
-        pool: images that queries are drawn from.
-        steps: of the optimiser, AdamW with one cycle of the learning rate.
-        batch_size: models a step.
-        lr: the highest learning rate.
-        weight_decay: of matrices.
+        pool: number of images that queries are drawn from.
+        steps: number of steps of AdamW with one cycle of the learning rate.
+        batch_size: number of models in a step.
+        lr: highest learning rate.
+        weight_decay: weight decay of matrices; biases and norms have none.
         clip: largest norm of the gradient.
-        seed: of initial weights, order, views and queries.
-        precision: of the transformer: float32, or bfloat16 under autocast.
-        compile: train through `torch.compile`; worth its start, half a minute, on a GPU.
-        sizes: of the transformer.
+        seed: seed of initial weights, order, views and queries.
+        precision: precision of the transformer: float32, or bfloat16 under autocast.
+        compile: train through `torch.compile`; on a GPU it pays for its half minute of compilation.
+        sizes: sizes of the transformer.
     """
 
     contrast: float = 0.0
@@ -82,14 +83,10 @@ class AutoencoderRecipe:
     sizes: Sizes = field(default_factory=Sizes)
 
     def __post_init__(self) -> None:
-        choices = {
-            "behaviour": BEHAVIOURS,
-            "scaling": SCALINGS,
-            "precision": PRECISIONS,
-        }
-        for name, known in choices.items():
-            if getattr(self, name) not in known:
-                raise ZooError(f"unknown {name} {getattr(self, name)!r}: {did_you_mean(getattr(self, name), known)}")
+        choices = {"behaviour": BEHAVIOURS, "scaling": SCALINGS, "precision": PRECISIONS}
+        for name, values in choices.items():
+            if getattr(self, name) not in values:
+                raise ZooError(f"unknown {name} {getattr(self, name)!r}: {did_you_mean(getattr(self, name), values)}")
         if self.query_images not in QUERIES:
             parse_corruption(self.query_images)
         for view in self.views:
@@ -115,10 +112,10 @@ class AutoencoderRecipe:
 
     @classmethod
     def load(cls, path: str | Path) -> "AutoencoderRecipe":
-        """Read a recipe from YAML; what it leaves out keeps its default.
+        """Read a recipe from YAML; absent settings have their defaults.
 
         Raises:
-            ZooError: naming file and line of a setting that is unknown or cannot be.
+            ZooError: naming file and line of a setting that is unknown or has an impossible value.
         """
         root = load_located(Path(path), "the recipe")
         types = {entry.name: entry.type for entry in fields(cls)}
@@ -130,7 +127,7 @@ class AutoencoderRecipe:
             raise root.error(str(error)) from None
 
     def arm(self, name: str) -> "AutoencoderRecipe":
-        """The same recipe with the shares of a published arm.
+        """Replace the shares of the losses by those of a published arm.
 
         Raises:
             ZooError: for an unknown arm.
@@ -142,11 +139,11 @@ class AutoencoderRecipe:
 
     @property
     def fingerprint(self) -> str:
-        """Changes with any setting but `compile`, which changes how fast it is trained, not what."""
+        """Hash of all settings but `compile`, which changes the speed of training, not its result."""
         return fingerprint({name: value for name, value in asdict(self).items() if name != "compile"})
 
 
-def _read(name: str, node: Located, kind: Any) -> Any:
+def _read(name: str, node: Located, kind: object) -> Any:
     if name == "sizes":
         types = {entry.name: entry.type for entry in fields(Sizes)}
         node.only(*types)

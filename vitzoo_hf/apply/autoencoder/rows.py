@@ -1,8 +1,12 @@
-"""Rows of a zoo through an autoencoder: to latents and embeddings, and back to rows; some models at a time."""
+"""Encode rows of a zoo to latents and embeddings, and decode latents to rows of a new zoo.
+
+Models are read, encoded and written in batches of at most 64 models and 2**24 weights; only embeddings, and latents
+if they are asked for, stay in memory.
+"""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
 import pandas as pd
@@ -21,6 +25,7 @@ from vitzoo_hf.apply.made_zoos import check_folder, derived_row, write_streamed
 from vitzoo_hf.format import schema
 from vitzoo_hf.format.atomic import write_atomically
 from vitzoo_hf.format.messages import did_you_mean
+from vitzoo_hf.format.row import Row
 from vitzoo_hf.format.schema import ZooError
 from vitzoo_hf.format.tables import records
 from vitzoo_hf.publish.folder import Rows
@@ -31,15 +36,26 @@ NUMBERS_AT_ONCE, MODELS_AT_ONCE = 2**24, 64
 
 
 class Encoded(NamedTuple):
-    """Models as an autoencoder encodes them.
+    """Embeddings and latents of models.
 
     Attributes:
-        embeddings: `model_id`, then `z0`, `z1`, …
-        latents: model id -> latents, empty unless asked for.
+        embeddings: table with the columns `model_id`, `z0`, `z1`, …
+        latents: model id -> latents; empty unless `encode_rows` was called with `latents=True`.
     """
 
     embeddings: pd.DataFrame
-    latents: dict[str, Float[Tensor, "N latent"]]
+    latents: dict[str, Float[Tensor, "T latent"]]
+
+
+class ReconstructionScores(TypedDict):
+    """Row of the table that `write_reconstructions` returns."""
+
+    model_id: str
+    original: str
+    r2_beyond_mean: float
+    test_loss: float | None
+    test_accuracy: float | None
+    test_accuracy_original: float | None
 
 
 def encode_rows(
@@ -53,11 +69,11 @@ def encode_rows(
     """Encode every row of a zoo.
 
     Args:
-        zoo: of models of the autoencoder's layout.
+        zoo: models of the autoencoder's layout.
         trained: the autoencoder.
-        pool: `mean` over all tokens, or `layers`, mean and deviation over those of each layer.
-        latents: keep all latents, from which models can be decoded, besides the embeddings.
-        on_models: called with the number of models of each batch, once it is encoded.
+        pool: `mean` over all tokens, or `layers`, mean and deviation over the tokens of each layer.
+        latents: return all latents, from which models can be decoded, besides the embeddings.
+        on_models: called with the number of models of a batch after the batch is encoded.
 
     Raises:
         ZooError: if a model has another layout, there is no model, or `pool` is unknown.
@@ -65,31 +81,31 @@ def encode_rows(
     if pool not in POOLS:
         raise ZooError(f"unknown embedding {pool!r}: {did_you_mean(pool, POOLS)}")
     check_layout(zoo, trained)
-    kept: dict[str, Tensor] = {}
+    by_id: dict[str, Tensor] = {}
     ids: list[str] = []
-    vectors = []
+    vectors: list[Tensor] = []
     for batch in _batches(zoo.rows(), trained):
-        found = encoded(trained, vectors_of(batch))
-        names = [row["model_id"] for row in batch]
+        codes = encoded(trained, vectors_of(batch))
+        names = [row.model_id for row in batch]
         ids += names
-        vectors.append(embedding(found) if pool == "mean" else embedding_by_layer(found, trained.tokenizer.lengths))
+        vectors.append(embedding(codes) if pool == "mean" else embedding_by_layer(codes, trained.tokenizer.lengths))
         if latents:
-            kept |= dict(zip(names, found, strict=True))
+            by_id |= dict(zip(names, codes, strict=True))
         on_models(len(batch))
     table = pd.DataFrame(torch.cat(vectors).numpy()).rename(columns=lambda number: f"z{number}")
     table.insert(0, "model_id", ids)
-    return Encoded(table, kept)
+    return Encoded(table, by_id)
 
 
-def write_latents(latents: Mapping[str, Float[Tensor, "N latent"]], trained: Trained, file: Path) -> None:
+def write_latents(latents: Mapping[str, Float[Tensor, "T latent"]], trained: Trained, file: Path) -> None:
     """Write latents as safetensors, one tensor a model."""
-    held = {name: values.contiguous() for name, values in latents.items()}
+    tensors = {name: values.contiguous() for name, values in latents.items()}
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(file, lambda temporary: save_file(held, temporary, {"autoencoder": trained.fingerprint}))
+    write_atomically(file, lambda temporary: save_file(tensors, temporary, {"autoencoder": trained.fingerprint}))
 
 
-def read_latents(file: Path, trained: Trained) -> dict[str, Float[Tensor, "N latent"]]:
-    """Latents that `write_latents` wrote, of the same autoencoder.
+def read_latents(file: Path, trained: Trained) -> dict[str, Float[Tensor, "T latent"]]:
+    """Read the latents that `write_latents` wrote, of the same autoencoder.
 
     Raises:
         ZooError: if the file cannot be read, or is of another autoencoder.
@@ -117,26 +133,26 @@ def write_reconstructions(
     trained: Trained,
     folder: Path,
     *,
-    latents: Mapping[str, Float[Tensor, "N latent"]] | None = None,
+    latents: Mapping[str, Float[Tensor, "T latent"]] | None = None,
     device: str = "cpu",
     on_models: Callable[[int], object] = lambda done: None,
 ) -> pd.DataFrame:
-    """Write reconstructions of rows as a zoo: each keeps the factors of its original, and names it in its provenance.
+    """Write reconstructions of rows as a zoo, with the factors of the originals and their ids in the provenance.
 
     Args:
-        zoo: of the originals.
+        zoo: original models.
         trained: the autoencoder.
-        folder: the new zoo; earlier reconstructions that are there are replaced.
-        latents: decoded in place of those of the rows: model id of a row of the zoo -> latents.
-        device: where reconstructions are measured.
-        on_models: as for `encode_rows`.
+        folder: folder of the new zoo; earlier reconstructions in it are replaced.
+        latents: model id of a row of the zoo -> latents to decode; the rows are encoded by default.
+        device: device that measures reconstructions.
+        on_models: called with the number of models of a batch after the batch is written.
 
     Returns:
         `model_id`, `original`, `r2_beyond_mean` (about the mean of the scaling), `test_loss` in nats,
         `test_accuracy`, `test_accuracy_original`; results are null where the zoo has no test images.
 
     Raises:
-        ZooError: if a model has another layout, latents name no row, or as `check_folder`.
+        ZooError: if a model has another layout, latents name no row, or the folder holds something else.
     """
     check_folder(folder, zoo, "reconstructions_of")
     if latents is not None:
@@ -145,36 +161,37 @@ def write_reconstructions(
             raise ZooError(f"latents of {unknown[0]!r}: no row of {zoo.name} among those chosen has that id")
         zoo = zoo.filter(model_id=sorted(latents))
     check_layout(zoo, trained)
-    told: list[dict[str, Any]] = []
+    scores: list[ReconstructionScores] = []
     index, fingerprint = zoo.to_pandas(), trained.fingerprint
     size = trained.networks.layout.num_parameters
 
     def rows(split: str) -> Iterator[dict[str, Any]]:
         for batch in _batches(zoo.filter(split=split).rows(), trained):
-            for row, made in _reconstructed(zoo, batch, trained, latents, index, fingerprint, device):
-                told.append(row)
-                yield made
+            for score, row in _reconstructed(zoo, batch, trained, latents, index, fingerprint, device):
+                scores.append(score)
+                yield row
             on_models(len(batch))
 
     counts = {split: int((index["split"] == split).sum()) for split in schema.SPLITS}
     splits = {split: Rows(count, size, rows(split) if count else iter(())) for split, count in counts.items()}
     write_streamed(zoo, splits, set(index["dataset"]), folder, "reconstructions")
-    return pd.DataFrame(told)
+    return pd.DataFrame(scores)
 
 
 def _reconstructed(
     zoo: Zoo,
-    batch: list[dict[str, Any]],
+    batch: list[Row],
     trained: Trained,
     latents: Mapping[str, Tensor] | None,
     index: pd.DataFrame,
     fingerprint: str,
     device: str,
-) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+) -> Iterator[tuple[ReconstructionScores, dict[str, Any]]]:
+    """Decode a batch of rows: scores, and the row of the new zoo, of each model."""
     originals = vectors_of(batch)
     ids = [row["model_id"] for row in batch]
-    found = encoded(trained, originals) if latents is None else torch.stack([latents[name] for name in ids])
-    weights = decoded(trained, found)
+    codes = encoded(trained, originals) if latents is None else torch.stack([latents[name] for name in ids])
+    weights = decoded(trained, codes)
     light = {row["model_id"]: row for row in records(index[index["model_id"].isin(ids)])}
     losses, accuracies = results_on_test_images(zoo, weights, batch, device)
     for vector, original, row, loss, accuracy in zip(weights, originals, batch, losses, accuracies, strict=True):
@@ -183,40 +200,49 @@ def _reconstructed(
             "autoencoder": fingerprint,
             "latents": "given" if latents is not None else "encoded",
         }
-        made = derived_row(
-            zoo,
-            [light[row["model_id"]]],
-            f"reconstruction--{row['run_id']}",
-            vector,
-            record,
-            is_final=row["is_final"],
-            test_loss=loss,
-            test_accuracy=accuracy,
+        new_row = dict(
+            derived_row(
+                zoo,
+                [light[row["model_id"]]],
+                f"reconstruction--{row['run_id']}",
+                vector,
+                record,
+                is_final=row["is_final"],
+                test_loss=loss,
+                test_accuracy=accuracy,
+            )
         )
-        del made["split"]
+        del new_row["split"]
         error = (vector - original).double().square().sum()
         spread = (original - trained.scaling.mean).double().square().sum()
         yield (
             {
-                "model_id": made["model_id"],
+                "model_id": new_row["model_id"],
                 "original": row["model_id"],
                 "r2_beyond_mean": float(1 - error / spread) if spread else np.nan,
                 "test_loss": loss,
                 "test_accuracy": accuracy,
                 "test_accuracy_original": row["test_accuracy"],
             },
-            made,
+            new_row,
         )
 
 
 def results_on_test_images(
-    zoo: Zoo, weights: Float[Tensor, "P D"], like: Sequence[Mapping[str, Any]], device: str
+    zoo: Zoo, weights: Float[Tensor, "P D"], like: Sequence[Row], device: str
 ) -> tuple[list[float | None], list[float | None]]:
-    """Loss and accuracy of networks on the test images of their rows' datasets; None where the zoo has none."""
+    """Loss and accuracy of networks on the test images of the datasets of rows; None where the zoo has no images.
+
+    Args:
+        zoo: zoo with the test images.
+        weights: weights of P networks.
+        like: P rows with the architectures and datasets of the networks.
+        device: device that measures.
+    """
     losses: list[float | None] = [None] * len(weights)
     accuracies = list(losses)
-    held = {row["dataset"] for row in zoo.probe_rows("test")}
-    for dataset in sorted({row["dataset"] for row in like} & held):
+    with_images = {row["dataset"] for row in zoo.probe_rows("test")}
+    for dataset in sorted({row["dataset"] for row in like} & with_images):
         members = [place for place, row in enumerate(like) if row["dataset"] == dataset]
         scores = candidate_scores(weights[members], like[members[0]], *zoo.probes(dataset), device=device)
         for place, loss, accuracy in zip(members, scores.loss.tolist(), scores.accuracy.tolist(), strict=True):
@@ -225,7 +251,7 @@ def results_on_test_images(
 
 
 def check_layout(zoo: Zoo, trained: Trained) -> None:
-    """Refuse models that the autoencoder cannot take.
+    """Refuse models of another layout than the autoencoder's.
 
     Raises:
         ZooError: if a model has another layout, or there is no model.
@@ -233,20 +259,20 @@ def check_layout(zoo: Zoo, trained: Trained) -> None:
     layouts = set(zoo.index["layout"])
     if not layouts:
         raise ZooError(f"{zoo.name} has no models among those chosen: loosen the filter")
-    own = trained.networks.layout.fingerprint
-    if layouts != {own}:
+    layout = trained.networks.layout.fingerprint
+    if layouts != {layout}:
         raise ZooError(
-            f"this autoencoder takes models of layout {own} with a {trained.networks.architecture.head} head; those"
-            f" chosen have {', '.join(sorted(layouts))}: filter, such as by `head`"
+            f"this autoencoder takes models of layout {layout} with a {trained.networks.architecture.head} head;"
+            f" those chosen have {', '.join(sorted(layouts))}: filter, such as by `head`"
         )
 
 
-def _batches(rows: Iterator[dict[str, Any]], trained: Trained) -> Iterator[list[dict[str, Any]]]:
-    together = max(1, min(MODELS_AT_ONCE, NUMBERS_AT_ONCE // trained.networks.layout.num_parameters))
-    batch: list[dict[str, Any]] = []
+def _batches(rows: Iterator[Row], trained: Trained) -> Iterator[list[Row]]:
+    size = max(1, min(MODELS_AT_ONCE, NUMBERS_AT_ONCE // trained.networks.layout.num_parameters))
+    batch: list[Row] = []
     for row in rows:
         batch.append(row)
-        if len(batch) == together:
+        if len(batch) == size:
             yield batch
             batch = []
     if batch:

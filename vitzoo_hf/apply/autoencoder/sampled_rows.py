@@ -1,4 +1,7 @@
-"""Generated models as a zoo, chosen on selection images, with how far they are from models that were known."""
+"""Sample models, select the best on selection images, and write them as a zoo with distances to training models.
+
+All training models and all samples are in memory at once.
+"""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,6 +20,7 @@ from vitzoo_hf.apply.autoencoder.tokens import vectors_of
 from vitzoo_hf.apply.autoencoder.trained import Trained
 from vitzoo_hf.apply.candidates import candidate_scores
 from vitzoo_hf.apply.made_zoos import check_folder, derived_row, write_derived
+from vitzoo_hf.format.row import Row
 from vitzoo_hf.format.schema import ZooError
 from vitzoo_hf.format.tables import records
 from vitzoo_hf.metrics.weight_distances import weight_distances
@@ -24,14 +28,14 @@ from vitzoo_hf.zoo import Zoo
 
 
 class Generated(NamedTuple):
-    """What was sampled.
+    """Measures of sampled models.
 
     Attributes:
         table: a row a model: `model_id`, `selection_accuracy`, `test_accuracy`, `nearest` (the id of the nearest
             training model) and `nearest_distance` (L2, of weights).
-        diversity: mean distance of pairs of them over that of pairs of anchors.
-        anchors_nearest_distance: mean L2 distance of an anchor to the nearest other one, to hold distances against.
-        anchors_test_accuracy: median of the anchors; NaN where none was measured.
+        diversity: mean distance of pairs of samples, divided by the mean distance of pairs of anchors.
+        anchors_nearest_distance: mean L2 distance of an anchor to the nearest other anchor, for comparison.
+        anchors_test_accuracy: median test accuracy of the anchors; NaN where no anchor has one.
     """
 
     table: pd.DataFrame
@@ -42,15 +46,16 @@ class Generated(NamedTuple):
 
 @dataclass(frozen=True)
 class Sampling:
-    """How models are sampled.
+    """Settings of sampling.
 
     Attributes:
-        count: of models a round.
-        keep: how many models are kept, and are the anchors of the next round; None keeps all of one round unchosen.
-        rounds: more than one bootstraps: the best of a round are the anchors of the next.
-        mode: as for `sample`.
-        bandwidth: likewise.
-        seed: of the draw.
+        count: number of models in a round.
+        keep: number of models to return, which are the anchors of the next round; None returns all models of one
+            round without selection.
+        rounds: number of rounds; with more than one, the best of a round are the anchors of the next (bootstrap).
+        mode: `joint`, `token` or `number`, see `sample`.
+        bandwidth: standard deviation of the kernel, see `sample`.
+        seed: seed of the draw.
     """
 
     count: int = 50
@@ -69,10 +74,10 @@ class Sampling:
             raise ZooError(f"{self.rounds} rounds need a number of models to keep, the anchors of the next round")
 
     def draw(self, trained: Trained, anchors: Float[Tensor, "A D"], score: Score) -> Float[Tensor, "S D"]:
-        """Models by these settings, the best first where they are chosen."""
+        """Sample models by these settings, sorted from the best if `keep` is set."""
         if self.keep is None:
-            drawn = sample(trained, anchors, self.count, mode=self.mode, bandwidth=self.bandwidth, seed=self.seed)
-            return drawn.weights
+            samples = sample(trained, anchors, self.count, mode=self.mode, bandwidth=self.bandwidth, seed=self.seed)
+            return samples.weights
         best = bootstrapped(
             trained,
             anchors,
@@ -96,20 +101,20 @@ def write_samples(
     tuning: FineTuning | None = None,
     device: str = "cpu",
 ) -> Generated:
-    """Sample around the training models of a zoo, keep the best by selection images, write them as a zoo.
+    """Sample around the training models of a zoo, select the best on selection images, write them as a zoo.
 
     Args:
-        zoo: filtered to the prompts; models of the train split are the anchors. All are held in memory. Its selection
-            images choose, its test images are reported on.
+        zoo: zoo filtered to the prompts; models of the train split are the anchors. Its selection images select
+            samples, and its test images measure them.
         trained: the autoencoder.
-        folder: the new zoo; earlier samples that are there are replaced.
-        how: 50 models, of which the best 10 are kept, by default.
-        tuning: train those that are kept on, on the training images of the zoo's blueprint.
-        device: where models are measured and trained on.
+        folder: folder of the new zoo; earlier samples in it are replaced.
+        how: settings; by default 50 models, of which the best 10 are written.
+        tuning: settings to fine-tune the selected models on the training images of the zoo's blueprint.
+        device: device that measures and fine-tunes models.
 
     Raises:
-        ZooError: as `sample` and `bootstrapped`; if the anchors differ in layout or dataset, the zoo has no selection
-            images, or as `check_folder`, `training_images` and `fine_tuned`.
+        ZooError: if settings are impossible, the anchors differ in layout or dataset, the zoo has no selection
+            images, the folder holds something else, training images are missing, or fine-tuning diverges.
     """
     check_folder(folder, zoo, "samples_of")
     how = how or Sampling()
@@ -118,36 +123,36 @@ def write_samples(
     training = vectors_of(rows)
     images, labels = anchors.probes(dataset, "selection")
 
-    def score(vectors: Float[Tensor, "P D"]) -> Float64[Tensor, " P"]:
+    def accuracy(vectors: Float[Tensor, "P D"]) -> Float64[Tensor, " P"]:
         return candidate_scores(vectors, rows[0], images, labels, device=device).accuracy.cpu()
 
-    learned = training_images(zoo, dataset) if tuning else None
-    weights = how.draw(trained, training, score)
-    if tuning and learned:
-        *_, weights = fine_tuned(trained.networks, weights, *learned, tuning, device=device)
-        weights = weights[score(weights).argsort(descending=True)] if how.keep else weights
-    selection = score(weights).tolist()
+    train_set = training_images(zoo, dataset) if tuning else None
+    weights = how.draw(trained, training, accuracy)
+    if tuning and train_set:
+        *_, weights = fine_tuned(trained.networks, weights, *train_set, tuning, device=device)
+        weights = weights[accuracy(weights).argsort(descending=True)] if how.keep else weights
+    selection = accuracy(weights).tolist()
     losses, accuracies = results_on_test_images(anchors, weights, [rows[0]] * len(weights), device)
-    record: dict[str, Any] = {
+    record: dict[str, object] = {
         "sampled": asdict(how),
         "fine_tuned": asdict(tuning) if tuning else None,
         "autoencoder": trained.fingerprint,
         "anchors": [row["model_id"] for row in index],
         "chosen_on": {"dataset": dataset, "role": "selection", "images": len(labels)} if how.keep else None,
     }
-    made = []
-    for number, (vector, chosen, loss, right) in enumerate(zip(weights, selection, losses, accuracies, strict=True)):
-        provenance = record | {"selection_accuracy": chosen}
+    new_rows = []
+    for number, (vector, score, loss, right) in enumerate(zip(weights, selection, losses, accuracies, strict=True)):
+        provenance = record | {"selection_accuracy": score}
         name = f"sample-{how.mode}-s{how.seed}-{number}"
-        made.append(derived_row(anchors, index, name, vector, provenance, test_loss=loss, test_accuracy=right))
-    write_derived(anchors, made, folder, "samples")
-    columns = {"model_id": [row["model_id"] for row in made], "selection_accuracy": selection}
+        new_rows.append(derived_row(anchors, index, name, vector, provenance, test_loss=loss, test_accuracy=right))
+    write_derived(anchors, new_rows, folder, "samples")
+    columns = {"model_id": [row["model_id"] for row in new_rows], "selection_accuracy": selection}
     table = pd.DataFrame(columns | {"test_accuracy": accuracies} | _nearest(weights, training, rows))
     return Generated(table, _diversity(weights, training), _apart(training), _median_accuracy(index))
 
 
 def _prompts(zoo: Zoo, trained: Trained) -> tuple[Zoo, str]:
-    """The training models of a zoo, and the one dataset they were trained on."""
+    """Select the training models of a zoo, and name their only dataset."""
     anchors = zoo.filter(split="train")
     if len(anchors) == 0:
         raise ZooError(f"{zoo.name} has no training models among those chosen, which prompts are: loosen the filter")
@@ -159,10 +164,10 @@ def _prompts(zoo: Zoo, trained: Trained) -> tuple[Zoo, str]:
 
 
 def _nearest(
-    weights: Float[Tensor, "P D"], training: Float[Tensor, "Q D"], rows: list[dict[str, Any]]
-) -> dict[str, list[Any]]:
+    weights: Float[Tensor, "P D"], training: Float[Tensor, "Q D"], rows: list[Row]
+) -> dict[str, list[str] | list[float]]:
     near = metrics.nearest(weights, training)
-    names = [rows[place]["model_id"] for place in near.position.tolist()]
+    names = [rows[place].model_id for place in near.position.tolist()]
     return {"nearest": names, "nearest_distance": near.distance.tolist()}
 
 
@@ -171,11 +176,11 @@ def _diversity(weights: Float[Tensor, "P D"], training: Float[Tensor, "Q D"]) ->
 
 
 def _apart(training: Float[Tensor, "Q D"]) -> float:
-    """Mean distance of a model to the nearest other one."""
+    """Mean distance of a model to the nearest other model."""
     far = weight_distances(training).fill_diagonal_(float("inf"))
     return float(far.min(1).values.mean())
 
 
 def _median_accuracy(index: list[dict[str, Any]]) -> float:
-    known = [row["test_accuracy"] for row in index if row["test_accuracy"] is not None]
-    return float(torch.tensor(known, dtype=torch.float64).median()) if known else float("nan")
+    accuracies = [row["test_accuracy"] for row in index if row["test_accuracy"] is not None]
+    return float(torch.tensor(accuracies, dtype=torch.float64).median()) if accuracies else float("nan")

@@ -1,4 +1,4 @@
-"""New models from the latents of known ones: kernel densities, all numbers drawn from one generator."""
+"""Sample new models from a kernel density over the latents of anchors; all numbers come from one generator."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -13,17 +13,18 @@ from vitzoo_hf.format.schema import ZooError
 
 MODES = ("joint", "token", "number")
 BATCH = 64
+"""Models that are encoded or decoded at once."""
 
 Score = Callable[[Float[Tensor, "P D"]], Float64[Tensor, " P"]]
-"""Weights -> how good the models are on selection images."""
+"""Weights -> accuracy of the models on selection images."""
 
 
 class Samples(NamedTuple):
     """Generated models.
 
     Attributes:
-        weights: of each model.
-        anchors: position of the anchor a model was drawn around, -1 where its tokens come from several.
+        weights: weights of S models.
+        anchors: position of the anchor that a model was drawn around; -1 where its numbers come from several.
     """
 
     weights: Float[Tensor, "S D"]
@@ -43,15 +44,15 @@ def sample(
 
     Args:
         trained: the autoencoder.
-        anchors: weights of known models ("prompts").
-        count: of new models.
-        mode: `joint` draws all tokens of a model around one anchor, `token` each token around an anchor of its own,
-            `number` each latent number.
+        anchors: weights of the models to sample around ("prompts").
+        count: number of new models.
+        mode: `joint` draws all tokens of a model around one anchor; `token` draws an anchor for each token; `number`
+            draws an anchor for each latent number.
         bandwidth: standard deviation of the kernel, in deviations of each latent number over the anchors.
-        seed: of the draw; equal seeds give equal models.
+        seed: seed of the draw; equal seeds give equal models.
 
     Raises:
-        ZooError: for an unknown mode, no anchors, or a count or bandwidth that cannot be.
+        ZooError: for an unknown mode, fewer than two anchors, no samples, or a negative bandwidth.
     """
     if mode not in MODES:
         raise ZooError(f"unknown mode {mode!r}: {did_you_mean(mode, MODES)}")
@@ -62,13 +63,13 @@ def sample(
     latents = encoded(trained, anchors)
     spread = latents.std(0)
     generator = torch.Generator().manual_seed(seed)
-    A, N, L = latents.shape
-    shape = {"joint": (count, 1, 1), "token": (count, N, 1), "number": (count, N, L)}[mode]
-    chosen = torch.randint(A, shape, generator=generator)
-    centres = latents.gather(0, chosen.expand(count, N, L))
-    drawn = centres + bandwidth * spread * torch.randn(count, N, L, generator=generator)
-    held = chosen.flatten().tolist() if mode == "joint" else [-1] * count
-    return Samples(decoded(trained, drawn), held)
+    A, T, Z = latents.shape
+    shape = {"joint": (count, 1, 1), "token": (count, T, 1), "number": (count, T, Z)}[mode]
+    anchor = torch.randint(A, shape, generator=generator)
+    centres = latents.gather(0, anchor.expand(count, T, Z))
+    draws = centres + bandwidth * spread * torch.randn(count, T, Z, generator=generator)
+    positions = anchor.flatten().tolist() if mode == "joint" else [-1] * count
+    return Samples(decoded(trained, draws), positions)
 
 
 def bootstrapped(
@@ -83,46 +84,46 @@ def bootstrapped(
     bandwidth: float = 0.2,
     seed: int = 0,
 ) -> Samples:
-    """Sample, keep the best as the anchors of the next round, and so on.
+    """Sample in rounds; the best models of a round are the anchors of the next.
 
     Args:
         trained: the autoencoder.
-        anchors: of the first round.
-        count: of models a round.
-        score: on selection images; never on those that are reported on.
-        rounds: at least one.
-        keep: models that become anchors.
-        mode: as for `sample`.
-        bandwidth: as for `sample`.
-        seed: of the draw.
+        anchors: weights of the anchors of the first round.
+        count: number of models in a round.
+        score: accuracy on selection images; never on the images that are reported.
+        rounds: number of rounds, at least one.
+        keep: number of models that become anchors.
+        mode: `joint`, `token` or `number`, see `sample`.
+        bandwidth: standard deviation of the kernel, see `sample`.
+        seed: seed of the first round; later rounds count up from it.
 
     Returns:
-        The last round's models, the best first; `anchors` counts those of that round.
+        Models of the last round, the best first; `anchors` are positions among the anchors of that round.
 
     Raises:
-        ZooError: as `sample`; or for no round, or fewer than two models to keep.
+        ZooError: for no round, fewer than two models to keep, or impossible settings of `sample`.
     """
     if rounds < 1 or keep < 2:
         raise ZooError(f"{rounds} rounds that keep {keep} models: expected at least one round and two models")
     for number in range(rounds):
-        drawn = sample(trained, anchors, count, mode=mode, bandwidth=bandwidth, seed=seed + number)
-        order = score(drawn.weights).argsort(descending=True)
-        drawn = Samples(drawn.weights[order], [drawn.anchors[position] for position in order.tolist()])
-        anchors = drawn.weights[:keep]
-    return drawn
+        samples = sample(trained, anchors, count, mode=mode, bandwidth=bandwidth, seed=seed + number)
+        order = score(samples.weights).argsort(descending=True)
+        samples = Samples(samples.weights[order], [samples.anchors[position] for position in order.tolist()])
+        anchors = samples.weights[:keep]
+    return samples
 
 
 @torch.no_grad()
-def encoded(trained: Trained, vectors: Float[Tensor, "P D"]) -> Float[Tensor, "P N latent"]:
-    """Latents of models, on the CPU."""
+def encoded(trained: Trained, vectors: Float[Tensor, "P D"]) -> Float[Tensor, "P T latent"]:
+    """Encode the weights of models in batches; latents are on the CPU."""
     device = trained.model.index_table.device
     trained.model.eval()
     return torch.cat([trained.encode(part.to(device)).cpu() for part in vectors.split(BATCH)])
 
 
 @torch.no_grad()
-def decoded(trained: Trained, latents: Float[Tensor, "P N latent"]) -> Float[Tensor, "P D"]:
-    """Weights of latents, on the CPU."""
+def decoded(trained: Trained, latents: Float[Tensor, "P T latent"]) -> Float[Tensor, "P D"]:
+    """Decode latents in batches; weights are on the CPU."""
     device = trained.model.index_table.device
     trained.model.eval()
     return torch.cat([trained.decode(part.to(device)).cpu() for part in latents.split(BATCH)])

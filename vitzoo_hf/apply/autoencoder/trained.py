@@ -1,14 +1,14 @@
-"""A trained autoencoder as a value and as a file: `autoencoder.safetensors` holds all that its use takes.
+"""A trained autoencoder as a value, and as the one file `autoencoder.safetensors`.
 
-Tensors: the transformer, the scaling, and the optimiser, from which training continues. The record beside them, JSON
-in the metadata: recipe, architecture of the networks, layout, steps, scales of the losses, history.
+The file has the tensors of the transformer, the scaling and the optimiser, from which training continues. Its
+metadata are a JSON record: recipe, architecture of the networks, layout, steps, scales of the losses, history.
 """
 
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from jaxtyping import Float
@@ -27,25 +27,41 @@ from vitzoo_hf.format.atomic import write_atomically
 from vitzoo_hf.format.schema import ZooError
 from vitzoo_hf.models.architecture import Architecture
 from vitzoo_hf.models.rebuild import usable_device
+from vitzoo_hf.zoo.stream import Stream
 
 FILE = "autoencoder.safetensors"
 KIND = "vitzoo-autoencoder-1"
 
 
+class Record(TypedDict, total=False):
+    """Metadata of a file, from JSON; `digest` is absent in files of the first version."""
+
+    kind: str
+    recipe: dict[str, Any]
+    fingerprint: str
+    architecture: list[Any]
+    layout: str
+    step: int
+    scales: dict[str, float]
+    stream: dict[str, Any]
+    history: list[dict[str, float]]
+    digest: str
+
+
 @dataclass
 class Trained:
-    """An autoencoder with all that its use takes.
+    """An autoencoder with everything that encoding, decoding and further training need.
 
     Attributes:
-        recipe: how it was trained.
-        networks: whose weights it takes.
-        tokenizer: of their vectors.
-        scaling: of their weights.
-        model: the transformer.
-        loss: with the scales of the first batch.
-        components: where the linear maps of the model began, if it has any.
-        step: steps made.
-        history: losses, every some steps; `dropped` networks and `skipped` steps are counted since the entry before.
+        recipe: settings of the training.
+        networks: networks that are encoded.
+        tokenizer: tokenizer of the weights of the networks.
+        scaling: scaling of the weights before tokens are made.
+        model: encoder and decoder.
+        loss: loss with the scales of the first batch.
+        components: initial linear maps of the model, if it has linear maps.
+        step: number of steps made.
+        history: losses every 20 steps; `dropped` networks and `skipped` steps are counted since the previous entry.
     """
 
     recipe: AutoencoderRecipe
@@ -54,43 +70,43 @@ class Trained:
     scaling: Scaling
     model: WeightAutoencoder
     loss: Composite
-    components: Float[Tensor, "G T latent"] | None = None
+    components: Float[Tensor, "L W latent"] | None = None
     step: int = 0
     history: list[dict[str, float]] = field(default_factory=list)
 
     @property
     def fingerprint(self) -> str:
-        """Changes with the recipe, the steps made and any weight."""
-        state = {name: schema.weights_sha256(value.detach().cpu().flatten().numpy()) for name, value in self._held()}
+        """Hash of the recipe, the number of steps and all weights."""
+        state = {name: schema.weights_sha256(value.detach().cpu().flatten().numpy()) for name, value in self._state()}
         return schema.fingerprint({"recipe": self.recipe.fingerprint, "step": self.step, "tensors": state})
 
-    def _held(self) -> list[tuple[str, Tensor]]:
+    def _state(self) -> list[tuple[str, Tensor]]:
         return [*self.model.state_dict().items(), ("mean", self.scaling.mean), ("std", self.scaling.std)]
 
-    def encode(self, vectors: Float[Tensor, "B D"]) -> Float[Tensor, "B N latent"]:
-        """Latents of models given as weights."""
+    def encode(self, vectors: Float[Tensor, "B D"]) -> Float[Tensor, "B T latent"]:
+        """Encode the weights of models."""
         return self.model.encode(self.tokenizer.tokens(self.scaling.normalised(vectors)))
 
-    def decode(self, latents: Float[Tensor, "B N latent"]) -> Float[Tensor, "B D"]:
-        """Weights of models."""
+    def decode(self, latents: Float[Tensor, "B T latent"]) -> Float[Tensor, "B D"]:
+        """Decode latents to the weights of models."""
         return self.scaling.restored(self.tokenizer.vectors(self.model.decode(latents)))
 
 
 def untrained_model(
-    tokenizer: Tokenizer, recipe: AutoencoderRecipe, components: Float[Tensor, "G T latent"] | None
+    tokenizer: Tokenizer, recipe: AutoencoderRecipe, components: Float[Tensor, "L W latent"] | None
 ) -> WeightAutoencoder:
-    """The model of a recipe before its first step, by the recipe's seed."""
+    """Make the model of a recipe before its first step, by the recipe's seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         return WeightAutoencoder(tokenizer, recipe.sizes, components)
 
 
 def load_autoencoder(folder: str | Path, *, device: str = "cpu") -> Trained:
-    """The autoencoder that `train_autoencoder` left in a folder, ready to encode and decode.
+    """Load the autoencoder that `train_autoencoder` wrote to a folder.
 
     Args:
-        folder: with `autoencoder.safetensors`.
-        device: where.
+        folder: folder with `autoencoder.safetensors`.
+        device: device of the model.
 
     Raises:
         ZooError: if there is no such file, it is damaged, or something else wrote it.
@@ -103,33 +119,33 @@ def load_autoencoder(folder: str | Path, *, device: str = "cpu") -> Trained:
         recipe = _recipe(record["recipe"])
         networks = Networks.of(Architecture(*record["architecture"]))
         tokenizer = Tokenizer.of(networks.layout, width=recipe.token_width or None, dense=recipe.dense)
-        with torch.device("meta"):
+        with torch.device("meta"):  # no initial weights, which the tensors of the file replace
             model = WeightAutoencoder(tokenizer, recipe.sizes)
         model.load_state_dict(tensors["model"], assign=True)
         scaling = Scaling(tensors["scaling"]["mean"], tensors["scaling"]["std"])
         loss = Composite(recipe.contrast, recipe.structure, dict(record["scales"]))
-        known = (record["fingerprint"], record["layout"], scaling.mean.shape, scaling.std.shape)
+        identity = (record["fingerprint"], record["layout"], scaling.mean.shape, scaling.std.shape)
         step, history = int(record["step"]), list(record["history"])
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise ZooError(f"{file} is damaged ({str(error).splitlines()[0]}): train again") from None
     size = torch.Size([networks.layout.num_parameters])
-    if known != (recipe.fingerprint, networks.layout.fingerprint, size, size):
+    if identity != (recipe.fingerprint, networks.layout.fingerprint, size, size):
         raise ZooError(f"{file} is damaged: its recipe, networks and tensors do not belong together; train again")
     components = tensors["scaling"].get("components")
     model = model.to(place).eval()
     return Trained(recipe, networks, tokenizer, scaling, model, loss, components, step, history)
 
 
-def save(file: Path, trained: Trained, optimizer: torch.optim.Optimizer, stream: Any) -> None:
-    """Write an autoencoder with all that its use, and more training, takes; atomically."""
+def save(file: Path, trained: Trained, optimizer: torch.optim.Optimizer, stream: Stream) -> None:
+    """Write an autoencoder, its optimiser and the place in the stream of models; atomically."""
     tensors = {f"model.{name}": value for name, value in trained.model.state_dict().items()}
     tensors |= {"scaling.mean": trained.scaling.mean, "scaling.std": trained.scaling.std}
     if trained.components is not None:
         tensors["scaling.components"] = trained.components
-    held = optimizer.state_dict()["state"]
-    tensors |= {f"optimizer.{n}.{key}": value for n, entry in held.items() for key, value in entry.items()}
+    moments = optimizer.state_dict()["state"]
+    tensors |= {f"optimizer.{n}.{key}": value for n, entry in moments.items() for key, value in entry.items()}
     networks = trained.networks.architecture
-    record = {
+    record: Record = {
         "kind": KIND,
         "recipe": asdict(trained.recipe),
         "fingerprint": trained.recipe.fingerprint,
@@ -146,11 +162,11 @@ def save(file: Path, trained: Trained, optimizer: torch.optim.Optimizer, stream:
     write_atomically(file, lambda temporary: save_file(plain, temporary, {"record": json.dumps(record)}))
 
 
-def resume(file: Path, trained: Trained, optimizer: torch.optim.Optimizer, stream: Any) -> None:
+def resume(file: Path, trained: Trained, optimizer: torch.optim.Optimizer, stream: Stream) -> None:
     """Continue from a checkpoint, if there is one.
 
     Raises:
-        ZooError: if it is damaged, or of another recipe or layout.
+        ZooError: if the checkpoint is damaged, or belongs to another recipe or layout.
     """
     if not file.is_file():
         return
@@ -175,35 +191,36 @@ def resume(file: Path, trained: Trained, optimizer: torch.optim.Optimizer, strea
     trained.loss.scales |= record["scales"]
 
 
-def _difference(record: Mapping[str, Any], trained: Trained) -> str:
-    """What a checkpoint's recipe has otherwise, or that its layout is another."""
+def _difference(record: Record, trained: Trained) -> str:
+    """Name the settings in which the recipe of a checkpoint differs, or `layout` if none does."""
     ours, theirs = json.loads(json.dumps(asdict(trained.recipe))), record["recipe"]
     differing = [name for name in ours if ours[name] != theirs.get(name)]
     return f"recipe ({', '.join(differing)})" if differing else "layout"
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:
-    held = {name: schema.weights_sha256(value.flatten().float().numpy()) for name, value in sorted(tensors.items())}
-    return schema.fingerprint(held)
+    hashes = {name: schema.weights_sha256(value.flatten().float().numpy()) for name, value in sorted(tensors.items())}
+    return schema.fingerprint(hashes)
 
 
-def _read(file: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
-    """The record of a file, and its tensors by part: model, scaling, optimizer."""
+def _read(file: Path) -> tuple[Record, dict[str, dict[str, Tensor]]]:
+    """Read the record of a file, and its tensors by part: model, scaling, optimizer."""
     try:
         with safe_open(file, framework="pt") as opened:
-            held = opened.metadata() or {}
-        record = json.loads(held.get("record", "{}"))
+            metadata = opened.metadata() or {}
+        content = json.loads(metadata.get("record", "{}"))
         tensors = load_file(file)
     except (OSError, SafetensorError, ValueError):
         raise ZooError(f"{file} is damaged: delete it, and train again") from None
-    if not isinstance(record, dict) or record.get("kind") != KIND:
+    if not isinstance(content, dict) or content.get("kind") != KIND:
         raise ZooError(f"{file} is no autoencoder of this library, or of an older version: train again")
+    record = Record(**content)
     if "digest" in record and record["digest"] != _digest(tensors):
         raise ZooError(f"{file} is damaged: its tensors are not those that were written; train again")
     parts: dict[str, dict[str, Tensor]] = {name: {} for name in ("model", "optimizer", "scaling")}
     for name, value in tensors.items():
-        part, _, rest = name.partition(".")
-        parts.setdefault(part, {})[rest] = value
+        part, _, key = name.partition(".")
+        parts.setdefault(part, {})[key] = value
     return record, parts
 
 

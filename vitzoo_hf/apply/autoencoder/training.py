@@ -1,11 +1,11 @@
-"""Train an autoencoder on the weights that a zoo streams, resumable at any step.
+"""Train an autoencoder on the weights that a zoo streams; training resumes at any step.
 
-Everything random in a step is drawn from a seed of that step, so that a training which was interrupted ends in the
-same weights, bit for bit, as one that was not.
+All random numbers of a step come from a seed of that step, so an interrupted training ends in the same weights, bit
+for bit, as an uninterrupted one.
 
-Query images: what decoded networks are compared on in training, and what the originals make of them.
-
-Views of models for an autoencoder: weights of the same function, a fresh one for each model of a batch.
+Query images are the images on which a step compares outputs of decoded networks with those of the originals; outputs
+of all training models on the pool are computed once and stay in memory. Views are weights of the same function with
+units in another order, drawn anew for every model of a batch.
 """
 
 import math
@@ -20,7 +20,13 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from vitzoo_hf.apply.autoencoder.losses import Composite, behavioural_loss, contrastive_loss, structural_loss
+from vitzoo_hf.apply.autoencoder.losses import (
+    Behaviour,
+    Composite,
+    behavioural_loss,
+    contrastive_loss,
+    structural_loss,
+)
 from vitzoo_hf.apply.autoencoder.metrics import Networks
 from vitzoo_hf.apply.autoencoder.model import WeightAutoencoder
 from vitzoo_hf.apply.autoencoder.recipe import AutoencoderRecipe
@@ -35,23 +41,24 @@ from vitzoo_hf.models.batched import BatchedViT
 from vitzoo_hf.models.population import Population
 from vitzoo_hf.models.rebuild import usable_device
 from vitzoo_hf.zoo import Zoo
+from vitzoo_hf.zoo.stream import Stream
 
 
 @dataclass(frozen=True)
 class Queries:
-    """A pool of images, and the originals' outputs on it.
+    """A pool of images with the outputs of the training models.
 
     Attributes:
-        patches: of the pool.
-        logits: of every training model on the pool, by its id.
+        patches: images of the pool, cut into patches.
+        logits: id of a training model -> its outputs on the pool.
     """
 
     patches: Float[Tensor, "Q t c"]
-    logits: dict[str, Float[Tensor, "Q K"]]
+    logits: dict[str, Float[Tensor, "Q C"]]
 
 
 def query_outputs(train: Zoo, trained: Trained, device: torch.device) -> Queries:
-    """The pool of a recipe, and the outputs of training models, computed once.
+    """Make the pool of a recipe, and compute the outputs of the training models on it.
 
     Raises:
         ZooError: if models differ in dataset, or the zoo has no selection images.
@@ -68,9 +75,9 @@ def query_outputs(train: Zoo, trained: Trained, device: torch.device) -> Queries
 
 
 def query_images(zoo: Zoo, dataset: str, recipe: AutoencoderRecipe) -> Float[Tensor, "Q C H W"]:
-    """Images of a recipe's pool as the models of a dataset are fed them.
+    """Images of a recipe's pool, normalised for the models of a dataset.
 
-    Selection images; the same, corrupted; or as many of uniform noise between their least and greatest number.
+    The images are selection images, corrupted selection images, or uniform noise in the range of selection images.
     """
     images, _ = zoo.probes(dataset, "selection")
     generator = torch.Generator().manual_seed(recipe.seed)
@@ -94,14 +101,14 @@ def random_views(
     families: Sequence[str],
     generator: torch.Generator,
 ) -> Float[Tensor, "B D"]:
-    """Weights of the same functions: units of MLPs and heads of attention in random orders.
+    """Put units of MLPs and heads of attention in random orders, which leaves the functions of models unchanged.
 
     Args:
-        vectors: weights of plain ViTs of one layout; they are not written to.
-        layout: of the vectors.
+        vectors: weights of plain ViTs of one layout; they are not changed.
+        layout: layout of the vectors.
         vit: sizes of the ViT.
         families: `mlp`, `heads`, both or none.
-        generator: of the orders.
+        generator: source of the orders.
     """
     if not families:
         return vectors
@@ -124,6 +131,7 @@ def random_views(
 
 
 def _orders(models: int, size: int, generator: torch.Generator, device: torch.device) -> Int64[Tensor, "B size"]:
+    # drawn on the CPU, so that training on a GPU draws the same orders
     return torch.rand(models, size, generator=generator).argsort(1).to(device)
 
 
@@ -135,11 +143,13 @@ def _reorder(tensor: Tensor, order: Int64[Tensor, "B size"], axis: int) -> None:
 
 
 RISE, START, END = 0.3, 1 / 25, 1e-4 / 25
+"""Share of the steps in which the learning rate rises, and its first and last factor: torch's OneCycleLR."""
 SAVE_EVERY, NOTE_EVERY = 200, 20
 SAVE_SECONDS = 30.0
 LOST = ("dropped", "skipped")
 """Decoded networks left out of the behavioural loss, and steps without a finite gradient."""
 STATISTICS_NUMBERS = 2**24
+"""Weights that are read at once for the scaling and the components."""
 
 
 def train_autoencoder(
@@ -153,11 +163,11 @@ def train_autoencoder(
     """Train on the models of a zoo's train split, all of one layout.
 
     Args:
-        zoo: filtered to the models wanted; their `selection` images are the queries.
-        recipe: how.
-        folder: for the checkpoint; what is there is continued.
-        device: where.
-        on_step: called after each step with its losses.
+        zoo: zoo filtered to the models to train on; its `selection` images are the queries.
+        recipe: settings of the training.
+        folder: folder of the checkpoint; an earlier checkpoint of the recipe in it is continued.
+        device: device that trains.
+        on_step: called after each step with its number and losses.
 
     Raises:
         ZooError: if the models differ in layout or outputs, the zoo carries no selection images, or the folder holds
@@ -205,15 +215,16 @@ def train_autoencoder(
 
 
 def _fresh(train: Zoo, recipe: AutoencoderRecipe, device: torch.device) -> Trained:
+    """Make the autoencoder of a recipe before its first step, with the statistics of the training models."""
     layouts = sorted(set(train.index["layout"]))
     if len(layouts) > 1:
         raise ZooError(f"these models have {len(layouts)} layouts; an autoencoder takes one: filter by `head`")
     networks = Networks.like(next(train.rows()))
     tokenizer = Tokenizer.of(networks.layout, width=recipe.token_width or None, dense=recipe.dense)
-    together = max(1, min(256, STATISTICS_NUMBERS // networks.layout.num_parameters))
+    size = max(1, min(256, STATISTICS_NUMBERS // networks.layout.num_parameters))
 
     def batches() -> Iterator[Tensor]:
-        for batch in train.stream(batch_size=together):
+        for batch in train.stream(batch_size=size):
             check_finite(batch["weights"], batch["model_id"])
             yield batch["weights"]
 
@@ -233,13 +244,13 @@ def _fresh(train: Zoo, recipe: AutoencoderRecipe, device: torch.device) -> Train
 
 def _optimizer(model: WeightAutoencoder, recipe: AutoencoderRecipe) -> torch.optim.AdamW:
     matrices = [value for value in model.parameters() if value.ndim >= 2]
-    others = [value for value in model.parameters() if value.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    vectors = [value for value in model.parameters() if value.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=recipe.lr)
 
 
-def _endless(stream: Any, least: int) -> Iterator[dict[str, Any]]:
-    """Batches of at least so many models, epoch after epoch."""
+def _endless(stream: Stream, least: int) -> Iterator[dict[str, Any]]:
+    """Yield batches with at least `least` models, epoch after epoch."""
     while True:
         yield from (batch for batch in stream if len(batch["model_id"]) >= least)
 
@@ -251,12 +262,17 @@ def _step(
     model_ids: list[str],
     queries: Queries | None,
 ) -> dict[str, float]:
-    """One step, which changes nothing where the gradient is not finite; returns the losses and what was lost."""
+    """Make one step; return its losses, its `dropped` networks, and 1 for `skipped` if the gradient is not finite.
+
+    A step with a gradient that is not finite changes no weight.
+    """
     recipe, model, tokenizer = trained.recipe, trained.model, trained.tokenizer
     entropy = np.random.SeedSequence([recipe.seed, trained.step]).generate_state(1, np.uint64)
     generator = torch.Generator().manual_seed(int(entropy[0] >> np.uint64(1)))
     count = 2 if trained.loss.contrast else 1
-    inputs, latents, decoded = [], [], []
+    inputs: list[Tensor] = []
+    latents: list[Tensor] = []
+    decoded: list[Tensor] = []
     for _ in range(count):
         view = random_views(vectors, tokenizer.layout, trained.networks.vit, recipe.views, generator)
         scaled = trained.scaling.normalised(view)
@@ -272,10 +288,11 @@ def _step(
     if queries is not None:
         parts["behaviour"], dropped = _behaviour(trained, torch.cat(decoded), model_ids * count, queries, generator)
     if trained.loss.contrast:
-        seen = _window(trained, generator)
-        first, second = (model.project(values[:, seen]).float() for values in latents)
+        window = _window(trained, generator)
+        first, second = (model.project(values[:, window]).float() for values in latents)
         parts["contrast"] = contrastive_loss(first, second)
     loss = trained.loss(parts)
+    # in the warm-up the other parts are computed too, so that they set their scales on the first batch
     if queries is not None and trained.step < recipe.warmup * recipe.steps:
         loss = parts["structure"] / trained.loss.scales.setdefault("structure", float(parts["structure"].detach()))
     optimizer.zero_grad(set_to_none=True)
@@ -291,33 +308,32 @@ def _step(
 
 
 def _window(trained: Trained, generator: torch.Generator) -> slice:
-    """The tokens that contrast compares: all, or as many as a window holds, from a place drawn for the step."""
-    seen, N = trained.model.seen, trained.tokenizer.num_tokens
-    start = int(torch.randint(N - seen + 1, (1,), generator=generator)) if seen < N else 0
-    return slice(start, start + seen)
+    """Tokens that the contrastive loss compares: all, or one window at a random place."""
+    size, T = trained.model.window_tokens, trained.tokenizer.num_tokens
+    start = int(torch.randint(T - size + 1, (1,), generator=generator)) if size < T else 0
+    return slice(start, start + size)
 
 
 def _behaviour(
     trained: Trained,
-    decoded: Float[Tensor, "M N T"],
+    decoded: Float[Tensor, "P T W"],
     model_ids: list[str],
     queries: Queries,
     generator: torch.Generator,
-) -> tuple[Tensor, int]:
-    chosen = torch.randperm(len(queries.patches), generator=generator)[: trained.recipe.queries]
-    chosen = chosen.to(decoded.device)
+) -> Behaviour:
+    drawn = torch.randperm(len(queries.patches), generator=generator)[: trained.recipe.queries].to(decoded.device)
     vectors = trained.scaling.restored(trained.tokenizer.vectors(decoded))
-    ours = trained.networks.logits(vectors, queries.patches[chosen])
-    theirs = torch.stack([queries.logits[model_id][chosen] for model_id in model_ids])
+    ours = trained.networks.logits(vectors, queries.patches[drawn])
+    theirs = torch.stack([queries.logits[model_id][drawn] for model_id in model_ids])
     return behavioural_loss(ours, theirs, trained.recipe.behaviour)
 
 
-def one_cycle(done: float) -> float:
-    """The learning rate's factor once a share of the steps is done: a rise and a fall, each half a cosine.
+def one_cycle(share: float) -> float:
+    """Factor of the learning rate after a share of the steps: a rise and a fall, both half a cosine.
 
-    >>> [round(one_cycle(done), 3) for done in (0.0, 0.3, 1.0)]
+    >>> [round(one_cycle(share), 3) for share in (0.0, 0.3, 1.0)]
     [0.04, 1.0, 0.0]
     """
-    if done < RISE:
-        return START + (1 - START) * (1 - math.cos(math.pi * done / RISE)) / 2
-    return END + (1 - END) * (1 + math.cos(math.pi * (done - RISE) / (1 - RISE))) / 2
+    if share < RISE:
+        return START + (1 - START) * (1 - math.cos(math.pi * share / RISE)) / 2
+    return END + (1 - END) * (1 + math.cos(math.pi * (share - RISE) / (1 - RISE))) / 2

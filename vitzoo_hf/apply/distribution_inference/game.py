@@ -1,13 +1,13 @@
-"""The game: an adversary with shadow models whose secrets it knows guesses the secrets of targets.
+"""The game of distribution inference: an adversary knows the secrets of shadow models and guesses those of targets.
 
-An attack is a function of shadows, of what it sees of the targets, and of a seed. It never gets the targets' secrets,
-which `play` alone compares with its guesses. Guards refuse cells in which something else than the secret differs.
+An attack is a function of shadows, views of the targets, and a seed. It never gets the secrets of targets: only
+`play` compares them with its guesses. Guards refuse a cell in which anything but the secret differs between models.
 """
 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -20,17 +20,18 @@ from vitzoo_hf.format.schema import ZooError
 
 Kind = Literal["log_probabilities", "labels", "real"]
 LABEL_EPSILON = 0.01
+"""Probability that a label-only adversary leaves to all other classes, so that logarithms are finite."""
 
 
 @dataclass(frozen=True, eq=False)
 class Queries:
-    """Inputs that models are asked about.
+    """Facts about the Q inputs that models answer.
 
     Attributes:
-        origins: the query set each of Q inputs is from; sets are numbered from 0.
-        labels: true classes `[Q]`, or true outputs of a regression `[Q]`; None where they are unknown.
-        candidates: the secret whose distribution a query set is drawn from, one a set, as secrets are stored; None
-            where sets are drawn from no candidate distribution.
+        origins: number, from 0, of the query set of each input.
+        labels: true classes `[Q]`, or true outputs of a regression `[Q]`; None if they are unknown.
+        candidates: secret of the distribution that a query set is drawn from, one for each set, encoded like secrets
+            of models; None if sets are not drawn from candidate distributions.
     """
 
     origins: Int64[Tensor, " Q"]
@@ -40,25 +41,25 @@ class Queries:
 
 @dataclass(frozen=True, eq=False)
 class Views:
-    """What an adversary sees of M models.
+    """Data on P models that an adversary can access.
 
     Attributes:
-        outputs: on the queries: log-probabilities, or real outputs; None without black-box access.
-        kind: of the outputs; `labels` are log-probabilities made from predicted classes alone.
-        features: of the weights: name -> float64 `[M, F]`; empty without access to weights.
-        sets: of the weights for the set encoder: name -> tensor with M models on the first axis.
+        outputs: log-probabilities, or real outputs, on the queries; None without black-box access.
+        kind: kind of the outputs; `labels` are log-probabilities made from predicted classes alone.
+        features: name -> features of weights, float64 `[P, F]`; empty without access to weights.
+        sets: name -> sets of weights for the set encoder, with P models on the first axis.
     """
 
-    outputs: Float[Tensor, "M Q K"] | None = None
+    outputs: Float[Tensor, "P Q C"] | None = None
     kind: Kind = "log_probabilities"
-    features: Mapping[str, Float64[np.ndarray, "M F"]] = field(default_factory=dict)
+    features: Mapping[str, Float64[np.ndarray, "P F"]] = field(default_factory=dict)
     sets: Mapping[str, Tensor] = field(default_factory=dict)
 
-    def answers(self) -> Float[Tensor, "M Q K"]:
-        """The outputs.
+    def answers(self) -> Float[Tensor, "P Q C"]:
+        """Return the outputs.
 
         Raises:
-            ZooError: if the adversary has no access to them, or some are NaN.
+            ZooError: if the adversary has no access to outputs, or some are NaN.
         """
         if self.outputs is None:
             raise ZooError("this attack reads outputs of models, and there are none: give access to probabilities")
@@ -67,7 +68,7 @@ class Views:
         return self.outputs
 
     def at(self, places: Int64[Tensor, " m"]) -> "Views":
-        """Some of the models."""
+        """Select models by their places."""
         return replace(
             self,
             outputs=None if self.outputs is None else self.outputs[places],
@@ -76,43 +77,43 @@ class Views:
         )
 
 
-def label_only(outputs: Float[Tensor, "M Q K"], *, epsilon: float = LABEL_EPSILON) -> Float[Tensor, "M Q K"]:
-    """Log-probabilities of an adversary that sees the predicted class: `1 - epsilon` for it, the rest shared.
+def label_only(outputs: Float[Tensor, "P Q C"], *, epsilon: float = LABEL_EPSILON) -> Float[Tensor, "P Q C"]:
+    """Log-probabilities of a label-only adversary: `1 - epsilon` for the predicted class, the rest shared.
 
     Example:
         >>> label_only(torch.tensor([[[2.0, 1.0]]])).exp()
         tensor([[[0.9900, 0.0100]]])
     """
-    K = outputs.shape[2]
-    found = torch.full_like(outputs, math.log(epsilon / (K - 1)))
-    return found.scatter(2, outputs.argmax(2, keepdim=True), math.log(1 - epsilon))
+    C = outputs.shape[2]
+    log_probabilities = torch.full_like(outputs, math.log(epsilon / (C - 1)))
+    return log_probabilities.scatter(2, outputs.argmax(2, keepdim=True), math.log(1 - epsilon))
 
 
 def seen_like(views: Views, kind: Kind) -> Views:
-    """The same models, but only their predicted classes where others are known by those alone."""
+    """Reduce log-probabilities to predicted classes if `kind` is `labels`; other views are returned unchanged."""
     if kind == "labels" and views.kind == "log_probabilities" and views.outputs is not None:
         return replace(views, outputs=label_only(views.answers()), kind="labels")
     return views
 
 
-def comparable(own: Views, targets: Views) -> Views:
-    """Shadows as targets are seen.
+def comparable(shadows: Views, targets: Views) -> Views:
+    """Convert views of shadows to the kind of outputs of the targets.
 
     Raises:
-        ZooError: if they cannot be.
+        ZooError: if kinds cannot be converted, or the shapes of outputs differ.
     """
-    known = seen_like(own, targets.kind)
-    if known.kind != targets.kind or known.answers().shape[1:] != targets.answers().shape[1:]:
+    views = seen_like(shadows, targets.kind)
+    if views.kind != targets.kind or views.answers().shape[1:] != targets.answers().shape[1:]:
         raise ZooError(
-            f"shadows answer with {known.kind} {list(known.answers().shape[1:])}, targets with {targets.kind}"
+            f"shadows answer with {views.kind} {list(views.answers().shape[1:])}, targets with {targets.kind}"
             f" {list(targets.answers().shape[1:])}: ask both the same queries"
         )
-    return known
+    return views
 
 
 @dataclass(frozen=True, eq=False)
 class Shadows:
-    """Models of the adversary's own, with their secrets, and all that it knows besides."""
+    """Models of the adversary with their secrets, the space of secrets, and the queries."""
 
     views: Views
     secrets: Tensor
@@ -120,28 +121,28 @@ class Shadows:
     queries: Queries | None = None
 
     def asked(self) -> Queries:
-        """The queries.
+        """Return the queries.
 
         Raises:
-            ZooError: if there are none.
+            ZooError: if there are no queries.
         """
         if self.queries is None:
             raise ZooError("this attack needs the queries that outputs answer: give `queries`")
         return self.queries
 
     def permuted(self, seed: int) -> "Shadows":
-        """With secrets in random order: an attack that learns from these knows nothing."""
+        """Shuffle the secrets: an attack that learns from the result is at chance level."""
         order = torch.randperm(len(self.secrets), generator=torch.Generator().manual_seed(seed))
         return replace(self, secrets=self.secrets[order])
 
 
 @dataclass(frozen=True, eq=False)
 class Guesses:
-    """What an attack says of T targets.
+    """Guesses of an attack for T targets.
 
     Attributes:
-        secrets: int64 `[T]` for classes, float64 `[T, V]` for numbers.
-        scores: of a binary secret, larger for class 1; None where an attack has none.
+        secrets: guessed secrets: int64 `[T]` for classes, float64 `[T, V]` for numbers.
+        scores: scores for a binary secret, larger for class 1; None if the attack has no scores.
     """
 
     secrets: Tensor
@@ -153,14 +154,14 @@ Attack = Callable[[Shadows, Views, int], Guesses]
 
 @dataclass(frozen=True, eq=False)
 class Outcome:
-    """How well an attack did.
+    """Result of an attack.
 
     Attributes:
-        losses: of each target under each seed: 1 for an error, or the absolute error.
-        prior_risk: what the best guess without a model loses.
-        auc: area under the curve of a binary secret, a value a seed; empty without scores.
-        guesses: of the first seed.
-        scores: of a binary secret, mean over seeds, larger for class 1; None where an attack has none.
+        losses: loss of each target under each seed: 1 for an error, or the absolute error.
+        prior_risk: loss of the best guess without a model.
+        auc: area under the curve of a binary secret, one value for each seed; empty without scores.
+        guesses: guesses under the first seed.
+        scores: scores for a binary secret, mean over seeds, larger for class 1; None if the attack has no scores.
     """
 
     losses: Float64[Tensor, "S T"]
@@ -176,7 +177,7 @@ class Outcome:
 
     @property
     def accuracy(self) -> Interval:
-        """Share of targets guessed right; for classes."""
+        """Share of targets with the right guess, if secrets are classes."""
         mean, low, high = self.risk
         return Interval(1 - mean, 1 - high, 1 - low)
 
@@ -189,17 +190,17 @@ class Outcome:
 def play(
     shadows: Shadows, targets: Views, secrets: Tensor, attack: Attack, *, seeds: Sequence[int] = (0,)
 ) -> Outcome:
-    """Let an attack guess, and compare.
+    """Run an attack once for each seed, and compare its guesses with the secrets.
 
     Args:
-        shadows: what the adversary has.
-        targets: what it sees.
-        secrets: of the targets; the attack does not get them.
-        attack: to play.
-        seeds: of its repetitions.
+        shadows: shadows of the adversary.
+        targets: views of the targets.
+        secrets: secrets of the targets; the attack does not get them.
+        attack: the attack.
+        seeds: seeds of the repetitions.
 
     Raises:
-        ZooError: from an attack that lacks access, or fits another kind of secret.
+        ZooError: from an attack that lacks access, or does not take this kind of secret.
     """
     losses, areas, scores, first = [], [], [], None
     for seed in seeds:
@@ -219,25 +220,25 @@ def play(
     return Outcome(torch.stack(losses), shadows.secret.prior_risk, tuple(areas), first, mean)
 
 
-def check_equal(what: str, values: Sequence[float | int], secrets: Sequence[Any]) -> None:
-    """Refuse a cell in which models differ in something that would give the secret away.
+def check_equal(what: str, values: Sequence[float | int], secrets: Sequence[object]) -> None:
+    """Refuse a cell in which models differ in a number that would give the secret away.
 
     Args:
-        what: such as `training examples` or `optimiser steps`.
-        values: one a model.
-        secrets: of the models.
+        what: name of the number, such as `training examples` or `optimiser steps`.
+        values: the number of each model.
+        secrets: secrets of the models.
 
     Raises:
-        ZooError: naming two values, and the secrets that have them: two different ones, where there are.
+        ZooError: naming two values and their secrets, which differ if possible.
 
     Example:
         >>> check_equal("training examples", [2048, 2048], [0.3, 0.5])
     """
-    others = [place for place, value in enumerate(values) if value != values[0]]
-    if not others:
+    differing = [place for place, value in enumerate(values) if value != values[0]]
+    if not differing:
         return
-    other = next((place for place in others if secrets[place] != secrets[0]), others[0])
+    example = next((place for place in differing if secrets[place] != secrets[0]), differing[0])
     raise ZooError(
-        f"{what} differ between models: {values[0]:g} with secret {secrets[0]}, {values[other]:g} with secret"
-        f" {secrets[other]}; make them equal, or attacks read that instead of the distribution"
+        f"{what} differ between models: {values[0]:g} with secret {secrets[0]}, {values[example]:g} with secret"
+        f" {secrets[example]}; make them equal, or attacks read that instead of the distribution"
     )

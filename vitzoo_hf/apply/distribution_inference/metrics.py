@@ -1,4 +1,4 @@
-"""How much an attack found out: accuracy, area under the curve, leaked samples, and how sure that is."""
+"""Measures of an attack: area under the curve, leaked samples, and intervals over targets, seeds and worlds."""
 
 import math
 from typing import NamedTuple
@@ -20,7 +20,7 @@ class Interval(NamedTuple):
     high: float
 
 
-def area_under_curve(scores: Float64[Tensor, " M"], positive: Bool[Tensor, " M"]) -> float:
+def area_under_curve(scores: Float64[Tensor, " P"], positive: Bool[Tensor, " P"]) -> float:
     """Probability that a positive scores above a negative, ties counted half (Mann and Whitney, 1947).
 
     Raises:
@@ -40,7 +40,7 @@ def area_under_curve(scores: Float64[Tensor, " M"], positive: Bool[Tensor, " M"]
 
 
 def leaked_samples(accuracy: float, ratios: tuple[float, float]) -> float:
-    """n_leaked: samples of the training data that would tell two ratios apart as well; infinite for accuracy 1.
+    """n_leaked: number of training samples that separate two ratios with this accuracy; infinite for accuracy 1.
 
     With `rho = max(min(r0, r1) / max(r0, r1), (1 - max) / (1 - min))` it is `ln(1 - (2 accuracy - 1)^2) / ln rho`; an
     accuracy at or below one half leaks none.
@@ -64,8 +64,8 @@ def leaked_samples(accuracy: float, ratios: tuple[float, float]) -> float:
     return math.log(1 - gain**2) / math.log(overlap) if gain and overlap > 0 else 0.0
 
 
-def leaked_samples_of_errors(ratios: Float64[Tensor, " M"], guesses: Float64[Tensor, " M"]) -> float:
-    """n_leaked of a regression: samples whose share estimates the ratio as well, mean `r (1 - r)` over mean square.
+def leaked_samples_of_errors(ratios: Float64[Tensor, " P"], guesses: Float64[Tensor, " P"]) -> float:
+    """n_leaked of a regression: number of samples that estimate the ratio as well, mean `r (1 - r)` over mean square.
 
     Raises:
         ValueError: for ratios outside 0 to 1.
@@ -82,16 +82,16 @@ def leaked_samples_of_errors(ratios: Float64[Tensor, " M"], guesses: Float64[Ten
 
 
 def nested_interval(values: Float64[Tensor, "W S T"], *, resamples: int = RESAMPLES, seed: int = 0) -> Interval:
-    """Mean over draws of the world, seeds of the attack and targets; all three are resampled, one within the other.
+    """Mean over draws of the world, seeds and targets, with a bootstrap interval that resamples the three in turn.
 
-    Within a draw of the world, all seeds meet the same resampled targets. An axis of length 1 adds no spread, so that
-    one draw of the world says nothing about others; one draw and one seed give the percentile interval over targets
-    (Efron, 1979).
+    Within a draw of the world, all seeds get equal resampled targets. An axis of length 1 adds no spread: one draw of
+    the world says nothing about other draws. One draw and one seed give the percentile interval over targets (Efron,
+    1979).
 
     Args:
-        values: of each target (T) under each seed (S) in each world (W): hits, or losses.
-        resamples: how often.
-        seed: of the resampling.
+        values: hits or losses of each target (T) under each seed (S) in each world (W).
+        resamples: number of resamples.
+        seed: seed of the resampling.
 
     Raises:
         ValueError: for an empty axis or values that are not finite.
@@ -106,8 +106,8 @@ def nested_interval(values: Float64[Tensor, "W S T"], *, resamples: int = RESAMP
         worlds = random.integers(W, size=W)
         total = 0.0
         for world in worlds:
-            held = array[world]
-            per_target = held[random.integers(S, size=S)].mean(0) if S > 1 else held[0]
+            by_seed = array[world]
+            per_target = by_seed[random.integers(S, size=S)].mean(0) if S > 1 else by_seed[0]
             total += per_target[random.integers(T, size=T)].mean()
         means[number] = total / W
     low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])

@@ -1,16 +1,17 @@
-"""How far models of a two-colour world rely on colour: what they answer when images change colour and nothing else.
+"""Reliance of models of a two-colour world on colour: the change of their outputs when only the colour changes.
 
-Reliance, not accuracy elsewhere, is what leakage of colour–label agreement should follow (Mahajan et al. 2021).
+Leakage of colour–label agreement should follow reliance, not accuracy in other worlds (Mahajan et al. 2021).
 """
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from vitzoo_hf.apply.distribution_inference.zoo_views import world_of
+from vitzoo_hf.format.row import Row
 from vitzoo_hf.format.schema import ZooError
 from vitzoo_hf.metrics.behavior import accuracy
 from vitzoo_hf.models.population import Population
@@ -21,14 +22,14 @@ if TYPE_CHECKING:
     import pandas
 
 CHUNK_NUMBERS = 2**26
-"""Weights, and numbers of outputs, that are held at once."""
+"""Numbers of weights and outputs in memory at once."""
 
 
 def recoloured(images: Float[Tensor, "N 3 H W"]) -> Float[Tensor, "N 3 H W"]:
-    """Images of a two-colour world in the other colour: channels 0 and 1 exchanged.
+    """Exchange the two colours of images of a two-colour world: channels 0 and 1.
 
     Args:
-        images: normalised with one mean and deviation for both channels, as `Zoo.probes` gives them.
+        images: images, normalised with one mean and deviation for both channels, as `Zoo.probes` gives them.
 
     Example:
         >>> recoloured(torch.tensor([1.0, 2.0, 3.0]).view(1, 3, 1, 1)).flatten()
@@ -37,12 +38,12 @@ def recoloured(images: Float[Tensor, "N 3 H W"]) -> Float[Tensor, "N 3 H W"]:
     return images[:, [1, 0, 2]]
 
 
-def colour_reliance(logits: Float[Tensor, "P N K"], other: Float[Tensor, "P N K"]) -> Float[Tensor, " P"]:
+def colour_reliance(logits: Float[Tensor, "P N C"], other: Float[Tensor, "P N C"]) -> Float[Tensor, " P"]:
     """Mean absolute change of P(Y = 1) when N images change colour: `mean |p(x) − p(recoloured x)|`, in [0, 1].
 
     Args:
-        logits: of P models on the images.
-        other: of the same models on the same images in the other colour.
+        logits: outputs of P models on the images.
+        other: outputs of these models on these images in the other colour.
 
     Raises:
         ZooError: for shapes that differ, or other than two classes.
@@ -63,19 +64,19 @@ def colour_reliance(logits: Float[Tensor, "P N K"], other: Float[Tensor, "P N K"
 def world_behaviour(
     zoo: Zoo, dataset: str | None = None, *, device: str | torch.device = "cpu", progress: bool = True
 ) -> "pandas.DataFrame":
-    """What every model of a world does on the zoo's test images; one row a model, in the order of the zoo.
+    """Measure every model of a world on the zoo's test images; one row a model, in the order of the zoo.
 
     Columns: `model_id`; `accuracy`, on test images drawn equally from the worlds of the zoo; `flipped_accuracy`, on
-    images whose colour agrees with the label in one of ten, NaN where colour never mattered; `colour_reliance`.
+    images whose colour agrees with the label in one of ten, NaN for a zoo without such images; `colour_reliance`.
 
     Args:
-        zoo: its rows are measured; weights are read in parts that fit in memory.
-        dataset: of the world; the only one by default.
-        device: where models run.
+        zoo: zoo of the models; weights are read in parts that fit in memory.
+        dataset: dataset of the world; the only world of the zoo by default.
+        device: device that runs the models.
         progress: show a bar.
 
     Raises:
-        ZooError: if the zoo has no world, or several and none is named.
+        ZooError: if the zoo has no world, or has several and `dataset` is not given.
     """
     import pandas
 
@@ -87,11 +88,11 @@ def world_behaviour(
         flipped_images, flipped_labels = zoo.probes(f"{name}-flipped", "test")
         sets.append(flipped_images)
     records = []
-    chosen = zoo.filter(dataset=name)
-    with progress_bar("measuring", "model", shown=progress, total=len(chosen)) as bar:
-        for rows in rows_in_parts(chosen, 6 * len(images)):
+    members = zoo.filter(dataset=name)
+    with progress_bar("measuring", "model", shown=progress, total=len(members)) as bar:
+        for rows in rows_in_parts(members, 6 * len(images)):
             population = Population.from_rows(rows, device=device)
-            logits = [population(each) for each in sets]
+            logits = [population(part) for part in sets]
             measured = {
                 "accuracy": accuracy(logits[0], labels.to(logits[0].device)),
                 "flipped_accuracy": accuracy(logits[2], flipped_labels.to(logits[2].device))
@@ -100,20 +101,20 @@ def world_behaviour(
                 "colour_reliance": colour_reliance(logits[0], logits[1]),
             }
             columns = {column: values.double().tolist() for column, values in measured.items()}
-            ids = [row["model_id"] for row in rows]
+            ids = [row.model_id for row in rows]
             records.append(pandas.DataFrame({"model_id": ids} | columns))
             bar.update(len(rows))
     return pandas.concat(records, ignore_index=True)
 
 
-def rows_in_parts(zoo: Zoo, outputs: int) -> Iterator[list[dict[str, Any]]]:
-    """Rows with their weights, as many at a time as `CHUNK_NUMBERS` leaves room for; at least one.
+def rows_in_parts(zoo: Zoo, outputs: int) -> Iterator[list[Row]]:
+    """Yield rows in parts whose weights and outputs are at most `CHUNK_NUMBERS` numbers; a part has at least one row.
 
     Args:
-        zoo: its rows are read in their order.
-        outputs: numbers that are held of a model beside its weights.
+        zoo: zoo of the rows, read in its order.
+        outputs: numbers of outputs of a model that are in memory with its weights.
     """
-    part: list[dict[str, Any]] = []
+    part: list[Row] = []
     size = 0
     for row in zoo.rows():
         needed = row["num_parameters"] + outputs

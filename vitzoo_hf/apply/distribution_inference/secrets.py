@@ -1,6 +1,6 @@
-"""What an adversary wants to know of a training distribution: one of k classes, a number, several numbers.
+"""Secrets of a training distribution that an adversary guesses: one of k classes, a number, or several numbers.
 
-Secrets of M models are one tensor: int64 `[M]` for classes, float64 `[M, V]` for V numbers.
+Secrets of P models are one tensor: int64 `[P]` for classes, float64 `[P, V]` for V numbers.
 """
 
 from collections.abc import Sequence
@@ -22,11 +22,11 @@ class ClassSecret:
     """One of k classes.
 
     Attributes:
-        values: what the classes stand for, such as the ratios 0.3 and 0.5.
+        values: values of the classes, such as the ratios 0.3 and 0.5.
         prior: probability of each; equal by default.
 
     Raises:
-        ZooError: for fewer than two classes, or a prior that is none.
+        ZooError: for fewer than two classes, or a prior that does not sum to 1.
 
     Example:
         >>> secret = ClassSecret((0.3, 0.5))
@@ -51,26 +51,26 @@ class ClassSecret:
         """Share of errors of the best guess without a model."""
         return 1 - max(self.prior)
 
-    def even(self, count: int) -> Int64[Tensor, " M"]:
-        """As many of each class as can be, in turn; for an equal prior."""
+    def even(self, count: int) -> Int64[Tensor, " P"]:
+        """Repeat the classes in turn, for an equal prior."""
         return torch.arange(count) % len(self.values)
 
-    def uniform(self, count: int, seed: int) -> Int64[Tensor, " M"]:
+    def uniform(self, count: int, seed: int) -> Int64[Tensor, " P"]:
         """Independent draws from the prior."""
         generator = torch.Generator().manual_seed(seed)
         return torch.multinomial(torch.tensor(self.prior), count, replacement=True, generator=generator)
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the secrets of models."""
+        """Type of the tensor of secrets."""
         return torch.int64
 
-    def encoded(self, value: Any) -> int | None:
-        """A value as it is stored, or None if it is none of the classes."""
+    def encoded(self, value: object) -> int | None:
+        """Encode a value as the number of its class; None if the value is not a class."""
         return self.values.index(value) if value in self.values else None
 
-    def losses(self, guesses: Int64[Tensor, " M"], secrets: Int64[Tensor, " M"]) -> Float64[Tensor, " M"]:
-        """1 for an error, 0 else."""
+    def losses(self, guesses: Int64[Tensor, " P"], secrets: Int64[Tensor, " P"]) -> Float64[Tensor, " P"]:
+        """1 for an error, 0 for a right guess."""
         return (guesses != secrets).double()
 
 
@@ -80,7 +80,7 @@ class NumberSecret:
 
     Attributes:
         bounds: lowest and highest value of each number.
-        levels: the values a number takes, each as likely, where it is not uniform in its interval.
+        levels: values of each number, equally likely; None if a number is uniform in its interval.
 
     Raises:
         ZooError: for an empty interval, or levels outside of it.
@@ -107,10 +107,10 @@ class NumberSecret:
         if self.levels is None:
             return sum(high - low for low, high in self.bounds) / (4 * len(self.bounds))
         values = [torch.tensor(levels, dtype=torch.float64) for levels in self.levels]
-        return sum((each - each.median()).abs().mean().item() for each in values) / len(values)
+        return sum((part - part.median()).abs().mean().item() for part in values) / len(values)
 
-    def even(self, count: int) -> Float64[Tensor, "M 1"]:
-        """An even grid from the lowest value up to, but without, the highest; or the levels in turn.
+    def even(self, count: int) -> Float64[Tensor, "P 1"]:
+        """Even grid from the lowest value up to, but without, the highest; or the levels in turn.
 
         Raises:
             ZooError: for several numbers, which have no grid: draw them by `uniform`.
@@ -123,7 +123,7 @@ class NumberSecret:
         low, high = self.bounds[0]
         return low + (high - low) * torch.arange(count, dtype=torch.float64)[:, None] / count
 
-    def uniform(self, count: int, seed: int) -> Float64[Tensor, "M V"]:
+    def uniform(self, count: int, seed: int) -> Float64[Tensor, "P V"]:
         """Independent draws from the prior."""
         generator = torch.Generator().manual_seed(seed)
         drawn = torch.rand(count, len(self.bounds), dtype=torch.float64, generator=generator)
@@ -138,35 +138,36 @@ class NumberSecret:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the secrets of models."""
+        """Type of the tensor of secrets."""
         return torch.float64
 
-    def encoded(self, value: Any) -> tuple[float] | None:
-        """The value of a single number as it is stored, or None if it is no level that the number takes."""
-        known = self.levels is not None and len(self.bounds) == 1 and value in self.levels[0]
-        return (float(value),) if known else None
+    def encoded(self, value: object) -> tuple[float] | None:
+        """Encode the value of a single number; None if the value is not a level."""
+        is_level = self.levels is not None and len(self.bounds) == 1 and value in self.levels[0]
+        return (float(value),) if is_level and isinstance(value, int | float) else None
 
-    def losses(self, guesses: Float64[Tensor, "M V"], secrets: Float64[Tensor, "M V"]) -> Float64[Tensor, " M"]:
+    def losses(self, guesses: Float64[Tensor, "P V"], secrets: Float64[Tensor, "P V"]) -> Float64[Tensor, " P"]:
         """Absolute error, the mean over the numbers."""
         return (guesses - secrets).abs().mean(1)
 
 
 Secret = ClassSecret | NumberSecret
-Secrets = Int64[Tensor, " M"] | Float64[Tensor, "M V"]
+Secrets = Int64[Tensor, " P"] | Float64[Tensor, "P V"]
 
 
 def secret_of(values: Sequence[Any], *, as_classes: bool | None = None) -> tuple[Secret, Tensor]:
-    """The space of secrets that a column of values shows, and the secrets of its models.
+    """Infer the space of secrets from a column of values, and encode the values.
 
-    Text, truth values and two different numbers are classes; more numbers are a number with these levels; tuples of
-    numbers are several.
+    - Text, truth values and two different numbers are classes.
+    - More than two different numbers are a number with these levels.
+    - Tuples of numbers are several numbers.
 
     Args:
-        values: one a model, of shadows and targets together.
-        as_classes: decide otherwise.
+        values: value of each model, shadows and targets together.
+        as_classes: true for classes, false for a number; None decides by the rules above.
 
     Raises:
-        ZooError: for a missing value, fewer than two different ones, or more classes than can be told apart.
+        ZooError: for a missing value, fewer than two different ones, or more than 12 classes.
 
     Example:
         >>> secret, secrets = secret_of([0.3, 0.5, 0.3])
@@ -181,24 +182,24 @@ def secret_of(values: Sequence[Any], *, as_classes: bool | None = None) -> tuple
         parts = [secret_of(part, as_classes=False) for part in zip(*values, strict=True)]
         numbers = torch.cat([part for _, part in parts], 1)
         levels = tuple(tuple(column.unique().tolist()) for column in numbers.T)
-        return NumberSecret(tuple((each[0], each[-1]) for each in levels), levels), numbers
-    known = sorted(set(values))
-    if len(known) < 2:
+        return NumberSecret(tuple((part[0], part[-1]) for part in levels), levels), numbers
+    distinct = sorted(set(values))
+    if len(distinct) < 2:
         raise ZooError(
-            f"every model has the secret {known[0]!r}: expected at least two different ones"
-            if known
+            f"every model has the secret {distinct[0]!r}: expected at least two different ones"
+            if distinct
             else "there is no model with a secret"
         )
-    numeric = all(isinstance(value, int | float) and not isinstance(value, bool) for value in known)
-    if as_classes if as_classes is not None else not numeric or len(known) == 2:
-        if len(known) > MAX_CLASSES:
-            raise ZooError(f"{len(known)} different secrets as classes: expected at most {MAX_CLASSES}")
-        return ClassSecret(tuple(known)), torch.tensor([known.index(value) for value in values])
+    numeric = all(isinstance(value, int | float) and not isinstance(value, bool) for value in distinct)
+    if as_classes if as_classes is not None else not numeric or len(distinct) == 2:
+        if len(distinct) > MAX_CLASSES:
+            raise ZooError(f"{len(distinct)} different secrets as classes: expected at most {MAX_CLASSES}")
+        return ClassSecret(tuple(distinct)), torch.tensor([distinct.index(value) for value in values])
     if not numeric:
-        raise ZooError(f"secrets such as {known[0]!r} are no numbers: take them as classes")
+        raise ZooError(f"secrets such as {distinct[0]!r} are no numbers: take them as classes")
     numbers = torch.tensor(values, dtype=torch.float64)[:, None]
-    bounds = ((float(known[0]), float(known[-1])),)
-    return NumberSecret(bounds, (tuple(map(float, known)),)), numbers
+    bounds = ((float(distinct[0]), float(distinct[-1])),)
+    return NumberSecret(bounds, (tuple(map(float, distinct)),)), numbers
 
 
 def advantage(risk: float, prior_risk: float) -> float:

@@ -1,6 +1,7 @@
-"""Attacks on a zoo whose rows carry a secret and a role: the game, its guards, and a table of how attacks did.
+"""Run attacks on a zoo whose rows have a secret and a role: guards, a table of results, and a card in Markdown.
 
-The card of an attack: what was guessed from what, how well, how sure that is, and what it may be used for.
+Costs: all models run once on the queries, and weights are read once for all features, once more for components; an
+attack is repeated for each seed.
 """
 
 from collections.abc import Mapping, Sequence
@@ -50,7 +51,7 @@ READS = {
     "flat_mlp": "flat",
     "set_encoder": "sets",
 }
-"""Attacks on weights -> the features they read."""
+"""Attack on weights -> the features that it reads."""
 OF_ZOOS: dict[str, Attack] = {
     **BLACK_BOX,
     **{name: WHITE_BOX[name] for name in READS if name in WHITE_BOX},
@@ -58,19 +59,19 @@ OF_ZOOS: dict[str, Attack] = {
 }
 BY_DEFAULT = tuple(name for name in OF_ZOOS if name not in ("flat_mlp", "log_odds"))
 SHUFFLES = 20
-CONTROL = {"control": "secrets of shadows were shuffled: every attack is to be at chance"}
+CONTROL = {"control": "secrets of shadows were shuffled: every attack should then be at chance level"}
 WITH_SEEDS = ("meta_classifier", "flat_mlp", "set_encoder")
 
 
 @dataclass(frozen=True, eq=False)
 class Report:
-    """What attacks found out.
+    """Results of attacks.
 
     Attributes:
         table: a row an attack.
-        facts: of the game: secret, prior, access, knowledge, sizes, guards; for the card.
-        guesses: a row a target: its model, its secret, the guess of each attack, and as `ATTACK_score` its score,
-            larger for the second class, where it has one.
+        facts: facts of the game for the card: secret, prior, access, knowledge, sizes, guards.
+        guesses: a row a target: model, secret, the guess of each attack, and, if the attack has scores, its score as
+            `ATTACK_score`, larger for the second class.
     """
 
     table: pd.DataFrame
@@ -98,47 +99,47 @@ def attack_zoo(
     """Guess a secret of the targets of a zoo from its shadows.
 
     Args:
-        zoo: final models are used; those without a role are left out.
-        secret: its column, with or without `factor_`: two values are classes, more a number; `a,b` are two numbers.
-        shadows: a zoo whose shadows are used instead, such as of another architecture; without access to weights.
-        role: column that says `target` or `shadow`.
-        access: `weights`, with outputs besides; `probabilities`; or `labels`, predicted classes alone.
-        attacks: names; by default all that the access and the zoo allow.
-        num_queries: selection images that all are asked about: `zoo_views.zoo_queries`.
-        seeds: of attacks with randomness.
-        shuffled: a control: attacks learn from shadows with shuffled secrets, of which each of 20 shuffles is a
-            seed, so that all are at chance; without the loss test, which learns nothing.
-        unequal: go on although training differs between secrets; the report says so.
-        seed: of the queries.
-        cache: folder that keeps outputs.
-        device: where models run and features are taken.
+        zoo: zoo of the models; final models with a role are used.
+        secret: column, with or without `factor_`: two values are classes, more are a number, `a,b` are two numbers.
+        shadows: zoo of other shadows, such as of another architecture; it excludes access to weights.
+        role: column with the values `target` and `shadow`.
+        access: `weights`, which includes outputs; `probabilities`; or `labels`, predicted classes alone.
+        attacks: names of attacks; by default all that the access and the zoo allow.
+        num_queries: number of selection images that all models answer, see `zoo_queries`.
+        seeds: number of repetitions of attacks with randomness.
+        shuffled: run a control, at chance level: attacks learn from 20 shuffles of secrets, without the loss test.
+        unequal: continue although training differs between secrets; the report says so.
+        seed: seed of the queries.
+        cache: folder that caches outputs.
+        device: device that runs models and computes features.
         progress: show bars.
 
     Raises:
         ZooError: for an unknown column, attack or access; too few models of a role; a guard that fails.
     """
     _check_counts(seeds, num_queries)
-    names = _chosen(attacks, access, shadows is not None, shuffled)
+    names = _selected(attacks, access, shadows is not None, shuffled)
     cast = cast_of(zoo, shadows, secret, role)
     space, secrets = secret_of([plain(value) for value in cast.index[cast.column]])
     guards = guards_of(cast.index, cast.column, role, secrets, cast.shadows, space, unequal)
     guards |= CONTROL if shuffled else {}
-    options: dict[str, Any] = {"device": device, "progress": progress}
-    asked, queries, batch = None, None, None
+    outputs, queries, batch = None, None, None
     if any(name in BLACK_BOX for name in names):
         batch, queries = zoo_queries(cast.zoos[-1], cast.column, space, num_queries=num_queries, seed=seed)
-        asked = Views(torch.cat([zoo_outputs(each, batch, cache=cache, **options) for each in cast.zoos]))
+        parts = [zoo_outputs(part, batch, cache=cache, device=device, progress=progress) for part in cast.zoos]
+        outputs = Views(torch.cat(parts))
     names = _fitting(names, attacks, queries)
-    wanted = [READS[name] for name in names if name in READS]
-    read = zoo_features(cast.zoos[0], cast.shadows, wanted, **options) if wanted else None
-    known, targets = (joined_views(asked, read, mask.nonzero()[:, 0]) for mask in (cast.shadows, ~cast.shadows))
-    adversary = Shadows(known, secrets[cast.shadows], space, queries)
+    reads = [READS[name] for name in names if name in READS]
+    weights = zoo_features(cast.zoos[0], cast.shadows, reads, device=device, progress=progress) if reads else None
+    of_shadows = joined_views(outputs, weights, cast.shadows.nonzero()[:, 0])
+    targets = joined_views(outputs, weights, (~cast.shadows).nonzero()[:, 0])
+    adversary = Shadows(of_shadows, secrets[cast.shadows], space, queries)
     targets = seen_like(targets, "labels") if access == "labels" else targets
     truth, ratio = secrets[~cast.shadows], is_ratio(cast.column)
     table, guesses = _played(names, adversary, targets, truth, access, ratio, seeds, shuffled, device)
-    told = cast.index.loc[(~cast.shadows).numpy(), ["model_id", cast.column]].reset_index(drop=True)
+    answers = cast.index.loc[(~cast.shadows).numpy(), ["model_id", cast.column]].reset_index(drop=True)
     sizes = _sizes_of(batch, SHUFFLES if shuffled else seeds)
-    return Report(table, _facts(cast, space, truth, access, guards) | sizes, told.assign(**guesses))
+    return Report(table, _facts(cast, space, truth, access, guards) | sizes, answers.assign(**guesses))
 
 
 def _sizes_of(batch: ImageBatch | None, seeds: int) -> dict[str, int]:
@@ -154,13 +155,13 @@ def _check_counts(seeds: int, num_queries: int) -> None:
 
 @dataclass(frozen=True, eq=False)
 class Cast:
-    """Models that take part, in one order.
+    """Targets and shadows of a game, in one order.
 
     Attributes:
-        zoos: of all models; or that of shadows and that of targets.
+        zoos: one zoo of all models; or the zoo of shadows, then the zoo of targets.
         index: a row a model, in the order of the zoos.
-        column: of the secret.
-        shadows: which models are.
+        column: column of the secret.
+        shadows: true for shadows.
     """
 
     zoos: tuple[Zoo, ...]
@@ -170,10 +171,11 @@ class Cast:
 
 
 def cast_of(zoo: Zoo, shadows: Zoo | None, secret: str, role: str) -> Cast:
-    """The targets of a zoo, and its shadows or those of another.
+    """Select the targets of a zoo, and its shadows or the shadows of another zoo.
 
     Raises:
-        ZooError: for an unknown column, too few of a role, or shadows that may have learnt from the victim's images.
+        ZooError: for an unknown column, too few models of a role, or shadows that may have learnt from images
+            of the victim.
     """
     index = zoo.to_pandas()
     parts = [(zoo, index)]
@@ -191,7 +193,7 @@ def cast_of(zoo: Zoo, shadows: Zoo | None, secret: str, role: str) -> Cast:
         part.filter(model_id=list(rows["model_id"][rows["model_id"].isin(players["model_id"])]))
         for part, rows in parts
     )
-    order = [model_id for each in zoos for model_id in each.model_ids]
+    order = [model_id for part in zoos for model_id in part.model_ids]
     players = players.set_index("model_id").loc[order].reset_index()
     is_shadow = torch.from_numpy((players[column_of(players, role)] == "shadow").to_numpy(copy=True))
     columns = [column_of(players, name) for name in secret.split(",")]
@@ -201,13 +203,13 @@ def cast_of(zoo: Zoo, shadows: Zoo | None, secret: str, role: str) -> Cast:
     return Cast(zoos, players, column, is_shadow)
 
 
-def _record(zoo: Zoo, rows: pd.DataFrame) -> Mapping[str, Any]:
-    """What the manifest says of the images that the first of these rows was trained on; empty for no rows."""
+def _record(zoo: Zoo, rows: pd.DataFrame) -> Mapping[str, object]:
+    """Record in the manifest of the training images of the first row; empty for no rows."""
     return zoo.manifest["images"][rows["dataset"].iloc[0]] if len(rows) else {}
 
 
 def _fitting(names: list[str], asked_for: Sequence[str] | None, queries: Queries | None) -> list[str]:
-    """Without the loss test by default where queries are of no candidate distribution."""
+    """Drop the loss test from the defaults if queries are not drawn from candidate distributions."""
     if asked_for or queries is None or queries.candidates is not None:
         return names
     return [name for name in names if name != "loss_test"]
@@ -215,7 +217,7 @@ def _fitting(names: list[str], asked_for: Sequence[str] | None, queries: Queries
 
 def _played(
     names: Sequence[str],
-    known: Shadows,
+    shadows: Shadows,
     targets: Views,
     truth: Tensor,
     access: str,
@@ -224,31 +226,31 @@ def _played(
     shuffled: bool,
     device: str | torch.device,
 ) -> tuple[pd.DataFrame, dict[str, list[Any]]]:
-    """A row an attack, the best on shadows marked, and the guesses of each."""
+    """Play attacks: a row an attack, with the best on shadows marked, and the guesses of each attack."""
     rows, guesses = [], {}
     for name in names:
         repeats = range(SHUFFLES if shuffled else seeds if name in WITH_SEEDS else 1)
         attack = partial(set_encoder, device=device) if name == "set_encoder" else OF_ZOOS[name]
         attack = partial(_from_shuffled, attack) if shuffled else attack
-        outcome = play(known, targets, truth, attack, seeds=repeats)
-        row = row_of(name, access, known.secret, truth, outcome, is_ratio=is_ratio)
-        rows.append(row | {"shadow_value": None if shuffled else on_shadows(known, attack, targets.kind)})
-        guesses[name] = _told(known.secret, outcome.guesses)
+        outcome = play(shadows, targets, truth, attack, seeds=repeats)
+        row = row_of(name, access, shadows.secret, truth, outcome, is_ratio=is_ratio)
+        rows.append(row | {"shadow_value": None if shuffled else on_shadows(shadows, attack, targets.kind)})
+        guesses[name] = _values(shadows.secret, outcome.guesses)
         if outcome.scores is not None:
             guesses[f"{name}_score"] = outcome.scores.tolist()
     table = pd.DataFrame(rows)
-    values = table["shadow_value"].astype(float) * (1 if isinstance(known.secret, ClassSecret) else -1)
+    values = table["shadow_value"].astype(float) * (1 if isinstance(shadows.secret, ClassSecret) else -1)
     table["chosen"] = values == values.max()
     table.loc[table.index[table["chosen"]][1:], "chosen"] = False
     return table, guesses
 
 
 def _from_shuffled(attack: Attack, shadows: Shadows, targets: Views, seed: int = 0) -> Guesses:
-    """The attack, which learns from shadows whose secrets were shuffled by this seed."""
+    """Run an attack on shadows whose secrets are shuffled by the seed."""
     return attack(shadows.permuted(seed), targets, seed)
 
 
-def _chosen(attacks: Sequence[str] | None, access: str, of_another_zoo: bool, shuffled: bool) -> list[str]:
+def _selected(attacks: Sequence[str] | None, access: str, of_another_zoo: bool, shuffled: bool) -> list[str]:
     if access not in ACCESS:
         raise ZooError(f"unknown access {access!r}: {did_you_mean(access, ACCESS)}")
     if of_another_zoo and access == "weights":
@@ -267,12 +269,12 @@ def _chosen(attacks: Sequence[str] | None, access: str, of_another_zoo: bool, sh
 
 def row_of(
     name: str, access: str, space: Secret, truth: Tensor, outcome: Outcome, *, is_ratio: bool
-) -> dict[str, Any]:
-    """How an attack did, as a row of `Report.table`; advantage is over the best constant guess of these targets."""
+) -> dict[str, object]:
+    """Make the row of an attack in `Report.table`; its advantage is over the best constant guess for the targets."""
     outcome = replace(outcome, prior_risk=prior_risk(space, truth))
     classes = isinstance(space, ClassSecret)
     value = outcome.accuracy if classes else outcome.risk
-    row: dict[str, Any] = {
+    row: dict[str, object] = {
         "attack": name,
         "access": "weights" if name in READS else "probabilities" if access == "weights" else access,
     }
@@ -283,7 +285,7 @@ def row_of(
 
 
 def prior_risk(space: Secret, truth: Tensor) -> float:
-    """What the best constant guess loses on these targets.
+    """Loss of the best constant guess on the targets.
 
     Example:
         >>> prior_risk(ClassSecret((0.3, 0.5)), torch.tensor([0, 0, 0, 1]))
@@ -295,7 +297,7 @@ def prior_risk(space: Secret, truth: Tensor) -> float:
 
 
 def is_ratio(column: str) -> bool:
-    """Whether a column is a share of the training data, of which there are samples to count in n_leaked.
+    """Whether a column is a share of the training data, for which n_leaked counts samples.
 
     >>> is_ratio("factor_label_ratio"), is_ratio("last_environment")
     (True, False)
@@ -305,7 +307,7 @@ def is_ratio(column: str) -> bool:
 
 
 def _leaked(space: Secret, truth: Tensor, outcome: Outcome) -> float | None:
-    """n_leaked of two ratios as frequent as each other, or of one number; 0 without an advantage."""
+    """n_leaked of two equally frequent ratios, or of one number; 0 without an advantage."""
     if isinstance(space, ClassSecret):
         numeric = all(isinstance(value, int | float) and 0 <= value <= 1 for value in space.values)
         if len(space.values) != 2 or not numeric or 2 * int(truth.sum()) != len(truth):
@@ -316,26 +318,26 @@ def _leaked(space: Secret, truth: Tensor, outcome: Outcome) -> float | None:
     return leaked_samples_of_errors(truth[:, 0], outcome.guesses[:, 0]) if outcome.advantage > 0 else 0.0
 
 
-def on_shadows(known: Shadows, attack: Attack, kind: Kind) -> float:
-    """How well an attack does on half of the shadows, of each class, from the others: what attacks are chosen by."""
-    order = torch.randperm(len(known.secrets), generator=torch.Generator().manual_seed(0))
-    if isinstance(known.secret, ClassSecret):
-        order = order[known.secrets[order].argsort(stable=True)]
+def on_shadows(shadows: Shadows, attack: Attack, kind: Kind) -> float:
+    """Measure an attack on half of the shadows of each class, learnt from the other half, to select the best."""
+    order = torch.randperm(len(shadows.secrets), generator=torch.Generator().manual_seed(0))
+    if isinstance(shadows.secret, ClassSecret):
+        order = order[shadows.secrets[order].argsort(stable=True)]
     first, second = order[::2], order[1::2]
-    half = Shadows(known.views.at(first), known.secrets[first], known.secret, known.queries)
+    half = Shadows(shadows.views.at(first), shadows.secrets[first], shadows.secret, shadows.queries)
     if len(first) < FEWEST_SHADOWS:
         return float("nan")
-    outcome = play(half, seen_like(known.views.at(second), kind), known.secrets[second], attack)
-    return (outcome.accuracy if isinstance(known.secret, ClassSecret) else outcome.risk).mean
+    outcome = play(half, seen_like(shadows.views.at(second), kind), shadows.secrets[second], attack)
+    return (outcome.accuracy if isinstance(shadows.secret, ClassSecret) else outcome.risk).mean
 
 
-def _told(space: Secret, guesses: Tensor) -> list[Any]:
+def _values(space: Secret, guesses: Tensor) -> list[Any]:
     if isinstance(space, ClassSecret):
         return [space.values[guess] for guess in guesses.tolist()]
     return [guess[0] if len(guess) == 1 else guess for guess in guesses.tolist()]
 
 
-def _facts(cast: Cast, space: Secret, truth: Tensor, access: str, guards: Mapping[str, str]) -> dict[str, Any]:
+def _facts(cast: Cast, space: Secret, truth: Tensor, access: str, guards: Mapping[str, str]) -> dict[str, object]:
     architectures = cast.index["architecture"] + cast.index["architecture_args"]
     kinds = [set(architectures[mask.numpy()]) for mask in (cast.shadows, ~cast.shadows)]
     classes = isinstance(space, ClassSecret)
@@ -362,7 +364,7 @@ TEMPLATE = "attack_card.md.jinja"
 
 
 def attack_card(report: Report) -> str:
-    """The card as Markdown.
+    """Write the card of an attack as Markdown.
 
     Raises:
         ZooError: if the template is missing from the installation.
@@ -377,9 +379,9 @@ def attack_card(report: Report) -> str:
 
 def _shown(row: dict[str, Any]) -> dict[str, str]:
     interval = f"{row['value']:.3f} ({row['low']:.3f} to {row['high']:.3f})"
-    found = {name: _number(row[name]) for name in ("auc", "advantage", "n_leaked", "shadow_value")}
+    numbers = {name: _number(row[name]) for name in ("auc", "advantage", "n_leaked", "shadow_value")}
     attack = row["attack"] + (" (chosen on shadows)" if row["chosen"] else "")
-    return found | {"attack": attack, "access": row["access"], "seeds": str(row["seeds"]), "value": interval}
+    return numbers | {"attack": attack, "access": row["access"], "seeds": str(row["seeds"]), "value": interval}
 
 
 def _number(value: float | None) -> str:

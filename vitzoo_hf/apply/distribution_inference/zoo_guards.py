@@ -1,4 +1,4 @@
-"""Who plays distribution inference on a zoo, by its columns, and what must not differ between secrets."""
+"""Guards of distribution inference on a zoo: roles by column, and columns that must not follow the secret."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -17,37 +17,37 @@ ROLES = ("target", "shadow")
 LEAST = {"target": 2, "shadow": 16}
 LEAST_OF_A_CLASS = {"target": 1, "shadow": 4}
 UNLIKELY = 1e-3
-"""A factor depends on the secret if chance alone would make it look so less often."""
+"""Largest p value at which a factor counts as dependent on the secret."""
 SHOWN_VALUES = 8
 POOL = ("source", "selection", "test", "split_seed")
-"""What of a world's images decides which are the victim's."""
+"""Settings of a world that decide which images belong to the victim."""
 IMPLIED = ("factor_seed", "factor_trained_distinct_images", "factor_trained_environments")
-"""Columns that number the runs, or follow from the secret and the learner."""
+"""Columns that number the runs, or are determined by the secret and the learner."""
 TRAINED = {"training examples": "factor_trained_images", "optimiser steps": "factor_trained_steps"}
 DATA_HASH = "factor_trained_sha256"
 
 
 def column_of(index: pd.DataFrame, name: str) -> str:
-    """A column by its name, with or without `factor_`.
+    """Find a column by its name, with or without `factor_`.
 
     Raises:
-        ZooError: if there is none.
+        ZooError: if there is no such column.
     """
-    for known in (name, f"factor_{name}"):
-        if known in index:
-            return known
+    for column in (name, f"factor_{name}"):
+        if column in index:
+            return column
     raise ZooError(f"the zoo has no column {name!r}: {did_you_mean(name, list(index.columns))}")
 
 
 def with_roles(index: pd.DataFrame, role: str) -> pd.DataFrame:
-    """Final targets and shadows of an index.
+    """Select the final targets and shadows of an index.
 
     Raises:
-        ZooError: for too few of either.
+        ZooError: for too few targets or shadows.
     """
     column = column_of(index, role)
-    found = index[index["is_final"] & index[column].isin(ROLES)]
-    counts = found[column].value_counts()
+    players = index[index["is_final"] & index[column].isin(ROLES)]
+    counts = players[column].value_counts()
     values = sorted(map(str, index[column].dropna().unique()))
     shown = ", ".join(values[:SHOWN_VALUES]) + (f", … ({len(values)} in all)" if len(values) > SHOWN_VALUES else "")
     for name, least in LEAST.items():
@@ -56,51 +56,52 @@ def with_roles(index: pd.DataFrame, role: str) -> pd.DataFrame:
                 f"{counts.get(name, 0)} final models are a {name} by column {column}: expected at least {least};"
                 f" its values are {shown or 'missing'}"
             )
-    return found
+    return players
 
 
-def plain(value: Any) -> Any:
-    """A value of a column as one of Python's own.
+def plain(value: object) -> Any:
+    """Convert a value of a column to a plain Python value.
 
     >>> plain(np.float64(0.5)), plain("target")
     (0.5, 'target')
     """
     if isinstance(value, tuple):
-        return tuple(plain(each) for each in value)
+        return tuple(plain(part) for part in value)
     return value.item() if isinstance(value, np.generic) else value
 
 
 def guards_of(
     index: pd.DataFrame, column: str, role: str, secrets: Tensor, shadows: Tensor, space: Secret, unequal: bool
 ) -> dict[str, str]:
-    """What was compared, and how it came out.
+    """Check the guards: name of a comparison -> its result.
 
     Raises:
-        ZooError: if training data of the roles overlap; if training differs between secrets and `unequal` is not set.
+        ZooError: if training data of the roles overlap; or if training differs between secrets without
+            `unequal`.
     """
     _check_classes(secrets, shadows, space)
-    told = {"targets' secrets": "never given to an attack; attacks are compared on shadows alone"}
+    results = {"targets' secrets": "never given to an attack; attacks are compared on shadows alone"}
     for what, name in TRAINED.items():
-        told[what] = _same(index, what, name, column, unequal)
+        results[what] = _same(index, what, name, column, unequal)
     if "factor_role" in index and (index["factor_role"] != index[column_of(index, role)]).any():
         raise ZooError(
             f"column {role} calls some models targets that learnt from the adversary's data: give --role role"
         )
-    told["training data"] = _apart(index, shadows)
+    results["training data"] = _apart(index, shadows)
     differing = _differing(index, column, role)
     if differing and not unequal:
         raise ZooError(f"{differing[0]} takes other values with other secrets: filter by --where; --unequal goes on")
-    alike = "the same values, as often, with every secret"
-    told["other factors"] = f"NOT alike: {', '.join(differing)}" if differing else alike
-    return told
+    equal = "the same values, as often, with every secret"
+    results["other factors"] = f"NOT alike: {', '.join(differing)}" if differing else equal
+    return results
 
 
-def check_pools(victim: Mapping[str, Any], adversary: Mapping[str, Any]) -> None:
-    """Refuse shadows of a zoo whose images were parted in another way than those of the targets' zoo.
+def check_pools(victim: Mapping[str, object], adversary: Mapping[str, object]) -> None:
+    """Refuse shadows of a zoo whose images were split in another way than the images of the targets' zoo.
 
     Args:
         victim: record of the images of the targets' world.
-        adversary: of the shadows'.
+        adversary: record of the images of the shadows' world.
 
     Raises:
         ZooError: naming what differs.
@@ -119,8 +120,8 @@ def check_pools(victim: Mapping[str, Any], adversary: Mapping[str, Any]) -> None
 def _check_classes(secrets: Tensor, shadows: Tensor, space: Secret) -> None:
     if not isinstance(space, ClassSecret):
         return
-    for name, held in (("shadow", secrets[shadows]), ("target", secrets[~shadows])):
-        counts = held.bincount(minlength=len(space.values)).tolist()
+    for name, members in (("shadow", secrets[shadows]), ("target", secrets[~shadows])):
+        counts = members.bincount(minlength=len(space.values)).tolist()
         if min(counts) < LEAST_OF_A_CLASS[name]:
             rare = space.values[counts.index(min(counts))]
             raise ZooError(
@@ -130,22 +131,22 @@ def _check_classes(secrets: Tensor, shadows: Tensor, space: Secret) -> None:
 
 
 def _same(index: pd.DataFrame, what: str, name: str, column: str, unequal: bool) -> str:
-    """Whether all models that record a number of training have the same."""
-    known = index[index[name].notna()] if name in index else index[:0]
-    if known.empty:
+    """Check that a number of the training, such as its steps, is equal for all models that record it."""
+    recorded = index[index[name].notna()] if name in index else index[:0]
+    if recorded.empty:
         return "not recorded in this zoo"
-    part = "" if len(known) == len(index) else f", of the {len(known)} of {len(index)} models that record it"
+    part = "" if len(recorded) == len(index) else f", of the {len(recorded)} of {len(index)} models that record it"
     try:
-        check_equal(what, known[name].tolist(), known[column].tolist())
+        check_equal(what, recorded[name].tolist(), recorded[column].tolist())
     except ZooError as error:
         if not unequal:
             raise ZooError(f"{error}; --unequal goes on") from None
-        return f"NOT equal: {known[name].min():g} to {known[name].max():g}{part}"
-    return f"equal: {known[name].iloc[0]:g} for every model{part}"
+        return f"NOT equal: {recorded[name].min():g} to {recorded[name].max():g}{part}"
+    return f"equal: {recorded[name].iloc[0]:g} for every model{part}"
 
 
 def _apart(index: pd.DataFrame, shadows: Tensor) -> str:
-    """Whether no training set is recorded of a target and of a shadow."""
+    """Check that no target and shadow have a training set in common."""
     if DATA_HASH not in index or index[DATA_HASH].isna().all():
         return "not recorded in this zoo"
     parts = [set(index[DATA_HASH][mask.numpy()].dropna()) for mask in (shadows, ~shadows)]
@@ -156,18 +157,18 @@ def _apart(index: pd.DataFrame, shadows: Tensor) -> str:
 
 
 def _differing(index: pd.DataFrame, column: str, role: str) -> list[str]:
-    """Other factors whose values depend on the secret."""
+    """List the other factors whose values depend on the secret."""
     of_role = column_of(index, role)
-    known = {column, *column.split(","), of_role, DATA_HASH, *TRAINED.values(), *IMPLIED}
+    expected = {column, *column.split(","), of_role, DATA_HASH, *TRAINED.values(), *IMPLIED}
     names = [*index.filter(regex="^factor_"), "epoch", "architecture", "head"]
-    return [str(name) for name in names if name not in known and _depends(index, name, column, of_role)]
+    return [str(name) for name in names if name not in expected and _depends(index, name, column, of_role)]
 
 
 def _depends(index: pd.DataFrame, name: str, column: str, role: str) -> bool:
-    """Whether a factor takes other values, or takes them more or less often, with other secrets.
+    """Whether the values of a factor, or their frequencies, depend on the secret.
 
-    Values are counted, a missing one too, where there are few; numbers of which there are many are ranked (Kruskal
-    and Wallis, 1952). Roles are looked at by themselves.
+    Few different values, missing ones included, are counted for each role; many different numbers are ranked over all
+    roles (Kruskal and Wallis, 1952).
     """
     values = index[name]
     if values.nunique(dropna=False) < 2:

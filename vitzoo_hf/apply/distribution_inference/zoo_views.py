@@ -1,9 +1,7 @@
-"""What an adversary sees of a zoo: outputs of models on its selection images, and features of their weights.
+"""Views of the models of a zoo: outputs on selection images, and features of weights; queries with distributions.
 
-Outputs are kept in a cache by the hashes of weights and images. Weights are read model by model, and in blocks of
-columns for principal components, so that they need not fit into memory.
-
-What the queries of a zoo on a world are: which distribution each is drawn from, and with which label.
+Outputs are cached by the hashes of weights and images. Weights are read model by model, and in blocks of columns for
+principal components, so that a zoo may be larger than memory. Features, sets and outputs of all models are in memory.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -32,34 +30,34 @@ from vitzoo_hf.format.schema import ZooError
 from vitzoo_hf.format.tables import records
 from vitzoo_hf.images.world_pool import probe_origins
 from vitzoo_hf.models.architecture import Architecture
-from vitzoo_hf.models.vit import is_plain
 from vitzoo_hf.progress import progress_bar
 from vitzoo_hf.zoo import Zoo
 
 BATCH_BYTES = 2**26
+"""Weights of a batch from which features are computed."""
 ROW_FEATURES = ("head", "head_bias", "statistics", "flat", "sets")
 
 
 @dataclass(frozen=True)
 class Group:
-    """Models fine-tuned from the same checkpoint, or from none."""
+    """Models that were fine-tuned from one checkpoint, or that have no checkpoint in the zoo (`base` is None)."""
 
     base: str | None
     model_ids: tuple[str, ...]
 
 
 def zoo_queries(zoo: Zoo, column: str, secret: Secret, *, num_queries: int, seed: int) -> tuple[ImageBatch, Queries]:
-    """Selection images of the data set that models were trained on, drawn at random.
+    """Draw selection images of the data set of the models.
 
-    On a world whose distributions differ in the secret, a query set is drawn from each distribution that the secret
-    may have, and images of others are left out.
+    On a world whose distributions differ in the secret, there is a query set for each distribution with a possible
+    value of the secret; images of other distributions are left out.
 
     Args:
         zoo: models of one data set.
-        column: of the secret.
-        secret: that may take some values.
-        num_queries: images at most, equally many of each query set as far as there are.
-        seed: that draws them.
+        column: column of the secret.
+        secret: space of the secret, which selects the distributions.
+        num_queries: largest number of images, balanced over query sets as far as they have enough images.
+        seed: seed of the draw.
 
     Raises:
         ZooError: if models are of several data sets or carry no selection images; for fewer queries than sets.
@@ -73,33 +71,33 @@ def zoo_queries(zoo: Zoo, column: str, secret: Secret, *, num_queries: int, seed
         raise ZooError(f"{num_queries} queries of {len(candidates)} distributions: ask at least one of each")
     order = torch.from_numpy(np.random.default_rng(seed).permutation(len(labels)))
     order = order[origins[order] >= 0]
-    chosen = order[_turn(origins[order]).argsort(stable=True)[:num_queries]].sort().values
-    return ImageBatch.of(images[chosen], labels[chosen]), Queries(origins[chosen], labels[chosen], candidates)
+    places = order[_turn(origins[order]).argsort(stable=True)[:num_queries]].sort().values
+    return ImageBatch.of(images[places], labels[places]), Queries(origins[places], labels[places], candidates)
 
 
 def _origins(
     record: Mapping[str, Any], column: str, secret: Secret, count: int
 ) -> tuple[Int64[Tensor, " Q"], Tensor | None]:
-    """The query set of each selection image, -1 for none, and the secret of each set; all in one set of no world."""
+    """Query set of each selection image, -1 for none, and secret of each set; without a world one set, no secret."""
     worlds, name = record.get("worlds", ()), column.removeprefix("factor_")
-    known = [secret.encoded(world[name]) if name in world else None for world in worlds]
-    kept = [values for values in dict.fromkeys(known) if values is not None]
-    if len(kept) < 2:
+    by_world = [secret.encoded(world[name]) if name in world else None for world in worlds]
+    distinct = [values for values in dict.fromkeys(by_world) if values is not None]
+    if len(distinct) < 2:
         return torch.zeros(count, dtype=torch.int64), None
-    sets = torch.tensor([-1 if values is None else kept.index(values) for values in known])
-    return sets[probe_origins(count, len(worlds))], torch.tensor(kept, dtype=secret.dtype)
+    sets = torch.tensor([-1 if values is None else distinct.index(values) for values in by_world])
+    return sets[probe_origins(count, len(worlds))], torch.tensor(distinct, dtype=secret.dtype)
 
 
 def _turn(origins: Int64[Tensor, " Q"]) -> Int64[Tensor, " Q"]:
-    """The number of each entry among those of its set.
+    """Number the entries of each set.
 
     >>> _turn(torch.tensor([0, 1, 0, 0, 1]))
     tensor([0, 0, 1, 2, 1])
     """
     turn = torch.empty_like(origins)
     for origin in origins.unique():
-        here = origins == origin
-        turn[here] = torch.arange(int(here.sum()))
+        members = origins == origin
+        turn[members] = torch.arange(int(members.sum()))
     return turn
 
 
@@ -110,14 +108,14 @@ def zoo_outputs(
     cache: Path | None = None,
     device: str | torch.device = "cpu",
     progress: bool = False,
-) -> Float[Tensor, "M Q K"]:
-    """Log-probabilities of every model on the same images.
+) -> Float[Tensor, "P Q C"]:
+    """Log-probabilities of every model on the images of a batch.
 
     Args:
         zoo: classifiers, in the order of the outputs.
         batch: images.
-        cache: folder that keeps outputs; a temporary one by default.
-        device: where models run.
+        cache: folder that caches outputs; a temporary folder by default.
+        device: device that runs the models.
         progress: show a bar.
 
     Raises:
@@ -125,11 +123,11 @@ def zoo_outputs(
     """
     rows = records(zoo.to_pandas())
     batch.check_classes(rows)
-    with OutputsCache.opened(cache, "float32") as held:
-        options: dict[str, Any] = {"device": device, "precision": "float32", "progress": progress}
-        run_models(zoo, rows, {row["model_id"]: {batch} for row in rows}, held, **options)
-        logits = [held.read(row, batch.digest, "logits") for row in rows]
-    if len({each.shape[1] for each in logits}) > 1:
+    with OutputsCache.opened(cache, "float32") as outputs_cache:
+        batches = {row["model_id"]: {batch} for row in rows}
+        run_models(zoo, rows, batches, outputs_cache, device=device, precision="float32", progress=progress)
+        logits = [outputs_cache.read(row, batch.digest, "logits") for row in rows]
+    if len({part.shape[1] for part in logits}) > 1:
         raise ZooError("models differ in the number of classes: attack those of one head")
     outputs = torch.stack(logits).log_softmax(2)
     finite = outputs.isfinite().flatten(1).all(1)
@@ -143,21 +141,21 @@ def zoo_outputs(
 
 def zoo_features(
     zoo: Zoo,
-    shadows: Bool[Tensor, " M"],
-    wanted: Sequence[str],
+    shadows: Bool[Tensor, " P"],
+    names: Sequence[str],
     *,
     device: str | torch.device = "cpu",
     progress: bool = False,
 ) -> Views:
-    """Features of weights less those of the checkpoint that models were fine-tuned from, where the zoo has it.
+    """Features of weights minus the weights of the checkpoint that was fine-tuned, where the zoo has the checkpoint.
 
     Heads are new at fine-tuning, so nothing is subtracted from them.
 
     Args:
         zoo: models of one layout, in the order of the views.
-        shadows: which of them are shadows, by which components are chosen.
-        wanted: of `head`, `head_bias`, `statistics`, `components`, `flat` and `sets`.
-        device: where features are taken.
+        shadows: true for shadows, from which the components are computed.
+        names: any of `head`, `head_bias`, `statistics`, `components`, `flat` and `sets`.
+        device: device that computes features.
         progress: show a bar.
 
     Raises:
@@ -170,63 +168,64 @@ def zoo_features(
         )
     layout, model_ids = zoo.layouts[layouts[0]], zoo.model_ids
     groups = groups_of(zoo)
-    found: dict[str, list[Tensor]] = {}
-    taken = [name for name in wanted if name in ROW_FEATURES]
-    heads = _heads(zoo) if "sets" in taken else 0
-    with progress_bar("reading weights", "model", shown=progress and bool(taken), total=len(model_ids)) as bar:
-        for group in groups if taken else ():
+    parts_of: dict[str, list[Tensor]] = {}
+    of_rows = [name for name in names if name in ROW_FEATURES]
+    heads = _heads(zoo) if "sets" in of_rows else 0
+    with progress_bar("reading weights", "model", shown=progress and bool(of_rows), total=len(model_ids)) as bar:
+        for group in groups if of_rows else ():
             base = None if group.base is None else _base(zoo, group.base, layout).to(device)
             for vectors in _batches(zoo, group, layout):
-                moved = vectors.to(device) if base is None else vectors.to(device) - base
-                for name, values in _row_features(moved, layout, taken, heads).items():
-                    found.setdefault(name, []).append(values.cpu())
+                differences = vectors.to(device) if base is None else vectors.to(device) - base
+                for name, values in _row_features(differences, layout, of_rows, heads).items():
+                    parts_of.setdefault(name, []).append(values.cpu())
                 bar.update(len(vectors))
-    place = {model_id: number for number, model_id in enumerate(each for group in groups for each in group.model_ids)}
+    ids = [model_id for group in groups for model_id in group.model_ids]
+    place = {model_id: number for number, model_id in enumerate(ids)}
     order = torch.tensor([place[model_id] for model_id in model_ids])
-    joined = {name: torch.cat(parts)[order] for name, parts in found.items()}
+    joined = {name: torch.cat(parts)[order] for name, parts in parts_of.items()}
     sets = {name.removeprefix("sets "): values for name, values in joined.items() if name.startswith("sets ")}
     features = {name: values.double().numpy() for name, values in joined.items() if not name.startswith("sets ")}
-    if "components" in wanted:
+    if "components" in names:
         features["components"] = _components(zoo, groups, shadows, device, progress)
     return Views(features=features, sets=sets)
 
 
 def groups_of(zoo: Zoo) -> list[Group]:
-    """Models by the checkpoint they were fine-tuned from, None where the zoo does not have it."""
-    there = set(zoo.unfiltered.model_ids)
+    """Group models by the checkpoint that was fine-tuned; None if the zoo does not have the checkpoint."""
+    ids = set(zoo.unfiltered.model_ids)
     members: dict[str | None, list[str]] = {}
     for row in records(zoo.to_pandas()):
-        members.setdefault(row["parent_id"] if row["parent_id"] in there else None, []).append(row["model_id"])
+        members.setdefault(row["parent_id"] if row["parent_id"] in ids else None, []).append(row["model_id"])
     return [Group(base, tuple(model_ids)) for base, model_ids in members.items()]
 
 
 def _row_features(
-    vectors: Float[Tensor, "B D"], layout: Layout, wanted: Sequence[str], heads: int
+    vectors: Float[Tensor, "B D"], layout: Layout, names: Sequence[str], heads: int
 ) -> dict[str, Tensor]:
     if not vectors.isfinite().all():
         raise ZooError("weights of some model are NaN or infinite: leave diverged models out by --where")
-    found: dict[str, Tensor] = {}
-    for name in wanted:
+    features: dict[str, Tensor] = {}
+    for name in names:
         if name == "head":
-            found[name] = head_features(vectors, layout)
+            features[name] = head_features(vectors, layout)
         elif name == "head_bias":
-            found[name] = last_layer(vectors, layout)[1]
+            features[name] = last_layer(vectors, layout)[1]
         elif name == "statistics":
-            found[name] = tensor_features(vectors, layout)
+            features[name] = tensor_features(vectors, layout)
         elif name == "flat":
-            found[name] = vectors
+            features[name] = vectors
         else:
-            found |= {f"sets {part}": values for part, values in vit_sets(vectors, layout, heads).items()}
-    return found
+            features |= {f"sets {part}": values for part, values in vit_sets(vectors, layout, heads).items()}
+    return features
 
 
 def _components(
-    zoo: Zoo, groups: Sequence[Group], shadows: Bool[Tensor, " M"], device: str | torch.device, progress: bool
+    zoo: Zoo, groups: Sequence[Group], shadows: Bool[Tensor, " P"], device: str | torch.device, progress: bool
 ) -> np.ndarray:
-    """Of differences, from blocks of columns of models and their checkpoints together."""
+    """Components of differences, from blocks of columns of models and their checkpoints together."""
     bases = [group.base for group in groups if group.base is not None]
-    own = zoo.model_ids
-    with_bases = zoo.unfiltered.filter(model_id=list(dict.fromkeys([*own, *bases])))
+    model_ids = zoo.model_ids
+    with_bases = zoo.unfiltered.filter(model_id=list(dict.fromkeys([*model_ids, *bases])))
     columns = with_bases.weight_columns(device=device).verified()
     place = {model_id: number for number, model_id in enumerate(columns.model_ids)}
     of_base = torch.arange(len(place))
@@ -234,9 +233,9 @@ def _components(
         if group.base is not None:
             for model_id in group.model_ids:
                 of_base[place[model_id]] = place[group.base]
-    wanted = torch.tensor([place[model_id] for model_id in own])
-    known = torch.zeros(len(place), dtype=torch.bool)
-    known[wanted[shadows]] = True
+    members = torch.tensor([place[model_id] for model_id in model_ids])
+    is_shadow = torch.zeros(len(place), dtype=torch.bool)
+    is_shadow[members[shadows]] = True
 
     def blocks() -> Iterator[Tensor]:
         with progress_bar("multiplying weights", "block", shown=progress, total=len(columns.blocks())) as bar:
@@ -244,18 +243,18 @@ def _components(
                 yield block
                 bar.update()
 
-    return difference_components(blocks(), known, wanted, of_base)
+    return difference_components(blocks(), is_shadow, members, of_base)
 
 
 def _base(zoo: Zoo, model_id: str, layout: Layout) -> Float[Tensor, " D"]:
-    """The trunk of a checkpoint in the layout of its children, zeros in place of their head."""
+    """Trunk of a checkpoint in the layout of its children, with zeros in place of their head."""
     row = zoo.unfiltered.row(model_id)
-    held = dict(zip(zoo.layouts[row["layout"]].names, zoo.layouts[row["layout"]].shapes, strict=True))
+    shapes = dict(zip(zoo.layouts[row["layout"]].names, zoo.layouts[row["layout"]].shapes, strict=True))
     places = dict(zoo.layouts[row["layout"]].items())
-    weights = torch.as_tensor(np.asarray(row["weights"]), dtype=torch.float32)
+    weights = torch.as_tensor(row.weights)
     vector = torch.zeros(layout.num_parameters)
     for (name, place), shape in zip(layout.items(), layout.shapes, strict=True):
-        if not is_head(name) and held.get(name) == shape:
+        if not is_head(name) and shapes.get(name) == shape:
             vector[place] = weights[places[name]]
         elif not is_head(name):
             raise ZooError(f"{model_id} and its children differ in {name}: their trunks must be alike")
@@ -263,11 +262,11 @@ def _base(zoo: Zoo, model_id: str, layout: Layout) -> Float[Tensor, " D"]:
 
 
 def _batches(zoo: Zoo, group: Group, layout: Layout) -> Iterator[Float[Tensor, "B D"]]:
-    """Vectors of a group in its order, some at a time, each compared with its hash."""
+    """Yield batches of vectors of a group in its order; every vector is compared with its hash."""
     size = max(1, BATCH_BYTES // (4 * layout.num_parameters))
     batch: list[Tensor] = []
     for row in zoo.filter(model_id=list(group.model_ids)).rows():
-        batch.append(torch.as_tensor(np.asarray(row["weights"]), dtype=torch.float32))
+        batch.append(torch.as_tensor(row.weights))
         if len(batch) == size:
             yield torch.stack(batch)
             batch = []
@@ -276,61 +275,66 @@ def _batches(zoo: Zoo, group: Group, layout: Layout) -> Iterator[Float[Tensor, "
 
 
 def _heads(zoo: Zoo) -> int:
-    row: Mapping[str, Any] = next(zoo.filter(model_id=zoo.model_ids[:1]).rows())
-    model: Any = Architecture.of(row).skeleton
-    if not is_plain(model):
-        raise ZooError(f"{row['model_id']} is no plain ViT, whose neurons and heads are known: leave set_encoder out")
-    return int(model.blocks[0].attn.num_heads)
+    row = next(zoo.filter(model_id=zoo.model_ids[:1]).rows())
+    vit = Architecture.of(row).batched
+    if vit is None:
+        raise ZooError(f"{row.model_id} is no plain ViT, whose neurons and heads are known: leave set_encoder out")
+    return vit.heads
 
 
-def joined_views(outputs: Views | None, weights: Views | None, places: Int64[Tensor, " m"]) -> Views:
-    """Outputs and features of some models as one view."""
-    seen, read = outputs or Views(), weights or Views()
-    return Views(seen.outputs, seen.kind, read.features, read.sets).at(places)
+def joined_views(outputs: Views | None, weights: Views | None, places: Int64[Tensor, " p"]) -> Views:
+    """Join outputs and features of some models in one view."""
+    outputs, weights = outputs or Views(), weights or Views()
+    return Views(outputs.outputs, outputs.kind, weights.features, weights.sets).at(places)
 
 
 @dataclass(frozen=True, eq=False)
 class WorldQueries:
-    """Images of the adversary that no model of the zoo was trained on.
+    """Images of the adversary on which no model of the zoo was trained.
 
     Attributes:
-        images: as models are fed them.
-        labels: noise and flips included.
-        origins: the world each is drawn from, by its place in `worlds`.
-        worlds: settings of the distributions, by name, in the order of the blueprint.
+        images: normalised images.
+        labels: labels with noise and flips.
+        origins: world of each image, by its place in `worlds`.
+        worlds: settings of the worlds by name, in the order of the blueprint.
     """
 
     images: Float[Tensor, "Q 3 H W"]
     labels: Int64[Tensor, " Q"]
     origins: Int64[Tensor, " Q"]
-    worlds: tuple[Mapping[str, Any], ...]
+    worlds: tuple[Mapping[str, object], ...]
 
-    def of(self, **settings: Any) -> "WorldQueries":
-        """Those of the worlds with one of the values given, numbered anew in the order of the blueprint.
+    def of(self, **settings: object) -> "WorldQueries":
+        """Select the images of worlds by values of settings; worlds are numbered anew in the order of the blueprint.
+
+        Args:
+            settings: name of a setting -> a value, or a list of values.
 
         Raises:
-            ZooError: for a setting that worlds do not have, or values that none has.
+            ZooError: for a setting that worlds do not have, or values that no world has.
         """
-        kept = list(range(len(self.worlds)))
+        numbers = list(range(len(self.worlds)))
         for name, value in settings.items():
             values = list(value) if isinstance(value, list | tuple) else [value]
             if name not in self.worlds[0]:
                 raise ZooError(f"worlds have no setting {name!r}: they have {', '.join(self.worlds[0])}")
-            kept = [number for number in kept if self.worlds[number][name] in values]
-        if not kept:
+            numbers = [number for number in numbers if self.worlds[number][name] in values]
+        if not numbers:
             raise ZooError(f"no world of the queries has {settings}")
-        chosen = torch.isin(self.origins, torch.tensor(kept))
-        renamed = torch.tensor([kept.index(origin) for origin in self.origins[chosen].tolist()], dtype=torch.int64)
+        members = torch.isin(self.origins, torch.tensor(numbers))
+        renamed = torch.tensor(
+            [numbers.index(origin) for origin in self.origins[members].tolist()], dtype=torch.int64
+        )
         return WorldQueries(
-            self.images[chosen], self.labels[chosen], renamed, tuple(self.worlds[number] for number in kept)
+            self.images[members], self.labels[members], renamed, tuple(self.worlds[number] for number in numbers)
         )
 
 
 def world_queries(zoo: Zoo, dataset: str | None = None) -> WorldQueries:
-    """The query images of a zoo on a world, equally many of each of its distributions.
+    """Select the query images of a zoo on a world, equally many of each of its distributions.
 
     Raises:
-        ZooError: if the zoo has no world, or several and none is named.
+        ZooError: if the zoo has no world, or has several and `dataset` is not given.
     """
     name = world_of(zoo, dataset)
     worlds = tuple(zoo.manifest["images"][name]["worlds"])
@@ -339,15 +343,15 @@ def world_queries(zoo: Zoo, dataset: str | None = None) -> WorldQueries:
 
 
 def world_of(zoo: Zoo, dataset: str | None = None) -> str:
-    """The name of a zoo's only world, or `dataset` if it is one.
+    """Name the only world of a zoo, or `dataset` if it is a world.
 
     Raises:
-        ZooError: if the zoo has no world, or several and none is named.
+        ZooError: if the zoo has no world, or has several and `dataset` is not given.
     """
     records: Mapping[str, Any] = zoo.manifest["images"]
-    known = [name for name, record in records.items() if "worlds" in record and not name.endswith("-flipped")]
-    if dataset is None and len(known) == 1:
-        return known[0]
-    if dataset not in known:
-        raise ZooError(f"{zoo.name} has these worlds: {known or 'none'}; given {dataset!r}: name one of them")
+    names = [name for name, record in records.items() if "worlds" in record and not name.endswith("-flipped")]
+    if dataset is None and len(names) == 1:
+        return names[0]
+    if dataset not in names:
+        raise ZooError(f"{zoo.name} has these worlds: {names or 'none'}; given {dataset!r}: name one of them")
     return str(dataset)

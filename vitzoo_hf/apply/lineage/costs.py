@@ -1,7 +1,8 @@
-"""Weights of a zoo -> distances and kurtosis that lineage is told by, all pairs out of core, trunks only.
+"""Weights of a zoo -> distances and kurtosis from which lineage is recovered; all pairs, out of core, trunks only.
 
 MoTHer (Horwitz et al., Unsupervised Model Tree Heritage Recovery, ICLR 2025) compares square matrices: timm's `qkv`
-is taken apart into the matrices of queries, keys and values, which it stacks.
+is split into the matrices of queries, keys and values that it stacks. One reading of all weights gives distances and
+kurtosis, a second one MoTHer's distances; absolute differences cost P² operations a weight, without matrix products.
 """
 
 from collections.abc import Iterator, Sequence
@@ -24,7 +25,7 @@ PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": t
 
 
 class SquareMatrix(NamedTuple):
-    """A square matrix of the trunk: its name, columns of the flat vector, and whether attention has it."""
+    """A square matrix of the trunk: its name, its columns of the flat vector, and its kind in attention."""
 
     name: str
     place: slice
@@ -40,7 +41,7 @@ def square_matrices(layout: Layout) -> list[SquareMatrix]:
         [('blocks.0.attn.qkv.weight[q]', 'q', 0), ('blocks.0.attn.qkv.weight[k]', 'k', 4),
          ('blocks.0.attn.qkv.weight[v]', 'v', 8)]
     """
-    found = []
+    matrices = []
     for name, shape, offset in zip(layout.names, layout.shapes, layout.offsets, strict=True):
         if is_head(name) or len(shape) != 2:
             continue
@@ -49,22 +50,22 @@ def square_matrices(layout: Layout) -> list[SquareMatrix]:
         if name.endswith("attn.qkv.weight") and rows == 3 * columns:
             for number, kind in enumerate("qkv"):
                 start = offset + number * size
-                found.append(SquareMatrix(f"{name}[{kind}]", slice(start, start + size), kind))
+                matrices.append(SquareMatrix(f"{name}[{kind}]", slice(start, start + size), kind))
         elif rows == columns:
             kind = "proj" if name.endswith("attn.proj.weight") else "other"
-            found.append(SquareMatrix(name, slice(offset, offset + size), kind))
-    return found
+            matrices.append(SquareMatrix(name, slice(offset, offset + size), kind))
+    return matrices
 
 
 @dataclass(frozen=True)
 class TrunkMeasures:
-    """What one reading of P trunks gives.
+    """Measurements of P trunks from one reading of their weights.
 
     Attributes:
-        model_ids: order of the models.
-        distance: Euclidean, of all weights of the trunk.
+        model_ids: ids of the models, in order.
+        distance: Euclidean distance between trunks.
         mean_absolute: MoTHer's distance for clustering: mean absolute difference, summed over square matrices.
-        kurtosis: MoTHer's: excess kurtosis of attention's output matrix, summed over blocks.
+        kurtosis: MoTHer's kurtosis: excess kurtosis of attention's output matrix, summed over blocks.
     """
 
     model_ids: list[str]
@@ -77,8 +78,8 @@ def measure_trunks(columns: WeightColumns, *, precision: str = "float32", progre
     """Distances and kurtosis of all trunks; memory is a few blocks of columns and P × P matrices.
 
     Args:
-        columns: of the models.
-        precision: weights are first rounded to float32 (as they are), bfloat16 or float16.
+        columns: the weights of the models.
+        precision: type to which weights are rounded first: float32 (no change), bfloat16 or float16.
         progress: show a bar.
 
     Raises:
@@ -91,6 +92,7 @@ def measure_trunks(columns: WeightColumns, *, precision: str = "float32", progre
     absolute = torch.zeros(count, count, dtype=torch.float64, device=device)
     moments = {matrix.name: Moments(count, device, scratch=scratch) for matrix in matrices if matrix.kind == "proj"}
     first = True
+    # A further pass takes the distances again whose digits cancelled in the first; the other measures take one pass.
     while distances.is_pending:
         for part, block in _blocks(columns, trunk, precision, progress):
             for place in trunk:
@@ -108,7 +110,7 @@ def measure_trunks(columns: WeightColumns, *, precision: str = "float32", progre
     kurtosis = torch.zeros(count, dtype=torch.float64)
     if moments:
         kurtosis = statistics_of(list(moments.values())).excess_kurtosis.sum(1).cpu()
-    absolute = (absolute + absolute.T) / 2
+    absolute = (absolute + absolute.T) / 2  # rounding of float32 sums differs between (i, j) and (j, i)
     absolute.fill_diagonal_(0)
     distance = distances.squared.sqrt().cpu().numpy()
     return TrunkMeasures(columns.model_ids, distance, absolute.cpu().numpy(), kurtosis.numpy())
@@ -124,41 +126,41 @@ def mother_distances(
     """MoTHer's distance of models within each tree, `max_t max(W_i - W_j - m_t) / (M_t - m_t)`, i before j.
 
     t goes over the query, key, value and output matrices of all blocks; m_t and M_t are the least and largest entry
-    of all differences of that matrix within the tree. The model whose id comes first is i, where the published code
-    takes the one it loaded first; the distance serves both directions, and the diagonal is 0. A matrix in which the
-    models of a tree do not differ counts as 0.
+    of all differences of that matrix within the tree. The distance serves both directions, and the diagonal is 0. A
+    matrix in which the models of a tree do not differ counts as 0.
 
     Args:
-        columns: of all models.
-        trees: positions of the members of each tree, which are compared in the order of their ids.
+        columns: the weights of all models.
+        trees: positions of the members of each tree.
         precision: see `measure_trunks`.
         progress: show a bar.
 
     Raises:
-        ZooError: as `measure_trunks`; if the layout has no attention matrices.
+        ZooError: for an unknown precision, weights that are not finite, or a layout without attention matrices.
     """
     matrices = [matrix for matrix in square_matrices(columns.layout) if matrix.kind != "other"]
     if not matrices:
         raise ZooError("MoTHer compares attention's matrices, and this layout has none: use --method hubs")
+    # The model whose id comes first is i; the published code takes the model that it loaded first.
     ordered = [np.array(sorted(members, key=lambda row: columns.model_ids[row]), dtype=np.int64) for members in trees]
-    found = [_TreeMaxima(members, columns.device) for members in ordered]
+    all_maxima = [_TreeMaxima(members, columns.device) for members in ordered]
     for part, block in _blocks(columns, [matrix.place for matrix in matrices], precision, progress):
         for matrix in matrices:
             if (piece := _overlap(matrix.place, part, block)) is not None:
-                for maxima in (maxima for maxima in found if len(maxima.members) > 1):
+                for maxima in (maxima for maxima in all_maxima if len(maxima.members) > 1):
                     maxima.add(piece)
                     if part.stop >= matrix.place.stop:
                         maxima.finish_matrix()
-    results = []
-    for given, maxima in zip(trees, found, strict=True):
-        take = np.searchsorted(np.sort(maxima.members), given)
-        take = np.argsort(maxima.members)[take]
-        results.append(maxima.normalized.cpu().numpy()[np.ix_(take, take)])
-    return results
+    distances = []
+    for members, maxima in zip(trees, all_maxima, strict=True):  # back from the order of ids to that of `trees`
+        places = np.searchsorted(np.sort(maxima.members), members)
+        places = np.argsort(maxima.members)[places]
+        distances.append(maxima.normalized.cpu().numpy()[np.ix_(places, places)])
+    return distances
 
 
 class _TreeMaxima:
-    """Largest differences within one tree, matrix after matrix."""
+    """Largest differences of the models of one tree, matrix after matrix."""
 
     def __init__(self, members: np.ndarray, device: torch.device) -> None:
         self.members, self.rows = members, torch.as_tensor(members, device=device)
@@ -171,15 +173,16 @@ class _TreeMaxima:
 
     def add(self, block: Tensor) -> None:
         for piece in column_pieces(block):
-            chosen = piece[self.rows]
-            before = chosen[:-1].cummin(0).values
-            self.least = min(self.least, (before - chosen[1:]).min().item())
-            for row in range(len(chosen) - 1):
-                difference = (chosen[row] - chosen[row + 1 :]).amax(1).double()
+            weights = piece[self.rows]
+            # The least W_i - W_j with i before j is that of the running minimum over i: O(P) instead of O(P²).
+            least_before = weights[:-1].cummin(0).values
+            self.least = min(self.least, (least_before - weights[1:]).min().item())
+            for row in range(len(weights) - 1):
+                difference = (weights[row] - weights[row + 1 :]).amax(1).double()
                 self.largest[row, row + 1 :] = self.largest[row, row + 1 :].maximum(difference)
 
     def finish_matrix(self) -> None:
-        """Take the matrix that is complete into the maximum over matrices."""
+        """Include the matrix that is complete in the maximum over matrices."""
         upper = self.largest.triu(1).where(self.largest.isfinite(), 0)
         most = self.largest[self.largest.isfinite()].max().item()
         if most > self.least:
@@ -189,29 +192,29 @@ class _TreeMaxima:
 
 
 def mother_costs(
-    distance: Float64[np.ndarray, "M M"],
-    kurtosis: Float64[np.ndarray, " M"],
+    distance: Float64[np.ndarray, "P P"],
+    kurtosis: Float64[np.ndarray, " P"],
     *,
     weight: float = 0.3,
     reverse: bool = False,
-) -> Float64[np.ndarray, "M M"]:
-    """MoTHer's cost of an edge from row to column: its distance, and `weight` times the mean distance if it goes up.
+) -> Float64[np.ndarray, "P P"]:
+    """MoTHer's cost of an edge from row to column: its distance, plus `weight` times the mean distance if it goes up.
 
     An edge goes up if the kurtosis of its target is above that of its source; with `reverse`, if it is below. The
-    mean is over all entries, the zero diagonal too, as published; the diagonal of the result is infinite.
+    diagonal of the result is infinite.
 
     Example:
         >>> mother_costs(np.array([[0.0, 2.0], [2.0, 0.0]]), np.array([1.0, 3.0])).tolist()
         [[inf, 2.3], [2.0, inf]]
     """
     up = kurtosis[None, :] < kurtosis[:, None] if reverse else kurtosis[None, :] > kurtosis[:, None]
-    cost = distance + weight * distance.mean() * up
+    cost = distance + weight * distance.mean() * up  # as published, the mean includes the zero diagonal
     np.fill_diagonal(cost, np.inf)
     return cost
 
 
 def trunk_places(layout: Layout) -> list[slice]:
-    """Columns of everything but the head, neighbours together."""
+    """Columns of everything but the head; adjacent tensors are joined."""
     places: list[slice] = []
     for name, place in layout.items():
         if is_head(name) or place.start == place.stop:
@@ -226,7 +229,7 @@ def trunk_places(layout: Layout) -> list[slice]:
 def _blocks(
     columns: WeightColumns, wanted: Sequence[slice], precision: str, progress: bool
 ) -> Iterator[tuple[slice, Tensor]]:
-    """Blocks that hold wanted columns, rounded."""
+    """Blocks that overlap the wanted columns, rounded."""
     if precision not in PRECISIONS:
         raise ZooError(f"precision is {precision!r}; expected one of {', '.join(PRECISIONS)}")
     with progress_bar("reading weights", "block", shown=progress, total=len(columns.blocks(wanted))) as bar:
@@ -239,6 +242,6 @@ def _blocks(
 
 
 def _overlap(place: slice, part: slice, block: Tensor) -> Tensor | None:
-    """The columns of a block that lie in `place`."""
+    """The columns of a block that lie in `place`; None if there are none."""
     first, last = max(place.start, part.start), min(place.stop, part.stop)
     return block[:, first - part.start : last - part.start] if first < last else None

@@ -1,7 +1,7 @@
-"""From weights alone: which models are of one tree, and which is whose parent.
+"""Recover from weights alone which models are of one tree, and which model is the parent of which.
 
-Trunks only are compared: heads differ, and are new when fine-tuning starts. `parent_id` is used for scores, and for
-nothing else; the candidates of `recover_lineage` are the only other knowledge a method may be given.
+Only trunks are compared, because fine-tuning starts with a new head. `parent_id` serves scores alone. Methods know
+nothing but weights, and the candidates of `recover_lineage`. Memory and time grow with P² for P models.
 """
 
 from collections.abc import Collection
@@ -10,10 +10,11 @@ from dataclasses import dataclass, field
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Int64
+from jaxtyping import Bool, Int64
 
 from vitzoo_hf.apply.lineage.costs import TrunkMeasures, measure_trunks, mother_costs, mother_distances
-from vitzoo_hf.apply.lineage.scores import Truth, baselines, forest_scores, truth_of
+from vitzoo_hf.apply.lineage.metrics import Truth, baselines, forest_scores
+from vitzoo_hf.apply.lineage.metrics import truth_of as truth_of
 from vitzoo_hf.apply.lineage.trees import (
     FAR_SHARE,
     far_children,
@@ -26,7 +27,7 @@ from vitzoo_hf.apply.lineage.trees import (
     star,
     ward_trees,
 )
-from vitzoo_hf.format.layout import is_head
+from vitzoo_hf.format.layout import trunk_key
 from vitzoo_hf.format.messages import counted, did_you_mean
 from vitzoo_hf.format.schema import ZooError
 from vitzoo_hf.zoo import Zoo
@@ -40,13 +41,13 @@ class Forest:
     """A recovered forest of P models.
 
     Attributes:
-        model_ids: the models.
-        tree: number of the tree of each.
-        parent: position of its parent, -1 for none.
-        method: how it was found.
+        model_ids: ids of the models.
+        tree: number of the tree of every model.
+        parent: position of the parent of every model; -1 for no parent.
+        method: method that recovered the forest.
         orphan_trees: trees whose root looks like a child of a parent that is not among the models (`is_sibling`).
-            Their edges are kept: on real zoos that rule is often wrong, see results/lineage.
-        notes: what a reader should know, a sentence each.
+            Their edges stay: on real zoos that rule is often wrong, see results/lineage.
+        notes: sentences on the limits of this result.
     """
 
     model_ids: list[str]
@@ -58,14 +59,14 @@ class Forest:
 
     @property
     def num_trees(self) -> int:
-        """How many trees there are."""
+        """The number of trees."""
         return int(self.tree.max()) + 1
 
     def edges(self) -> pd.DataFrame:
         """One row a model: `model_id`, `tree`, `parent_id` (None for none) and `role`.
 
-        The role is `child`; `root`; `root or sibling` where the parent may be missing, see `orphan_trees`; or, of
-        method "candidates", `no parent found`.
+        The role is `child`, `root`, `root or sibling` where the parent may not be among the models (`orphan_trees`),
+        or, with method "candidates", `no parent found`.
         """
         has_child = set(self.parent[self.parent >= 0].tolist())
         roles = []
@@ -77,11 +78,11 @@ class Forest:
         return pd.DataFrame({"model_id": self.model_ids, "tree": self.tree, "parent_id": names, "role": roles})
 
     def scores(self, truth: Truth) -> dict[str, float]:
-        """See `forest_scores`."""
+        """Scores of this forest; see `forest_scores`."""
         return forest_scores(self.tree, self.parent, truth)
 
     def baselines(self, truth: Truth, *, seed: int = 0) -> pd.DataFrame:
-        """See `baselines`."""
+        """Scores of chance for this forest; see `baselines`."""
         return baselines(self.tree, self.parent, truth, seed=seed)
 
 
@@ -97,27 +98,27 @@ def recover_lineage(
     verify: bool = True,
     progress: bool = True,
 ) -> Forest:
-    """The forest of a zoo's models from their weights.
+    """Recover the forest of a zoo's models from their weights.
 
     Args:
-        zoo: the models; a filtered zoo is taken as it is. Models of different trunks are of different trees.
+        zoo: the models. Models whose trunks differ in layout are of different trees.
         method: "hubs": trees around hubs, each a star about its likeliest root. That fits zoos in which children are
-            not parents themselves and each root has children: a root without any comes out as a child.
-            "spanning": the same trees, in each the minimum spanning tree away from that root.
-            "mother": MoTHer as published, Ward's clusters and a minimum arborescence of distance and kurtosis in
-            each; "mother-reversed" with the opposite rule of kurtosis. "candidates": the nearest of the
-            models that are known to be roots. See `lineage_trees` and `lineage_costs`.
-        trees: how many; by default told from the weights.
+            not parents themselves and every root has children: a root without any comes out as a child.
+            "spanning": the trees of "hubs", each with the minimum spanning tree away from its root.
+            "mother": MoTHer as published, Ward's clusters, each with a minimum arborescence of distance and kurtosis;
+            "mother-reversed" with the opposite rule of kurtosis. "candidates": the parent is the nearest of the
+            models that are known to be roots. See `vitzoo_hf.apply.lineage.trees` and `costs`.
+        trees: number of trees; by default estimated from the weights.
         candidates: model ids that are known to be roots, for method "candidates" alone.
-        precision: weights are first rounded to float32 (as they are), bfloat16 or float16.
+        precision: type to which weights are rounded first: float32 (no change), bfloat16 or float16.
         device: where weights are compared.
-        num_workers: threads that read.
+        num_workers: number of threads that read.
         verify: compare every row with its hash when it is first read.
         progress: show bars.
 
     Raises:
-        ZooError: if the zoo is empty, there cannot be so many trees, an argument does not fit the method, a row
-            is damaged, or weights are not finite.
+        ZooError: if the zoo is empty or has fewer models than `trees`, an argument does not fit the method, a row is
+            damaged, or weights are not finite.
 
     Example:
         >>> forest = recover_lineage(Zoo.sample(), progress=False)
@@ -133,8 +134,8 @@ def recover_lineage(
         columns = zoo.filter(layout=layouts).weight_columns(device=device, num_workers=num_workers)
         columns = columns.verified() if verify else columns
         measures = measure_trunks(columns, precision=precision, progress=progress)
-        known = None if candidates is None else np.isin(measures.model_ids, list(candidates))
-        parts.append(forest_of(measures, columns, method, trees=trees, known=known, precision=precision))
+        roots = None if candidates is None else np.isin(measures.model_ids, list(candidates))
+        parts.append(forest_of(measures, columns, method, trees=trees, roots=roots, precision=precision))
     return _joined(parts, zoo.model_ids, method)
 
 
@@ -144,24 +145,28 @@ def forest_of(
     method: str,
     *,
     trees: int | None = None,
-    known: np.ndarray | None = None,
+    roots: Bool[np.ndarray, " P"] | None = None,
     precision: str = "float32",
     progress: bool = False,
 ) -> Forest:
-    """The forest of models of one trunk whose distances have been measured; see `recover_lineage`.
+    """The forest of models of one trunk layout, from their measurements; see `recover_lineage`.
 
     Args:
-        measures: of the models of `columns`.
-        columns: read again by MoTHer alone.
-        known: bool `[P]`, the candidates.
+        measures: measurements of the models of `columns`.
+        columns: the weights, which only MoTHer reads again.
+        method: see `recover_lineage`.
+        trees: number of trees; by default estimated from the weights.
+        roots: which models are candidates, for method "candidates" alone.
+        precision: see `recover_lineage`.
+        progress: show a bar.
     """
     distance, orphans = measures.distance, []
     if method.startswith("mother"):
         tree = ward_trees(measures.mean_absolute, trees)
         parent = _mother_parents(measures, columns, tree, method == "mother-reversed", precision, progress)
     elif method == "candidates":
-        assert known is not None
-        parent = nearest_candidates(distance, known)
+        assert roots is not None
+        parent = nearest_candidates(distance, roots)
         tree = renumbered(np.where(parent >= 0, parent, np.arange(len(parent))))
     else:
         tree = hubs(distance, trees)
@@ -183,7 +188,7 @@ def forest_of(
 def check_arguments(zoo: Zoo, method: str, trees: int | None, candidates: Collection[str] | None) -> None:
     """Raise ZooError for what `recover_lineage` cannot do."""
     if not len(zoo):
-        raise ZooError("there is no model to find the lineage of: the filter matches none")
+        raise ZooError("there is no model to recover the lineage of: the filter matches none")
     if method not in METHODS:
         raise ZooError(f"unknown method {method!r}: {did_you_mean(method, METHODS)}")
     if trees is not None and not 1 <= trees <= len(zoo):
@@ -202,12 +207,10 @@ def check_arguments(zoo: Zoo, method: str, trees: int | None, candidates: Collec
 
 
 def layouts_by_trunk(zoo: Zoo) -> list[list[str]]:
-    """Layouts of the zoo's rows, those of one trunk together."""
-    groups: dict[tuple[tuple[str, tuple[int, ...]], ...], list[str]] = {}
+    """Ids of the layouts of the zoo's rows, grouped by trunk."""
+    groups: dict[str, list[str]] = {}
     for layout_id in dict.fromkeys(zoo.to_pandas()["layout"]):
-        layout = zoo.layouts[layout_id]
-        tensors = zip(layout.names, layout.shapes, strict=True)
-        groups.setdefault(tuple(tensor for tensor in tensors if not is_head(tensor[0])), []).append(layout_id)
+        groups.setdefault(trunk_key(zoo.layouts[layout_id]), []).append(layout_id)
     return list(groups.values())
 
 
@@ -225,34 +228,31 @@ def _mother_parents(
     distances = mother_distances(columns, members, precision=precision, progress=progress)
     for rows, distance in zip(members, distances, strict=True):
         if len(rows) > 1:
-            found = minimum_arborescence(mother_costs(distance, measures.kurtosis[rows], reverse=reverse))
-            parent[rows] = np.where(found >= 0, rows[found], -1)
+            sources = minimum_arborescence(mother_costs(distance, measures.kurtosis[rows], reverse=reverse))
+            parent[rows] = np.where(sources >= 0, rows[sources], -1)
     return parent
 
 
 def _orphan_trees(distance: np.ndarray, tree: np.ndarray, parent: np.ndarray) -> list[int]:
-    found = []
+    orphans = []
     for number in range(tree.max() + 1):
         members = np.flatnonzero(tree == number)
         root = int(np.flatnonzero(parent[members] < 0)[0])
         if is_sibling(distance[np.ix_(members, members)], root):
-            found.append(number)
-    return found
+            orphans.append(number)
+    return orphans
 
 
 def _joined(parts: list[Forest], model_ids: list[str], method: str) -> Forest:
-    """Forests of different trunks as one, in the order of the zoo."""
+    """Join the forests of different trunks, in the order of the zoo."""
     place = {model_id: row for row, model_id in enumerate(model_ids)}
     tree, parent = np.zeros(len(place), np.int64), np.full(len(place), -1)
-    orphans, notes, before = [], [], 0
+    orphans, notes, trees_before = [], [], 0
     for part in parts:
         rows = np.array([place[model_id] for model_id in part.model_ids])
-        tree[rows] = part.tree + before
+        tree[rows] = part.tree + trees_before
         parent[rows] = np.where(part.parent >= 0, rows[part.parent], -1)
-        orphans += [number + before for number in part.orphan_trees]
+        orphans += [number + trees_before for number in part.orphan_trees]
         notes += part.notes
-        before += part.num_trees
+        trees_before += part.num_trees
     return Forest(model_ids, tree, parent, method, orphans, notes)
-
-
-__all__ = ["METHODS", "Forest", "recover_lineage", "truth_of"]

@@ -1,7 +1,7 @@
-"""Figure of a recovered forest: every tree about its root, coloured by the true trees where they are known."""
+"""Draw a recovered forest: every tree around its root, coloured by the true trees where they are known."""
 
 import math
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -11,16 +11,17 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from vitzoo_hf.apply.lineage.lineage import Forest
-from vitzoo_hf.apply.lineage.scores import Truth
+from vitzoo_hf.apply.lineage.metrics import Truth
 from vitzoo_hf.report.style import INK, MUTED, STYLE, heading, short
 
+Colour = str | tuple[float, float, float, float]
 EDGES = {"right": "#9ca3af", "reversed": "#E69F00", "wrong": "#D55E00", "unknown": "#9ca3af"}
 
 
 def lineage_table(forest: Forest, truth: Truth | None) -> pd.DataFrame:
-    """`Forest.edges` and, where the truth is known, `true_tree`, `true_parent_id` and `edge`.
+    """`Forest.edges` with the columns `true_tree`, `true_parent_id` and `edge` where the truth is known.
 
-    `edge` says of the edge to the parent found: right, reversed, wrong; null where none was found.
+    `edge` describes the edge to the recovered parent: right, reversed or wrong; null without such a parent.
     """
     table = forest.edges()
     if truth is None:
@@ -46,7 +47,7 @@ def forest_figure(table: pd.DataFrame, title: str = "Recovered forest") -> Figur
 
     Args:
         table: the result of `lineage_table`.
-        title: of the figure.
+        title: title of the figure.
     """
     trees = list(dict.fromkeys(table["tree"]))
     columns = min(5, max(len(trees), 2))
@@ -62,11 +63,11 @@ def forest_figure(table: pd.DataFrame, title: str = "Recovered forest") -> Figur
         members = table[table["tree"] == number].set_index("model_id")
         colours = [hues(int(tree) % hues.N) for tree in members["true_tree"]] if is_known else [MUTED] * len(members)
         _draw_tree(axes, members, colours)
-    told = (
+    subtitle = (
         f"{len(table)} models in {len(trees)} trees found from weights; larger dots: models found to have no parent"
     )
     if is_known:
-        told += f"\ncolour: the true tree, of {count}; ringed: models that truly have children"
+        subtitle += f"\ncolour: the true tree, of {count}; ringed: models that truly have children"
     handles = [
         Line2D([], [], color=EDGES[kind], label=f"{kind} edge")
         for kind in EDGES
@@ -74,12 +75,12 @@ def forest_figure(table: pd.DataFrame, title: str = "Recovered forest") -> Figur
     ]
     if handles:
         figure.legend(handles=handles, loc="outside lower left", ncols=len(handles))
-    heading(figure, title, told)
+    heading(figure, title, subtitle)
     return figure
 
 
-def _draw_tree(axes: Axes, members: pd.DataFrame, colours: list[Any]) -> None:
-    """One tree in a unit circle, or its models on a circle where they have no parent."""
+def _draw_tree(axes: Axes, members: pd.DataFrame, colours: Sequence[Colour]) -> None:
+    """Draw one tree in a unit circle; models that no edge touches lie on the circle."""
     places = radial_places({child: parent for child, parent in members["parent_id"].items() if pd.notna(parent)})
     alone = [model_id for model_id in members.index if model_id not in places]
     for turn, model_id in enumerate(alone):
@@ -101,8 +102,8 @@ def _draw_tree(axes: Axes, members: pd.DataFrame, colours: list[Any]) -> None:
     axes.set(xlim=(-1.15, 1.15), ylim=(-1.15, 1.15), aspect="equal")
 
 
-def radial_places(parent_of: dict[Any, Any]) -> dict[Any, tuple[float, float]]:
-    """Nodes of a tree in the unit circle: the root in the middle, leaves at equal angles, depth as radius.
+def radial_places(parent_of: Mapping[str, str]) -> dict[str, tuple[float, float]]:
+    """Places of the nodes of a tree in the unit circle: root in the middle, leaves at equal angles, depth as radius.
 
     Args:
         parent_of: child -> parent.
@@ -112,17 +113,18 @@ def radial_places(parent_of: dict[Any, Any]) -> dict[Any, tuple[float, float]]:
         >>> places["a"], places["b"]
         ((0.0, 0.0), (1.0, 0.0))
     """
-    children: dict[Any, list[Any]] = {}
+    children: dict[str, list[str]] = {}
     for child, parent in parent_of.items():
         children.setdefault(parent, []).append(child)
     roots = [node for node in children if node not in parent_of]
     depth = dict.fromkeys(roots, 0)
     order = list(roots)
-    for node in order:
+    for node in order:  # grows on the way: breadth first
         for child in children.get(node, ()):
             depth[child] = depth[node] + 1
             order.append(child)
-    leaves: list[Any] = []
+    leaves: list[str] = []
+    # Depth first, by a stack rather than by recursion: a chain of parents may be longer than the recursion limit.
     waiting = list(reversed(roots))
     while waiting:
         node = waiting.pop()

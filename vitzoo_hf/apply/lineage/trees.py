@@ -1,9 +1,12 @@
 """Distances and costs of models -> trees, roots and parents. Pure functions of P × P matrices.
 
-Three ideas are used. *Hubs* are few models that many others lie near (k-medoids: Kaufman and Rousseeuw, Finding
-Groups in Data, 1990, chapter 2). The *likeliest root* is the model whose distances have the least mean logarithm: if
-each child is its parent plus a Gaussian step of a size of its own, that is the maximum likelihood of the parent.
-The *minimum arborescence* is that of Chu, Liu and Edmonds.
+Three ideas are used:
+
+- *Hubs* are few models that are near many models (k-medoids: Kaufman and Rousseeuw, Finding Groups in Data, 1990,
+  chapter 2).
+- The *likeliest root* is the model with the least mean logarithm of distances: the maximum likelihood of the parent,
+  if every child is its parent plus a Gaussian step of unknown size.
+- The *minimum arborescence* is the directed tree of least cost (Chu and Liu 1965; Edmonds 1967).
 """
 
 import numpy as np
@@ -13,21 +16,21 @@ from scipy.spatial.distance import squareform
 
 MOST_TREES = 50
 NEAREST = 6
-SIBLING_COSINE = 0.25
+SIBLING_COSINE = 0.25  # half way between the cosines seen from a parent, 0, and from a sibling, 1/2
 FAR_SHARE = 0.9
 
 
 def minimum_arborescence(cost: Float64[np.ndarray, "P P"]) -> Int64[np.ndarray, " P"]:
-    """The directed tree over all nodes with the least sum of costs, whatever its root.
+    """The directed tree over all nodes with the least sum of costs; its root is free.
 
     Args:
-        cost: of the edge from row to column; the diagonal is ignored, other entries are finite.
+        cost: cost of the edge from row to column; finite but for the diagonal, which is ignored.
 
     Returns:
         The parent of every node; -1 for the root.
 
     Raises:
-        ValueError: if there is no node or a cost off the diagonal is not finite.
+        ValueError: if there is no node, or a cost off the diagonal is not finite.
 
     Example:
         >>> minimum_arborescence(np.array([[0.0, 1.0, 9.0], [5.0, 0.0, 1.0], [5.0, 5.0, 0.0]])).tolist()
@@ -37,6 +40,7 @@ def minimum_arborescence(cost: Float64[np.ndarray, "P P"]) -> Int64[np.ndarray, 
     off = ~np.eye(count, dtype=bool)
     if count == 0 or not np.isfinite(cost[off]).all():
         raise ValueError("expected at least one node, and finite costs off the diagonal")
+    # An additional root with edges to all nodes, each dearer than all others together, so that it gets one child.
     spread = np.ptp(cost[off]) if count > 1 else 0.0
     start = np.full((count + 1, count + 1), np.inf)
     start[:count, :count] = np.where(off, cost - (cost[off].min() if count > 1 else 0.0), np.inf)
@@ -46,7 +50,7 @@ def minimum_arborescence(cost: Float64[np.ndarray, "P P"]) -> Int64[np.ndarray, 
 
 
 def _edmonds(cost: np.ndarray, root: int) -> np.ndarray:
-    """Parents in the least arborescence from a root whose column is infinite; contracts all cycles at once."""
+    """Parents in the least arborescence from a root whose column is infinite."""
     best = cost.argmin(0)
     best[root] = root
     cycle_of = _cycles(best, root)
@@ -59,6 +63,7 @@ def _edmonds(cost: np.ndarray, root: int) -> np.ndarray:
     reduced = cost - np.where(in_cycle, cost[best, np.arange(len(cost))], 0.0)
     order = np.argsort(component, kind="stable")
     starts = np.searchsorted(component[order], np.arange(component.max() + 1))
+    # All cycles are contracted at once, and P × P minima are taken in numpy, not in Python.
     joined = np.minimum.reduceat(np.minimum.reduceat(reduced[order], starts, axis=0)[:, order], starts, axis=1)
     np.fill_diagonal(joined, np.inf)
     outer = _edmonds(joined, int(component[root]))
@@ -73,20 +78,20 @@ def _edmonds(cost: np.ndarray, root: int) -> np.ndarray:
 
 
 def _cycles(best: np.ndarray, root: int) -> np.ndarray:
-    """Number of the cycle that each node is on when all go to their best parent; -1 for nodes on none."""
-    cycle_of, seen = np.full(len(best), -1), np.full(len(best), -1)
-    seen[root] = len(best)
-    found = 0
+    """Number of the cycle of every node when each goes to its best parent; -1 for nodes on no cycle."""
+    cycle_of, first_visit = np.full(len(best), -1), np.full(len(best), -1)
+    first_visit[root] = len(best)
+    count = 0
     for start in range(len(best)):
         node = start
-        while seen[node] < 0:
-            seen[node] = start
+        while first_visit[node] < 0:
+            first_visit[node] = start
             node = best[node]
-        if seen[node] == start and cycle_of[node] < 0:
+        if first_visit[node] == start and cycle_of[node] < 0:
             while cycle_of[node] < 0:
-                cycle_of[node] = found
+                cycle_of[node] = count
                 node = best[node]
-            found += 1
+            count += 1
     return cycle_of
 
 
@@ -94,8 +99,8 @@ def ward_trees(distance: Float64[np.ndarray, "P P"], count: int | None = None) -
     """Clusters by Ward's linkage of the distances, numbered in order of their first model.
 
     Args:
-        distance: symmetric, with a zero diagonal.
-        count: how many; by default where the heights of the dendrogram have their largest ratio.
+        distance: distances, symmetric, with a zero diagonal.
+        count: number of clusters; by default where the heights of the dendrogram have their largest ratio.
     """
     if len(distance) == 1:
         return np.zeros(1, dtype=np.int64)
@@ -108,13 +113,13 @@ def ward_trees(distance: Float64[np.ndarray, "P P"], count: int | None = None) -
 
 
 def most_trees(models: int) -> int:
-    """The largest number of trees that is considered where none is given: half the models, at most 50."""
+    """The largest number of trees that an estimate considers: half the models, at most 50."""
     return min(max(1, models // 2), MOST_TREES)
 
 
 def largest_drop(gains: Float64[np.ndarray, " K"]) -> int:
-    """The k from 1 on at which the gain of the k-th tree is the largest multiple of that of the next one."""
-    floor = 1e-9 * gains.max()
+    """The k of at least 1 with the largest ratio of the gain of the k-th tree to the gain of the next tree."""
+    floor = 1e-9 * gains.max()  # gains of equal models are rounding, and their ratios mean nothing
     if floor == 0:
         return 1
     gains = np.maximum(gains, floor)
@@ -124,60 +129,59 @@ def largest_drop(gains: Float64[np.ndarray, " K"]) -> int:
 def hubs(distance: Float64[np.ndarray, "P P"], count: int | None = None) -> Int64[np.ndarray, " P"]:
     """Trees of models that share a nearest hub, numbered in order of their first model.
 
-    Hubs are the K models with the least sum of distances from every model to its nearest hub, by greedy choice and
-    exchange (PAM). Sums of distances, not of squares, let a tree keep children that went far.
+    Hubs are the K models with the least sum of distances from every model to its nearest hub, by greedy selection and
+    exchange (PAM). Sums of distances rather than squares let a tree retain distant children.
 
     Args:
-        distance: symmetric, with a zero diagonal.
-        count: K; by default the one at which the saving of the K-th hub is the largest multiple of that of the next.
-            The first hub is taken to save what all models as far apart as the farthest two would cost.
+        distance: distances, symmetric, with a zero diagonal.
+        count: K; by default the number with the largest ratio of the saving by the K-th hub to that by the next hub.
+            The first hub's saving is measured from a cost at which all models are as far as the farthest two.
     """
     most = most_trees(len(distance)) + 1 if count is None else count
-    chosen: list[int] = []
+    greedy: list[int] = []
     costs, labels = [len(distance) * distance.max()], []
     for _ in range(min(most, len(distance))):
-        nearest = distance[chosen].min(0) if chosen else np.full(len(distance), np.inf)
-        chosen = [*chosen, int(np.minimum(nearest, distance).sum(1).argmin())]
-        kept = _exchange(distance, chosen)
-        costs.append(distance[kept].min(0).sum())
-        labels.append(distance[kept].argmin(0))
+        nearest = distance[greedy].min(0) if greedy else np.full(len(distance), np.inf)
+        greedy = [*greedy, int(np.minimum(nearest, distance).sum(1).argmin())]
+        exchanged = _exchange(distance, greedy)
+        costs.append(distance[exchanged].min(0).sum())
+        labels.append(distance[exchanged].argmin(0))
     if count is None:
         count = largest_drop(-np.diff(costs)) if len(costs) > 2 else 1
     return renumbered(labels[count - 1])
 
 
-def _exchange(distance: np.ndarray, chosen: list[int]) -> list[int]:
-    """Replace hubs by better ones, the best exchange first, until none is better.
+def _exchange(distance: np.ndarray, hubs: list[int]) -> list[int]:
+    """Exchange hubs for better ones, the best exchange first, until none is better.
 
-    What all exchanges change is found at once, from each model's nearest and second nearest hub (FastPAM1: Schubert
-    and Rousseeuw, Faster k-Medoids Clustering, 2019).
+    The changes of cost by all exchanges follow at once from each model's nearest and second nearest hub (FastPAM1:
+    Schubert and Rousseeuw, Faster k-Medoids Clustering, 2019).
     """
-    chosen = list(chosen)
+    hubs = list(hubs)
     while True:
-        near = np.sort(np.vstack([distance[chosen], np.full(len(distance), np.inf)]), axis=0)[:2]
-        owner = distance[chosen].argmin(0)
+        near = np.sort(np.vstack([distance[hubs], np.full(len(distance), np.inf)]), axis=0)[:2]
+        owner = distance[hubs].argmin(0)
         gained = np.minimum(distance - near[0], 0)
         of_owner = np.minimum(distance, near[1]) - near[0] - gained
-        change = of_owner @ np.eye(len(chosen))[owner] + gained.sum(1)[:, None]
+        change = of_owner @ np.eye(len(hubs))[owner] + gained.sum(1)[:, None]
         model, place = np.unravel_index(change.argmin(), change.shape)
-        if change[model, place] >= -1e-12 * near[0].sum():
-            return chosen
-        chosen[int(place)] = int(model)
+        if change[model, place] >= -1e-12 * near[0].sum():  # below rounding, exchanges could go round in circles
+            return hubs
+        hubs[int(place)] = int(model)
 
 
 def renumbered(labels: Int64[np.ndarray, " P"] | np.ndarray) -> Int64[np.ndarray, " P"]:
-    """The same partition with labels 0, 1 … in order of first appearance."""
+    """Labels of a partition, renumbered 0, 1 … in order of first appearance."""
     _, first, inverse = np.unique(labels, return_index=True, return_inverse=True)
     return np.argsort(np.argsort(first))[inverse].astype(np.int64)
 
 
-def likeliest_root(distance: Float64[np.ndarray, "M M"]) -> int:
+def likeliest_root(distance: Float64[np.ndarray, "P P"]) -> int:
     """The member of a tree with the least mean logarithm of its distances to the others.
 
     Of a parent w and children w + s_i e_i with standard normal e_i of D dimensions and unknown sizes s_i, the log
-    likelihood, largest over s_i, is -D sum_i log|w_i - w| plus a constant. Identical models count as closer than any
-    others by a factor of a thousand; of equally good members the first is taken. Steps have a direction in common, so
-    a child that stayed much nearer to its parent than every other child is taken for the parent.
+    likelihood, maximised over s_i, is -D sum_i log|w_i - w| plus a constant. Ties go to the first member. Real steps
+    share a direction, so a child that stayed much nearer to its parent than every other child passes for the parent.
 
     Example:
         >>> points = np.array([1.0, 0.0, -2.0])[:, None]
@@ -187,14 +191,15 @@ def likeliest_root(distance: Float64[np.ndarray, "M M"]) -> int:
     if len(distance) == 1:
         return 0
     positive = distance[distance > 0]
+    # The logarithm of 0 is infinite: identical models count as a thousand times closer than any others.
     floor = positive.min() / 1e3 if positive.size else 1.0
     logs = np.log(np.maximum(distance, floor))
     np.fill_diagonal(logs, 0.0)
-    return int(logs.sum(1).round(9).argmin())
+    return int(logs.sum(1).round(9).argmin())  # rounded, so that equal sums tie in any order of summation
 
 
 def star(distance: Float64[np.ndarray, "P P"], tree: Int64[np.ndarray, " P"]) -> Int64[np.ndarray, " P"]:
-    """Parents when every tree is one parent, its likeliest root, and its children; -1 for roots."""
+    """Parents when every tree is its likeliest root with all other models as children; -1 for roots."""
     parent = np.full(len(tree), -1)
     for number in np.unique(tree):
         members = np.flatnonzero(tree == number)
@@ -208,35 +213,37 @@ def spanning(distance: Float64[np.ndarray, "P P"], tree: Int64[np.ndarray, " P"]
     parent = np.full(len(tree), -1)
     for number in np.unique(tree):
         members = np.flatnonzero(tree == number)
-        within = distance[np.ix_(members, members)]
-        root = likeliest_root(within)
-        nearest, source = within[root].copy(), np.full(len(members), root)
+        distances = distance[np.ix_(members, members)]
+        root = likeliest_root(distances)
+        # Prim's algorithm, P² for P members
+        nearest, source = distances[root].copy(), np.full(len(members), root)
         waiting = np.arange(len(members)) != root
         while waiting.any():
             node = int(np.where(waiting, nearest, np.inf).argmin())
             waiting[node] = False
             parent[members[node]] = members[source[node]]
-            closer = waiting & (within[node] < nearest)
-            nearest[closer], source[closer] = within[node][closer], node
+            closer = waiting & (distances[node] < nearest)
+            nearest[closer], source[closer] = distances[node][closer], node
     return parent
 
 
-def is_sibling(distance: Float64[np.ndarray, "M M"], root: int) -> bool:
-    """Whether the root of a tree looks like a child of a parent that is not there.
+def is_sibling(distance: Float64[np.ndarray, "P P"], root: int) -> bool:
+    """Whether the root of a tree looks like a child of a parent that is not among the models.
 
-    Seen from their parent, children lie in independent directions, with cosines near 0; seen from a sibling that went
-    as far as they did, with cosines near 1/2, since all have the way back to the parent in common. The answer is yes
-    if the mean cosine among the six nearest models is above 1/4. Trees of fewer than three models give no answer: no.
-    A sibling that went much less far than all others cannot be told from the parent.
+    Seen from their parent, children lie in independent directions, with cosines near 0. Seen from a sibling as far
+    from the parent, they lie at cosines near 1/2, since all share the way back to the parent. The answer is True
+    if the mean cosine among the six nearest models is above 1/4, and False for trees of fewer than three models. A
+    sibling much nearer to the parent than all others cannot be distinguished from the parent.
     """
-    others = np.flatnonzero(distance[root] > 0)
-    others = others[np.argsort(distance[root][others], kind="stable")][:NEAREST]
-    if len(others) < 2:
+    neighbours = np.flatnonzero(distance[root] > 0)
+    neighbours = neighbours[np.argsort(distance[root][neighbours], kind="stable")][:NEAREST]
+    if len(neighbours) < 2:
         return False
-    away = distance[root][others]
-    cosine = away[:, None] ** 2 + away[None] ** 2 - distance[np.ix_(others, others)] ** 2
+    away = distance[root][neighbours]
+    # the law of cosines
+    cosine = away[:, None] ** 2 + away[None] ** 2 - distance[np.ix_(neighbours, neighbours)] ** 2
     cosine /= 2 * away[:, None] * away[None]
-    return bool(cosine[np.triu_indices(len(others), 1)].mean() > SIBLING_COSINE)
+    return bool(cosine[np.triu_indices(len(neighbours), 1)].mean() > SIBLING_COSINE)
 
 
 def far_children(
@@ -244,8 +251,7 @@ def far_children(
 ) -> Bool[np.ndarray, " P"]:
     """Models as far from the root of their tree as roots are from each other, so that they may be roots themselves.
 
-    As far is at least 0.9 times the median distance of two roots; with one tree there is no such distance, and the
-    answer is no for all.
+    The bound is 0.9 times the median distance of two roots. With one tree there is no bound, and no model is far.
 
     Example:
         >>> points = np.array([0.0, 1.0, 10.0, 21.0])
@@ -266,12 +272,12 @@ def far_children(
 def nearest_candidates(
     distance: Float64[np.ndarray, "P P"], candidate: Bool[np.ndarray, " P"]
 ) -> Int64[np.ndarray, " P"]:
-    """Parents when it is known which models are roots: the nearest of them, or -1 where none is near enough.
+    """Parents when the roots are known: the nearest root, or -1 where none is near enough.
 
     The position of a model on the line from the nearest root a towards another root b is
-    `s = (d(w,a)^2 + d(a,b)^2 - d(w,b)^2) / (2 d(a,b)^2)`: near 0 for a child of a, whose step has nothing to do
-    with b, and near 1/2 for a model that has to do with neither. A model whose mean s over all b is above 1/4 has no
-    parent among the candidates. With one candidate there is no b, and every model is taken as its child.
+    `s = (d(w,a)^2 + d(a,b)^2 - d(w,b)^2) / (2 d(a,b)^2)`: near 0 for a child of a, whose step is
+    independent of b, and near 1/2 for a model that is independent of both. A model whose mean s over all b is above
+    1/4 has no parent among the candidates. With one candidate there is no b, and every model is its child.
     """
     roots = np.flatnonzero(candidate)
     parent = np.full(len(distance), -1)
@@ -279,9 +285,9 @@ def nearest_candidates(
         return parent
     for model in np.flatnonzero(~candidate):
         nearest = roots[distance[model, roots].argmin()]
-        others = roots[distance[nearest, roots] > 0]
-        apart = distance[nearest, others] ** 2
-        along = (distance[model, nearest] ** 2 + apart - distance[model, others] ** 2) / (2 * apart)
-        if not len(others) or along.mean() <= SIBLING_COSINE:
+        distinct = roots[distance[nearest, roots] > 0]
+        apart = distance[nearest, distinct] ** 2
+        along = (distance[model, nearest] ** 2 + apart - distance[model, distinct] ** 2) / (2 * apart)
+        if not len(distinct) or along.mean() <= SIBLING_COSINE:
             parent[model] = nearest
     return parent

@@ -1,12 +1,9 @@
-"""Paths between two networks in weight space: straight lines and quadratic Bézier curves, and what lies along them.
+"""Train quadratic Bézier curves between two networks in weight space.
 
-The barrier of a path is the largest rise of the loss over the straight line between the losses of its ends,
-max over t of L(t) − (1 − t) L(0) − t L(1) (Frankle et al. 2020; Entezari et al. 2022); of accuracies, the largest
-fall below that line. The control point of a Bézier curve is trained as in Garipov et al. 2018.
+The barrier of a path is the largest rise of the loss above the straight line between the losses of its ends,
+max over t of L(t) − (1 − t) L(0) − t L(1) (Frankle et al. 2020; Entezari et al. 2022). The control point of a Bézier
+curve is trained as in Garipov et al. 2018. Training costs one forward and one backward pass of a batch a step.
 """
-
-from collections.abc import Mapping
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int64
@@ -17,6 +14,7 @@ from torch.nn import functional
 from vitzoo_hf.apply.candidates import check_images, check_vectors
 from vitzoo_hf.apply.interpolation import bezier_points
 from vitzoo_hf.format.layout import unflatten
+from vitzoo_hf.format.row import RowLike
 from vitzoo_hf.format.schema import ZooError
 from vitzoo_hf.models.architecture import Architecture
 from vitzoo_hf.models.rebuild import usable_device
@@ -25,7 +23,7 @@ from vitzoo_hf.models.rebuild import usable_device
 def train_bezier(
     first: Float[Tensor, " D"],
     last: Float[Tensor, " D"],
-    like: Mapping[str, Any],
+    like: RowLike,
     images: Float[Tensor, "N C H W"],
     labels: Int64[Tensor, " N"],
     *,
@@ -37,27 +35,26 @@ def train_bezier(
 ) -> Float[Tensor, " D"]:
     """The control point of a quadratic Bézier curve with a low loss along it (Garipov et al. 2018).
 
-    Each step of Adam takes one position, uniform between 0 and 1, and one batch. The control point begins in the
-    middle of the straight path; the learning rate falls to 0 along half a cosine.
+    Each step of Adam uses one position, uniform between 0 and 1, and one batch. The control point starts at the
+    middle of the straight path. The learning rate falls to 0 along half a cosine.
 
     Args:
         first: weights at t = 0, float32.
         last: weights at t = 1, in the same layout.
-        like: a row of their architecture and head.
-        images: to train on; never those that results are reported on.
-        labels: of the images.
-        steps: of Adam.
-        lr: its learning rate.
+        like: a row with the architecture and head of the networks.
+        images: training images, which no result is reported on.
+        labels: one class an image.
+        steps: number of steps.
+        lr: learning rate of Adam.
         batch_size: images a step.
-        seed: of positions and batches.
-        device: where it is trained.
+        seed: seed of positions and batches.
+        device: where the control point is trained.
 
     Returns:
-        float32, on the CPU.
+        The control point, float32, on the CPU.
 
     Raises:
-        ZooError: if there is no image or one that `like` does not take, weights have another length than its own, or
-            the device is not here.
+        ZooError: if there is no image, images or weights do not fit `like`, or this machine lacks the device.
     """
     if not len(images):
         raise ZooError("a Bézier curve is trained on images; none were given")
@@ -71,12 +68,13 @@ def train_bezier(
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, steps))
     generator = torch.Generator().manual_seed(seed)
     for _ in range(steps):
-        chosen = torch.randint(len(images), (min(batch_size, len(images)),), generator=generator)
+        batch = torch.randint(len(images), (min(batch_size, len(images)),), generator=generator)
+        # one position a batch: an unbiased sample of the mean loss along the curve, as in Garipov et al. 2018
         t = torch.rand(1, generator=generator, dtype=torch.float64)
         point = bezier_points(ends[0], control, ends[1], t)[0]
-        logits = functional_call(model, unflatten(point, layout), (images[chosen].to(place),))
+        logits = functional_call(model, unflatten(point, layout), (images[batch].to(place),))
         optimizer.zero_grad()
-        functional.cross_entropy(logits, labels[chosen].to(place)).backward()
+        functional.cross_entropy(logits, labels[batch].to(place)).backward()
         optimizer.step()
         schedule.step()
     return control.detach().cpu()

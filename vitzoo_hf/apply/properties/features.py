@@ -1,12 +1,11 @@
-"""What is known of every model before anything is predicted of it: features from the weights of its trunk.
+"""Features of models from the weights of their trunks.
 
-Heads are left out: which tensors a head has would tell its kind by layout alone. A tensor `attn.qkv` counts as three,
-of queries, keys and values. Weights are read once for each function, some rows or columns at a time.
+Heads are excluded, because the layout alone of a head reveals its kind. A tensor `attn.qkv` counts as three tensors:
+of queries, keys and values. Every function reads all weights once, some rows or columns at a time.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -33,15 +32,15 @@ class Features:
     """A matrix with one row a model.
 
     Attributes:
-        name: of the kind of features.
-        model_ids: of the rows.
-        values: float64 `[P, F]`.
-        names: of the columns.
-        components: standardise the columns if None; else centre them and keep so many principal components. Either is
-            fitted on the models that are trained on.
+        name: name of the kind of features.
+        model_ids: ids of the models, one a row.
+        values: the matrix, float64 `[P, F]`.
+        names: names of the columns.
+        components: number of principal components to reduce the columns to; None standardises them instead. Both are
+            fitted on the training models.
 
     Raises:
-        ZooError: if the sizes disagree, or a value is NaN or infinite.
+        ZooError: if sizes disagree, or a value is NaN or infinite.
     """
 
     name: str
@@ -63,16 +62,16 @@ class Features:
                 "diverged, or a matrix is zero; filter such models out"
             )
 
-    def of(self, model_ids: Sequence[str]) -> Float64[np.ndarray, "M F"]:
-        """The rows of these models.
+    def of(self, model_ids: Sequence[str]) -> Float64[np.ndarray, "P F"]:
+        """The rows of some models.
 
         Raises:
             ZooError: naming the first model without features.
         """
         place = {model_id: position for position, model_id in enumerate(self.model_ids)}
-        missing = [model_id for model_id in model_ids if model_id not in place]
-        if missing:
-            raise ZooError(f"features {self.name!r} lack {len(missing)} models, such as {missing[0]}")
+        unknown = [model_id for model_id in model_ids if model_id not in place]
+        if unknown:
+            raise ZooError(f"features {self.name!r} lack {len(unknown)} models, such as {unknown[0]}")
         return self.values[[place[model_id] for model_id in model_ids]]
 
 
@@ -84,7 +83,7 @@ def table_features(name: str, table: pd.DataFrame) -> Features:
         (2, 1)
 
     Raises:
-        ZooError: for a column that is not numeric, a model that is there twice, NaN or infinite values.
+        ZooError: for a column that is not numeric, two rows of one model, or NaN or infinite values.
     """
     for column in table:
         if not pd.api.types.is_numeric_dtype(table[column]):
@@ -97,14 +96,14 @@ def table_features(name: str, table: pd.DataFrame) -> Features:
 def statistics_features(
     zoo: Zoo, *, device: str | torch.device = "cpu", num_workers: int = 1, verify: bool = True, progress: bool = False
 ) -> Features:
-    """Seven numbers of each tensor of the trunk: mean, variance, and quantiles 0, 1/4, 1/2, 3/4 and 1.
+    """Seven numbers of every tensor of the trunk: mean, variance, and quantiles 0, 1/4, 1/2, 3/4 and 1.
 
     Source: Unterthiner et al., "Predicting Neural Network Accuracy from Weights", 2020.
 
     Args:
-        zoo: models of one trunk.
-        device: where the weights are taken.
-        num_workers: threads that read.
+        zoo: models whose trunks have one layout.
+        device: where features are computed.
+        num_workers: number of threads that read.
         verify: compare every row with its hash when it is first read.
         progress: show a bar.
 
@@ -112,15 +111,15 @@ def statistics_features(
         ZooError: if there is no model, trunks differ, a row is damaged, or weights are not finite.
 
     Example:
-        >>> found = statistics_features(Zoo.sample())
-        >>> found.values.shape, found.names[0]
+        >>> features = statistics_features(Zoo.sample())
+        >>> features.values.shape, features.names[0]
         ((8, 266), 'cls_token mean')
     """
 
     def statistics(weights: Tensor, layout: Layout) -> dict[str, Tensor]:
-        found = weight_statistics(weights, layout)
+        moments = weight_statistics(weights, layout)
         quantiles = weight_quantiles(weights, layout, QUANTILES)
-        values = torch.cat([torch.stack([found.mean, found.std**2], 2), quantiles], 2)
+        values = torch.cat([torch.stack([moments.mean, moments.std**2], 2), quantiles], 2)
         return {name: values[:, number] for number, name in enumerate(layout.names)}
 
     columns = zoo.weight_columns(device=device, num_workers=num_workers)
@@ -131,12 +130,20 @@ def statistics_features(
 def spectra_features(
     zoo: Zoo, *, device: str | torch.device = "cpu", num_workers: int = 1, verify: bool = True, progress: bool = False
 ) -> Features:
-    """Of each matrix of the trunk, the three largest singular values, the first the spectral norm, and stable rank.
+    """The three largest singular values and the stable rank of every matrix of the trunk.
 
     Source: the spectral features of Martin, Peng and Mahoney, "Predicting trends in the quality of state-of-the-art
-    neural networks without access to training or testing data", 2021; stable rank as in `spectra.stable_rank`.
+    neural networks without access to training or testing data", 2021; see `vitzoo_hf.stable_rank`.
 
-    Args and errors are those of `statistics_features`; a zero matrix has no stable rank, which is an error too.
+    Args:
+        zoo: models whose trunks have one layout.
+        device: where features are computed.
+        num_workers: number of threads that read.
+        verify: compare every row with its hash when it is first read.
+        progress: show a bar.
+
+    Raises:
+        ZooError: if there is no model, trunks differ, a row is damaged, weights are not finite, or a matrix is zero.
 
     Example:
         >>> spectra_features(Zoo.sample()).names[:4:3]
@@ -144,12 +151,12 @@ def spectra_features(
     """
 
     def spectra(weights: Tensor, layout: Layout) -> dict[str, Tensor]:
-        found = {}
+        features = {}
         for name, matrix in matrices_of(weights, layout).items():
             top = singular_values(matrix, TOP_SINGULAR_VALUES)
             rank = matrix.double().square().sum((1, 2)) / top[:, 0].square()
-            found[name] = torch.cat([top, rank[:, None]], 1)
-        return found
+            features[name] = torch.cat([top, rank[:, None]], 1)
+        return features
 
     columns = zoo.weight_columns(device=device, num_workers=num_workers)
     columns = columns.verified() if verify else columns
@@ -160,7 +167,7 @@ def spectra_features(
 def norm_features(
     zoo: Zoo, *, device: str | torch.device = "cpu", num_workers: int = 1, verify: bool = True, progress: bool = False
 ) -> Features:
-    """One number: the Euclidean norm of the weights of the trunk. What any other feature of weights has to beat."""
+    """The Euclidean norm of the trunk: one number, as the baseline of other features of weights."""
 
     def norm(weights: Tensor, layout: Layout) -> dict[str, Tensor]:
         return {"trunk": weights.double().norm(dim=1, keepdim=True)}
@@ -179,18 +186,17 @@ def flat_features(
     verify: bool = True,
     progress: bool = False,
 ) -> Features:
-    """The flat weights of the trunk, turned into coordinates of the space that the models themselves span.
+    """The flat weights of the trunk, as coordinates of the space that the models span.
 
-    The P × P inner products of the weights, centred, are summed in float64 over blocks of columns, out of core; the
-    coordinates are their eigenvectors times the roots of their eigenvalues. They have the inner products of the
-    weights, so that a principal component analysis or a ridge regression fitted on some of the rows gives exactly
-    what it gives on the weights.
+    The P × P inner products of the centred weights are summed in float64 over blocks of columns, out of core. The
+    coordinates are their eigenvectors times the roots of their eigenvalues. Coordinates have the inner products of
+    the weights, so principal components or ridge regression of some rows give exactly the result of the weights.
 
     Args:
-        zoo: models of one trunk.
-        components: principal components kept, of the models that are trained on.
-        device: where the products are taken.
-        num_workers: threads that read.
+        zoo: models whose trunks have one layout.
+        components: number of principal components of the training models to predict from.
+        device: where the products are computed.
+        num_workers: number of threads that read.
         verify: compare every row with its hash when it is first read.
         progress: show a bar.
 
@@ -204,9 +210,9 @@ def flat_features(
     count = len(columns.model_ids)
     gram = torch.zeros(count, count, dtype=torch.float64, device=columns.device)
     with progress_bar("multiplying weights", "block", shown=progress, total=len(columns.blocks(trunk))) as bar:
-        for held, block in columns.read(trunk):
+        for span, block in columns.read(trunk):
             for place in trunk:
-                part = slice(max(held.start, place.start) - held.start, min(held.stop, place.stop) - held.start)
+                part = slice(max(span.start, place.start) - span.start, min(span.stop, place.stop) - span.start)
                 if part.start < part.stop:
                     values = block[:, part].double()
                     gram += (values - values.mean(0)) @ (values - values.mean(0)).mT
@@ -214,14 +220,15 @@ def flat_features(
     if not gram.isfinite().all():
         raise ZooError("NaN or infinite weights among these models: filter diverged runs out")
     squares, vectors = torch.linalg.eigh(gram)
-    kept = squares > squares[-1] * count * torch.finfo(torch.float64).eps
-    values = (vectors[:, kept] * squares[kept].sqrt()).flip(1).cpu().numpy()
+    # Eigenvalues below the rounding of the largest are noise, and at least one is, because the weights are centred.
+    above = squares > squares[-1] * count * torch.finfo(torch.float64).eps
+    values = (vectors[:, above] * squares[above].sqrt()).flip(1).cpu().numpy()
     names = tuple(f"coordinate {number}" for number in range(1, values.shape[1] + 1))
     return Features("flat", tuple(columns.model_ids), values, names, components)
 
 
 def split_qkv(layout: Layout) -> Layout:
-    """The same vector with tensors of queries, keys and values where timm has `qkv`, without the head at its end.
+    """A layout without head, with tensors of queries, keys and values in place of `qkv`.
 
     Example:
         >>> split_qkv(Layout(("attn.qkv.bias", "head.bias"), ((6,), (2,)))).names
@@ -245,23 +252,23 @@ def _by_rows(
     measure: Callable[[Tensor, Layout], dict[str, Tensor]],
     progress: bool,
 ) -> Features:
-    """Features of tensors, `[rows, measures]` each, from some rows at a time."""
+    """Features of tensors, `[rows, measures]` a tensor, from some rows at a time."""
     layout, trunk = columns.layout, columns.layout.trunk().to(columns.device)
-    shown = split_qkv(layout)
+    tensors = split_qkv(layout)
     names: list[str] = []
-    found: list[np.ndarray] = []
+    features: list[np.ndarray] = []
     with progress_bar(f"taking {name}", "model", shown=progress, total=len(columns.model_ids)) as bar:
         for weights in _batches(columns):
-            kept = weights if trunk.numel() == weights.shape[1] else weights[:, trunk]
-            broken = ~kept.isfinite().all(1)
+            values = weights if trunk.numel() == weights.shape[1] else weights[:, trunk]
+            broken = ~values.isfinite().all(1)
             if broken.any():
-                model_id = columns.model_ids[sum(map(len, found)) + int(broken.int().argmax())]
+                model_id = columns.model_ids[sum(map(len, features)) + int(broken.int().argmax())]
                 raise ZooError(f"{model_id} has NaN or infinite weights: filter diverged runs out")
-            parts = measure(kept, shown)
-            names = [f"{tensor} {each}" for tensor in parts for each in measures]
-            found.append(torch.cat(list(parts.values()), 1).cpu().numpy())
+            parts = measure(values, tensors)
+            names = [f"{tensor} {name_of_measure}" for tensor in parts for name_of_measure in measures]
+            features.append(torch.cat(list(parts.values()), 1).cpu().numpy())
             bar.update(len(weights))
-    return Features(name, tuple(columns.model_ids), np.concatenate(found), tuple(names))
+    return Features(name, tuple(columns.model_ids), np.concatenate(features), tuple(names))
 
 
 def _batches(columns: WeightColumns) -> Iterator[Float[Tensor, "B D"]]:
@@ -276,7 +283,7 @@ def _batches(columns: WeightColumns) -> Iterator[Float[Tensor, "B D"]]:
         yield torch.stack(batch)
 
 
-WEIGHT_FEATURES: dict[str, Callable[..., Any]] = {
+WEIGHT_FEATURES: dict[str, Callable[..., Features]] = {
     "statistics": statistics_features,
     "spectra": spectra_features,
     "flat": flat_features,

@@ -1,4 +1,4 @@
-"""The figure of predicted properties: a panel a target, a row a kind of features, and what shuffled labels give."""
+"""Draw predicted properties: a panel a target, a row a kind of features, over bands of shuffled labels."""
 
 import math
 
@@ -18,12 +18,12 @@ SHUFFLED = ("shuffled_low", "shuffled_high")
 SHOWN = {"r2": "R²", "balanced_accuracy": "balanced accuracy"}
 SPLIT_COLOURS = {"run": PALETTE[0], "lineage": PALETTE[5]}
 PANELS_ACROSS = 4
-LEAST_R2 = -0.5
+LEAST_R2 = -0.5  # R² has no lower bound; one bad cell would squeeze all others
 
 
 @rc_context(STYLE)
 def plot_properties(table: pd.DataFrame) -> Figure:
-    """R² of numbers and balanced accuracy of classes with 95 % intervals, over the bands of shuffled labels.
+    """Draw R² of numbers and balanced accuracy of classes with 95 % intervals, over bands of shuffled labels.
 
     Args:
         table: the result of `predict_properties`. R² below -0.5 is drawn at -0.5.
@@ -36,11 +36,11 @@ def plot_properties(table: pd.DataFrame) -> Figure:
     labels = table["features"] + np.where(table["model"] == "ridge", "", ", " + table["model"])
     table = table.assign(label=labels, panel=[_title(row) for row in table.to_dict("records")])
     names, panels = list(dict.fromkeys(table["label"])), list(dict.fromkeys(table["panel"]))
-    across = min(PANELS_ACROSS, len(panels))
-    down = math.ceil(len(panels) / across)
-    size = (1.6 + 2.35 * across, 1.5 + down * (0.75 + 0.24 * len(names)))
+    columns = min(PANELS_ACROSS, len(panels))
+    lines = math.ceil(len(panels) / columns)
+    size = (1.6 + 2.35 * columns, 1.5 + lines * (0.75 + 0.24 * len(names)))
     figure = Figure(figsize=size, layout="constrained")
-    grid = figure.subplots(down, across, sharey=True, squeeze=False).flatten()
+    grid = figure.subplots(lines, columns, sharey=True, squeeze=False).flatten()
     grid[0].set_yticks(range(len(names)), [short(name, 30) for name in names])
     grid[0].set_ylim(len(names) - 0.4, -0.6)
     for axes, panel in zip(grid, panels, strict=False):
@@ -54,7 +54,9 @@ def plot_properties(table: pd.DataFrame) -> Figure:
     ]
     handles.append(Patch(color="#d1d5db", label="shuffled labels, 5th to 95th percentile"))
     figure.legend(handles=handles, loc="outside lower left", ncols=len(handles))
-    heading(figure, "What can be told of a model?", "cross-validated; lines: 95 % bootstrap over held-out groups")
+    heading(
+        figure, "Which properties can be predicted?", "cross-validated; lines: 95 % bootstrap over held-out groups"
+    )
     return figure
 
 

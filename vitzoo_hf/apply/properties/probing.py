@@ -1,7 +1,7 @@
-"""Features from behaviour: what models answer on a few held-out images.
+"""Features from behaviour: outputs of models on a few held-out images, a baseline of features of weights.
 
-The baseline that any reading of weights has to meet. Images are *selection* images, never those that test
-accuracy was measured on.
+The images are *selection* images, so that no feature is measured on the images of test accuracy. Every model runs
+once.
 """
 
 import numpy as np
@@ -33,9 +33,9 @@ def probing_features(
 
     Args:
         zoo: classifiers of the classes of `dataset`.
-        dataset: whose selection images are used.
-        num_images: how many.
-        seed: that chooses them.
+        dataset: name of the dataset whose selection images are used.
+        num_images: number of images.
+        seed: seed of the draw of images.
         device: where the models run.
         progress: show a bar.
 
@@ -67,7 +67,7 @@ def measured_features(
     device: str | torch.device = "cpu",
     progress: bool = False,
 ) -> Features:
-    """Accuracy and cross-entropy on the images of `probing_features`: unlike those, it takes their labels.
+    """Accuracy and cross-entropy on the images of `probing_features`, for which labels are needed.
 
     Example:
         >>> zoo = Zoo.sample().filter(stage="finetune")
@@ -83,10 +83,10 @@ def measured_features(
 def probing_images(
     zoo: Zoo, dataset: str, num_images: int, seed: int
 ) -> tuple[Float[Tensor, "N C H W"], Int64[Tensor, " N"]]:
-    """Selection images drawn at random from those that equal no test image, pixel by pixel, and their labels.
+    """Draw labelled selection images that equal no test image, pixel by pixel.
 
     Raises:
-        ZooError: if the zoo does not carry both sets, or there are too few.
+        ZooError: if the zoo does not carry selection and test images, or too few selection images.
     """
     images, labels = zoo.probes(dataset, "selection")
     tested = {digest_of(image[None]) for image in zoo.probes(dataset, "test")[0]}
@@ -96,24 +96,24 @@ def probing_images(
             f"num_images is {num_images}; {dataset} has {len(free)} selection images that are no test images: "
             "ask for 1 to as many"
         )
-    chosen = np.sort(np.random.default_rng(seed).choice(free, num_images, replace=False))
-    return images[chosen], labels[chosen]
+    places = np.sort(np.random.default_rng(seed).choice(free, num_images, replace=False))
+    return images[places], labels[places]
 
 
 def _logits(
     zoo: Zoo, images: Float[Tensor, "N C H W"], device: str | torch.device, progress: bool
 ) -> tuple[Float64[Tensor, "P N K"], tuple[str, ...]]:
-    """Of every model on every image, some models at a time."""
+    """Logits of every model on every image, some models at a time."""
     ids = zoo.model_ids
     largest = max(zoo.to_pandas()["num_parameters"])
     size = max(1, CHUNK_BYTES // (4 * int(largest)))
-    found = []
+    logits = []
     with progress_bar("probing", "model", shown=progress, total=len(ids)) as bar:
         for first in range(0, len(ids), size):
             chunk = ids[first : first + size]
             population = Population.from_rows(zoo.filter(model_id=chunk).rows(), device)
-            found.append(population(images).double().cpu())
+            logits.append(population(images).double().cpu())
             bar.update(len(chunk))
-    if len({part.shape[2] for part in found}) > 1:
+    if len({part.shape[2] for part in logits}) > 1:
         raise ZooError("models differ in the number of classes: filter by `dataset`")
-    return torch.cat(found), tuple(ids)
+    return torch.cat(logits), tuple(ids)

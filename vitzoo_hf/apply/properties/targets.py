@@ -1,11 +1,11 @@
-"""What is predicted of models, which models must stay together, and labels shuffled between those.
+"""Targets of prediction, groups of models that must stay together, and shuffled targets.
 
-Tables of the config `index`. A lineage is a pre-trained run with all that was fine-tuned from it, however indirectly;
-pre-trained runs that start from the same weights are of one lineage.
+Tables are of the config `index`. A lineage is a pre-trained run with all runs that descend from it. Pre-trained runs
+that start from equal weights are of one lineage.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -25,31 +25,30 @@ SPLITS = ("run", "lineage")
 
 @dataclass(frozen=True, eq=False)
 class Target:
-    """What is to be predicted of some models.
+    """A property to predict, with its values for some models.
 
     Attributes:
         name: a column of the index.
-        rows: `all` kept epochs, or `final` models.
-        places: of these models in the table of models.
-        values: one a model: numbers, or numbers of classes.
+        rows: `all` for all kept epochs, or `final` for final models.
+        places: positions of the models in the table of models.
+        values: one value a model: a number, or the number of a class.
         classes: names of the classes; empty for numbers.
     """
 
     name: str
     rows: str
-    places: Int64[np.ndarray, " M"]
-    values: Float64[np.ndarray, " M"]
+    places: Int64[np.ndarray, " P"]
+    values: Float64[np.ndarray, " P"]
     classes: tuple[str, ...] = ()
 
 
 def predicted_models(zoo: Zoo) -> tuple[Zoo, pd.DataFrame]:
-    """The classifiers of the data set of most final models, and their table with a column `lineage`.
+    """The classifiers of the dataset with most final models, and their table with a column `lineage`.
 
-    Other models of the zoo, such as the pre-trained, were tested on other images, and their heads answer with other
-    classes.
+    Other models of the zoo, such as pre-trained models, have other test images and other classes.
 
     Raises:
-        ZooError: if there is none.
+        ZooError: if there is no such model.
 
     Example:
         >>> models, table = predicted_models(Zoo.sample())
@@ -58,23 +57,23 @@ def predicted_models(zoo: Zoo) -> tuple[Zoo, pd.DataFrame]:
     """
     index = zoo.to_pandas()
     if index.empty:
-        raise ZooError("there is no model to predict anything of: the filter matches none")
+        raise ZooError("there is no model to predict a property of: the filter matches none")
     dataset = common_dataset(index)
-    whole = zoo.unfiltered.to_pandas()
-    index["lineage"] = index["run_id"].map(dict(zip(whole["run_id"], lineages(whole), strict=True)))
+    # lineages of the unfiltered zoo: a filter may remove the parent that joins two runs
+    every = zoo.unfiltered.to_pandas()
+    index["lineage"] = index["run_id"].map(dict(zip(every["run_id"], lineages(every), strict=True)))
     rows = records(index.drop(columns="lineage"))
-    chosen = [row["dataset"] == dataset and is_classifier(row, zoo.manifest) for row in rows]
-    if not any(chosen):
+    classifies = [row["dataset"] == dataset and is_classifier(row, zoo.manifest) for row in rows]
+    if not any(classifies):
         raise ZooError(f"no model of {dataset!r} classifies: nothing to predict")
-    table = index[chosen].reset_index(drop=True)
+    table = index[classifies].reset_index(drop=True)
     return zoo.filter(model_id=list(table["model_id"])), table
 
 
 def lineages(index: pd.DataFrame) -> list[str]:
-    """The run at the root of each row's ancestry; a parent that the table lacks ends the walk.
+    """The run at the root of every row's ancestry; the walk ends at a run whose parent the table lacks.
 
-    Roots of equal initial weights, of equal `weights_sha256` at epoch 0 where the table has that column and those
-    rows, are one lineage, by the name of the first: flat weights of the children of one tell those of the other.
+    Roots with equal `weights_sha256` at epoch 0 are one lineage, named after the first of them.
 
     Example:
         >>> index = pd.DataFrame({"run_id": ["a", "b", "c"], "parent_id": [None, "a@9", "b@9"]})
@@ -82,7 +81,7 @@ def lineages(index: pd.DataFrame) -> list[str]:
         ['a', 'a', 'a']
 
     Raises:
-        ZooError: for a run that is its own ancestor.
+        ZooError: for a run that is an ancestor of itself.
     """
     parent = {
         run: run_of(parent_id)
@@ -91,18 +90,19 @@ def lineages(index: pd.DataFrame) -> list[str]:
     }
     roots = []
     for run in index["run_id"]:
-        seen = [run]
-        while seen[-1] in parent:
-            seen.append(parent[seen[-1]])
-            if seen[-1] in seen[:-1]:
+        ancestry = [run]
+        while ancestry[-1] in parent:
+            ancestry.append(parent[ancestry[-1]])
+            if ancestry[-1] in ancestry[:-1]:
                 raise ZooError(f"run {run!r} descends from itself: column parent_id is damaged")
-        roots.append(seen[-1])
+        roots.append(ancestry[-1])
+    # the flat weights of one root's children reveal those of a root with equal initial weights
     twin = _first_of_equal_starts(index, set(roots))
     return [twin.get(root, root) for root in roots]
 
 
 def _first_of_equal_starts(index: pd.DataFrame, roots: set[str]) -> dict[str, str]:
-    """Root -> the first root with the same weights at epoch 0."""
+    """Root -> the first root with equal weights at epoch 0."""
     if not {"epoch", "weights_sha256"} <= set(index.columns):
         return {}
     starts = index[(index["epoch"] == 0) & index["run_id"].isin(roots) & index["weights_sha256"].notna()]
@@ -111,37 +111,38 @@ def _first_of_equal_starts(index: pd.DataFrame, roots: set[str]) -> dict[str, st
 
 
 def targets_of(table: pd.DataFrame, names: list[str] | None = None) -> list[Target]:
-    """What can be predicted: accuracy and gap of all rows and of final ones, epoch, and each factor that varies.
+    """Targets of a table: accuracy and gap of all and of final models, epoch, and every factor that varies.
 
-    Factors are predicted of final models: before training no trunk shows any. A factor of up to 20 levels makes
-    classes, of which those of fewer than two runs are dropped with their models; a number of more levels stays one.
+    Factors are predicted for final models, because no trunk depends on a factor before training. A factor with up to
+    20 levels has classes; classes of fewer than two runs are dropped with their models. A number with more levels
+    remains a number.
 
     Args:
-        table: of `predicted_models`.
-        names: columns; all that vary by default.
+        table: table of `predicted_models`.
+        names: columns to predict; by default all that vary.
 
     Raises:
         ZooError: for an unknown column, one that does not vary, or if nothing varies.
     """
     factors = [str(column) for column in table if str(column).startswith("factor_")]
-    known = [*RESULTS, "epoch", *factors]
+    columns = [*RESULTS, "epoch", *factors]
     for name in names or ():
-        if name not in known:
-            raise ZooError(f"unknown target {name!r}: {did_you_mean(name, known)}")
+        if name not in columns:
+            raise ZooError(f"unknown target {name!r}: {did_you_mean(name, columns)}")
     final = table["is_final"].to_numpy(bool)
     everything = np.ones(len(table), dtype=bool)
-    found: list[Target] = []
-    for name in names or known:
-        wanted = {"final": final} if name in factors else {"all": everything, "final": final}
-        made = [_target(table, name, rows, mask, name in factors) for rows, mask in wanted.items()]
-        if names and not any(made):
+    targets: list[Target] = []
+    for name in names or columns:
+        masks = {"final": final} if name in factors else {"all": everything, "final": final}
+        of_column = [_target(table, name, rows, mask, name in factors) for rows, mask in masks.items()]
+        if names and not any(of_column):
             raise ZooError(f"target {name!r} does not vary between two runs each of these models: leave it out")
-        found += [target for target in made if target is not None]
-    if not found:
+        targets += [target for target in of_column if target is not None]
+    if not targets:
         raise ZooError("nothing varies among these models: there is nothing to predict")
-    if final.all():
-        return [target for target in found if target.rows == "final"] or found
-    return found
+    if final.all():  # then `all` and `final` are the same rows
+        return [target for target in targets if target.rows == "final"] or targets
+    return targets
 
 
 def _target(table: pd.DataFrame, name: str, rows: str, mask: np.ndarray, is_factor: bool) -> Target | None:
@@ -157,44 +158,49 @@ def _target(table: pd.DataFrame, name: str, rows: str, mask: np.ndarray, is_fact
     classes = [level for level in runs.index if runs[level] > 1]
     if not 2 <= len(classes) <= MOST_CLASSES:
         return None
-    kept = column.isin(classes).to_numpy()
-    codes = column[kept].map({level: code for code, level in enumerate(classes)}).to_numpy(np.float64)
-    return Target(name, rows, places[kept], codes, tuple(map(str, classes)))
+    usable = column.isin(classes).to_numpy()
+    codes = column[usable].map({level: code for code, level in enumerate(classes)}).to_numpy(np.float64)
+    return Target(name, rows, places[usable], codes, tuple(map(str, classes)))
 
 
 def predictable(target: Target, table: pd.DataFrame, split: str) -> Target | None:
-    """The target without classes that only one group of the split has, and which no split could learn elsewhere."""
+    """The target without classes that occur in only one group of the split; None for fewer than two other classes."""
     if not target.classes:
         return target
     groups = table[column_of(split)].iloc[target.places].to_numpy()
-    kept = [code for code in range(len(target.classes)) if len(set(groups[target.values == code])) > 1]
-    if len(kept) < 2:
+    # while its only group is held out, such a class is not in the training models
+    shared = [code for code in range(len(target.classes)) if len(set(groups[target.values == code])) > 1]
+    if len(shared) < 2:
         return None
-    mask = np.isin(target.values, kept)
-    codes = np.searchsorted(kept, target.values[mask]).astype(np.float64)
+    mask = np.isin(target.values, shared)
+    codes = np.searchsorted(shared, target.values[mask]).astype(np.float64)
     return replace(
-        target, places=target.places[mask], values=codes, classes=tuple(target.classes[code] for code in kept)
+        target, places=target.places[mask], values=codes, classes=tuple(target.classes[code] for code in shared)
     )
 
 
 def column_of(split: str) -> str:
-    """The column of the groups that a split keeps together.
+    """The column of the groups that a split does not divide.
 
     Raises:
-        ZooError: for another split than `run` and `lineage`.
+        ZooError: if the split is neither `run` nor `lineage`.
     """
     if split not in SPLITS:
         raise ZooError(f"unknown split {split!r}: {did_you_mean(split, SPLITS)}")
     return "run_id" if split == "run" else "lineage"
 
 
-def shuffled(target: Target, table: pd.DataFrame, seed: Any) -> Float64[np.ndarray, " M"] | None:
-    """The target's values given to other models: a control that keeps what no prediction should profit from.
+def shuffled(target: Target, table: pd.DataFrame, seed: int | Sequence[int]) -> Float64[np.ndarray, " P"] | None:
+    """Permute the values of a target between models, as a control that preserves dependence on group and epoch.
 
-    What is the same in a whole lineage is permuted between lineages, what is the same in a run between runs. What
-    changes within runs goes from run to run, epoch by epoch, among runs kept at the same epochs: a shuffled accuracy
-    still grows with the epoch. What changes alike in all runs, as the epoch itself, is permuted within each run. None
-    where values would go between runs, and no two runs are kept at the same epochs.
+    - Values that are constant within lineages are permuted between lineages.
+    - Values that are constant within runs are permuted between runs.
+    - Values that change equally in all runs, such as the epoch, are permuted within every run.
+    - Other values move from run to run, epoch by epoch, among runs with equal kept epochs: a shuffled accuracy still
+      grows with the epoch.
+
+    Returns:
+        The permuted values; None if values have to move between runs, and no two runs have equal kept epochs.
     """
     random = np.random.default_rng(seed)
     rows = table.iloc[target.places]
@@ -213,9 +219,9 @@ def shuffled(target: Target, table: pd.DataFrame, seed: Any) -> Float64[np.ndarr
     frame["kept"] = frame.groupby("run")["epoch"].transform(lambda epochs: str(sorted(epochs)))
     if (frame.groupby("kept")["run"].nunique() == 1).all():
         return None
-    found = frame["value"].to_numpy(copy=True)
-    for _, alike in frame.groupby("kept"):
-        by_run = alike.sort_values("epoch").groupby("run").indices
-        ordered = np.stack([alike.sort_values("epoch").index.to_numpy()[places] for places in by_run.values()])
-        found[ordered] = frame["value"].to_numpy()[random.permutation(ordered)]
-    return found
+    values_after = frame["value"].to_numpy(copy=True)
+    for _, group in frame.groupby("kept"):
+        by_run = group.sort_values("epoch").groupby("run").indices
+        ordered = np.stack([group.sort_values("epoch").index.to_numpy()[places] for places in by_run.values()])
+        values_after[ordered] = frame["value"].to_numpy()[random.permutation(ordered)]
+    return values_after

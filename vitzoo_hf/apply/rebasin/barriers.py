@@ -1,8 +1,12 @@
-"""Barriers between pairs of rows, as they are stored and after re-basin over each family of symmetries."""
+"""Measure barriers between pairs of rows, as stored and after re-basin over families of symmetries.
 
-from collections.abc import Iterator, Mapping, Sequence
+A pair costs one path of networks, and as many paths and alignments as there are variants.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import combinations
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -11,8 +15,10 @@ from torch import Tensor
 
 from vitzoo_hf.apply.candidates import candidate_logits
 from vitzoo_hf.apply.interpolation import PathScores, path_scores, positions
+from vitzoo_hf.apply.intervals import percentile_interval, resampled_places
 from vitzoo_hf.apply.rebasin.rebasin import (
     WAYS,
+    Rebasin,
     check_same_layout,
     finite_weights,
     matching_images,
@@ -21,6 +27,7 @@ from vitzoo_hf.apply.rebasin.rebasin import (
 )
 from vitzoo_hf.apply.rebasin.symmetries import FAMILIES
 from vitzoo_hf.format.messages import did_you_mean
+from vitzoo_hf.format.row import Row
 from vitzoo_hf.format.schema import ZooError
 from vitzoo_hf.format.tables import records as table_records
 from vitzoo_hf.models.rebuild import usable_device
@@ -34,22 +41,25 @@ RUNGS = {
     "permutations": PERMUTATIONS,
     **{name: FAMILIES[: number + 1] for number, name in enumerate(FAMILIES) if number > 1},
 }
-"""Each family with all before it, by the name of the last; and all permutations without maps, as in Git Re-Basin."""
+"""Every family with all before it, named after the last; and all permutations without maps, as in Git Re-Basin."""
 
 
 def sample_pairs(
     table: pd.DataFrame, count: int | None, *, seed: int = 0, kind: str = "any"
 ) -> list[tuple[str, str]]:
-    """Pairs of models of one layout and one dataset, as ids.
+    """Draw pairs of models of one layout and dataset.
 
     Args:
-        table: of a zoo's index.
-        count: pairs to draw without replacement; None for all.
-        seed: of the draw.
+        table: the index of a zoo, such as `Zoo.to_pandas()`.
+        count: number of pairs to draw without replacement; None for all.
+        seed: seed of the draw.
         kind: `any`; `across` parents; or `within` one parent.
 
+    Returns:
+        Pairs of model ids.
+
     Raises:
-        ZooError: for an unknown kind, fewer than 1 pair, or if there is no such pair.
+        ZooError: for an unknown kind, a count below 1, or if there is no such pair.
     """
     if kind not in ("any", "across", "within"):
         raise ZooError(f"unknown kind of pairs {kind!r}: expected any, across or within")
@@ -58,15 +68,15 @@ def sample_pairs(
     pairs = []
     for _, members in table.groupby(["architecture", "architecture_args", "layout", "dataset"], sort=False):
         for first, second in combinations(members[["model_id", "parent_id"]].itertuples(index=False), 2):
-            within = isinstance(first.parent_id, str) and first.parent_id == second.parent_id
-            if kind == "any" or (kind == "within") == within:
+            same_parent = isinstance(first.parent_id, str) and first.parent_id == second.parent_id
+            if kind == "any" or (kind == "within") == same_parent:
                 pairs.append((first.model_id, second.model_id))
     if not pairs:
         raise ZooError(f"there are no pairs ({kind}) of models of one layout and dataset: widen the filter")
     if count is None or count >= len(pairs):
         return pairs
-    chosen = np.random.default_rng(seed).choice(len(pairs), count, replace=False)
-    return [pairs[position] for position in sorted(chosen)]
+    drawn = np.random.default_rng(seed).choice(len(pairs), count, replace=False)
+    return [pairs[position] for position in sorted(drawn)]
 
 
 class Variant(NamedTuple):
@@ -77,7 +87,7 @@ class Variant(NamedTuple):
 
 
 LADDER = [Variant(rung, way) for rung in RUNGS.values() for way in WAYS if way != "both" or "residual" in rung]
-"""Every rung by every way; without the residual stream, where descent begins makes no difference."""
+"""Every rung by every way. Without the residual stream, the start of the descent does not matter: no `both` then."""
 
 
 def pair_barriers(
@@ -92,18 +102,18 @@ def pair_barriers(
     device: str | torch.device = "cpu",
     progress: bool = True,
 ) -> pd.DataFrame:
-    """Barriers of pairs of rows on test images, as stored and after each variant of re-basin.
+    """Measure barriers of pairs of rows on test images, as stored and after each variant of re-basin.
 
-    Activations are matched on selection images, barriers measured on test images.
+    Activations are matched on selection images.
 
     Args:
         zoo: has the rows and the images.
-        pairs: of model ids, each of one layout and dataset; the second is aligned to the first.
-        variants: to measure beside the rows as they are stored.
-        points: along the straight path, both ends among them.
-        num_images: test images at most, drawn by the seed; None for all.
-        restarts: further descents by weights from random starts.
-        seed: of images, order and starts.
+        pairs: pairs of model ids of one layout and dataset; the second model is aligned to the first.
+        variants: ways to align, measured in addition to the rows as stored.
+        points: number of points along the straight path, both ends included.
+        num_images: largest number of test images, drawn by the seed; None for all.
+        restarts: number of further descents by weights from random starts.
+        seed: seed of images, order and starts.
         device: where models run.
         progress: show a bar.
 
@@ -111,36 +121,35 @@ def pair_barriers(
         One row a pair and variant: `families` joined by "+" and `by`, both "none" for rows as stored; barrier,
         accuracy_barrier, midpoint_loss, midpoint_accuracy, mode_connectivity; `distance` of weights, and
         `distance_unaligned`, before alignment but in the form that is aligned (see `Rebasin`);
-        `logit_change`, the largest change of a logit of the aligned row, by rounding alone, and `logit_scale`, its
-        largest logit.
+        `logit_change`, the largest change of a logit of the aligned row, by rounding alone, and `logit_scale`, the
+        largest logit of the row.
 
     Raises:
-        ZooError: for no pair, an unknown id, rows of a pair that do not fit each other, too few points or images, a
-            device that is not here, or a zoo that lacks images.
+        ZooError: for no pair, an unknown id, a pair of rows of two layouts or datasets, too few points or images, a
+            device that this machine lacks, or a zoo without images.
     """
     check_pairs(zoo, pairs)
     positions(points)
     usable_device(device)
     matched = any(variant.by != "weights" for variant in variants)
-    records: list[dict[str, Any]] = []
-    held: dict[str, tuple[Tensor, Tensor, Tensor | None]] = {}
+    align = partial(rebasin, restarts=restarts, seed=seed, device=device)
+    records: list[dict[str, str | float]] = []
+    images_of: dict[str, tuple[Tensor, Tensor, Tensor | None]] = {}
     with progress_bar("re-basin", "pair", shown=progress, total=len(pairs)) as bar:
         for first, second in pairs:
             rows = (zoo.row(first), zoo.row(second))
             dataset = str(rows[0]["dataset"])
-            if dataset not in held:
+            if dataset not in images_of:
                 test = some_images(*zoo.probes(dataset), num_images, seed)
-                held[dataset] = (*test, matching_images(zoo, dataset, seed) if matched else None)
-            options = {"restarts": restarts, "seed": seed, "device": device}
-            images, labels, matching = held[dataset]
-            found = _barriers_of(*rows, variants, images, labels, matching, points, options)
-            records += [{"model_a": first, "model_b": second, "dataset": dataset, **record} for record in found]
+                images_of[dataset] = (*test, matching_images(zoo, dataset, seed) if matched else None)
+            lines = _barriers_of(*rows, variants, images_of[dataset], points, align, device)
+            records += [{"model_a": first, "model_b": second, "dataset": dataset, **line} for line in lines]
             bar.update(1)
     return pd.DataFrame(records)
 
 
 def check_pairs(zoo: Zoo, pairs: Sequence[tuple[str, str]]) -> None:
-    """Refuse pairs that no barrier can be measured between, before anything is computed.
+    """Refuse pairs without a measurable barrier, before anything is computed.
 
     Raises:
         ZooError: for no pair, an unknown id, or rows of a pair of several architectures, heads or datasets.
@@ -161,17 +170,16 @@ def check_pairs(zoo: Zoo, pairs: Sequence[tuple[str, str]]) -> None:
 
 
 def _barriers_of(
-    one: Mapping[str, Any],
-    other: Mapping[str, Any],
+    one: Row,
+    other: Row,
     variants: Sequence[Variant],
-    images: Tensor,
-    labels: Tensor,
-    matching: Tensor | None,
+    image_sets: tuple[Tensor, Tensor, Tensor | None],
     points: int,
-    options: Mapping[str, Any],
-) -> Iterator[dict[str, Any]]:
+    align: Callable[..., Rebasin],
+    device: str | torch.device,
+) -> Iterator[dict[str, str | float]]:
     """Measures of one pair, as stored and by every variant."""
-    device = options["device"]
+    images, labels, matching = image_sets
     first, second = (finite_weights(row) for row in (one, other))
     path = path_scores(first, second, one, images, labels, points=points, device=device)
     apart = float((first.double() - second.double()).norm())
@@ -180,40 +188,39 @@ def _barriers_of(
     scale = float(logits.abs().max())
     yield {"families": "none", "by": "none", **path_record(path), **plain, "logit_scale": scale}
     for families, by in variants:
-        found = rebasin(one, other, families=families, by=by, images=matching, **options)
-        path = path_scores(found.target, found.aligned, one, images, labels, points=points, device=device)
-        changed = candidate_logits(found.aligned[None], one, images, device=device)
-        measured = {"distance": found.distance, "distance_unaligned": found.distance_unaligned}
+        result = align(one, other, families=families, by=by, images=matching)
+        path = path_scores(result.target, result.aligned, one, images, labels, points=points, device=device)
+        changed = candidate_logits(result.aligned[None], one, images, device=device)
+        measured = {"distance": result.distance, "distance_unaligned": result.distance_unaligned}
         measured |= {"logit_change": float((changed - logits).abs().max())}
         yield {"families": "+".join(families), "by": by, **path_record(path), **measured, "logit_scale": scale}
 
 
 def summary(table: pd.DataFrame, *, seed: int = 0, resamples: int = 2000) -> pd.DataFrame:
-    """Medians over pairs of the table of `pair_barriers`, for each variant, with bootstrap intervals of 95 %.
+    """Medians over the pairs of `pair_barriers` for each variant, with bootstrap intervals of 95 %.
 
-    Pairs that share a model are not independent, so that intervals are too narrow where models are few.
+    Pairs that share a model are not independent, so intervals of few models are too narrow.
 
     Args:
-        table: of `pair_barriers`.
-        seed: of the resampling of pairs, which is the same for every variant.
-        resamples: of the bootstrap.
+        table: result of `pair_barriers`.
+        seed: seed of the resampling of pairs, which is the same for every variant.
+        resamples: how many times pairs are resampled.
 
     Returns:
         One row a variant: the median of every measure, `barrier_low` and `barrier_high`; `change`, the median over
-        pairs of the barrier minus that of the same pair as stored, with `change_low` and `change_high`; `lower`, the
-        share of pairs whose barrier fell.
+        pairs of the barrier minus the barrier of the pair as stored, with `change_low` and `change_high`; `lower`,
+        the share of pairs whose barrier fell.
     """
     stored = table[table["families"] == "none"].set_index(["model_a", "model_b"])["barrier"]
-    chosen = np.random.default_rng(seed).integers(len(stored), size=(resamples, len(stored)))
+    places = resampled_places(len(stored), resamples, seed)
     records = []
     for (families, by), group in table.groupby(["families", "by"], sort=False):
         barriers = group.set_index(["model_a", "model_b"])["barrier"].loc[stored.index]
         change = barriers - stored
         record = {"families": families, "by": by, "pairs": len(barriers)}
         for name, values in (("barrier", barriers), ("change", change)):
-            medians = np.median(values.to_numpy()[chosen], axis=1)
-            low, high = np.quantile(medians, [0.025, 0.975])
-            record |= {name: float(values.median()), f"{name}_low": float(low), f"{name}_high": float(high)}
+            low, high = percentile_interval(np.median(values.to_numpy()[places], axis=1), tail=0.025)
+            record |= {name: float(values.median()), f"{name}_low": low, f"{name}_high": high}
         record |= {"lower": float((change < 0).mean())}
         names = ("accuracy_barrier", "midpoint_loss", "midpoint_accuracy", "mode_connectivity", "distance")
         records.append(record | {name: float(group[name].median()) for name in names})

@@ -1,40 +1,45 @@
-"""Alignment by activations: the symmetry that makes two ViTs' activations on the same images most alike.
+"""Alignment by activations: the symmetry that makes two ViTs' activations on some images most similar.
 
 Activation matching of Git Re-Basin (Ainsworth et al. 2023; Li et al. 2016), generalised to all symmetries of a ViT.
-Hidden units are paired by the correlation of what they give, channels of the residual stream by theirs after every
-block; heads by the Procrustes similarity of queries, keys and values; the residual stream is rotated by Procrustes.
-Every part is chosen on its own from the activations alone, so there is nothing to iterate. Activations of all tokens
-of all images count; only their products of second order are kept, image batch by image batch.
+Hidden units are paired by the correlation of their outputs, channels of the residual stream by their correlation
+after every block, heads by the Procrustes similarity of queries, keys and values. Rotations of the stream are
+Procrustes solutions. Every part follows from the activations alone, so there is nothing to iterate. All tokens of all
+images count; memory is their second moments, which are summed batch by batch. The cost is one run of both models on
+all images.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import reduce
 from typing import Any
 
 import torch
 from jaxtyping import Float, Float64
-from torch import Tensor
+from torch import Tensor, nn
 
 from vitzoo_hf.apply.rebasin.by_weights import best_order, best_rotation, pair_heads
 from vitzoo_hf.apply.rebasin.symmetries import Sizes, Symmetry, Tensors, check_families
+from vitzoo_hf.format.row import RowLike
 from vitzoo_hf.format.schema import ZooError
 from vitzoo_hf.models.architecture import Architecture
 
 BATCH = 128
+ZERO = torch.zeros((), dtype=torch.float64)
+Hook = Callable[[nn.Module, object, Tensor], None]
 
 
 @dataclass
 class Moments:
-    """Sums over samples of the activations of two models, and of their products."""
+    """Sums over samples of the activations of two models, and of products of activations."""
 
     samples: int = 0
-    sums: list[Any] = field(default_factory=lambda: [0.0, 0.0])
-    squares: list[Any] = field(default_factory=lambda: [0.0, 0.0])
-    products: Any = 0.0
+    sums: list[Tensor] = field(default_factory=lambda: [ZERO, ZERO])
+    squares: list[Tensor] = field(default_factory=lambda: [ZERO, ZERO])
+    products: Tensor = ZERO
 
     def update(self, one: Float[Tensor, "n a"], other: Float[Tensor, "n b"]) -> None:
         """Add samples."""
-        first, second = one.double(), other.double()
+        first, second = one.double(), other.double()  # covariances are differences of large sums
         self.samples += len(first)
         for position, values in enumerate((first, second)):
             self.sums[position] = self.sums[position] + values.sum(0)
@@ -42,7 +47,7 @@ class Moments:
         self.products = self.products + first.T @ second
 
     def covariance(self) -> Float64[Tensor, "a b"]:
-        """Of every unit of the one model with every unit of the other."""
+        """Covariance of every unit of the first model with every unit of the second."""
         return (self.products - torch.outer(*self.sums) / self.samples).cpu() / self.samples
 
     def deviations(self) -> tuple[Float64[Tensor, " a"], Float64[Tensor, " b"]]:
@@ -54,13 +59,13 @@ class Moments:
         return one, other
 
     def correlation(self) -> Float64[Tensor, "a b"]:
-        """Of every pair of units; 0 where one is constant."""
+        """Correlation of every unit of the first model with every unit of the second; 0 where one is constant."""
         one, other = self.deviations()
         scale = torch.outer(one, other)
         return torch.where(scale > 1e-12, self.covariance() / scale.clamp_min(1e-12), 0.0)
 
     def similarity(self) -> Float64[Tensor, "a b"]:
-        """Products without centring, over the norms of all activations of each model."""
+        """Products without centring, divided by the norms of all activations of each model."""
         norms = [square.sum().sqrt() for square in self.squares]
         return (self.products / (norms[0] * norms[1]).clamp_min(1e-12)).cpu()
 
@@ -68,68 +73,68 @@ class Moments:
 def align_by_activations(
     target: Tensors,
     source: Tensors,
-    like: Mapping[str, Any],
+    like: RowLike,
     sizes: Sizes,
     families: Sequence[str],
     images: Float[Tensor, "N C H W"],
     *,
     device: str | torch.device = "cpu",
 ) -> Symmetry:
-    """The symmetry of some families that makes the activations of `source` most like those of `target`.
+    """The symmetry of some families that makes the activations of `source` most similar to those of `target`.
 
     Args:
         target: float64 tensors prepared for these families by `canonical.prepare`.
-        source: the same of the model to be changed.
-        like: a row of their architecture and head.
-        sizes: of both.
-        families: that may be used.
-        images: prepared as the models are fed them, not those that results are reported on.
+        source: float64 tensors of the model to be changed, prepared like those of `target`.
+        like: a row with the architecture and head of the models.
+        sizes: sizes of the models.
+        families: families of symmetries to use.
+        images: normalised images, ready for the models, which no result is reported on.
         device: where the models run.
 
     Raises:
         ZooError: if there is no image, or for families that `check_families` refuses.
     """
-    chosen = check_families(families)
+    families = check_families(families)
     if not len(images):
-        raise ZooError("alignment by activations needs images; none were given")
+        raise ZooError("no images were given for alignment by activations: give selection images")
     moments: dict[str, Moments] = {}
     models = [_watched(tensors, like, sizes, device) for tensors in (target, source)]
     with torch.inference_mode():
         for batch in images.split(BATCH):
             for name, one, other in _activations(models, batch.to(device)):
                 moments.setdefault(name, Moments()).update(one, other)
-    return _symmetry(moments, sizes, chosen)
+    return _symmetry(moments, sizes, families)
 
 
 def _symmetry(moments: Mapping[str, Moments], sizes: Sizes, families: Sequence[str]) -> Symmetry:
-    found = Symmetry.identity(sizes)
+    symmetry = Symmetry.identity(sizes)
     for block in range(sizes.depth):
         if "mlp" in families:
-            found.hidden[block] = best_order(moments[f"hidden {block}"].correlation())
+            symmetry.hidden[block] = best_order(moments[f"hidden {block}"].correlation())
         if {"heads", "maps"} & set(families):
             query, key, value = (
                 _by_head(moments[f"{part} {block}"].similarity(), sizes.heads) for part in ("query", "key", "value")
             )
             heads = pair_heads((query + key) / 2, value, families)
-            found.heads[block], found.query_key[block], found.value[block] = heads
+            symmetry.heads[block], symmetry.query_key[block], symmetry.value[block] = heads
     if sizes.classifier and "mlp" in families:
-        found = replace(found, classifier=best_order(moments["classifier"].correlation()))
+        symmetry = replace(symmetry, classifier=best_order(moments["classifier"].correlation()))
     if sizes.classifier and "maps" in families:
         one, other = moments["classifier"].deviations()
-        other = other[found.classifier]
-        alive = (one > 1e-6) & (other > 1e-6)
-        found = replace(found, classifier_scale=torch.where(alive, one / other.clamp_min(1e-6), 1.0))
+        other = other[symmetry.classifier]
+        alive = (one > 1e-6) & (other > 1e-6)  # units that ReLU never passes have no scale to compare
+        symmetry = replace(symmetry, classifier_scale=torch.where(alive, one / other.clamp_min(1e-6), 1.0))
     if "rotation" in families:
-        covariances = [moments[f"stream {block}"] for block in range(sizes.depth + 1)]
-        found = replace(found, residual=best_rotation(sum(_relative(part) for part in covariances)))  # type: ignore[arg-type]
+        gain = reduce(torch.add, [_relative(moments[f"stream {block}"]) for block in range(sizes.depth + 1)])
+        symmetry = replace(symmetry, residual=best_rotation(gain))
     elif "residual" in families:
-        gain = sum(moments[f"stream {block}"].correlation() for block in range(sizes.depth + 1))
-        found = replace(found, residual=found.residual[best_order(gain)])  # type: ignore[arg-type]
-    return found
+        gain = reduce(torch.add, [moments[f"stream {block}"].correlation() for block in range(sizes.depth + 1)])
+        symmetry = replace(symmetry, residual=symmetry.residual[best_order(gain)])
+    return symmetry
 
 
 def _relative(moments: Moments) -> Tensor:
-    """Covariances of channels over the spread of each model, so that every block counts alike."""
+    """Covariances of channels divided by the spread of both models, so that every block has equal weight."""
     one, other = moments.deviations()
     return moments.covariance() / (one.norm() * other.norm()).clamp_min(1e-12)
 
@@ -139,20 +144,20 @@ def _by_head(similarity: Float64[Tensor, "d d"], heads: int) -> Float64[Tensor, 
 
 
 def _watched(
-    tensors: Tensors, like: Mapping[str, Any], sizes: Sizes, device: str | torch.device
-) -> tuple[Any, dict[str, Tensor]]:
-    """A model, and the dictionary into which each forward puts its activations, `[samples, units]`."""
-    there = {name: tensor.to(device, torch.float32) for name, tensor in tensors.items()}
-    model: Any = Architecture.of(like).module(there)
-    seen: dict[str, Tensor] = {}
+    tensors: Tensors, like: RowLike, sizes: Sizes, device: str | torch.device
+) -> tuple[nn.Module, dict[str, Tensor]]:
+    """A model, and the dictionary into which every forward writes its activations, `[samples, units]`."""
+    placed = {name: tensor.to(device, torch.float32) for name, tensor in tensors.items()}
+    model: Any = Architecture.of(like).module(placed)
+    activations: dict[str, Tensor] = {}
 
-    def keep(name: str) -> Any:
-        return lambda module, given, result: seen.__setitem__(name, result.flatten(0, -2))
+    def keep(name: str) -> Hook:
+        return lambda module, inputs, result: activations.__setitem__(name, result.flatten(0, -2))
 
-    def keep_qkv(block: int) -> Any:
-        def hook(module: Any, given: Any, result: Tensor) -> None:
+    def keep_qkv(block: int) -> Hook:
+        def hook(module: nn.Module, inputs: object, result: Tensor) -> None:
             for part, values in zip(("query", "key", "value"), result.flatten(0, -2).chunk(3, dim=1), strict=True):
-                seen[f"{part} {block}"] = values
+                activations[f"{part} {block}"] = values
 
         return hook
 
@@ -163,13 +168,13 @@ def _watched(
         block.mlp.act.register_forward_hook(keep(f"hidden {number}"))
     if sizes.classifier:
         model.head[1].register_forward_hook(keep("classifier"))
-    return model, seen
+    return model, activations
 
 
 def _activations(
-    models: Sequence[tuple[Any, dict[str, Tensor]]], images: Tensor
+    models: Sequence[tuple[nn.Module, dict[str, Tensor]]], images: Tensor
 ) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Name, activations of the one model, those of the other."""
+    """Name, activations of the first model, activations of the second."""
     for model, _ in models:
         model(images)
     (_, one), (_, other) = models

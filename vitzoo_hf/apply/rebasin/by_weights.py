@@ -1,12 +1,12 @@
-"""Alignment by weights: the symmetry that brings one ViT's weights closest to another's.
+"""Alignment by weights: the symmetry that brings the weights of one ViT closest to those of another.
 
-Coordinate descent on the squared distance of all weights, one part of a `Symmetry` at a time, each to its optimum
-while the others stay: weight matching of Ainsworth et al. 2023 (Git Re-Basin), generalised. Permutations are linear
-assignments, maps inside heads and rotations of the residual stream orthogonal Procrustes problems; heads and their
-maps are chosen together, with the best map of every pair of heads as the gain of pairing them. The distance never
-rises. It has many local optima where the residual stream is free; `restarts` tries random starts too.
+Coordinate descent on the squared distance of all weights: one part of a `Symmetry` at a time goes to its optimum, the
+other parts fixed. This generalises the weight matching of Ainsworth et al. 2023 (Git Re-Basin). Permutations are
+linear assignments; maps inside heads and rotations of the residual stream are orthogonal Procrustes problems. Heads
+and their maps are optimised together, with the best map of every pair of heads as the gain of pairing them. The
+distance never rises. It has many local optima where the residual stream is free; `restarts` adds random starts.
 
-Invertible maps and rotations are aligned in the canonical form, to which both models are brought first: see
+Invertible maps and rotations are aligned in the canonical form of both models: see
 `vitzoo_hf.apply.rebasin.canonical`.
 """
 
@@ -37,7 +37,7 @@ from vitzoo_hf.apply.rebasin.symmetries import (
 )
 
 LEAST_DECREASE = 1e-7
-"""Of the squared distance, relative: with less in a sweep, descent ends."""
+"""Least decrease of the squared distance in a sweep, relative to the start; descent ends below it."""
 
 
 class Alignment(NamedTuple):
@@ -62,12 +62,12 @@ def align_by_weights(
 
     Args:
         target: float64 tensors, on any device, prepared for these families by `canonical.prepare`.
-        source: the same of the model to be changed; left as it is.
-        sizes: of both.
-        families: that may be used.
-        seed: of the order of parts in each sweep and of random starts.
-        restarts: descents from random elements of the families, beside the one from `start`; the closest is returned.
-        sweeps: at most.
+        source: float64 tensors of the model to align, prepared like those of `target`; not changed.
+        sizes: sizes of the models.
+        families: families of symmetries to use.
+        seed: seed of the order of parts in each sweep and of random starts.
+        restarts: number of descents from random elements, beside the one from `start`; the closest is returned.
+        sweeps: largest number of sweeps.
         start: the element to descend from, the identity by default.
 
     Raises:
@@ -84,20 +84,21 @@ def align_by_weights(
         >>> align_by_weights(target, source, sizes, ("mlp", "heads", "maps")).squared_distances[-1] < 1e-9
         True
     """
-    chosen = check_families(families)
+    families = check_families(families)
     generator = torch.Generator().manual_seed(seed)
     starts = [start if start is not None else Symmetry.identity(sizes)]
-    plain = [name for name in chosen if name != "invertible"]
+    # in the canonical form, what is left of invertible maps is orthogonal
+    plain = [name for name in families if name != "invertible"]
     starts += [
         Symmetry.random(sizes, seed=int(torch.randint(2**31, (1,), generator=generator)), families=plain)
         for _ in range(restarts)
     ]
-    descents = [_descend(target, source, chosen, first, generator, sweeps) for first in starts]
-    return min(descents, key=lambda found: found.squared_distances[-1])
+    descents = [_descend(target, source, families, first, generator, sweeps) for first in starts]
+    return min(descents, key=lambda alignment: alignment.squared_distances[-1])
 
 
 def squared_distance(first: Tensors, second: Tensors) -> float:
-    """‖first − second‖², over all tensors."""
+    """‖first − second‖² over all tensors."""
     return float(sum((first[name] - second[name]).square().sum() for name in first))
 
 
@@ -125,7 +126,7 @@ def _descend(
 
 
 def _parts(sizes: Sizes, families: Sequence[str]) -> list[tuple[str, int]]:
-    """Parts of a symmetry that these families free: its name, and the block."""
+    """Parts of a symmetry that some families make variable: name and block of each."""
     blocks = range(sizes.depth)
     parts = [("hidden", block) for block in blocks] if "mlp" in families else []
     parts += [("attention", block) for block in blocks] if {"heads", "maps"} & set(families) else []
@@ -137,16 +138,16 @@ def _parts(sizes: Sizes, families: Sequence[str]) -> list[tuple[str, int]]:
 def improve(
     target: Tensors, current: Tensors, symmetry: Symmetry, part: tuple[str, int], families: Sequence[str]
 ) -> Symmetry:
-    """Bring one part to its optimum: `current` is changed in place, and the symmetry with it is returned."""
+    """Bring one part to its optimum: change `current` in place, and return the symmetry with the new part."""
     kind, block = part
     step = Symmetry.identity(symmetry.sizes)
     if kind == "hidden":
         step.hidden[block] = order = match_hidden(target, current, block)
         permute_hidden(current, block, order)
     elif kind == "attention":
-        found = match_heads(target, current, block, symmetry.sizes.heads, families)
-        step.heads[block], step.query_key[block], step.value[block] = found
-        transform_heads(current, block, *found)
+        heads = match_heads(target, current, block, symmetry.sizes.heads, families)
+        step.heads[block], step.query_key[block], step.value[block] = heads
+        transform_heads(current, block, *heads)
     elif kind == "residual":
         gain = residual_gain(target, current)
         residual = best_rotation(gain) if "rotation" in families else step.residual[best_order(gain)]
@@ -173,7 +174,7 @@ def best_rotation(gain: Float64[Tensor, "d d"]) -> Float64[Tensor, "d d"]:
 def procrustes(
     gain: Float64[Tensor, "*L k k"],
 ) -> tuple[Float64[Tensor, "*L k k"], Float64[Tensor, "*L"]]:
-    """The orthogonal M with the largest trace of Mᵀ gain, and that trace, the sum of gain's singular values."""
+    """The orthogonal M with the largest trace of Mᵀ gain, and that trace: the sum of the singular values of gain."""
     left, values, right = torch.linalg.svd(gain)
     return left @ right, values.sum(-1)
 
@@ -190,13 +191,13 @@ def match_hidden(target: Tensors, source: Tensors, block: int) -> Int64[Tensor, 
 def match_heads(
     target: Tensors, source: Tensors, block: int, heads: int, families: Sequence[str]
 ) -> tuple[Int64[Tensor, " h"], Float64[Tensor, "h k k"], Float64[Tensor, "h k k"]]:
-    """Order of the source's heads in a block, and orthogonal maps of queries and keys, and of values, of each."""
+    """Order of the source's heads in a block, and the orthogonal maps of every head: query_key and value."""
     one, other = head_parts(target, block, heads), head_parts(source, block, heads)
     return pair_heads(*head_gains(one, other), families)
 
 
 def head_gains(one: HeadParts, other: HeadParts) -> tuple[Float64[Tensor, "h h k k"], Float64[Tensor, "h h k k"]]:
-    """Inner products over inputs, of queries and keys, and of values and outputs, of every pair of heads."""
+    """Inner products over inputs for every pair of heads: of queries and keys, then of values and outputs."""
 
     def products(a: Tensor, b: Tensor) -> Tensor:
         return torch.einsum("ikn,jln->ijkl", a, b)
@@ -238,8 +239,8 @@ def match_classifier(
 ) -> tuple[Int64[Tensor, " m"], Float64[Tensor, " m"]]:
     """Order (with `mlp`) and positive scale (with `maps`) of the hidden units of an MLP head.
 
-    Of every pair of units the best scale s minimises ‖a − s b‖² + ‖c − d / s‖², a and b what enters the units, c and
-    d what leaves them: it is 1 or a positive root of |b|² s⁴ − ab s³ + cd s − |d|².
+    The best scale s of a pair of units minimises ‖a − s b‖² + ‖c − d / s‖², with input weights a and b and output
+    weights c and d. It is a positive root of |b|² s⁴ − ab s³ + cd s − |d|², or 1 where there is none.
     """
     entering, leaving = _classifier_products(target, source)
     entered, left = (products.diagonal().expand_as(entering) for products in _classifier_products(source, source))
@@ -255,7 +256,7 @@ def match_classifier(
 
 
 def _classifier_products(target: Tensors, source: Tensors) -> tuple[Float64[Tensor, "m m"], Float64[Tensor, "m m"]]:
-    """Inner products of the units of two MLP heads: of what enters them and of what leaves them."""
+    """Inner products of the units of two MLP heads: of their input weights, then of their output weights."""
     entering = target["head.0.weight"] @ source["head.0.weight"].T
     entering += torch.outer(target["head.0.bias"], source["head.0.bias"])
     return entering.cpu(), (target["head.2.weight"].T @ source["head.2.weight"]).cpu()
@@ -263,6 +264,7 @@ def _classifier_products(target: Tensors, source: Tensors) -> tuple[Float64[Tens
 
 def _positive_roots(ab: Tensor, cd: Tensor, bb: Tensor, dd: Tensor) -> Float64[Tensor, "m m 4"]:
     """Positive roots s of bb s⁴ − ab s³ + cd s − dd, eigenvalues of its companion matrix; 1 where there is none."""
+    # units without inputs or outputs have no best scale
     usable = (bb > 1e-12) & (dd > 1e-12)
     companion = torch.zeros(*ab.shape, 4, 4, dtype=torch.float64)
     companion[..., 1:, :-1] = torch.eye(3, dtype=torch.float64)

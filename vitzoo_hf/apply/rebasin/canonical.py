@@ -1,10 +1,10 @@
-"""Canonical forms of plain ViTs: other weights of the same function, in which more symmetries become orthogonal.
+"""Canonical forms of plain ViTs: weights of the same function for which more symmetries become orthogonal.
 
 `fold_norms` moves the scales and shifts of LayerNorms into the layers behind them: the residual stream can then be
 rotated, as Ashkboos et al. 2024 (SliceGPT) do with RMSNorm, and Theus et al. 2025 for merging transformers.
-`balance_heads` picks, among all invertible maps inside a head, those with the least ‖Q‖² + ‖K‖² and ‖V‖² + ‖O‖²;
-what is then left of the freedom is orthogonal, so that models are aligned over all invertible maps, and conditioned
-as well as they can be.
+`balance_heads` selects, among all invertible maps inside a head, those with the least ‖Q‖² + ‖K‖² and ‖V‖² + ‖O‖².
+The remaining freedom is orthogonal. So orthogonal maps align models over all invertible maps, with the best
+conditioning.
 """
 
 from collections.abc import Sequence
@@ -31,13 +31,13 @@ WRITERS = ("attn.proj", "mlp.fc2")
 def canonical(
     vector: Float[Tensor, " D"], layout: Layout, sizes: Sizes, families: Sequence[str]
 ) -> Float[Tensor, " D"]:
-    """The form of a model that some families of symmetries are aligned in: the same function to rounding.
+    """The form of a model in which some families of symmetries are aligned; its function is the same to rounding.
 
     Args:
         vector: weights of a plain ViT.
-        layout: of the vector.
-        sizes: of the ViT.
-        families: `rotation` folds norms, `invertible` balances heads; the others ask for nothing.
+        layout: layout of the vector.
+        sizes: sizes of the ViT.
+        families: `rotation` folds norms, `invertible` balances heads; other families need no change.
 
     Raises:
         ZooError: for families that `check_families` refuses.
@@ -48,20 +48,20 @@ def canonical(
 
 
 def prepare(tensors: Tensors, sizes: Sizes, families: Sequence[str]) -> None:
-    """Bring float64 tensors into the form that some families of symmetries are aligned in."""
-    chosen = check_families(families)
-    if "rotation" in chosen:
+    """Bring float64 tensors into the form in which some families of symmetries are aligned."""
+    families = check_families(families)
+    if "rotation" in families:
         fold_norms(tensors)
-    if "invertible" in chosen:
+    if "invertible" in families:
         balance_heads(tensors, sizes)
 
 
 def fold_norms(tensors: Tensors) -> None:
-    """Give every LayerNorm scale 1 and shift 0, and remove what its subtraction of the mean makes void.
+    """Give every LayerNorm scale 1 and shift 0, and remove all means that LayerNorm subtracts anyway.
 
-    Layers behind a norm take its scale into their columns and its shift into their bias. The mean over channels of
-    everything written into the stream is removed, and the mean over columns of everything that reads from it. The
-    class token and the patches' bias, which only act as a sum with the positions, move there.
+    The scale of a norm moves into the columns of the next layer, and its shift into the bias. The mean over channels
+    of everything that writes into the stream is removed, and the mean over columns of everything that reads from it.
+    The class token and the bias of patches move into the positions, because they act only as a sum.
     """
     blocks = sorted({name.split(".")[1] for name in tensors if name.startswith("blocks.")})
     readers = [(f"blocks.{block}.norm1", f"blocks.{block}.attn.qkv") for block in blocks]
@@ -80,21 +80,20 @@ def fold_norms(tensors: Tensors) -> None:
     tensors["pos_embed"] = positions - positions.mean(2, keepdim=True)
     for name in ("cls_token", "patch_embed.proj.bias"):
         tensors[name] = torch.zeros_like(tensors[name])
+    # LayerNorm subtracts the mean over channels, so writers need none
     for layer in ("patch_embed.proj", *(f"blocks.{block}.{writer}" for block in blocks for writer in WRITERS)):
         for name in (f"{layer}.weight", f"{layer}.bias"):
             tensors[name] = tensors[name] - tensors[name].mean(0, keepdim=True)
 
 
 def balance_heads(tensors: Tensors, sizes: Sizes) -> None:
-    """Make Q Qᵀ = K Kᵀ and V Vᵀ = Oᵀ O in every head, by the singular values of the products Qᵀ K and O V.
-
-    Keys lose their bias, which adds the same number to all logits of a query and so is void behind a softmax; values
-    give theirs to proj, because the weights of attention sum to 1.
-    """
+    """Make Q Qᵀ = K Kᵀ and V Vᵀ = Oᵀ O in every head, by the singular values of the products Qᵀ K and O V."""
     for block in range(sizes.depth):
         query, key, value, output = head_parts(tensors, block, sizes.heads)
         key, value = key.clone(), value.clone()
         name = f"blocks.{block}.attn.proj.bias"
+        # The bias of values moves to proj, because the weights of attention sum to 1. The bias of keys adds one
+        # number to all logits of a query, which softmax ignores.
         tensors[name] = tensors[name] + (output @ value[..., -1:]).sum(0)[:, 0]
         key[..., -1], value[..., -1] = 0, 0
         query, key = _balanced(query, key)
@@ -105,7 +104,8 @@ def balance_heads(tensors: Tensors, sizes: Sizes) -> None:
 def _balanced(
     first: Float64[Tensor, "h k n"], second: Float64[Tensor, "h k m"]
 ) -> tuple[Float64[Tensor, "h k n"], Float64[Tensor, "h k m"]]:
-    """Factors of the same product firstᵀ second, as S^½ Uᵀ and S^½ Vᵀ of its singular values."""
+    """Other factors of the product firstᵀ second: S^½ Uᵀ and S^½ Vᵀ of its singular value decomposition."""
+    # QR first, so that the decomposition is of k × k matrices, not of n × m
     first_basis, first_inner = torch.linalg.qr(first.mT)
     second_basis, second_inner = torch.linalg.qr(second.mT)
     left, values, right = torch.linalg.svd(first_inner @ second_inner.mT)

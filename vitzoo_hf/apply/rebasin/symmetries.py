@@ -1,17 +1,17 @@
-"""The symmetries of a plain pre-norm ViT: changes of its weights that leave its function as it is.
+"""The symmetries of a plain pre-norm ViT: changes of its weights that do not change its function.
 
-A `Symmetry` is one element of the group, made of these parts, each of which acts on its own:
+A `Symmetry` is one element of the group. Its parts act independently:
 
 - hidden units of each MLP are permuted (rows of fc1, columns of fc2);
 - heads of each block are permuted (rows of qkv, columns of proj);
-- inside a head, queries are multiplied by an invertible M and keys by its inverse transposed, so that every product
-  q·k stays; values by an invertible N and the columns of proj that read them by its inverse;
+- inside a head, queries are multiplied by an invertible M and keys by its inverse transposed, which preserves every
+  product q·k; values are multiplied by an invertible N, and the columns of proj that read them by its inverse;
 - channels of the residual stream are permuted, or rotated by an orthogonal R with R1 = 1, consistently in everything
   that writes into the stream or reads from it. LayerNorm without its scale commutes with such an R, with its scale
   only with permutations: rotations need norms of constant scale, see `vitzoo_hf.apply.rebasin.canonical.fold_norms`;
-- hidden units of an MLP head are permuted and multiplied by positive numbers, which ReLU passes through.
+- hidden units of an MLP head are permuted and multiplied by positive numbers, with which ReLU commutes.
 
-Signs of single channels are no symmetry, because LayerNorm subtracts the mean; units behind GELU have no scale.
+Signs of single channels are no symmetry, because LayerNorm subtracts the mean. GELU does not commute with scales.
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,17 +24,18 @@ from torch import Tensor
 
 from vitzoo_hf.format.layout import Layout, unflatten
 from vitzoo_hf.format.messages import did_you_mean
+from vitzoo_hf.format.row import Row, RowLike
 from vitzoo_hf.format.schema import ZooError
 from vitzoo_hf.models.architecture import Architecture
 from vitzoo_hf.models.vit import is_plain
 
 Tensors = dict[str, Tensor]
 FAMILIES = ("mlp", "heads", "maps", "residual", "invertible", "rotation")
-"""Families of symmetries, each with those it needs before it: see `check_families`."""
+"""Families of symmetries; a family comes after the one it requires: see `check_families`."""
 
 
 class Sizes(NamedTuple):
-    """What the symmetries of a plain ViT depend on; `classifier` is the hidden width of an MLP head, else 0."""
+    """Sizes that determine the symmetries of a plain ViT; `classifier` is the hidden width of an MLP head, else 0."""
 
     depth: int
     width: int
@@ -43,17 +44,17 @@ class Sizes(NamedTuple):
     classifier: int
 
 
-def sizes_of(row: Mapping[str, Any]) -> tuple[Sizes, Layout]:
+def sizes_of(row: RowLike) -> tuple[Sizes, Layout]:
     """Sizes and layout of a row's architecture.
 
     Raises:
-        ZooError: if it is not the plain pre-norm ViT whose symmetries are known.
+        ZooError: if the architecture is not a plain pre-norm ViT, whose symmetries are known.
     """
     architecture = Architecture.of(row)
     model: Any = architecture.skeleton
     if not is_plain(model):
         raise ZooError(
-            f"{row.get('model_id', 'the row')} is a {architecture.name} with parts whose symmetries are not known:"
+            f"{Row.of(row).name} is a {architecture.name} with parts whose symmetries are not known:"
             " re-basin takes plain pre-norm ViTs (learned positions, class token, GELU, no layer scale, no q/k norm)"
         )
     block = model.blocks[0]
@@ -63,7 +64,7 @@ def sizes_of(row: Mapping[str, Any]) -> tuple[Sizes, Layout]:
 
 
 def check_families(families: Sequence[str]) -> tuple[str, ...]:
-    """Families in their own order.
+    """Families in the order of `FAMILIES`.
 
     Raises:
         ZooError: for an unknown family, or `invertible` without `maps`, or `rotation` without `residual`.
@@ -79,15 +80,15 @@ def check_families(families: Sequence[str]) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Symmetry:
-    """An element of the group; all parts on the CPU.
+    """An element of the group of symmetries; all parts are on the CPU.
 
     Attributes:
-        hidden: of each block: the unit that comes to each place.
-        heads: of each block: the head that comes to each place.
-        query_key: M of the head at each new place: W_q becomes M W_q, W_k becomes M^-T W_k, biases alike.
+        hidden: for every block and place, the hidden unit that moves there.
+        heads: for every block and place, the head that moves there.
+        query_key: M of the head at each new place: W_q becomes M W_q, W_k becomes M^-T W_k, and so do the biases.
         value: N of the head at each new place: W_v becomes N W_v, its columns of proj are multiplied by N^-1.
         residual: R, orthogonal with R1 = 1: the stream x becomes R x.
-        classifier: of an MLP head: the hidden unit that comes to each place; empty for a linear head.
+        classifier: for every place of an MLP head, the hidden unit that moves there; empty for a linear head.
         classifier_scale: positive factor of the unit at each new place.
 
     Example:
@@ -123,36 +124,36 @@ class Symmetry:
     def random(cls, sizes: Sizes, *, seed: int, families: Sequence[str] = FAMILIES[:4]) -> "Symmetry":
         """A random element of some families; equal seeds give equal elements.
 
-        Permutations are uniform, `maps` and `rotation` uniform orthogonal matrices. `invertible` multiplies their
-        singular values by exp(0.3 z), z standard normal, so that no map is far from well conditioned.
+        Permutations are uniform, `maps` and `rotation` are uniform orthogonal matrices. `invertible` multiplies their
+        singular values by exp(0.3 z) with standard normal z.
 
         Raises:
             ZooError: for families that `check_families` refuses.
         """
-        chosen = check_families(families)
+        families = check_families(families)
         generator = torch.Generator().manual_seed(seed)
         g = cls.identity(sizes)
-        if "mlp" in chosen:
+        if "mlp" in families:
             g = replace(g, hidden=_random_orders(g.hidden, generator))
             g = replace(g, classifier=_random_orders(g.classifier[None], generator)[0])
-        if "heads" in chosen:
+        if "heads" in families:
             g = replace(g, heads=_random_orders(g.heads, generator))
-        if "maps" in chosen:
-            spread = 0.3 if "invertible" in chosen else 0.0
+        if "maps" in families:
+            spread = 0.3 if "invertible" in families else 0.0  # 0.3: maps stay well conditioned
             query_key, value = (_random_maps(part, spread, generator) for part in (g.query_key, g.value))
             scale = torch.exp(0.3 * torch.randn(sizes.classifier, dtype=torch.float64, generator=generator))
             g = replace(g, query_key=query_key, value=value, classifier_scale=scale)
-        if "residual" in chosen:
+        if "residual" in families:
             order = torch.randperm(sizes.width, generator=generator)
             g = replace(g, residual=g.residual[order])
-        if "rotation" in chosen:
+        if "rotation" in families:
             inner = _random_maps(torch.eye(sizes.width - 1, dtype=torch.float64), 0.0, generator)
             g = replace(g, residual=rotation_from_inner(inner))
         return g
 
     def after(self, first: "Symmetry") -> "Symmetry":
-        """The element that does `first`, then this one."""
-        heads = first.heads.gather(1, self.heads)
+        """The composition: `first`, then this element."""
+        heads = first.heads.gather(1, self.heads)  # maps belong to new places, so those of `first` move with heads
         blocks = torch.arange(len(heads))[:, None]
         return Symmetry(
             hidden=first.hidden.gather(1, self.hidden),
@@ -165,7 +166,7 @@ class Symmetry:
         )
 
     def inverse(self) -> "Symmetry":
-        """The element that undoes this one."""
+        """The inverse element."""
         back, units = self.heads.argsort(1), self.classifier.argsort()
         blocks = torch.arange(len(back))[:, None]
         return Symmetry(
@@ -180,21 +181,21 @@ class Symmetry:
 
     @property
     def sizes(self) -> Sizes:
-        """Sizes of the ViTs it acts on."""
+        """Sizes of the ViTs that this element acts on."""
         (depth, hidden), heads = self.hidden.shape, self.heads.shape[1]
         return Sizes(depth, len(self.residual), heads, hidden, len(self.classifier))
 
 
 def apply(vector: Float[Tensor, " D"], layout: Layout, symmetry: Symmetry) -> Float[Tensor, " D"]:
-    """Weights of the same function: `vector` changed by an element of the group, in float64 algebra.
+    """Apply a symmetry to weights: other weights of the same function, computed in float64.
 
     Args:
         vector: weights of a plain ViT, of any float type, which the result has too.
-        layout: of the vector.
-        symmetry: of its sizes.
+        layout: layout of the vector.
+        symmetry: element to apply, of the sizes of the ViT.
 
     Raises:
-        ZooError: if sizes differ, or the residual stream is rotated between norms whose scale is not constant.
+        ZooError: if sizes differ, or the symmetry rotates a residual stream with norms of varying scale.
 
     Example:
         >>> from vitzoo_hf.zoo import Zoo
@@ -212,17 +213,17 @@ def apply(vector: Float[Tensor, " D"], layout: Layout, symmetry: Symmetry) -> Fl
 
 
 def to_tensors(vector: Float[Tensor, " D"], layout: Layout) -> Tensors:
-    """Tensors of a vector as float64 of one's own, to be changed in place."""
+    """A float64 copy of the tensors of a vector, which may be changed in place."""
     return unflatten(vector.detach().double().clone(), layout)
 
 
 def to_vector(tensors: Mapping[str, Tensor], like: Float[Tensor, " D"]) -> Float[Tensor, " D"]:
-    """Tensors in the order of the layout as one vector of another's type and device."""
+    """Tensors in the order of the layout as one vector, with the type and device of `like`."""
     return torch.cat([tensor.reshape(-1) for tensor in tensors.values()]).to(like)
 
 
 def transform(tensors: Tensors, symmetry: Symmetry) -> None:
-    """Change float64 tensors of a plain ViT in place by an element of the group."""
+    """Apply a symmetry to float64 tensors of a plain ViT in place."""
     _check_sizes(tensors, symmetry.sizes)
     for block in range(len(symmetry.heads)):
         permute_hidden(tensors, block, symmetry.hidden[block])
@@ -233,7 +234,7 @@ def transform(tensors: Tensors, symmetry: Symmetry) -> None:
 
 
 def permute_hidden(tensors: Tensors, block: int, order: Int64[Tensor, " H"]) -> None:
-    """Bring hidden unit `order[i]` of a block's MLP to place i."""
+    """Move hidden unit `order[i]` of a block's MLP to place i."""
     prefix = f"blocks.{block}.mlp."
     place = order.to(tensors[f"{prefix}fc1.bias"].device)
     for name, axis in (("fc1.weight", 0), ("fc1.bias", 0), ("fc2.weight", 1)):
@@ -247,11 +248,12 @@ def transform_heads(
     query_key: Float64[Tensor, "h k k"],
     value: Float64[Tensor, "h k k"],
 ) -> None:
-    """Bring head `order[i]` of a block to place i, and multiply its queries, keys, values and outputs by its maps."""
+    """Move head `order[i]` of a block to place i, and multiply its queries, keys, values and outputs by its maps."""
     parts = head_parts(tensors, block, len(order))
     device = parts.query.device
     place, M, N = order.to(device), query_key.to(device), value.to(device)
     query, key, values, output = (part[place] for part in parts)
+    # solve rather than multiply by an inverse: exact to rounding for maps that are not orthogonal
     changed = HeadParts(
         M @ query, torch.linalg.solve(M.mT, key), N @ values, torch.linalg.solve(N, output, left=False)
     )
@@ -259,7 +261,7 @@ def transform_heads(
 
 
 class HeadParts(NamedTuple):
-    """What belongs to each head: queries, keys and values with their bias as last column; its columns of proj."""
+    """The weights of every head: queries, keys and values with their bias as last column, and its columns of proj."""
 
     query: Float64[Tensor, "h k d1"]
     key: Float64[Tensor, "h k d1"]
@@ -268,7 +270,7 @@ class HeadParts(NamedTuple):
 
 
 def head_parts(tensors: Tensors, block: int, heads: int) -> HeadParts:
-    """The parts of each head of a block."""
+    """The parts of every head of a block."""
     prefix = f"blocks.{block}.attn."
     weight, bias = tensors[f"{prefix}qkv.weight"], tensors[f"{prefix}qkv.bias"]
     query, key, value = torch.cat([weight, bias[:, None]], 1).view(3, heads, -1, weight.shape[1] + 1)
@@ -277,7 +279,7 @@ def head_parts(tensors: Tensors, block: int, heads: int) -> HeadParts:
 
 
 def set_head_parts(tensors: Tensors, block: int, parts: HeadParts) -> None:
-    """Put the parts of each head back."""
+    """Write the parts of every head of a block into its tensors."""
     prefix = f"blocks.{block}.attn."
     joined = torch.stack(parts[:3]).flatten(0, 2)
     tensors[f"{prefix}qkv.weight"], tensors[f"{prefix}qkv.bias"] = joined[:, :-1].contiguous(), joined[:, -1].clone()
@@ -296,8 +298,8 @@ def channel_axes(tensors: Mapping[str, Tensor]) -> dict[str, int]:
 
 
 def transform_residual(tensors: Tensors, residual: Float64[Tensor, "d d"]) -> None:
-    """Multiply the residual stream by an orthogonal matrix that keeps the vector of ones."""
-    order = order_of(residual)
+    """Multiply the residual stream by an orthogonal matrix that preserves the vector of ones."""
+    order = order_of(residual)  # permutations move numbers, and so change no bit
     if order is None:
         _check_constant_norms(tensors)
     elif torch.equal(order, torch.arange(len(order))):
@@ -312,7 +314,7 @@ def transform_residual(tensors: Tensors, residual: Float64[Tensor, "d d"]) -> No
 
 
 def transform_classifier(tensors: Tensors, order: Int64[Tensor, " m"], scale: Float64[Tensor, " m"]) -> None:
-    """Bring hidden unit `order[i]` of an MLP head to place i, and multiply it by `scale[i]`."""
+    """Move hidden unit `order[i]` of an MLP head to place i, and multiply it by `scale[i]`."""
     place, factor = order.to(tensors["head.0.bias"].device), scale.to(tensors["head.0.bias"].device)
     tensors["head.0.weight"] = tensors["head.0.weight"][place] * factor[:, None]
     tensors["head.0.bias"] = tensors["head.0.bias"][place] * factor
@@ -320,13 +322,13 @@ def transform_classifier(tensors: Tensors, order: Int64[Tensor, " m"], scale: Fl
 
 
 def order_of(matrix: Float64[Tensor, "d d"]) -> Int64[Tensor, " d"] | None:
-    """The order a permutation matrix brings rows into; None for any other matrix."""
+    """The order of rows that a permutation matrix produces; None for any other matrix."""
     order = matrix.argmax(1)
     return order if torch.equal(matrix, torch.eye(len(matrix), dtype=matrix.dtype)[order]) else None
 
 
 def rotation_from_inner(inner: Float64[Tensor, "e e"]) -> Float64[Tensor, "d d"]:
-    """The matrix with R1 = 1 that acts as `inner` on the vectors of mean zero, in the basis of `zero_mean_basis`."""
+    """The matrix R with R1 = 1 that acts as `inner` on vectors of mean zero, in the basis of `zero_mean_basis`."""
     d = len(inner) + 1
     basis = zero_mean_basis(d)
     return basis @ inner @ basis.T + torch.full((d, d), 1 / d, dtype=torch.float64)
@@ -347,6 +349,7 @@ def _random_orders(like: Int64[Tensor, "L n"], generator: torch.Generator) -> In
 def _random_maps(like: Float64[Tensor, "*L k k"], spread: float, generator: torch.Generator) -> Tensor:
     def orthogonal() -> Tensor:
         q, r = torch.linalg.qr(torch.randn(like.shape, dtype=torch.float64, generator=generator))
+        # positive diagonals of r make q uniform over orthogonal matrices (Mezzadri 2007)
         return q * r.diagonal(dim1=-2, dim2=-1).sign()[..., None, :]
 
     left = orthogonal()
@@ -360,9 +363,9 @@ def _check_sizes(tensors: Mapping[str, Tensor], sizes: Sizes) -> None:
     depth = sum(name.endswith("mlp.fc1.weight") for name in tensors)
     hidden, width = tensors["blocks.0.mlp.fc1.weight"].shape
     classifier = len(tensors["head.0.bias"]) if "head.0.bias" in tensors else 0
-    found = Sizes(depth, width, sizes.heads, hidden, classifier)
-    if found != sizes:
-        raise ZooError(f"a symmetry of ViTs with {sizes} does not act on one with {found}")
+    actual = Sizes(depth, width, sizes.heads, hidden, classifier)
+    if actual != sizes:
+        raise ZooError(f"a symmetry of ViTs with {sizes} does not act on one with {actual}: take one of its sizes")
 
 
 def _is_norm_scale(name: str) -> bool:

@@ -1,12 +1,11 @@
 """Soups: weighted means of the weights of models that share a layout ("Model soups", Wortsman et al. 2022).
 
 Every parameter is averaged: weights, biases, class token, position embedding, head. Rows are read one at a time and
-added up in float64, which is rounded once, so that memory is a few vectors however many ingredients there are.
+summed in float64, which is rounded once. Memory is a few vectors, whatever the number of ingredients.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int64
@@ -14,25 +13,26 @@ from torch import Tensor
 
 from vitzoo_hf.apply.candidates import Scores, candidate_scores
 from vitzoo_hf.evaluation.evaluate import is_classifier
+from vitzoo_hf.format.row import Row
 from vitzoo_hf.format.schema import ZooError
 from vitzoo_hf.format.tables import records
 from vitzoo_hf.models.rebuild import usable_device
 from vitzoo_hf.zoo import Zoo
 
 ONE_OF_EACH = ("architecture", "head", "head_hidden", "dataset", "layout")
-"""Columns that all ingredients must share: what the numbers in a vector mean."""
+"""Columns in which all ingredients must agree, because they decide what the numbers in a vector mean."""
 
 
 @dataclass(frozen=True, eq=False)
 class Soup:
-    """Averaged weights, and what they were made from.
+    """Averaged weights with their ingredients.
 
     Attributes:
-        weights: float32 `[D]` in the layout of the ingredients.
-        coefficients: ingredient -> its share; they sum to 1, but for unconstrained ones.
+        weights: the average, float32 `[D]` in the layout of the ingredients.
+        coefficients: ingredient -> its share; shares sum to 1 unless the method is `unconstrained`.
         method: `uniform`, `greedy`, `learned`, `unconstrained`, or the name of an average of epochs.
-        selection_accuracy: of the soup on all selection images; None where none were used.
-        num_selection_images: on which ingredients or coefficients were chosen; 0 if nothing was chosen.
+        selection_accuracy: accuracy of the soup on all selection images; None for a method that uses none.
+        num_selection_images: number of images that selected ingredients or coefficients; 0 for none.
         details: settings of the method, for the provenance.
     """
 
@@ -41,7 +41,7 @@ class Soup:
     method: str
     selection_accuracy: float | None = None
     num_selection_images: int = 0
-    details: Mapping[str, Any] | None = None
+    details: Mapping[str, object] | None = None
 
     @property
     def ingredients(self) -> list[str]:
@@ -50,19 +50,19 @@ class Soup:
 
 
 def check_ingredients(zoo: Zoo, *, classify: bool = True) -> None:
-    """Refuse rows whose weights have no mean that means anything.
+    """Refuse rows whose weights have no meaningful mean.
 
     Args:
         zoo: the ingredients.
         classify: also refuse models whose head gives no classes.
 
     Raises:
-        ZooError: for fewer than two rows; more than one architecture, head, dataset or layout; contrastive models.
+        ZooError: for fewer than two rows, several architectures, heads, datasets or layouts, or contrastive models.
     """
     index = zoo.to_pandas()
     if len(index) < 2:
-        held = f"there is one, {zoo.model_ids[0]}" if len(index) else "the filter matches none"
-        raise ZooError(f"a soup needs at least two models, and {held}: widen --where, or group by fewer columns")
+        number = f"there is one, {zoo.model_ids[0]}" if len(index) else "the filter matches none"
+        raise ZooError(f"a soup needs at least two models, and {number}: widen --where, or group by fewer columns")
     for column in ONE_OF_EACH:
         values = sorted(set(index[column].map(str)))
         if len(values) > 1:
@@ -70,24 +70,24 @@ def check_ingredients(zoo: Zoo, *, classify: bool = True) -> None:
                 f"a soup needs models of one {column}, and these {len(index)} have {', '.join(values[:4])}:"
                 f" narrow them down with --where {column}=…, or group by it with --by"
             )
-    others = [row["model_id"] for row in records(index) if not is_classifier(row, zoo.manifest)] if classify else []
-    if others:
+    headless = [row["model_id"] for row in records(index) if classify and not is_classifier(row, zoo.manifest)]
+    if headless:
         raise ZooError(
-            f"{len(others)} of {len(index)} models have no classifier, {others[0]} the first (a contrastive head is a"
-            " projection): there is no accuracy to measure a soup by; leave them out with --where stage=finetune"
+            f"{len(headless)} of {len(index)} models have no classifier, {headless[0]} the first (a contrastive head"
+            " is a projection): there is no accuracy to measure a soup by; leave them out with --where stage=finetune"
         )
 
 
-def weights_on(row: Mapping[str, Any], device: torch.device) -> Float[Tensor, " D"]:
+def weights_on(row: Row, device: torch.device) -> Float[Tensor, " D"]:
     """The vector of a row of `Zoo.rows()` on a device.
 
     Raises:
         ZooError: if a weight is not finite, naming the row.
     """
-    vector = torch.from_numpy(row["weights"])
+    vector = torch.from_numpy(row.weights)
     bad = int((~vector.isfinite()).sum())
     if bad:
-        raise ZooError(f"{row['model_id']} has {bad} weights that are not finite: leave it out with --where")
+        raise ZooError(f"{row.model_id} has {bad} weights that are not finite: leave it out with --where")
     return vector.to(device)
 
 
@@ -97,14 +97,14 @@ def weighted_sums(
     *,
     divisor: float = 1.0,
     device: str | torch.device = "cpu",
-) -> Float[Tensor, "M D"]:
-    """M sums `sum_i c_mi theta_i / divisor` of the same rows in one pass; float64, rounded once to float32.
+) -> Float[Tensor, "P D"]:
+    """P sums `sum_i c_pi theta_i / divisor` of some rows in one pass; float64, rounded once to float32.
 
     Args:
-        zoo: holds the rows; those without coefficients are not read.
-        coefficients: model_id -> its M coefficients.
-        divisor: of the sums: a mean of ones divided at the end does not depend on the order of the rows.
-        device: where sums are taken.
+        zoo: holds the rows; rows without coefficients are not read.
+        coefficients: model_id -> its P coefficients.
+        divisor: number by which the sums are divided at the end.
+        device: where the sums are computed.
 
     Raises:
         ZooError: for an unknown row, unequal numbers of coefficients, rows of several layouts, or a weight that is
@@ -115,15 +115,17 @@ def weighted_sums(
         raise ZooError(f"{zoo.name} has no model {min(unknown)!r} to average")
     counts = {len(shares) for shares in coefficients.values()}
     if len(counts) > 1:
-        raise ZooError(f"models have {min(counts)} to {max(counts)} coefficients: give each as many, one a sum")
+        raise ZooError(
+            f"models have {min(counts)} to {max(counts)} coefficients: give every model the same number, one a sum"
+        )
     place, totals = usable_device(device), torch.empty(0)
     for row in zoo.filter(model_id=list(coefficients)).rows():
-        vector, shares = weights_on(row, place), coefficients[row["model_id"]]
+        vector, shares = weights_on(row, place), coefficients[row.model_id]
         if not len(totals):
             totals = torch.zeros(len(shares), len(vector), dtype=torch.float64, device=place)
         if totals.shape != (len(shares), len(vector)):
             raise ZooError(
-                f"{row['model_id']} has {len(vector)} weights and others {totals.shape[1]}: no soup of both"
+                f"{row.model_id} has {len(vector)} weights and earlier rows {totals.shape[1]}: give one layout"
             )
         for total, share in zip(totals, shares, strict=True):
             total.add_(vector, alpha=share)
@@ -131,7 +133,7 @@ def weighted_sums(
 
 
 def uniform_soup(zoo: Zoo, *, device: str | torch.device = "cpu") -> Soup:
-    """The mean of all rows.
+    """The mean of all rows; contrastive models may be averaged too.
 
     Example:
         >>> soup = uniform_soup(Zoo.sample().filter(stage="finetune", head="linear"))
@@ -139,9 +141,11 @@ def uniform_soup(zoo: Zoo, *, device: str | torch.device = "cpu") -> Soup:
         (3, (26922,))
 
     Raises:
-        ZooError: as `check_ingredients` and `weighted_sums`; contrastive models may be averaged.
+        ZooError: for fewer than two rows, rows that differ in architecture, head, dataset or layout, or a weight that
+            is not finite.
     """
     check_ingredients(zoo, classify=False)
+    # Ones, divided at the end: sums of 1 / P would depend on the order of the rows.
     ones = {model_id: [1.0] for model_id in zoo.model_ids}
     mean = weighted_sums(zoo, ones, divisor=float(len(zoo)), device=device)
     return Soup(mean[0], dict.fromkeys(zoo.model_ids, 1 / len(zoo)), "uniform")
@@ -155,21 +159,22 @@ def greedy_soup(
     accuracies: Mapping[str, float] | None = None,
     device: str | torch.device = "cpu",
 ) -> Soup:
-    """Recipe 1 of Wortsman et al. 2022: models in order of accuracy, each kept where the mean does not get worse.
+    """Add models in order of accuracy, as long as the mean does not get worse (Wortsman et al. 2022, recipe 1).
 
-    A model is added if the accuracy of the mean with it is greater than or equal to that without it, as in the paper.
-    So on these images the soup is never below the best single model; report it on others.
+    A model is added if the accuracy of the mean with it is at least the accuracy without it. On these images the soup
+    is therefore never below the best single model: report it on other images.
 
     Args:
         zoo: the candidates.
-        images: selection images, normalised as the models are fed them.
-        labels: of `images`.
-        accuracies: of every candidate on these images, where they are known; else they are measured. Models of equal
-            accuracy are taken in the order of the zoo.
+        images: selection images, normalised, ready for the models.
+        labels: one class an image.
+        accuracies: candidate -> its accuracy on these images; measured if not given. Candidates of equal accuracy
+            keep the order of the zoo.
         device: where models run.
 
     Raises:
-        ZooError: as `check_ingredients`; for a weight that is not finite, or a candidate without an accuracy.
+        ZooError: if `check_ingredients` refuses the candidates, a weight is not finite, or a candidate has no
+            accuracy.
 
     Example:
         >>> zoo = Zoo.sample().filter(stage="finetune", head="linear")
@@ -181,25 +186,25 @@ def greedy_soup(
     place = usable_device(device)
     if accuracies is None:
         accuracies = single_accuracies(zoo, images, labels, device=place)
-    missing = [model_id for model_id in zoo.model_ids if model_id not in accuracies]
-    if missing:
+    unmeasured = [model_id for model_id in zoo.model_ids if model_id not in accuracies]
+    if unmeasured:
         raise ZooError(
-            f"{len(missing)} of {len(zoo)} candidates have no accuracy, {missing[0]} the first: give that of every"
-            " candidate, or leave `accuracies` out to have them measured"
+            f"{len(unmeasured)} of {len(zoo)} candidates have no accuracy, {unmeasured[0]} the first: give one for"
+            " every candidate, or leave `accuracies` out to have them measured"
         )
     order = sorted(zoo.model_ids, key=lambda model_id: -accuracies[model_id])
     first = zoo.row(order[0])
     total = weights_on(first, place).double()
-    chosen, best = order[:1], accuracies[order[0]]
+    ingredients, best = order[:1], accuracies[order[0]]
     for model_id in order[1:]:
         trial = total + weights_on(zoo.row(model_id), place)
-        mean = (trial / (len(chosen) + 1)).float()
-        reached = float(_scores(mean, first, images, labels, place).accuracy)
-        if reached >= best:
-            total, best = trial, reached
-            chosen.append(model_id)
-    weights = (total / len(chosen)).float()
-    shares = dict.fromkeys(chosen, 1 / len(chosen))
+        mean = (trial / (len(ingredients) + 1)).float()
+        accuracy = float(_scores(mean, first, images, labels, place).accuracy)
+        if accuracy >= best:  # equality adds a model, as in the paper: a larger soup at no loss
+            total, best = trial, accuracy
+            ingredients.append(model_id)
+    weights = (total / len(ingredients)).float()
+    shares = dict.fromkeys(ingredients, 1 / len(ingredients))
     details = {"rule": "kept if selection accuracy >= before", "accuracies": {key: accuracies[key] for key in order}}
     return Soup(weights, shares, "greedy", best, len(labels), details)
 
@@ -211,15 +216,13 @@ def single_accuracies(
     *,
     device: str | torch.device = "cpu",
 ) -> dict[str, float]:
-    """Model -> its accuracy on these images, one model at a time."""
+    """Model -> its accuracy on some images; models run one at a time."""
     place = usable_device(device)
     return {
-        row["model_id"]: float(_scores(weights_on(row, place), row, images, labels, place).accuracy)
+        row.model_id: float(_scores(weights_on(row, place), row, images, labels, place).accuracy)
         for row in zoo.rows()
     }
 
 
-def _scores(
-    vector: Float[Tensor, " D"], like: Mapping[str, Any], images: Tensor, labels: Tensor, device: torch.device
-) -> Scores:
+def _scores(vector: Float[Tensor, " D"], like: Row, images: Tensor, labels: Tensor, device: torch.device) -> Scores:
     return candidate_scores(vector[None], like, images, labels, device=device)

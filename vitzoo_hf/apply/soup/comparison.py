@@ -1,13 +1,13 @@
-"""Soups of groups of a zoo's models, beside what they must be held against, on images that chose nothing.
+"""Compare soups of groups of models with baselines on test images, which select nothing.
 
-Of each group: the best single model by selection images; the best by test images, which nobody could have chosen (an
-oracle); the mean of the ingredients; ensembles of the ingredients, which cost as many forwards.
+Baselines of each group: the best single model by selection images; the best by test images (an oracle, which nobody
+could have selected); the mean accuracy of the ingredients; ensembles of the ingredients. Every model runs once on
+selection and test images, or not at all where the cache has its outputs; a soup adds one run, a learned one its fit.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import torch
@@ -33,18 +33,18 @@ ROLES = ("selection", "test")
 
 @dataclass(frozen=True, eq=False)
 class MeasuredSoup:
-    """A soup with what it reaches on test images.
+    """A soup with its results on test images.
 
     Attributes:
-        soup: the weights.
-        group: column -> the value its ingredients share, by which they were grouped.
+        soup: the soup.
+        group: column -> the value that its ingredients share, by which they were grouped.
         test_loss: cross-entropy in nats.
         test_accuracy: share of right predictions.
-        num_test_images: that both are of.
+        num_test_images: number of test images.
     """
 
     soup: Soup
-    group: dict[str, Any]
+    group: dict[str, object]
     test_loss: float
     test_accuracy: float
     num_test_images: int
@@ -52,7 +52,7 @@ class MeasuredSoup:
 
 @dataclass(frozen=True, eq=False)
 class Comparison:
-    """Soups of every group.
+    """The soups of every group.
 
     Attributes:
         table: one row a group and method; see `compare_soups`.
@@ -75,54 +75,55 @@ def compare_soups(
     cache: str | Path | None = None,
     progress: bool = True,
 ) -> Comparison:
-    """Make soups of each group of models, and measure them on test images beside their baselines.
+    """Make soups of each group of models, and compare them with their baselines on test images.
 
     Args:
         zoo: the candidates, such as `zoo.filter(stage="finetune", is_final=True)`.
         by: columns; models that agree in all of them make a group. `["head"]` makes soups across parents,
             `["parent_id", "head", "factor_optimizer"]` within an optimizer.
-        methods: some of `uniform`, `greedy`, `learned` and `unconstrained`; the last two begin from the best
+        methods: some of `uniform`, `greedy`, `learned` and `unconstrained`; the last two start from the best
             single model.
-        seed: of learned soups and of the bootstrap.
+        seed: seed of learned soups and of the bootstrap.
         device: where models run.
-        cache: folder that keeps the outputs of models, such as `ZOO/.evaluation` of `vitzoo evaluate`.
+        cache: folder that stores the outputs of models, such as `ZOO/.evaluation` of `vitzoo evaluate`.
         progress: show bars.
 
     Returns:
         The table has the columns of `by`, then `method`, `candidates`, `ingredients`; `selection_accuracy` and
         `test_accuracy` of the soup; `best_single` (by selection), its `best_single_selection` and `best_single_test`;
-        `oracle_test`, the best single by test; `mean_test` of the ingredients; `ensemble_test`, of the mean of their
-        probabilities, `logit_ensemble_test`, of the mean of their logits; `gain`, `gain_low`, `gain_high`, soup less
-        best single, and `over_ensemble`, …, soup less ensemble, with 95 % intervals over resampled test images.
+        `oracle_test`, the best single by test; `mean_test` of the ingredients; `ensemble_test`, the accuracy of
+        the mean of their probabilities, `logit_ensemble_test`, of the mean of their logits; `gain`, `gain_low`,
+        `gain_high`, soup less best single, and `over_ensemble`, …, soup less ensemble, with 95 % intervals over
+        resampled test images.
 
     Raises:
-        ZooError: for an unknown column or method, or a seed below 0; a group of several heads or datasets; models
-            without a classifier; a zoo without selection images; if no group has two models.
+        ZooError: for an unknown column or method, a seed below 0, a group of several heads or datasets, models
+            without a classifier, or a zoo without selection images; if no group has two models.
 
     Example:
         >>> zoo = Zoo.sample().filter(stage="finetune")
-        >>> found = compare_soups(zoo, by=["head"], methods=["uniform", "greedy"], progress=False)
-        >>> list(found.table["method"])
+        >>> comparison = compare_soups(zoo, by=["head"], methods=["uniform", "greedy"], progress=False)
+        >>> list(comparison.table["method"])
         ['uniform', 'greedy', 'uniform', 'greedy']
     """
     _check_options(methods, seed)
     groups, left_out = soup_groups(zoo, by)
-    wanted = zoo.filter(model_id=[model_id for _, model_ids in groups for model_id in model_ids])
-    batches = _held_out(wanted)
-    rows = records(wanted.to_pandas())
-    found = []
-    with OutputsCache.opened(None if cache is None else Path(cache), "float32") as held:
-        shown = {row["model_id"]: set(batches[row["dataset"]].values()) for row in rows}
-        run_models(wanted, rows, shown, held, device=device, precision="float32", progress=progress)
+    candidates = zoo.filter(model_id=[model_id for _, model_ids in groups for model_id in model_ids])
+    batches = _held_out(candidates)
+    rows = records(candidates.to_pandas())
+    measured = []
+    with OutputsCache.opened(None if cache is None else Path(cache), "float32") as stored:
+        images = {row["model_id"]: set(batches[row["dataset"]].values()) for row in rows}
+        run_models(candidates, rows, images, stored, device=device, precision="float32", progress=progress)
         with progress_bar("soups", "soup", shown=progress, total=len(groups) * len(methods)) as bar:
             for group, model_ids in groups:
                 members = zoo.filter(model_id=model_ids)
-                outputs = _GroupOutputs(members, batches[members.index["dataset"][0]], held)
+                outputs = _GroupOutputs(members, batches[members.index["dataset"][0]], stored)
                 for method in methods:
                     soup = _soup(method, members, outputs, seed, device)
-                    found.append(_measured(soup, group, members, outputs, seed, device))
+                    measured.append(_measured(soup, group, members, outputs, seed, device))
                     bar.update(1)
-    return Comparison(pd.DataFrame([line for _, line in found]), [soup for soup, _ in found], left_out)
+    return Comparison(pd.DataFrame([line for _, line in measured]), [soup for soup, _ in measured], left_out)
 
 
 def _check_options(methods: Sequence[str], seed: int) -> None:
@@ -130,24 +131,24 @@ def _check_options(methods: Sequence[str], seed: int) -> None:
         if method not in METHODS:
             raise ZooError(f"unknown method {method!r}: {did_you_mean(method, METHODS)}")
     if seed < 0:
-        raise ZooError(f"seed {seed}: expected 0 or more")
+        raise ZooError(f"seed is {seed}; expected 0 or more")
 
 
-def soup_groups(zoo: Zoo, by: Sequence[str]) -> tuple[list[tuple[dict[str, Any], list[str]]], dict[str, str]]:
-    """Groups of models that agree in some columns, each fit for a soup; and those of one model, with the reason.
+def soup_groups(zoo: Zoo, by: Sequence[str]) -> tuple[list[tuple[dict[str, object], list[str]]], dict[str, str]]:
+    """Groups of models that agree in some columns, with their model ids; and groups of one model, with the reason.
 
     Raises:
-        ZooError: for an unknown column, a group that is not fit, or if there is none.
+        ZooError: for an unknown column, a group that `check_ingredients` refuses, or if there is no group.
     """
     index = zoo.to_pandas()
     for column in by:
         if column not in index:
             raise ZooError(f"unknown column {column!r} to group by: {did_you_mean(column, list(index))}")
-    groups: list[tuple[dict[str, Any], list[str]]] = []
+    groups: list[tuple[dict[str, object], list[str]]] = []
     left_out: dict[str, str] = {}
     parts = index.groupby(list(by), sort=False, dropna=False) if by else [((), index)]
     for key, members in parts:
-        values = [None if value != value else value for value in key]
+        values = [None if value != value else value for value in key]  # pandas has NaN for a missing value
         group = dict(zip(by, values, strict=True))
         model_ids = list(members["model_id"])
         if len(model_ids) < 2:
@@ -161,11 +162,12 @@ def soup_groups(zoo: Zoo, by: Sequence[str]) -> tuple[list[tuple[dict[str, Any],
     return groups, left_out
 
 
-def group_text(group: Mapping[str, Any]) -> str:
+def group_text(group: Mapping[str, object]) -> str:
     """A group in words.
 
-    >>> group_text({"head": "mlp", "factor_lr": 0.001})
-    'head=mlp, factor_lr=0.001'
+    Example:
+        >>> group_text({"head": "mlp", "factor_lr": 0.001})
+        'head=mlp, factor_lr=0.001'
     """
     return ", ".join(f"{column}={value}" for column, value in group.items()) or "all"
 
@@ -179,7 +181,7 @@ def _held_out(zoo: Zoo) -> dict[str, dict[str, ImageBatch]]:
 
 
 class _GroupOutputs:
-    """What the models of a group answer on selection and test images."""
+    """Outputs of the models of a group on selection and test images."""
 
     def __init__(self, zoo: Zoo, batches: Mapping[str, ImageBatch], cache: OutputsCache) -> None:
         self.rows = {row["model_id"]: row for row in records(zoo.to_pandas())}
@@ -188,14 +190,14 @@ class _GroupOutputs:
             role: {model_id: self._accuracy(model_id, role) for model_id in self.rows} for role in ROLES
         }
 
-    def logits(self, model_id: str, role: str) -> Float[Tensor, "N K"]:
+    def logits(self, model_id: str, role: str) -> Float[Tensor, "N C"]:
         return self.cache.read(self.rows[model_id], self.batches[role].digest, "logits")
 
     def right(self, model_id: str) -> Bool[Tensor, " N"]:
         return predictions(self.logits(model_id, "test")) == self.batches["test"].labels
 
     def ensembles(self, model_ids: Sequence[str]) -> Iterator[Bool[Tensor, " N"]]:
-        """Which test images the mean of probabilities has right, and which the mean of logits."""
+        """Test images that the mean of probabilities classifies rightly, then those of the mean of logits."""
         images, classes = self.logits(model_ids[0], "test").shape
         probabilities, summed = torch.zeros(2, images, classes, dtype=torch.float64)
         for model_id in model_ids:
@@ -224,31 +226,34 @@ def _soup(method: str, zoo: Zoo, outputs: _GroupOutputs, seed: int, device: str 
 
 
 def _measured(
-    soup: Soup, group: dict[str, Any], zoo: Zoo, outputs: _GroupOutputs, seed: int, device: str | torch.device
-) -> tuple[MeasuredSoup, dict[str, Any]]:
-    """The soup on test images, and its row of the table."""
+    soup: Soup, group: dict[str, object], zoo: Zoo, outputs: _GroupOutputs, seed: int, device: str | torch.device
+) -> tuple[MeasuredSoup, dict[str, object]]:
+    """The soup with its results on test images, and its row of the table."""
     like, test = next(zoo.rows()), outputs.batches["test"]
     logits = candidate_logits(soup.weights[None], like, test.images, device=device).cpu()
     right = predictions(logits[0]) == test.labels
-    reached = soup.selection_accuracy
-    if reached is None:
-        chosen_on = outputs.batches["selection"]
-        selection = candidate_logits(soup.weights[None], like, chosen_on.images, device=device).cpu()
-        reached = float(accuracy(selection, chosen_on.labels))
+    selection_accuracy = soup.selection_accuracy
+    if selection_accuracy is None:
+        batch = outputs.batches["selection"]
+        selection = candidate_logits(soup.weights[None], like, batch.images, device=device).cpu()
+        selection_accuracy = float(accuracy(selection, batch.labels))
     on_selection, on_test = outputs.accuracies["selection"], outputs.accuracies["test"]
     best = max(on_selection, key=on_selection.__getitem__)
+    # ingredients of coefficient 0 run too: the ensemble is of all that a learned soup was given
     ensemble, logit_ensemble = outputs.ensembles(soup.ingredients)
-    line: dict[str, Any] = {**group, "method": soup.method, "candidates": len(zoo)}
-    line |= {"ingredients": sum(share != 0 for share in soup.coefficients.values()), "selection_accuracy": reached}
-    line |= {"test_accuracy": float(right.double().mean()), "best_single": best}
+    test_accuracy = float(right.double().mean())
+    line: dict[str, object] = {**group, "method": soup.method, "candidates": len(zoo)}
+    line |= {"ingredients": sum(share != 0 for share in soup.coefficients.values())}
+    line |= {"selection_accuracy": selection_accuracy}
+    line |= {"test_accuracy": test_accuracy, "best_single": best}
     line |= {"best_single_selection": on_selection[best], "best_single_test": on_test[best]}
     line |= {"oracle_test": max(on_test.values())}
     line |= {"mean_test": sum(on_test[model_id] for model_id in soup.ingredients) / len(soup.ingredients)}
     line |= {"ensemble_test": float(ensemble.double().mean())}
     line |= {"logit_ensemble_test": float(logit_ensemble.double().mean())}
-    for name, other in (("gain", outputs.right(best)), ("over_ensemble", ensemble)):
-        difference = paired_difference(right, other, seed=seed)
+    for name, baseline in (("gain", outputs.right(best)), ("over_ensemble", ensemble)):
+        difference = paired_difference(right, baseline, seed=seed)
         line |= {name: difference.mean, f"{name}_low": difference.low, f"{name}_high": difference.high}
     line["test_images"] = len(right)
     loss = float(cross_entropy(logits, test.labels))
-    return MeasuredSoup(soup, group, loss, line["test_accuracy"], len(right)), line
+    return MeasuredSoup(soup, group, loss, test_accuracy, len(right)), line

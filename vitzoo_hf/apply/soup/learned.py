@@ -1,11 +1,10 @@
-"""Learned soups: one coefficient a model, fitted by Adam on selection images, a part of which is kept to stop by.
+"""Learned soups: one coefficient a model, fitted by Adam on selection images with early stopping.
 
-The weights of all ingredients never lie in memory together: a step reads their columns twice, to mix them and to
-turn the gradient of the mixture into one of the coefficients, `dL/dc_i = <dL/dtheta, theta_i>`.
+The weights of all ingredients are never in memory together. A step reads their columns twice: to mix them, and to
+turn the gradient by the mixture into the gradient by the coefficients, `dL/dc_i = <dL/dtheta, theta_i>`.
 """
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from jaxtyping import Float, Float64, Int64
@@ -15,6 +14,7 @@ from torch.nn.functional import cross_entropy
 from vitzoo_hf.apply.candidates import candidate_scores
 from vitzoo_hf.apply.soup.averaging import Soup, check_ingredients, weights_on
 from vitzoo_hf.format.layout import Layout, unflatten
+from vitzoo_hf.format.row import Row
 from vitzoo_hf.format.schema import ZooError
 from vitzoo_hf.models.rebuild import reconstruct, usable_device
 from vitzoo_hf.zoo import Zoo
@@ -35,25 +35,26 @@ def learned_soup(
     seed: int = 0,
     device: str | torch.device = "cpu",
 ) -> Soup:
-    """Coefficients that minimise the cross-entropy of the mixture (the learned soup of Wortsman et al. 2022).
+    """Fit coefficients that minimise the cross-entropy of the mixture (the learned soup of Wortsman et al. 2022).
 
-    Half of the images fit the coefficients, by Adam; the other half says after which epoch they were best, by
-    cross-entropy, the start included. Neither is fit to report on.
+    Adam fits on half of the images; the other half selects the epoch, or the start, of the lowest cross-entropy.
 
     Args:
         zoo: the ingredients.
-        images, labels: for selection, normalised as the models are fed them.
-        convex: project the coefficients onto the simplex after each step (Duchi et al. 2008), so that they are
-            shares; False leaves them free, also to be negative and to sum to something else than 1, and the soup is
-            called `unconstrained`.
-        start: model -> coefficient to begin from, such as those of a greedy soup; by default all are equal.
-        epochs, batch_size, lr: of Adam, over the images that fit; a coefficient moves by about `lr` a step.
-        kept: share of the images that is kept to choose the epoch by.
-        seed: of which images are kept, and of their order.
+        images: selection images, normalised, ready for the models.
+        labels: one class an image.
+        convex: project the coefficients onto the simplex after each step (Duchi et al. 2008). False leaves them free
+            to be negative and to sum to any number, and the soup is called `unconstrained`.
+        start: model -> coefficient to start from, such as those of a greedy soup; by default all are equal.
+        epochs: number of passes over the images that fit.
+        lr: learning rate of Adam; a coefficient moves by about `lr` a step.
+        batch_size: images a step.
+        kept: share of the images that select the epoch.
+        seed: seed of the division of the images, and of their order.
         device: where the mixture is made and runs.
 
     Raises:
-        ZooError: as `check_ingredients`; for a weight that is not finite, too few images, or settings out of range.
+        ZooError: if `check_ingredients` refuses the rows; for infinite weights, too few images or invalid settings.
 
     Example:
         >>> zoo = Zoo.sample().filter(stage="finetune", head="linear")
@@ -69,19 +70,18 @@ def learned_soup(
     coefficients = _start(mixture.columns.model_ids, start).to(mixture.columns.device).requires_grad_()
     adam = torch.optim.Adam([coefficients], lr=lr)
     best, best_epoch = mixture.loss(coefficients, images[judging], labels[judging]), 0
-    found = coefficients.detach().clone()
+    best_coefficients = coefficients.detach().clone()
     for epoch in range(1, epochs + 1):
         for batch in fitting[torch.randperm(len(fitting), generator=generator)].split(batch_size):
             coefficients.grad = mixture.gradient(coefficients, images[batch], labels[batch])
             adam.step()
-            if convex:
-                coefficients.data = onto_simplex(coefficients.data)
+            coefficients.data = onto_simplex(coefficients.data) if convex else coefficients.data
         loss = mixture.loss(coefficients, images[judging], labels[judging])
         if loss < best:
-            best, found, best_epoch = loss, coefficients.detach().clone(), epoch
+            best, best_coefficients, best_epoch = loss, coefficients.detach().clone(), epoch
     details = {"convex": convex, "epochs": epochs, "best_epoch": best_epoch, "lr": lr, "batch_size": batch_size}
-    details |= {"images_to_fit": len(fitting), "images_to_choose": len(judging), "seed": seed}
-    return mixture.soup(found, images, labels, details)
+    sizes = {"images_to_fit": len(fitting), "images_to_choose": len(judging)}
+    return mixture.soup(best_coefficients, images, labels, details | sizes | {"seed": seed})
 
 
 def _check_settings(epochs: int, batch_size: int, lr: float, kept: float) -> None:
@@ -106,11 +106,12 @@ def onto_simplex(values: Float64[Tensor, " P"]) -> Float64[Tensor, " P"]:
 
 
 def _parted(count: int, kept: float, generator: torch.Generator) -> tuple[Int64[Tensor, " J"], Int64[Tensor, " F"]]:
-    """Which images choose the epoch, and which fit the coefficients."""
+    """Positions of the images that select the epoch, and of those that fit the coefficients."""
+    # two parts, because images that fit the coefficients cannot show when the coefficients overfit them
     order = torch.randperm(count, generator=generator)
     judging, fitting = order[: int(kept * count)], order[int(kept * count) :]
     if not len(judging) or not len(fitting):
-        raise ZooError(f"{count} selection images cannot be divided to fit and to choose: give at least 2")
+        raise ZooError(f"{count} selection images cannot be divided into two parts: give at least 2")
     return judging, fitting
 
 
@@ -119,7 +120,9 @@ def _start(model_ids: list[str], start: Mapping[str, float] | None) -> Float64[T
         return torch.full((len(model_ids),), 1 / len(model_ids), dtype=torch.float64)
     unknown = start.keys() - set(model_ids)
     if unknown:
-        raise ZooError(f"start names {min(unknown)!r}, which is none of the {len(model_ids)} ingredients")
+        raise ZooError(
+            f"start names {min(unknown)!r}, which is none of the {len(model_ids)} ingredients: name ingredients alone"
+        )
     return torch.tensor([start.get(model_id, 0.0) for model_id in model_ids], dtype=torch.float64)
 
 
@@ -127,10 +130,9 @@ class _Mixture:
     """The network whose weights are `sum_i c_i theta_i`."""
 
     def __init__(self, zoo: Zoo, device: torch.device) -> None:
-        self.like: Mapping[str, Any] = {}
         for row in zoo.rows():
             weights_on(row, torch.device("cpu"))  # columns are read without hashes: every row is checked here
-            self.like = row
+            self.like: Row = row
         self.columns: WeightColumns = zoo.weight_columns(device=device)
         self.layout: Layout = self.columns.layout
         self.model: nn.Module = reconstruct(self.like, device=device, copy=True)
@@ -148,7 +150,7 @@ class _Mixture:
         return float(candidate_scores(weights, self.like, images, labels, device=self.columns.device).loss)
 
     def soup(
-        self, coefficients: Float64[Tensor, " P"], images: Tensor, labels: Tensor, details: Mapping[str, Any]
+        self, coefficients: Float64[Tensor, " P"], images: Tensor, labels: Tensor, details: Mapping[str, object]
     ) -> Soup:
         """The mixture as a soup, with its accuracy on all selection images."""
         weights = self.weights(coefficients)
@@ -158,12 +160,12 @@ class _Mixture:
         return Soup(weights, shares, method, float(accuracy), len(labels), details)
 
     def gradient(self, coefficients: Float64[Tensor, " P"], images: Tensor, labels: Tensor) -> Float64[Tensor, " P"]:
-        """Of the mean cross-entropy on images, by the coefficients."""
+        """Gradient of the mean cross-entropy on images by the coefficients."""
         device = self.columns.device
         weights = self.weights(coefficients).requires_grad_()
         logits = torch.func.functional_call(self.model, unflatten(weights, self.layout), (images.to(device),))
         (slope,) = torch.autograd.grad(cross_entropy(logits, labels.to(device)), weights)
-        found = torch.zeros_like(coefficients)
+        gradient = torch.zeros_like(coefficients)
         for columns, block in self.columns:
-            found += block.double() @ slope[columns].double()
-        return found.detach()
+            gradient += block.double() @ slope[columns].double()
+        return gradient.detach()

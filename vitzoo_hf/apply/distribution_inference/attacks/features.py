@@ -1,7 +1,7 @@
-"""What an adversary reads off weights: features of flat vectors, all of them in one pass over models or columns.
+"""Features of weights that attacks read, computed in one pass over models or over columns of weights.
 
-Vectors are the weights of M models, or their differences to the checkpoint they were fine-tuned from, of one layout:
-of a timm ViT, or of a small MLP with one hidden layer.
+Vectors are the weights of P models of one layout (a timm ViT, or a small MLP with one hidden layer), or the
+differences of these weights to the checkpoint that was fine-tuned.
 """
 
 import re
@@ -24,8 +24,8 @@ MLP_NAMES = ("hidden.weight", "hidden.bias", "output.weight", "output.bias")
 BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")
 
 
-def head_features(vectors: Float[Tensor, "M D"], layout: Layout) -> Float64[Tensor, "M F"]:
-    """Of the last layer: bias, norm and mean of each class's weights, and the weights where they are few."""
+def head_features(vectors: Float[Tensor, "P D"], layout: Layout) -> Float64[Tensor, "P F"]:
+    """Features of the last layer: bias, norm and mean of the weights of a class; all weights if at most 16,384."""
     weight, bias = last_layer(vectors, layout)
     parts = [bias, weight.norm(dim=2), weight.mean(2)]
     if weight[0].numel() <= LARGEST_HEAD:
@@ -33,8 +33,8 @@ def head_features(vectors: Float[Tensor, "M D"], layout: Layout) -> Float64[Tens
     return torch.cat(parts, 1).double()
 
 
-def last_layer(vectors: Float[Tensor, "M D"], layout: Layout) -> tuple[Float[Tensor, "M K E"], Float[Tensor, "M K"]]:
-    """Weight and bias of the last linear layer.
+def last_layer(vectors: Float[Tensor, "P D"], layout: Layout) -> tuple[Float[Tensor, "P C E"], Float[Tensor, "P C"]]:
+    """Select weight and bias of the last linear layer.
 
     Raises:
         ZooError: if the layout does not end with one.
@@ -45,21 +45,21 @@ def last_layer(vectors: Float[Tensor, "M D"], layout: Layout) -> tuple[Float[Ten
     return parts[layout.names[-2]], parts[layout.names[-1]]
 
 
-def tensor_features(vectors: Float[Tensor, "M D"], layout: Layout) -> Float64[Tensor, "M F"]:
-    """Of each tensor mean, standard deviation and norm; of each matrix the eight largest singular values.
+def tensor_features(vectors: Float[Tensor, "P D"], layout: Layout) -> Float64[Tensor, "P F"]:
+    """Mean, standard deviation and norm of each tensor; the eight largest singular values of each matrix.
 
-    Queries, keys and values are matrices of their own. Source of the singular values: Salama et al., "Dataset Size
+    Queries, keys and values are three matrices. Source of the singular values: Salama et al., "Dataset Size
     Recovery from Fine-Tuned Weights", 2025.
     """
-    found = weight_statistics(vectors, layout)
-    parts = [found.mean, found.std, found.norm]
+    statistics = weight_statistics(vectors, layout)
+    parts = [statistics.mean, statistics.std, statistics.norm]
     for matrix in matrices_of(vectors, layout).values():
         parts.append(singular_values(matrix, min(TOP_SINGULAR_VALUES, *matrix.shape[1:])))
     return torch.cat(parts, 1)
 
 
-def sorted_neurons(vectors: Float[Tensor, "M P"], layout: Layout) -> Float[Tensor, "M P"]:
-    """Weights of MLPs with hidden units in the order of the sum of their incoming weights.
+def sorted_neurons(vectors: Float[Tensor, "P D"], layout: Layout) -> Float[Tensor, "P D"]:
+    """Sort the hidden units of MLPs by the sum of their incoming weights.
 
     Raises:
         ZooError: for any other layout.
@@ -71,20 +71,20 @@ def sorted_neurons(vectors: Float[Tensor, "M P"], layout: Layout) -> Float[Tenso
     """
     parts = unflatten(vectors, _of_mlp(layout))
     order = parts["hidden.weight"].sum(2).argsort(1)
-    taken = [
+    ordered = [
         parts["hidden.weight"].take_along_dim(order[..., None], 1).flatten(1),
         parts["hidden.bias"].take_along_dim(order, 1),
         parts["output.weight"].take_along_dim(order[:, None], 2).flatten(1),
         parts["output.bias"],
     ]
-    return torch.cat(taken, 1)
+    return torch.cat(ordered, 1)
 
 
-def mlp_sets(vectors: Float[Tensor, "M P"], layout: Layout) -> dict[str, Tensor]:
-    """Hidden units of MLPs as rows of incoming weights, bias and outgoing weight; the rest as a plain vector.
+def mlp_sets(vectors: Float[Tensor, "P D"], layout: Layout) -> dict[str, Tensor]:
+    """Hidden units of MLPs as rows of incoming weights, bias and outgoing weight; output biases as a plain vector.
 
     Returns:
-        `neurons` `[M, 1, n, r]` and `plain` `[M, p]`.
+        `neurons` `[P, 1, n, r]` and `plain` `[P, p]`.
 
     Raises:
         ZooError: for any other layout.
@@ -94,35 +94,35 @@ def mlp_sets(vectors: Float[Tensor, "M P"], layout: Layout) -> dict[str, Tensor]
     return {"neurons": torch.cat(rows, 2)[:, None], "plain": parts["output.bias"]}
 
 
-def vit_sets(vectors: Float[Tensor, "M D"], layout: Layout, heads: int) -> dict[str, Tensor]:
-    """A ViT as sets that do not change with the order of its neurons, its heads, or the maps within a head.
+def vit_sets(vectors: Float[Tensor, "P D"], layout: Layout, heads: int) -> dict[str, Tensor]:
+    """Sets of a ViT, which do not depend on the order of its neurons, its heads, or the maps within a head.
 
-    Rows longer than 96 are sketched to 96 numbers, plain vectors longer than 1,024 to that, by the same signs and
+    Rows longer than 96 are sketched to 96 numbers, plain vectors longer than 1,024 to 1,024, by equal signs and
     places for every model.
 
     Args:
-        vectors: of the layout.
-        layout: of a plain ViT; names as timm gives them.
-        heads: of attention.
+        vectors: weights of P models.
+        layout: layout of a plain timm ViT.
+        heads: number of attention heads.
 
     Returns:
-        `neurons` `[M, L, n, r]`: of each block, incoming weights, bias and outgoing weights of a hidden unit;
-        `query_key` `[M, L, H, k, r]`: of each head, a row of queries and its row of keys, with biases;
-        `value_output` `[M, L, H, k, r]`: a row of values with its bias and its column of the projection;
-        `plain` `[M, p]`: everything else: LayerNorms, position embedding, class token, patches, biases, head.
+        `neurons` `[P, L, n, r]`: of each block, incoming weights, bias and outgoing weights of a hidden unit;
+        `query_key` `[P, L, H, k, r]`: of each head, a row of queries and its row of keys, with biases;
+        `value_output` `[P, L, H, k, r]`: a row of values with its bias and its column of the projection;
+        `plain` `[P, p]`: all other tensors: LayerNorms, position embedding, class token, patches, biases, head.
 
     Raises:
         ZooError: for a layout without such blocks.
     """
     parts = unflatten(vectors, layout)
-    depth = 1 + max((int(found[1]) for name in layout.names if (found := BLOCK.match(name))), default=-1)
-    used: set[str] = set()
+    depth = 1 + max((int(match[1]) for name in layout.names if (match := BLOCK.match(name))), default=-1)
+    in_sets: set[str] = set()
     neurons, query_key, value_output = [], [], []
     for block in range(depth):
         names = [f"blocks.{block}.{rest}" for rest in _IN_SETS]
         if any(name not in parts for name in names):
             raise ZooError(f"block {block} of layout {layout.fingerprint} is not that of a plain ViT")
-        used |= set(names)
+        in_sets |= set(names)
         fc1, fc1_bias, fc2, qkv, qkv_bias, proj = (parts[name] for name in names)
         neurons.append(sketch(torch.cat([fc1, fc1_bias[..., None], fc2.mT], 2), WIDEST_ROW))
         query, key, value = torch.cat([qkv, qkv_bias[..., None]], 2).unflatten(1, (3, heads, -1)).unbind(1)
@@ -131,7 +131,7 @@ def vit_sets(vectors: Float[Tensor, "M D"], layout: Layout, heads: int) -> dict[
         value_output.append(sketch(torch.cat([value, output], 3), WIDEST_ROW))
     if not depth:
         raise ZooError(f"layout {layout.fingerprint} has no blocks of a ViT")
-    plain = [sketch(parts[name].flatten(1), WIDEST_VECTOR) for name in layout.names if name not in used]
+    plain = [sketch(parts[name].flatten(1), WIDEST_VECTOR) for name in layout.names if name not in in_sets]
     sets = {"neurons": neurons, "query_key": query_key, "value_output": value_output}
     return {name: torch.stack(rows, 1) for name, rows in sets.items()} | {"plain": torch.cat(plain, 1)}
 
@@ -147,10 +147,10 @@ _IN_SETS = (
 
 
 def sketch(values: Float[Tensor, "*B r"], width: int) -> Float[Tensor, "*B w"]:
-    """Values of the last axis summed into so many places with random signs, the same for every caller.
+    """Sum values of the last axis into `width` places with random signs, which are equal for every caller.
 
-    It keeps inner products in expectation (Charikar et al., "Finding frequent items in data streams", 2002). Axes
-    that are short enough stay as they are.
+    A sketch preserves inner products in expectation (Charikar et al., "Finding frequent items in data streams",
+    2002). An axis of at most `width` numbers is returned unchanged.
 
     Example:
         >>> sketch(torch.ones(2, 3), 8).shape, sketch(torch.ones(2, 30), 8).shape
@@ -168,22 +168,22 @@ def sketch(values: Float[Tensor, "*B r"], width: int) -> Float[Tensor, "*B w"]:
 def difference_components(
     blocks: Iterable[Float[Tensor, "P _"]],
     shadows: Bool[Tensor, " P"],
-    wanted: Int64[Tensor, " M"],
+    members: Int64[Tensor, " M"],
     bases: Int64[Tensor, " P"],
     *,
     components: int | None = None,
 ) -> Float64[np.ndarray, "M k"]:
-    """Principal components of differences to the base, standardised by shadows, which alone decide the components.
+    """Principal components of differences to the base, computed from and standardised by shadows alone.
 
-    Weights arrive in blocks of columns, each read once; only inner products of models are kept. Where nothing
-    differs, as in a frozen trunk, there is one component, of zeros.
+    Blocks of columns are read once, and only inner products of models stay in memory. Where no weight differs, as in
+    a frozen trunk, the only component is zero.
 
     Args:
-        blocks: columns of all P models, shadows, targets and bases among them.
-        shadows: which models are shadows.
-        wanted: models whose components are returned, in order.
-        bases: the place of the model that each was fine-tuned from, or its own place for none.
-        components: at most a quarter of the shadows, which is the default.
+        blocks: columns of all P models: shadows, targets and bases.
+        shadows: true for shadows.
+        members: places of the models whose components are returned, in order.
+        bases: place of the model that a model was fine-tuned from, or its own place if there is none.
+        components: number of components, at most a quarter of the shadows, which is the default.
 
     Raises:
         ZooError: for fewer than eight shadows, or weights that are not finite.
@@ -191,28 +191,29 @@ def difference_components(
     count = int(shadows.sum())
     if count < 8:
         raise ZooError(f"{count} shadows are too few for components: expected at least 8")
-    known = shadows.nonzero()[:, 0]
+    places = shadows.nonzero()[:, 0]
     based = bases != torch.arange(len(bases))
-    total = torch.zeros(len(wanted), count, dtype=torch.float64)
-    own = torch.zeros(count, count, dtype=torch.float64)
+    projections = torch.zeros(len(members), count, dtype=torch.float64)
+    products = torch.zeros(count, count, dtype=torch.float64)
     for block in blocks:
         if not block.isfinite().all():
             raise ZooError("NaN or infinite weights among these models: leave diverged models out, and count them")
         values = block.double()
-        moved = values - torch.where(based[:, None].to(block.device), values[bases.to(block.device)], 0)
-        held = moved[known.to(block.device)]
-        mean, spread = held.mean(0), held.std(0, correction=0)
-        scale = torch.where(spread > 1e-10 * held.abs().amax(0).clamp(min=1e-300), 1 / spread, 0)
-        centred = (held - mean) * scale
-        own += (centred @ centred.mT).cpu()
-        total += (((moved[wanted.to(block.device)] - mean) * scale) @ centred.mT).cpu()
-    squares, axes = torch.linalg.eigh(own)
-    kept = min(components or count // 4, count // 4)
-    squares, axes = squares.flip(0)[:kept], axes.flip(1)[:, :kept]
-    useful = squares > 1e-10 * squares[0].clamp(min=1e-300)
-    if not useful.any():
-        return np.zeros((len(wanted), 1))
-    return (total @ axes[:, useful] / squares[useful].sqrt()).numpy()
+        differences = values - torch.where(based[:, None].to(block.device), values[bases.to(block.device)], 0)
+        of_shadows = differences[places.to(block.device)]
+        # a spread below rounding error, as in a frozen layer, would only be noise after scaling
+        mean, spread = of_shadows.mean(0), of_shadows.std(0, correction=0)
+        scale = torch.where(spread > 1e-10 * of_shadows.abs().amax(0).clamp(min=1e-300), 1 / spread, 0)
+        centred = (of_shadows - mean) * scale
+        products += (centred @ centred.mT).cpu()
+        projections += (((differences[members.to(block.device)] - mean) * scale) @ centred.mT).cpu()
+    squares, axes = torch.linalg.eigh(products)
+    most = min(components or count // 4, count // 4)
+    squares, axes = squares.flip(0)[:most], axes.flip(1)[:, :most]
+    is_useful = squares > 1e-10 * squares[0].clamp(min=1e-300)
+    if not is_useful.any():
+        return np.zeros((len(members), 1))
+    return (projections @ axes[:, is_useful] / squares[is_useful].sqrt()).numpy()
 
 
 def _of_mlp(layout: Layout) -> Layout:
@@ -222,7 +223,7 @@ def _of_mlp(layout: Layout) -> Layout:
 
 
 def views_of_mlps(
-    vectors: Float[Tensor, "M P"], layout: Layout
+    vectors: Float[Tensor, "P D"], layout: Layout
 ) -> tuple[Mapping[str, np.ndarray], Mapping[str, Tensor]]:
     """Features and sets of small MLPs: `flat`, `sorted`, and the sets of the encoder."""
     features = {"flat": vectors.double().numpy(), "sorted": sorted_neurons(vectors, layout).double().numpy()}

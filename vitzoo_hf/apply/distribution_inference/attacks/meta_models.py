@@ -1,6 +1,6 @@
-"""What attacks learn from shadows: secrets from features, by ridge regression or an MLP.
+"""Learn secrets from features of shadows, by ridge regression or an MLP.
 
-Features are standardised by the shadows alone; targets change nothing. Ridge takes classes as numbers, one a class.
+Features are standardised by the shadows alone; targets change nothing. Ridge regression predicts one number a class.
 """
 
 import warnings
@@ -24,7 +24,7 @@ INTERRUPTED = "Training interrupted by user"
 def standardised(
     shadows: Float64[np.ndarray, "S F"], targets: Float64[np.ndarray, "T F"]
 ) -> tuple[Float64[np.ndarray, "S F"], Float64[np.ndarray, "T F"]]:
-    """Both less the mean of the shadows, over their standard deviation; columns without spread become zeros.
+    """Standardise features by the mean and deviation of the shadows; columns without spread become zeros.
 
     Raises:
         ZooError: for features that are not finite, or too few shadows.
@@ -50,43 +50,43 @@ def _check_features(shadows: np.ndarray, targets: np.ndarray) -> None:
 def guess_by_ridge(
     shadows: Shadows, features: Float64[np.ndarray, "S F"], targets: Float64[np.ndarray, "T F"]
 ) -> Guesses:
-    """Ridge regression whose penalty is chosen by leaving single shadows out."""
+    """Guess by ridge regression; the penalty is selected by leaving single shadows out."""
     from sklearn.linear_model import RidgeCV
 
-    known, seen = standardised(features, targets)
+    inputs, target_inputs = standardised(features, targets)
     truth = _as_numbers(shadows)
-    model = RidgeCV(alphas=PENALTIES).fit(known, truth)
-    return _guesses(shadows, np.asarray(model.predict(seen)).reshape(len(seen), -1))
+    model = RidgeCV(alphas=PENALTIES).fit(inputs, truth)
+    return _guesses(shadows, np.asarray(model.predict(target_inputs)).reshape(len(target_inputs), -1))
 
 
 def guess_by_mlp(
     shadows: Shadows, features: Float64[np.ndarray, "S F"], targets: Float64[np.ndarray, "T F"], seed: int
 ) -> Guesses:
-    """An MLP with layers of 128 and 64 units, stopped early on a tenth of the shadows.
+    """Guess by an MLP with layers of 128 and 64 units, stopped early on a tenth of the shadows.
 
     Source: the meta-classifier of the published experiment, on standardised features.
 
     Raises:
-        ZooError: if it did not converge in 1024 epochs.
+        ZooError: if the MLP did not converge in 1024 epochs.
     """
-    known, seen = standardised(features, targets)
+    inputs, target_inputs = standardised(features, targets)
     check_classes(shadows, 2)
     if isinstance(shadows.secret, ClassSecret):
-        return _guesses(shadows, _values_by_mlp(shadows, known, seen, shadows.secrets.numpy(), seed))
+        return _guesses(shadows, _values_by_mlp(shadows, inputs, target_inputs, shadows.secrets.numpy(), seed))
     mean, spread = _centre(shadows)
-    values = _values_by_mlp(shadows, known, seen, (shadows.secrets.numpy() - mean) / spread, seed)
+    values = _values_by_mlp(shadows, inputs, target_inputs, (shadows.secrets.numpy() - mean) / spread, seed)
     return _guesses(shadows, values * spread + mean)
 
 
 def guess_by_published_mlp(
     shadows: Shadows, features: Float64[np.ndarray, "S F"], targets: Float64[np.ndarray, "T F"], seed: int
 ) -> Guesses:
-    """The same MLP as published: on raw features of a half of the shadows, another half for each seed.
+    """Guess by the MLP as published: on raw features of half of the shadows, another half for each seed.
 
-    Halves keep the shares of classes; guesses of numbers are not kept within their bounds.
+    Halves have the shares of classes of the whole; guesses of numbers are not clamped to their bounds.
 
     Raises:
-        ZooError: if it did not converge in 1024 epochs; for features that are not finite, or too few shadows.
+        ZooError: if the MLP did not converge in 1024 epochs; for features that are not finite, or too few shadows.
     """
     from sklearn.model_selection import train_test_split
 
@@ -100,7 +100,7 @@ def guess_by_published_mlp(
 
 
 def check_classes(shadows: Shadows, fewest: int) -> None:
-    """Refuse too few shadows of a class; of numbers, nothing.
+    """Refuse too few shadows of a class; secrets that are numbers always pass.
 
     Raises:
         ZooError: naming the class.
@@ -115,29 +115,30 @@ def check_classes(shadows: Shadows, fewest: int) -> None:
 
 def _values_by_mlp(
     shadows: Shadows,
-    known: Float64[np.ndarray, "S F"],
-    seen: Float64[np.ndarray, "T F"],
+    inputs: Float64[np.ndarray, "S F"],
+    target_inputs: Float64[np.ndarray, "T F"],
     truth: np.ndarray,
     seed: int,
 ) -> Float64[np.ndarray, "T V"]:
-    """A share a class, or numbers."""
+    """Predict a share for every class, or numbers."""
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.neural_network import MLPClassifier, MLPRegressor
 
     classes = len(shadows.secret.values) if isinstance(shadows.secret, ClassSecret) else 1
     options = {"hidden_layer_sizes": HIDDEN, "max_iter": MAX_EPOCHS, "early_stopping": True, "random_state": seed}
-    options["validation_fraction"] = max(0.1, classes / len(known))
+    # scikit-learn draws the validation part by class, so it must have room for every class
+    options["validation_fraction"] = max(0.1, classes / len(inputs))
     with warnings.catch_warnings():
         warnings.simplefilter("error", ConvergenceWarning)
         warnings.filterwarnings("error", INTERRUPTED)  # scikit-learn would go on with what it has
         try:
             if isinstance(shadows.secret, ClassSecret):
-                classifier = MLPClassifier(**options).fit(known, truth)
-                shares = np.zeros((len(seen), classes))
-                shares[:, classifier.classes_] = classifier.predict_proba(seen)
+                classifier = MLPClassifier(**options).fit(inputs, truth)
+                shares = np.zeros((len(target_inputs), classes))
+                shares[:, classifier.classes_] = classifier.predict_proba(target_inputs)
                 return shares
-            regressor = MLPRegressor(**options).fit(known, truth[:, 0] if truth.shape[1] == 1 else truth)
-            return np.asarray(regressor.predict(seen)).reshape(len(seen), -1)
+            regressor = MLPRegressor(**options).fit(inputs, truth[:, 0] if truth.shape[1] == 1 else truth)
+            return np.asarray(regressor.predict(target_inputs)).reshape(len(target_inputs), -1)
         except ConvergenceWarning:
             raise ZooError(
                 f"the meta-classifier did not converge in {MAX_EPOCHS} epochs: give more shadows"
@@ -160,16 +161,16 @@ def _as_numbers(shadows: Shadows) -> np.ndarray:
 
 
 def _guesses(shadows: Shadows, values: Float64[np.ndarray, "T V"]) -> Guesses:
-    """Of a value a class, or of numbers, which are kept within their bounds."""
-    found = torch.from_numpy(np.ascontiguousarray(values, dtype=np.float64))
+    """Turn a value for every class, or numbers, into guesses; numbers are clamped to their bounds."""
+    predictions = torch.from_numpy(np.ascontiguousarray(values, dtype=np.float64))
     if isinstance(shadows.secret, ClassSecret):
-        scores = found[:, 1] - found[:, 0] if found.shape[1] == 2 else None
-        return Guesses(found.argmax(1), scores)
-    return Guesses(clamped(shadows, found))
+        scores = predictions[:, 1] - predictions[:, 0] if predictions.shape[1] == 2 else None
+        return Guesses(predictions.argmax(1), scores)
+    return Guesses(clamped(shadows, predictions))
 
 
 def clamped(shadows: Shadows, values: Float64[Tensor, "T V"]) -> Float64[Tensor, "T V"]:
-    """Numbers moved into the intervals that secrets are known to be in."""
+    """Clamp numbers to the intervals of the secret."""
     assert not isinstance(shadows.secret, ClassSecret)
     bounds = torch.tensor(shadows.secret.bounds, dtype=torch.float64)
     return values.maximum(bounds[:, 0]).minimum(bounds[:, 1])

@@ -1,7 +1,7 @@
-"""Attacks by networks that read weights as sets: no order of neurons or heads changes what they say.
+"""Attacks by networks that read weights as sets, so that the order of neurons and heads does not change a guess.
 
 `set_encoder` takes ViTs and small MLPs; `deep_sets` is the published network, for MLPs with one hidden layer. Both
-are trained on nine tenths of the shadows until the rest no longer gains.
+are trained on nine tenths of the shadows until the loss on the last tenth stops falling.
 """
 
 import copy
@@ -29,7 +29,7 @@ Sets = Mapping[str, Tensor]
 
 
 class _Rows(nn.Module):
-    """Rows of a set -> the mean of their codes; each block has a bias of its own, and hears of the block before."""
+    """Rows of a set -> the mean of their codes; a block has its bias, and gets the code of the block before."""
 
     def __init__(self, width: int, depth: int, context: int) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class _Rows(nn.Module):
         self.heard = nn.Linear(context, INSIDE, bias=False) if context else None
         self.code = nn.Linear(INSIDE, CODE)
 
-    def forward(self, rows: Float[Tensor, "M *h n r"], block: int, context: Tensor | None) -> Float[Tensor, "M *h c"]:
+    def forward(self, rows: Float[Tensor, "P *h n r"], block: int, context: Tensor | None) -> Float[Tensor, "P *h c"]:
         hidden = self.inside(rows) + self.of_block[block]
         if self.heard is not None and context is not None:
             hidden = hidden + self.heard(context).view(len(rows), *[1] * (rows.ndim - 2), -1)
@@ -46,11 +46,11 @@ class _Rows(nn.Module):
 
 
 class SetEncoder(nn.Module):
-    """Sets of weights -> values: every block's neurons and heads as sets, plain vectors beside them.
+    """Sets of weights -> values: neurons and heads of every block as sets, all other tensors as plain vectors.
 
     Args:
-        sets: of some models, for the shapes.
-        outputs: values to give.
+        sets: sets of any models, for the shapes.
+        outputs: number of values.
 
     Example:
         >>> sets = {"neurons": torch.randn(3, 1, 5, 4), "plain": torch.randn(3, 2)}
@@ -74,25 +74,25 @@ class SetEncoder(nn.Module):
         self.plain = nn.Sequential(nn.Linear(sets["plain"].shape[1], INSIDE), nn.ReLU(), nn.Linear(INSIDE, CODE))
         self.read = nn.Sequential(nn.Dropout(DROPOUT), nn.Linear(self.depth * code + CODE, outputs))
 
-    def forward(self, sets: Sets) -> Float[Tensor, "M V"]:
-        """Values of each model."""
+    def forward(self, sets: Sets) -> Float[Tensor, "P V"]:
+        """Predict the values of each model."""
         codes: list[Tensor] = []
         for block in range(self.depth):
             before = codes[-1] if codes else None
-            found = [self.neurons(sets["neurons"][:, block], block, before)]
+            parts = [self.neurons(sets["neurons"][:, block], block, before)]
             if self.has_heads:
                 inner = [self.query_key(sets["query_key"][:, block], block, before)]
                 inner.append(self.value_output(sets["value_output"][:, block], block, before))
-                found.append(self.heads(torch.cat(inner, -1), block, before))
-            codes.append(torch.cat(found, -1))
+                parts.append(self.heads(torch.cat(inner, -1), block, before))
+            codes.append(torch.cat(parts, -1))
         return self.read(torch.cat([*codes, self.plain(sets["plain"])], 1))
 
 
 class DeepSets(nn.Module):
-    """The published network: units of a layer are a set whose codes, in their order, every unit of the next sees.
+    """The published network: units of a layer are a set; every unit of the next layer reads their codes in order.
 
-    Source: Ganju et al., CCS 2018, with the sizes of Hartmann et al., 2023. Reading codes in order makes it depend on
-    the order of units, as published.
+    Source: Ganju et al., CCS 2018, with the sizes of Hartmann et al., 2023. The order of codes makes the network
+    depend on the order of units, as published.
     """
 
     def __init__(self, sets: Sets, outputs: int) -> None:
@@ -107,8 +107,8 @@ class DeepSets(nn.Module):
         layers = [nn.Linear(width, INSIDE), nn.ReLU(), nn.Linear(INSIDE, PUBLISHED_CODE), nn.Dropout(0.5), nn.ReLU()]
         return nn.Sequential(*layers)
 
-    def forward(self, sets: Sets) -> Float[Tensor, "M V"]:
-        """Values of each model."""
+    def forward(self, sets: Sets) -> Float[Tensor, "P V"]:
+        """Predict the values of each model."""
         rows = sets["neurons"][:, 0]
         codes = self.first(rows[..., :-1])
         output = torch.cat([rows[..., -1], sets["plain"], codes.flatten(1)], 1)
@@ -119,10 +119,10 @@ def set_encoder(shadows: Shadows, targets: Views, seed: int = 0, *, device: str 
     """A permutation-invariant encoder of all weights, trained on shadows.
 
     Args:
-        shadows: with `views.sets`.
-        targets: with sets alike.
-        seed: of initial weights, the held-out tenth, and batches.
-        device: where it is trained.
+        shadows: shadows with `views.sets`.
+        targets: targets with sets of the shapes of the shadows.
+        seed: seed of initial weights, the held-out tenth, and batches.
+        device: device that trains.
 
     Raises:
         ZooError: if sets were not taken, there are too few shadows, or weights are not finite.
@@ -152,81 +152,80 @@ def _fitted(
         raise ZooError(
             f"{len(shadows.secrets)} shadows are too few to learn from: expected at least {FEWEST_SHADOWS}"
         )
-    known, seen = standardised_sets(shadows.views.sets, targets.sets)
-    known, seen = ({name: each.to(device) for name, each in sets.items()} for sets in (known, seen))
+    of_shadows, of_targets = (
+        {name: values.to(device) for name, values in sets.items()}
+        for sets in standardised_sets(shadows.views.sets, targets.sets)
+    )
     truth, centre, spread = _truth(shadows)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        network = kind(known, truth.shape[1] if truth.is_floating_point() else len(_classes(shadows))).to(device)
-        _train(network, known, truth.to(device), seed)
+        network = kind(of_shadows, _outputs(shadows)).to(device)
+        _train(network, of_shadows, truth.to(device), seed)
     with torch.no_grad():
-        found = torch.cat([network(_at(seen, each)) for each in torch.arange(_count(seen)).split(64)]).double().cpu()
+        batches = torch.arange(len(of_targets["neurons"])).split(LARGEST_BATCH)
+        values = torch.cat([network(_at(of_targets, batch)) for batch in batches]).double().cpu()
     if isinstance(shadows.secret, ClassSecret):
-        return Guesses(found.argmax(1), found[:, 1] - found[:, 0] if found.shape[1] == 2 else None)
-    return Guesses(clamped(shadows, found * spread + centre))
+        return Guesses(values.argmax(1), values[:, 1] - values[:, 0] if values.shape[1] == 2 else None)
+    return Guesses(clamped(shadows, values * spread + centre))
 
 
-def standardised_sets(known: Sets, seen: Sets) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Both less the mean of the shadows' rows, over their standard deviation; a block and number of a row at a time.
+def standardised_sets(of_shadows: Sets, of_targets: Sets) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Standardise sets by mean and deviation over the rows of shadows, for each block and each number of a row.
 
     Raises:
         ZooError: for weights that are not finite.
     """
     first: dict[str, Tensor] = {}
     second: dict[str, Tensor] = {}
-    for name, values in known.items():
-        if not values.isfinite().all() or not seen[name].isfinite().all():
+    for name, values in of_shadows.items():
+        if not values.isfinite().all() or not of_targets[name].isfinite().all():
             raise ZooError("weights of some model are NaN or infinite: leave diverged models out, and count them")
         axes = [0] if values.ndim == 2 else [0, *range(2, values.ndim - 1)]
         mean, spread = values.mean(axes, keepdim=True), values.std(axes, keepdim=True, correction=0)
         scale = torch.where(spread > 1e-6 * mean.abs().clamp(min=1e-30), 1 / spread, 0)
-        first[name], second[name] = (values - mean) * scale, (seen[name] - mean) * scale
+        first[name], second[name] = (values - mean) * scale, (of_targets[name] - mean) * scale
     return first, second
 
 
 def _train(network: nn.Module, sets: Sets, truth: Tensor, seed: int) -> None:
-    """Adam until held-out shadows no longer gain; the best weights are kept, in eval mode."""
+    """Train by Adam until the held-out loss stops falling; load the best weights, in eval mode."""
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(truth), generator=generator)
-    held, used = order[: math.ceil(HELD_OUT * len(order))], order[math.ceil(HELD_OUT * len(order)) :]
-    size = min(max(len(used) // BATCHES, SMALLEST_BATCH), LARGEST_BATCH)
+    held_out, training = order[: math.ceil(HELD_OUT * len(order))], order[math.ceil(HELD_OUT * len(order)) :]
+    size = min(max(len(training) // BATCHES, SMALLEST_BATCH), LARGEST_BATCH)
     loss_of = nn.functional.mse_loss if truth.is_floating_point() else nn.functional.cross_entropy
     optimizer = torch.optim.Adam(network.parameters(), lr=LR, weight_decay=WEIGHT_DECAY, foreach=True)
-    best, kept, waited = math.inf, copy.deepcopy(network.state_dict()), 0
+    best, weights, waited = math.inf, copy.deepcopy(network.state_dict()), 0
     for _ in range(MOST_EPOCHS):
         network.train()
-        for batch in used[torch.randperm(len(used), generator=generator)].split(size):
+        for batch in training[torch.randperm(len(training), generator=generator)].split(size):
             optimizer.zero_grad()
             loss_of(network(_at(sets, batch)), truth[batch.to(truth.device)]).backward()
             optimizer.step()
         network.eval()
         with torch.no_grad():
-            loss = loss_of(network(_at(sets, held)), truth[held.to(truth.device)]).item()
+            loss = loss_of(network(_at(sets, held_out)), truth[held_out.to(truth.device)]).item()
         waited = 0 if loss < best else waited + 1
         if loss < best:
-            best, kept = loss, copy.deepcopy(network.state_dict())
+            best, weights = loss, copy.deepcopy(network.state_dict())
         if waited == PATIENCE:
             break
-    network.load_state_dict(kept)
+    network.load_state_dict(weights)
     network.eval()
 
 
 def _truth(shadows: Shadows) -> tuple[Tensor, Tensor, Tensor]:
-    """Classes; or numbers, standardised, with their mean and deviation."""
+    """Secrets to learn: classes, or standardised numbers with their mean and deviation."""
     if isinstance(shadows.secret, ClassSecret):
         return shadows.secrets, torch.tensor(0.0), torch.tensor(1.0)
     centre, spread = shadows.secrets.mean(0), shadows.secrets.std(0, correction=0).clamp(min=1e-12)
     return ((shadows.secrets - centre) / spread).float(), centre, spread
 
 
-def _classes(shadows: Shadows) -> tuple[object, ...]:
-    assert isinstance(shadows.secret, ClassSecret)
-    return shadows.secret.values
+def _outputs(shadows: Shadows) -> int:
+    secret = shadows.secret
+    return len(secret.values) if isinstance(secret, ClassSecret) else len(secret.bounds)
 
 
 def _at(sets: Sets, places: Tensor) -> dict[str, Tensor]:
     return {name: values[places.to(values.device)] for name, values in sets.items()}
-
-
-def _count(sets: Sets) -> int:
-    return len(sets["neurons"])

@@ -1,7 +1,7 @@
-"""Thousands of small MLPs trained at once: inputs – hidden ReLU units – one output, a row of a matrix each.
+"""Train thousands of small MLPs at once: inputs, one layer of hidden ReLU units, one output.
 
-Models run in groups that fit a processor's cache. Examples lie on the last axis: inputs are `[M, I, n]`, outputs
-`[M, n]`, of M models on n examples each.
+A model is a row of a matrix. Models run in groups that fit a processor's cache. Examples lie on the last axis: P
+models with N examples each have inputs `[P, I, N]` and outputs `[P, N]`.
 """
 
 import math
@@ -16,12 +16,14 @@ from vitzoo_hf.format.layout import Layout, unflatten
 from vitzoo_hf.progress import progress_bar
 
 GROUP_ACTIVATIONS = {"cpu": 2**16, "cuda": 2**26}
+"""Activations of a group: 256 KiB fit the cache of a core; a GPU wants many models at once."""
 SMALLEST_GROUP = 64
 DIVERGED = 1e6
+"""A weight beyond this, or one that is not finite, marks a model as diverged."""
 BETAS = (0.9, 0.999)
 
-Loss = Callable[[Float[Tensor, "M n"], Float[Tensor, "M n"], int], Float[Tensor, " M"]]
-"""Outputs, targets and the number of the step -> a loss of each model."""
+Loss = Callable[[Float[Tensor, "P N"], Float[Tensor, "P N"], int], Float[Tensor, " P"]]
+"""Outputs, targets and the number of the step -> loss of each model."""
 
 
 @dataclass(frozen=True)
@@ -37,21 +39,21 @@ class Widths:
 
     @property
     def layout(self) -> Layout:
-        """Of the flat vector of a model."""
+        """Layout of the flat vector of a model."""
         names = ("hidden.weight", "hidden.bias", "output.weight", "output.bias")
         return Layout(names, ((self.hidden, self.inputs), (self.hidden,), (1, self.hidden), (1,)))
 
 
 @dataclass(frozen=True)
 class Training:
-    """How MLPs are trained.
+    """Settings of the training of MLPs.
 
     Attributes:
         lr: learning rate.
-        weight_decay: added to gradients times the weights (L2, not decoupled).
-        epochs: passes over the data; with `steps`, only their upper bound is lifted.
-        steps: updates, over as many epochs as they take; None follows `epochs`.
-        batch_size: examples an update; None takes all.
+        weight_decay: factor of the weights that is added to gradients (L2, not decoupled).
+        epochs: passes over the data; ignored if `steps` is set.
+        steps: number of updates; None follows `epochs`.
+        batch_size: number of examples in an update; None takes all.
         optimizer: `adam` or `sgd`.
         stop_below: a model stops after the first epoch whose running training loss is below this.
     """
@@ -69,7 +71,7 @@ class Training:
             raise ValueError(f"optimizer={self.optimizer!r}; expected 'adam' or 'sgd'")
 
     def steps_for(self, n: int) -> int:
-        """Updates of a model on n examples that is not stopped.
+        """Number of updates of a model on n examples if it does not stop early.
 
         >>> Training().steps_for(2048), Training(steps=100).steps_for(2048)
         (1280, 100)
@@ -77,8 +79,8 @@ class Training:
         return self.steps if self.steps is not None else self.epochs * math.ceil(n / (self.batch_size or n))
 
 
-def initial_mlps(widths: Widths, count: int, generator: torch.Generator) -> Float[Tensor, "M P"]:
-    """Weights as PyTorch's linear layers start: uniform within one over the root of a layer's inputs."""
+def initial_mlps(widths: Widths, count: int, generator: torch.Generator) -> Float[Tensor, "P D"]:
+    """Draw weights like PyTorch's linear layers: uniform, bounded by one over the root of a layer's inputs."""
     bounds = [
         torch.full((math.prod(shape),), 1 / math.sqrt(widths.inputs if name.startswith("hidden") else widths.hidden))
         for name, shape in zip(widths.layout.names, widths.layout.shapes, strict=True)
@@ -88,9 +90,9 @@ def initial_mlps(widths: Widths, count: int, generator: torch.Generator) -> Floa
 
 
 def mlp_outputs(
-    vectors: Float[Tensor, "M P"], widths: Widths, inputs: Float[Tensor, "M I n"] | Float[Tensor, "1 I n"]
-) -> Float[Tensor, "M n"]:
-    """Outputs of each model on its own inputs, or of all on the same.
+    vectors: Float[Tensor, "P D"], widths: Widths, inputs: Float[Tensor, "P I N"] | Float[Tensor, "1 I N"]
+) -> Float[Tensor, "P N"]:
+    """Outputs of each model on its inputs, or of all models on shared inputs.
 
     Example:
         >>> mlp_outputs(torch.ones(1, 4), Widths(1, 1), torch.tensor([[[-3.0, 2.0]]]))
@@ -102,13 +104,13 @@ def mlp_outputs(
     return torch.baddbmm(parts["output.bias"][:, :, None], parts["output.weight"], hidden)[:, 0]
 
 
-def squared_error(outputs: Float[Tensor, "M n"], targets: Float[Tensor, "M n"], step: int) -> Float[Tensor, " M"]:
-    """Mean squared error of each model; the same at every step."""
+def squared_error(outputs: Float[Tensor, "P N"], targets: Float[Tensor, "P N"], step: int) -> Float[Tensor, " P"]:
+    """Mean squared error of each model; the number of the step is ignored."""
     return (outputs - targets).square().mean(1)
 
 
-def diverged(vectors: Float[Tensor, "M P"]) -> Bool[Tensor, " M"]:
-    """Models with a weight that is not finite, or beyond a million.
+def diverged(vectors: Float[Tensor, "P D"]) -> Bool[Tensor, " P"]:
+    """Mark models with a weight that is not finite or beyond a million.
 
     >>> diverged(torch.tensor([[0.0], [2e6], [float("nan")]]))
     tensor([False,  True,  True])
@@ -118,29 +120,29 @@ def diverged(vectors: Float[Tensor, "M P"]) -> Bool[Tensor, " M"]:
 
 def train_mlps(
     widths: Widths,
-    inputs: Float[Tensor, "M I n"],
-    targets: Float[Tensor, "M n"],
+    inputs: Float[Tensor, "P I N"],
+    targets: Float[Tensor, "P N"],
     training: Training,
     *,
     loss: Loss = squared_error,
     seed: int = 0,
     device: str | torch.device = "cpu",
     progress: bool = False,
-) -> Float[Tensor, "M P"]:
-    """Train one model on each data set, from an initialisation of its own.
+) -> Float[Tensor, "P D"]:
+    """Train one model on each data set; every model has its initialisation.
 
     Args:
-        widths: of every model.
-        inputs: of each model's own examples.
-        targets: of the examples.
-        training: how.
-        loss: of each model, differentiable by outputs.
-        seed: of initial weights and of the order of examples, which models of a group share.
-        device: where they are trained.
+        widths: sizes of every model.
+        inputs: inputs of the examples of each model.
+        targets: targets of the examples.
+        training: settings of the training.
+        loss: loss of each model, differentiable in the outputs.
+        seed: seed of initial weights and of the order of examples; models of a group share the order.
+        device: device that trains.
         progress: show a bar.
 
     Returns:
-        Weights on the CPU; those of a model that diverged are kept as they are.
+        Weights on the CPU, diverged ones included: see `diverged`.
 
     Example:
         >>> x = torch.linspace(-1, 1, 64).expand(2, 1, -1)
@@ -156,24 +158,24 @@ def train_mlps(
     with progress_bar("training MLPs", "model", shown=progress, total=count) as bar:
         for first in range(0, count, size):
             group = slice(first, min(first + size, count))
-            held = (vectors[group].to(device), inputs[group].to(device), targets[group].to(device))
-            vectors[group] = _train_group(widths, *held, training, loss, generator).cpu()
+            tensors = (vectors[group].to(device), inputs[group].to(device), targets[group].to(device))
+            vectors[group] = _train_group(widths, *tensors, training, loss, generator).cpu()
             bar.update(group.stop - group.start)
     return vectors
 
 
 def _train_group(
     widths: Widths,
-    vectors: Float[Tensor, "M P"],
-    inputs: Float[Tensor, "M I n"],
-    targets: Float[Tensor, "M n"],
+    vectors: Float[Tensor, "P D"],
+    inputs: Float[Tensor, "P I N"],
+    targets: Float[Tensor, "P N"],
     training: Training,
     loss: Loss,
     generator: torch.Generator,
-) -> Float[Tensor, "M P"]:
-    """Models that train the same number of steps; those that reach the loss they stop at leave the group."""
+) -> Float[Tensor, "P D"]:
+    """Train a group; a model that reaches the loss at which it stops leaves the group."""
     n = targets.shape[1]
-    done = vectors.clone()
+    final = vectors.clone()
     alive = torch.arange(len(vectors), device=vectors.device)
     optimizer = _Optimizer(training, vectors)
     for order, steps in _epochs(n, training, generator):
@@ -188,49 +190,49 @@ def _train_group(
             continue
         stopped = running < training.stop_below
         if stopped.any():
-            done[alive[stopped]] = optimizer.vectors[stopped]
-            left = ~stopped
-            alive, inputs, targets = alive[left], inputs[left], targets[left]
-            optimizer.keep(left)
+            final[alive[stopped]] = optimizer.vectors[stopped]
+            remaining = ~stopped
+            alive, inputs, targets = alive[remaining], inputs[remaining], targets[remaining]
+            optimizer.keep(remaining)
         if not len(alive):
-            return done
-    done[alive] = optimizer.vectors
-    return done
+            return final
+    final[alive] = optimizer.vectors
+    return final
 
 
 def _epochs(
     n: int, training: Training, generator: torch.Generator
-) -> Iterator[tuple[Int64[Tensor, " n"] | None, int]]:
-    """The order of examples in each epoch, None where a batch is all of them, and the steps that are left."""
-    left = training.steps_for(n)
+) -> Iterator[tuple[Int64[Tensor, " N"] | None, int]]:
+    """Yield the order of examples of each epoch (None if one batch has all examples) and the remaining steps."""
+    remaining = training.steps_for(n)
     batches = math.ceil(n / (training.batch_size or n))
-    while left > 0:
-        yield (None if batches == 1 else torch.randperm(n, generator=generator)), left
-        left -= batches
+    while remaining > 0:
+        yield (None if batches == 1 else torch.randperm(n, generator=generator)), remaining
+        remaining -= batches
 
 
 def _batches(
-    inputs: Float[Tensor, "M I n"], targets: Float[Tensor, "M n"], order: Int64[Tensor, " n"] | None, size: int
+    inputs: Float[Tensor, "P I N"], targets: Float[Tensor, "P N"], order: Int64[Tensor, " N"] | None, size: int
 ) -> list[tuple[Tensor, Tensor]]:
-    """Inputs `[M, I, b]` and targets `[M, b]` of each batch."""
+    """Inputs `[P, I, b]` and targets `[P, b]` of each batch."""
     if order is None:
         return [(inputs, targets)]
-    here = order.to(inputs.device)
-    return list(zip(inputs[..., here].split(size, 2), targets[:, here].split(size, 1), strict=True))
+    index = order.to(inputs.device)
+    return list(zip(inputs[..., index].split(size, 2), targets[:, index].split(size, 1), strict=True))
 
 
 class _Optimizer:
-    """Adam or gradient descent with L2, on models as rows."""
+    """Adam or gradient descent with L2; models are rows, so that a stopped model can leave."""
 
-    def __init__(self, training: Training, vectors: Float[Tensor, "M P"]) -> None:
+    def __init__(self, training: Training, vectors: Float[Tensor, "P D"]) -> None:
         self.training, self.vectors, self.steps = training, vectors.clone(), 0
         self.mean, self.square = torch.zeros_like(vectors), torch.zeros_like(vectors)
 
-    def keep(self, models: Bool[Tensor, " M"]) -> None:
+    def keep(self, models: Bool[Tensor, " P"]) -> None:
         self.vectors, self.mean, self.square = self.vectors[models], self.mean[models], self.square[models]
 
     @torch.no_grad()
-    def step(self, gradient: Float[Tensor, "M P"]) -> None:
+    def step(self, gradient: Float[Tensor, "P D"]) -> None:
         self.steps += 1
         gradient = gradient.add(self.vectors, alpha=self.training.weight_decay)
         if self.training.optimizer == "sgd":

@@ -1,4 +1,4 @@
-"""Attacks on weights, on features of `weight_features`; the set encoder has a module of its own."""
+"""Attacks on weights, by features of the module `features`; the set encoder lies in `set_encoder`."""
 
 from functools import partial
 
@@ -15,10 +15,10 @@ LARGEST_FLAT = 200_000
 
 
 def features_of(name: str, shadows: Shadows, targets: Views) -> tuple[np.ndarray, np.ndarray]:
-    """Features of shadows and targets by name.
+    """Select features of shadows and targets by name.
 
     Raises:
-        ZooError: if they were not taken.
+        ZooError: if the features are missing.
     """
     if name not in shadows.views.features or name not in targets.features:
         raise ZooError(f"this attack reads {name!r} off weights, which were not taken: give access to weights")
@@ -26,27 +26,29 @@ def features_of(name: str, shadows: Shadows, targets: Views) -> tuple[np.ndarray
 
 
 def ridge_on(name: str, shadows: Shadows, targets: Views, seed: int = 0) -> Guesses:
-    """Ridge regression from features of weights: `head`, `components` or `statistics`."""
+    """Guess from features of weights (`head`, `components` or `statistics`) by ridge regression."""
     return guess_by_ridge(shadows, *features_of(name, shadows, targets))
 
 
 def mlp_on(name: str, shadows: Shadows, targets: Views, seed: int = 0) -> Guesses:
-    """An MLP on features of weights: the baselines `flat` and `sorted`, for small models.
+    """Guess from features of weights by an MLP: the baselines `flat` and `sorted`, for small models.
 
     Raises:
         ZooError: for more than 200,000 weights.
     """
-    own, seen = features_of(name, shadows, targets)
-    if own.shape[1] > LARGEST_FLAT:
-        raise ZooError(f"an MLP on {own.shape[1]:,} flat weights: expected at most {LARGEST_FLAT:,}; use components")
-    return guess_by_mlp(shadows, own, seen, seed)
+    of_shadows, of_targets = features_of(name, shadows, targets)
+    if of_shadows.shape[1] > LARGEST_FLAT:
+        raise ZooError(
+            f"an MLP on {of_shadows.shape[1]:,} flat weights: expected at most {LARGEST_FLAT:,}; use components"
+        )
+    return guess_by_mlp(shadows, of_shadows, of_targets, seed)
 
 
 def log_odds_estimate(shadows: Shadows, targets: Views, seed: int = 0) -> Guesses:
-    """The share of class 1 as the head's bias says it: the logistic of the difference of the two biases.
+    """Estimate the share of class 1 from the biases of the head: the logistic of their difference.
 
-    At the optimum of cross-entropy with features that say nothing, the biases differ by `ln(r / (1 - r))`. No shadow
-    is used: the guess of a class is the candidate ratio nearest to that share.
+    At the optimum of cross-entropy without informative features, the biases differ by `ln(r / (1 - r))`. No shadow is
+    used: the guessed class is the candidate ratio nearest to the estimate.
 
     Raises:
         ZooError: for models without exactly two classes, or a secret that is no ratio.
@@ -66,8 +68,8 @@ def log_odds_estimate(shadows: Shadows, targets: Views, seed: int = 0) -> Guesse
     return Guesses(distance.argmin(1), scores)
 
 
-def label_ratio(bias: Float64[np.ndarray, "M 2"]) -> Float64[np.ndarray, "M 1"]:
-    """Share of class 1 that the biases of a classifier tell.
+def label_ratio(bias: Float64[np.ndarray, "P 2"]) -> Float64[np.ndarray, "P 1"]:
+    """Share of class 1 by the biases of a classifier.
 
     >>> label_ratio(np.array([[0.0, 0.0], [0.0, np.log(3.0)]]))[:, 0].round(4).tolist()
     [0.5, 0.75]
