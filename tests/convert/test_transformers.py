@@ -15,6 +15,7 @@ from vitzoo_hf.convert.sources.checkpoints import plan_checkpoints
 from vitzoo_hf.convert.transformers import check_known_to_transformers
 from vitzoo_hf.format.layout import Layout, flatten
 from vitzoo_hf.format.schema import ZooError, canonical_json
+from vitzoo_hf.models.architecture import Architecture
 from vitzoo_hf.models.vit import create
 from vitzoo_hf.zoo import Zoo
 
@@ -103,7 +104,7 @@ def test_another_epsilon_is_written_down(tmp_path, monkeypatch):
                 module.eps = 1e-3
         return model
 
-    monkeypatch.setattr(transformers_folder, "skeleton", with_another)
+    monkeypatch.setattr(Architecture, "skeleton", property(with_another))
     export_row(row_of(), tmp_path / "model", format="transformers")
     assert json.loads((tmp_path / "model" / "config.json").read_text())["layer_norm_eps"] == 1e-3
 

@@ -31,7 +31,13 @@ from vitzoo_hf.read_ahead import mapped_ahead
 
 LICENCE = r"[a-z0-9][a-z0-9._-]{1,60}"
 ANOTHER = "a zoo that is not of this source and these options: choose another folder, or replace=True (--replace)"
-DEFAULT_SPLITS: dict[str, str | float] = {"by": "lineage", "seed": 0, "train": 1.0, "validation": 0.0, "test": 0.0}
+DEFAULT_SPLITS: dict[str, str | int | float] = {
+    "by": "lineage",
+    "seed": 0,
+    "train": 1.0,
+    "validation": 0.0,
+    "test": 0.0,
+}
 
 
 class NothingTakenError(ZooError):
@@ -70,7 +76,7 @@ def convert(
     folder: str | Path,
     *,
     dtype: str = "float32",
-    splits: Mapping[str, str | float] | None = None,
+    splits: Mapping[str, str | int | float] | None = None,
     licence: str = "unknown",
     workers: int = 2,
     replace: bool = False,
@@ -144,7 +150,7 @@ class _Job:
 
     plan: SourcePlan
     dtype: str
-    splits: dict[str, str | float]
+    splits: dict[str, str | int | float]
     licence: str
 
     @property

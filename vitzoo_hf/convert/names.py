@@ -230,7 +230,7 @@ def _fitting(
 
 
 def _is_default(
-    architecture: str, args: Mapping[str, Any], name: str, value: float, head: str, hidden: int | None
+    architecture: str, args: Mapping[str, Any], name: str, value: int | float, head: str, hidden: int | None
 ) -> bool:
     try:
         plain = Architecture(architecture, args, head, hidden).layout

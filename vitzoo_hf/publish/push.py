@@ -257,7 +257,7 @@ def _publish(
     deletions = [CommitOperationDelete(path, is_folder=False) for path in change.deleted]
     last = [path for path in change.changed if path in LAST]
     early: list[str | CommitOperationDelete] = [*(path for path in change.changed if path not in LAST), *deletions]
-    *groups, end = list[list[str | CommitOperationDelete]](_batches(early, COMMIT_OPERATIONS - len(LAST))) or [[]]
+    *groups, end = list(_batches(early, COMMIT_OPERATIONS - len(LAST))) or [[]]
     groups += [[*end, *last]] if end or last else []
     head = remote.head
     for number, group in enumerate(groups, 1):
