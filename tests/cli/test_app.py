@@ -107,11 +107,15 @@ def test_get_and_export_are_exact(capsys, tiny_zoo, tmp_path):
         (["plan", "mnii"], 1, "unknown blueprint 'mnii': did you mean 'mini'?"),
         (["plan", "nowhere.yaml"], 1, "cannot read nowhere.yaml: No such file or directory"),
         (["train", TINY, "--out", "/dev/null/runs"], 1, "cannot write into /dev/null/runs"),
-        (["train", TINY, "--out", "runs", "--storage", "s3://b/r"], 1, "belong to --ray: give it too, or drop them"),
+        (
+            ["train", TINY, "--out", "runs", "--storage", "s3://b/r"],
+            1,
+            "need --ray: give --ray too, or leave them out",
+        ),
         (
             ["train", TINY, "--out", "runs", "--ray", "--workers", "2"],
             1,
-            "--workers is for training without --ray",
+            "--workers does not apply with --ray",
         ),
         (["train", TINY, "--out", "runs", "--ray", "auto", "--cpus-per-run", "0"], 1, "CPUs of a run are 0"),
         (["train", TINY, "--out", "runs", "--ray", "--gpus-per-run", "1.5"], 1, "GPUs of a run are 1.5"),

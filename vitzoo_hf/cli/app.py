@@ -1,4 +1,7 @@
-"""The command line: one verb a step. Nothing heavy is imported before a verb needs it."""
+"""The `vitzoo` command: its app, the verbs that build a zoo, and exit statuses.
+
+Costs: torch, timm, pandas and pyarrow are imported inside a verb, so that `vitzoo --help` answers at once.
+"""
 
 import os
 import sys
@@ -27,7 +30,6 @@ from vitzoo_hf.cli.options import (
     open_zoo,
     print_json,
     print_table,
-    table_records,
 )
 from vitzoo_hf.cli.properties import properties
 from vitzoo_hf.cli.rebasin import rebasin
@@ -40,7 +42,7 @@ if TYPE_CHECKING:
     from vitzoo_hf.zoo.zoo import Zoo
 
 CONTINUED = ("train", "evaluate", "pack", "convert", "push", "quickstart", "export", "encode")
-"""Verbs that keep what they had done when they are interrupted."""
+"""Verbs that continue after an interruption when they are called again."""
 
 app = App(
     name="vitzoo",
@@ -48,7 +50,9 @@ app = App(
     version=VERSION,
     suppress_keyboard_interrupt=False,
 )
-app.register_install_completion_command(help="Install completion: a script, and a line in the shell's start-up file.")
+app.register_install_completion_command(
+    help="Install shell completion: writes a script, and adds a line to the shell's start-up file."
+)
 
 app.command(list_rows, name="ls")
 for verb in (
@@ -80,11 +84,11 @@ def quickstart(
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Build the mini zoo on real images, publish it as a dataset, open it, measure it.
+    """Train a small zoo on real images, publish it as a dataset folder, measure it, and write its report.
 
     Args:
         out: Folder for the zoo, the report and the training checkpoints.
-        blueprint: Another zoo to build: a name, or a YAML file.
+        blueprint: Blueprint of the zoo to build: a name such as `mini`, or a YAML file.
     """
     from vitzoo_hf.blueprint.blueprint import Blueprint
     from vitzoo_hf.cli.quickstart import quickstart as build
@@ -104,11 +108,11 @@ def quickstart(
                 "already_done": outcome.already_done,
                 "seconds": round(time.perf_counter() - start, 1),
                 "rows": len(zoo),
-                "table": table_records(table),
+                "table": table,
             }
         )
         return
-    print_table(table_records(table))
+    print_table(table)
     if outcome.already_done:
         print(f"\nAlready done: the zoo in {outcome.zoo} is complete and measured; nothing was trained.")
     else:
@@ -124,7 +128,7 @@ def quickstart(
     zoo = vz.Zoo({str(outcome.zoo)!r})
     model = zoo.model({_best_model(zoo)!r})      # a live timm ViT
 
-or stay here: vitzoo ls {outcome.zoo} --where factor_optimizer=adamw"""
+or continue on the command line: vitzoo ls {outcome.zoo} --where factor_optimizer=adamw"""
         )
 
 
@@ -138,18 +142,19 @@ def plan(
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Say what a blueprint will cost: runs, rows, parameters, disk, time. Nothing is trained.
+    """Estimate what a blueprint will cost: runs, rows, parameters, disk, time. Nothing is trained.
 
     Args:
         blueprint: A name such as `mini`, or a YAML file.
-        device: Where a few steps are timed.
-        write: Write the blueprint itself into this new file instead, to be changed.
+        device: Device on which a few training steps are timed: cpu or cuda.
+        write: New file into which the blueprint is copied, as a start for a blueprint of your own. No cost is
+            estimated then.
     """
     from vitzoo_hf.blueprint.blueprint import Blueprint
 
     if write is not None:
         _write_new(write, Blueprint.load(blueprint).text)
-        hint(f"Next: change {write}, then vitzoo plan {write}")
+        hint(f"Next: edit {write}, then vitzoo plan {write}")
         return
     from vitzoo_hf.launch.cost import make_plan
 
@@ -161,7 +166,7 @@ def plan(
     size = f"{smallest:,}" if smallest == largest else f"{smallest:,} to {largest:,}"
     print(f"blueprint   {cost.name}")
     print(f"models      {cost.models} ({', '.join(f'{n} {stage}' for stage, n in cost.stages.items())})")
-    print(f"rows        {cost.rows} kept checkpoints")
+    print(f"rows        {cost.rows} stored checkpoints")
     print(f"splits      {', '.join(f'{n} runs {split}' for split, n in cost.splits.items())}")
     print(f"parameters  {size} a model")
     print(f"disk        {format_bytes(cost.disk_bytes)} of weights, and as much again for training checkpoints")
@@ -192,18 +197,20 @@ def train(
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Train every run of a blueprint; what is finished is skipped, what was interrupted continues.
+    """Train every run of a blueprint. Finished runs are skipped, and interrupted runs continue.
 
     Args:
         blueprint: A name such as `mini`, or a YAML file.
-        out: Folder for the checkpoints, one subfolder a run. With --ray and no --storage, all machines must share it.
-        stack: Runs of one shape that a worker trains together; by default 1 on a CPU, and as many as fit, up to
-            32, on a GPU or of runs on a world. Runs that accumulate, autocast or decode on demand train alone.
+        out: Folder for the checkpoints, one subfolder per run. With --ray and without --storage, all machines must
+            share it.
+        stack: Number of runs of one shape that a worker trains together. By default 1 on a CPU, and as many as fit,
+            up to 32, on a GPU or for runs that are trained on a world. Runs with gradient accumulation, with autocast
+            or with images decoded on demand are trained alone.
         device: cpu or cuda.
-        storage: With --ray: where checkpoints land, s3://… or any fsspec URL that every machine reaches; finished
-            runs are copied into --out.
-        cpus_per_run: With --ray: cores of a run or a stack; 1 by default.
-        gpus_per_run: With --ray: GPUs of a run or a stack, also a share of one; 1 by default with --device cuda.
+        storage: With --ray: where checkpoints are stored, s3://… or any fsspec URL that every machine can reach.
+            Finished runs are copied into --out.
+        cpus_per_run: With --ray: CPU cores for a run or a stack; by default 1.
+        gpus_per_run: With --ray: GPUs for a run or a stack, possibly a fraction; by default 1 with --device cuda.
     """
     from vitzoo_hf.blueprint.blueprint import Blueprint
 
@@ -212,13 +219,15 @@ def train(
         from vitzoo_hf.launch.local import launch
 
         if (storage, cpus_per_run, gpus_per_run) != (None, None, None):
-            raise ZooError("--storage, --cpus-per-run and --gpus-per-run belong to --ray: give it too, or drop them")
+            raise ZooError(
+                "--storage, --cpus-per-run and --gpus-per-run need --ray: give --ray too, or leave them out"
+            )
         summary = launch(zoo, out, workers=workers, stack=stack, device=device, progress=progress)
     else:
         from vitzoo_hf.launch.ray import launch_on_ray
 
         if workers is not None:
-            raise ZooError("--workers is for training without --ray: with it, --cpus-per-run decides")
+            raise ZooError("--workers does not apply with --ray: give --cpus-per-run instead")
         summary = launch_on_ray(
             zoo,
             out,
@@ -239,13 +248,13 @@ def train(
 def pack(
     blueprint: str, runs: Path, *, out: Path, dtype: str = "float32", json: Json = False, quiet: Quiet = False
 ) -> None:
-    """Publish trained runs as a dataset folder.
+    """Publish trained runs as a zoo, in a dataset folder.
 
     Args:
-        blueprint: The blueprint they were trained by.
-        runs: The folder `vitzoo train` filled.
-        out: Folder for the zoo; one that is there is replaced.
-        dtype: float32, or float16 or bfloat16 for half the size with rounded weights.
+        blueprint: Blueprint by which the runs were trained: a name, or a YAML file.
+        runs: Folder of the runs, as `vitzoo train` leaves it.
+        out: Folder for the zoo. A zoo that is already there is replaced.
+        dtype: Storage type of the weights: float32, or float16 or bfloat16 for half the size with rounded weights.
     """
     from vitzoo_hf.blueprint.blueprint import Blueprint
     from vitzoo_hf.publish.pack import pack as write
@@ -267,7 +276,7 @@ def pack(
 
 @app.command
 def plot(zoo: str, *, out: Path, json: Json = False, quiet: Quiet = False) -> None:
-    """Draw the figures of an evaluated zoo, a CSV for each, and a self-contained report.html.
+    """Draw the figures of an evaluated zoo, with a CSV file for each, and a self-contained report.html.
 
     Args:
         zoo: Folder, dataset id, or `sample`.
@@ -285,7 +294,7 @@ def plot(zoo: str, *, out: Path, json: Json = False, quiet: Quiet = False) -> No
 
 @app.command
 def env(*, json: Json = False, quiet: Quiet = False) -> None:
-    """Say what this machine is and which versions are installed; paste it into a bug report."""
+    """Describe this machine and the installed versions, to be pasted into a bug report."""
     from vitzoo_hf.environment import describe
 
     facts = describe()
@@ -297,13 +306,14 @@ def env(*, json: Json = False, quiet: Quiet = False) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line; exit status 0, 1 for a failure, 2 for bad usage, 130 after Ctrl-C."""
+    """Run the command line and exit with its status: 0, 1 for a failure, 2 for bad usage, 130 after Ctrl-C."""
     sys.exit(run(sys.argv[1:] if arguments is None else arguments))
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Run one verb and return its exit status; a user's mistake is one line on standard error."""
+    """Run one verb and return its exit status; a mistake of the user becomes one line on standard error."""
     if {"--quiet", "--json"} & set(arguments):
+        # `datasets` reads this variable when it is imported, so it must be set before the verb runs
         os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
     try:
         app(list(arguments), exit_on_error=False, print_error=False, result_action="return_value")
@@ -314,15 +324,16 @@ def run(arguments: Sequence[str]) -> int:
         print(f"vitzoo: {error}", file=sys.stderr)
         return 1
     except BrokenPipeError:
+        # the reader, such as `head`, has gone: without this Python fails again when it flushes stdout at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
         print(f"vitzoo: {error.filename or 'the system says'}: {error.strerror or error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        kept = bool(arguments) and arguments[0] in CONTINUED
-        rest = "continues where it was" if kept else "starts again from the beginning"
-        print(f"\nvitzoo: interrupted; the same command {rest}", file=sys.stderr)
+        resumes = bool(arguments) and arguments[0] in CONTINUED
+        outlook = "continues where it was" if resumes else "starts again from the beginning"
+        print(f"\nvitzoo: interrupted; the same command {outlook}", file=sys.stderr)
         return 130
     return 0
 
@@ -337,7 +348,7 @@ def _tell(summary: "Summary", name: str, out: Path, *, json: bool) -> None:
     for run_id, reason in summary.diverged.items():
         print(f"diverged: {run_id}: {reason}")
     if summary.orphaned:
-        print(f"not trained, for want of their parent: {', '.join(summary.orphaned)}")
+        print(f"skipped, because the parent run diverged: {', '.join(summary.orphaned)}")
 
 
 def _write_new(path: Path, text: str) -> None:
@@ -349,7 +360,7 @@ def _write_new(path: Path, text: str) -> None:
 
 
 def _best_model(zoo: "Zoo") -> str:
-    """The final model that is best on the selection images."""
+    """Name the final model that is best on the selection images."""
     table = zoo.to_pandas("evaluations")
     table = table[table["is_final"] & (table["stage"] == table["stage"].iloc[-1])]
     if table["selection_accuracy"].isna().all():

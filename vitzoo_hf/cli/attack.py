@@ -1,7 +1,7 @@
-"""The verb that audits what models tell about the distribution they were trained on."""
+"""The verb `attack`: audit how much models reveal about the distribution of their training images."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import Parameter
 
@@ -15,10 +15,13 @@ from vitzoo_hf.cli.options import (
     open_zoo,
     print_json,
     print_table,
-    table_records,
+    writing_into,
 )
 from vitzoo_hf.format.atomic import make_folder
 from vitzoo_hf.format.schema import ZooError
+
+if TYPE_CHECKING:
+    from vitzoo_hf.apply.distribution_inference.zoo_attacks import Report
 
 CACHE = ".evaluation"
 SHOWN = ("attack", "access", "metric", "value", "low", "high", "advantage", "n_leaked", "shadow_value", "chosen")
@@ -45,45 +48,60 @@ def attack(
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Guess a property of the training distribution of targets, from shadows whose property is known.
+    """Infer a property of the training distribution of target models, from shadow models whose property is known.
 
-    For auditing models of one's own. Columns say each model's secret, and whether it is a target or a shadow.
+    Use it to audit your own models. A column of the zoo holds the secret of every model, and another one says
+    whether the model is a target or a shadow.
 
     Args:
         zoo: Folder, dataset id, or `sample`.
-        secret: Column of the property, such as label_ratio; two values are classes, more numbers are a number,
-            columns with commas between them several numbers.
-        shadows: A zoo whose shadows are used instead, such as of another architecture; without access to weights;
-            --where chooses among them too.
-        role: Column that says target or shadow.
-        access: What is seen of models; weights come with probabilities.
+        secret: Column of the secret property, such as label_ratio. A column of two values is classified, a column
+            of more numbers is regressed. Several columns, joined by commas, are regressed together.
+        shadows: Zoo whose shadow models are used instead, for example of another architecture. Not possible with
+            --access weights. --where applies to this zoo too.
+        role: Column that says whether a model is a target or a shadow.
+        access: What the attacker observes of a target. With weights the attacker sees probabilities too.
         attacks: loss_test, threshold_test, per_point_threshold_test, kl_test, calibrated_kl_test, meta_classifier,
-            ridge_on_outputs, head, components, statistics, set_encoder, log_odds, flat_mlp; by default all that fit
-            but the last two.
-        queries: Selection images that models are asked about.
-        seeds: Repetitions of attacks with randomness.
-        shuffled: A control: secrets of shadows are shuffled, 20 times; every attack should then be at chance level.
-        unequal: Go on although models differ in more than their secret; the card says so.
+            ridge_on_outputs, head, components, statistics, set_encoder, log_odds, flat_mlp. By default every attack
+            that applies, except the last two.
+        queries: Number of selection images on which the attacker queries each model.
+        seeds: Number of repetitions of an attack that uses randomness.
+        shuffled: Run a control: shuffle the secrets of the shadows 20 times. Every attack should then be at chance
+            level.
+        unequal: Continue although models differ in more than their secret. The card reports the differences.
+        seed: Seed that selects the query images.
         out: Folder for attacks.csv, guesses.csv and attack_card.md.
-        cache: Folder that keeps outputs; by default `.evaluation` in the folder of --out.
+        cache: Folder in which outputs of models are kept; by default `.evaluation` in the folder of --out.
         device: cpu or cuda.
     """
     from vitzoo_hf.apply.distribution_inference.zoo_attacks import attack_zoo
 
     _check(queries, seeds, out)
-    names = [name for given in attacks or () for name in names_of("--attack", given, "kl_test,ridge_on_outputs")]
-    options: dict[str, Any] = {"role": role, "access": access, "attacks": names, "num_queries": queries}
-    options |= {"seeds": seeds, "shuffled": shuffled, "unequal": unequal, "seed": seed, "device": device}
-    options |= {"shadows": shadows and open_zoo(shadows, where), "cache": cache or (out and out / CACHE)}
-    report = attack_zoo(open_zoo(zoo, where), secret, progress=not (json or quiet), **options)
+    names = [name for text in attacks or () for name in names_of("--attack", text, "kl_test,ridge_on_outputs")]
+    report = attack_zoo(
+        open_zoo(zoo, where),
+        secret,
+        shadows=None if shadows is None else open_zoo(shadows, where),
+        role=role,
+        access=access,
+        attacks=names,
+        num_queries=queries,
+        seeds=seeds,
+        shuffled=shuffled,
+        unequal=unequal,
+        seed=seed,
+        cache=cache or (out and out / CACHE),
+        device=device,
+        progress=not (json or quiet),
+    )
     if out is not None:
         _write(report, out)
     if json:
-        print_json({"facts": dict(report.facts), "attacks": table_records(report.table)})
+        print_json({"facts": dict(report.facts), "attacks": report.table})
         return
-    print_table(table_records(report.table[list(SHOWN)]))
-    for name, told in report.facts["guards"].items():
-        print(f"{name}: {told}")
+    print_table(report.table[list(SHOWN)])
+    for guard, verdict in report.facts["guards"].items():
+        print(f"{guard}: {verdict}")
     if not quiet:
         hint("Next: the same with --out FOLDER for a card" if out is None else f"Next: read {out / 'attack_card.md'}")
 
@@ -92,17 +110,15 @@ def _check(queries: int, seeds: int, out: Path | None) -> None:
     check_least("--queries", queries, 1)
     check_least("--seeds", seeds, 1)
     if out is not None and (out / "zoo.json").exists():
-        raise ZooError(f"{out} is a zoo, which attacks never write into: give --out another folder")
+        raise ZooError(f"--out {out} is a zoo, and attacks never write into a zoo: give another folder")
     if out is not None:
         make_folder(out)
 
 
-def _write(report: Any, out: Path) -> None:
+def _write(report: "Report", out: Path) -> None:
     from vitzoo_hf.apply.distribution_inference.zoo_attacks import attack_card
 
-    try:
+    with writing_into(out):
         report.table.to_csv(out / "attacks.csv", index=False)
         report.guesses.to_csv(out / "guesses.csv", index=False)
         (out / "attack_card.md").write_text(attack_card(report), encoding="utf-8")
-    except OSError as error:
-        raise ZooError(f"cannot write into {out}: {error.strerror}") from None

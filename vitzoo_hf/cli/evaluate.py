@@ -1,8 +1,8 @@
-"""The verb that measures a zoo: on the images it carries, or on any others, clean and corrupted."""
+"""The verb `evaluate`: measure a zoo on the probe images that it carries, or on any other images, also corrupted."""
 
 from pathlib import Path
 from shlex import quote
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, TypedDict
 
 from cyclopts import Parameter
 
@@ -15,17 +15,34 @@ from vitzoo_hf.cli.options import (
     open_zoo,
     print_json,
     print_table,
-    table_records,
+    writing_into,
 )
 from vitzoo_hf.format.schema import ZooError
+
+if TYPE_CHECKING:
+    import pandas
+
+    from vitzoo_hf.zoo.zoo import Zoo
 
 CACHE = ".evaluation"
 Corrupt = Annotated[
     list[str] | None,
     Parameter(
-        name="--corrupt", negative=(), help="NAME or NAME:SEVERITY (1 to 5), such as gaussian_noise:5; repeat."
+        name="--corrupt",
+        negative=(),
+        help="Corruption to evaluate under: NAME or NAME:SEVERITY (1 to 5), such as gaussian_noise:5; repeatable.",
     ),
 ]
+
+
+class _Options(TypedDict):
+    """Keyword arguments that `evaluate` and `evaluate_on` share."""
+
+    device: str
+    precision: str
+    cache: Path
+    ray: str | None
+    progress: bool
 
 
 def evaluate(
@@ -43,30 +60,36 @@ def evaluate(
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Measure every model and every pair of final models, and write the result into the zoo.
+    """Measure every model and every pair of final models, and write the results into the zoo.
 
-    With --data, --corrupt or --where nothing is written into the zoo: give --out for the tables. Interrupted, the
-    same command continues: outputs of models are kept by the hashes of weights and images.
+    With --data, --corrupt or --where the results go into the folder of --out, and the zoo stays as it is. After an
+    interruption, the same command continues: it keeps the outputs of models, identified by hashes of weights and
+    images.
 
     Args:
-        zoo: The zoo's folder; with --out also a dataset id or `sample`.
-        data: Other images: a source as blueprints name them, or a folder with one subfolder a class.
-        out: Folder for the tables as CSV files.
+        zoo: Folder of the zoo; with --out also a dataset id or `sample`.
+        data: Images to evaluate on instead of the probe images: an image source as in blueprints, or a folder with
+            one subfolder per class.
+        out: Folder for the tables, as CSV files.
         device: cpu or cuda.
         precision: float32, bfloat16 or float16.
-        cache: Folder that keeps outputs; by default `.evaluation` in the zoo or in the folder of --out.
-        ray: Address of a Ray cluster that runs the models: auto, or local to start one here.
-        verbose: Say how the models run.
+        cache: Folder in which outputs of models are kept; by default `.evaluation` in the zoo, or in the folder of
+            --out.
+        ray: Address of the Ray cluster that runs the models: auto, or local to start a cluster on this machine.
+        verbose: Print how the models are run.
     """
-    elsewhere = bool(data or corrupt or where)
-    if elsewhere and out is None:
-        raise ZooError("--data, --corrupt and --where measure something else than the zoo records: give --out FOLDER")
+    if out is None and (data or corrupt or where):
+        raise ZooError("results of --data, --corrupt and --where do not belong into the zoo: give --out FOLDER")
     if out is None and not Path(zoo).is_dir():
-        raise ZooError(f"{zoo!r} is no folder, and results are written into the zoo: give --out FOLDER for tables")
+        raise ZooError(f"{zoo!r} is not a folder, so results cannot be written into the zoo: give --out FOLDER")
     opened = open_zoo(zoo, where)
-    place = cache or (out if out is not None else Path(zoo)) / CACHE
-    options: dict[str, Any] = {"device": device, "precision": precision, "cache": place, "ray": ray}
-    options["progress"] = not (json or quiet)
+    options = _Options(
+        device=device,
+        precision=precision,
+        cache=cache or (out if out is not None else Path(zoo)) / CACHE,
+        ray=ray,
+        progress=not (json or quiet),
+    )
     if verbose:
         _tell_plan(opened, device, precision)
     if data or corrupt:
@@ -76,9 +99,7 @@ def evaluate(
     _evaluate_zoo(opened, zoo, out, options, json=json, quiet=quiet)
 
 
-def _evaluate_zoo(
-    opened: Any, zoo: str, out: Path | None, options: dict[str, Any], *, json: bool, quiet: bool
-) -> None:
+def _evaluate_zoo(opened: "Zoo", zoo: str, out: Path | None, options: _Options, *, json: bool, quiet: bool) -> None:
     from vitzoo_hf.evaluation.evaluate import evaluate as measure
 
     report = measure(opened, **options)
@@ -101,37 +122,33 @@ def _evaluate_zoo(
 
 
 def _evaluate_images(
-    opened: Any, data: str | None, corrupt: list[str], out: Path, options: dict[str, Any], *, json: bool
+    opened: "Zoo", data: str | None, corrupt: list[str], out: Path, options: _Options, *, json: bool
 ) -> None:
     from vitzoo_hf.evaluation.evaluate import common_dataset, evaluate_on
     from vitzoo_hf.evaluation.image_sets import image_sets
 
     if not len(opened):
-        raise ZooError("there is no model to evaluate: the filter matches none")
+        raise ZooError("there is no model to evaluate: --where matches no row; widen it")
     dataset = common_dataset(opened.to_pandas())
     models = opened.filter(dataset=dataset, is_final=True)
     table = evaluate_on(models, image_sets(models, dataset, data=data, corruptions=corrupt), **options)
     _write_tables(out, {"images": table})
     if json:
-        print_json(table_records(table))
+        print_json(table)
         return
-    print_table(
-        table_records(table.groupby("images", sort=False)[["accuracy", "loss", "ece"]].median().reset_index())
-    )
+    print_table(table.groupby("images", sort=False)[["accuracy", "loss", "ece"]].median().reset_index())
     print(f"medians of {table['model_id'].nunique()} final models; every model is in {out / 'images.csv'}")
 
 
-def _write_tables(out: Path, tables: dict[str, Any]) -> None:
-    try:
+def _write_tables(out: Path, tables: "dict[str, pandas.DataFrame]") -> None:
+    with writing_into(out):
         out.mkdir(parents=True, exist_ok=True)
         for name, table in tables.items():
             table.to_csv(out / f"{name}.csv", index=False)
-    except OSError as error:
-        raise ZooError(f"cannot write into {out}: {error.strerror}") from None
 
 
-def _tell_plan(opened: Any, device: str, precision: str) -> None:
-    """How one model of each layout, and all of its kind, run."""
+def _tell_plan(opened: "Zoo", device: str, precision: str) -> None:
+    """Print how the models of every architecture and layout are run."""
     from vitzoo_hf.models.population import Population
 
     index = opened.to_pandas()

@@ -1,18 +1,30 @@
-"""The verb that finds lineage: trees and parents from weights alone, scored where the truth is known."""
+"""The verb `lineage`: recover trees and parents from weights alone, scored where the true parents are known."""
 
 from pathlib import Path
 from shlex import quote
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
-from vitzoo_hf.cli.options import Json, Quiet, Where, hint, open_zoo, print_json, print_table, table_records
+from vitzoo_hf.cli.options import (
+    Json,
+    Quiet,
+    Where,
+    hint,
+    open_zoo,
+    print_json,
+    print_table,
+    writing_into,
+)
 from vitzoo_hf.format.atomic import make_folder
 from vitzoo_hf.format.messages import counted
 from vitzoo_hf.format.schema import ZooError
 
 if TYPE_CHECKING:
+    import pandas
+
     from vitzoo_hf.apply.lineage.lineage import Forest
+    from vitzoo_hf.apply.lineage.scores import Truth
     from vitzoo_hf.zoo.zoo import Zoo
 
 Candidates = Annotated[
@@ -20,8 +32,8 @@ Candidates = Annotated[
     Parameter(
         name="--candidates",
         negative=(),
-        help="COLUMN=VALUE of the models that are known to be roots, such as stage=pretrain; repeatable. "
-        "Final checkpoints only, unless model_id=ID names them.",
+        help="Condition COLUMN=VALUE for the models that are known to be roots, such as stage=pretrain; repeatable. "
+        "Only final checkpoints are candidates, unless model_id=ID names another one.",
     ),
 ]
 
@@ -40,16 +52,18 @@ def lineage(
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Find which models descend from which, from their weights alone; score it where `parent_id` tells the truth.
+    """Recover from weights alone which model descends from which, and score the result where `parent_id` is known.
 
-    hubs takes every tree to be a root and its children: roots without any children come out as children of another.
+    The method hubs assumes that every tree is a root with its children. A root without children is therefore
+    reported as a child of another root.
 
     Args:
         zoo: Folder, dataset id, or `sample`.
-        method: hubs (the default), spanning, mother, mother-reversed; candidates, the default with --candidates.
-        trees: How many trees; told from the weights by default.
-        all_epochs: Take every kept checkpoint, not final ones alone, and also order the checkpoints of each run.
-        precision: Round weights to bfloat16 or float16 first.
+        method: hubs (the default), spanning, mother, mother-reversed, or candidates (the default with --candidates).
+        trees: Number of trees; by default estimated from the weights.
+        all_epochs: Use every stored checkpoint instead of final ones only, and also order the checkpoints of each
+            run.
+        precision: Round the weights to bfloat16 or float16 first.
         out: Folder for edges.csv, scores.csv and forest.png.
         device: cpu or cuda.
     """
@@ -60,24 +74,31 @@ def lineage(
         make_folder(out)
     opened = open_zoo(zoo, where)
     models = opened if all_epochs else opened.filter(is_final=True)
-    known = None if candidates is None else _candidate_ids(models, candidates)
-    chosen: Any = method or ("hubs" if known is None else "candidates")
-    options: dict[str, Any] = {"device": device, "progress": not (json or quiet)}
-    forest = recover_lineage(models, method=chosen, trees=trees, candidates=known, precision=precision, **options)
+    roots = None if candidates is None else _candidate_ids(models, candidates)
+    progress = not (json or quiet)
+    forest = recover_lineage(
+        models,
+        method=method or ("hubs" if roots is None else "candidates"),
+        trees=trees,
+        candidates=roots,
+        precision=precision,
+        device=device,
+        progress=progress,
+    )
     truth = truth_of(models.to_pandas())
     scores = [] if truth is None else score_records(forest, truth)
     epochs = None
     if all_epochs and models.to_pandas()["run_id"].value_counts().max() >= 3:
-        epochs = order_epochs(models, **options)
+        epochs = order_epochs(models, device=device, progress=progress)
     elif all_epochs:
-        forest.notes.append("no run has three checkpoints here, so there is no order of checkpoints to find")
+        forest.notes.append("no run has three checkpoints, so the order of checkpoints was not estimated")
     if out is not None:
         _write(out, forest, truth, scores, epochs)
     if json:
         value = {"method": forest.method, "trees": forest.num_trees, "notes": forest.notes, "scores": scores}
         if epochs is not None:
-            value["epoch_order"] = table_records(epochs)
-        print_json(value | {"edges": table_records(forest.edges())})
+            value["epoch_order"] = epochs
+        print_json(value | {"edges": forest.edges()})
         return
     _tell(forest, scores, epochs)
     if not quiet:
@@ -88,13 +109,13 @@ def lineage(
         )
 
 
-def score_records(forest: "Forest", truth: Any) -> list[dict[str, Any]]:
-    """Each score beside what chance reaches by the same scorer."""
+def score_records(forest: "Forest", truth: "Truth") -> list[dict[str, object]]:
+    """List every score with its value at chance level, computed by the same scorer."""
     chance = forest.baselines(truth).set_index(["baseline", "score"])
     records = []
     for score, value in forest.scores(truth).items():
         baseline = "random_direction" if score == "direction_accuracy" else "random_forest"
-        record: dict[str, Any] = {"score": score, "value": None if value != value else value}
+        record: dict[str, object] = {"score": score, "value": None if value != value else value}
         record |= {"baseline": baseline, "chance": None, "low": None, "high": None}
         if (baseline, score) in chance.index:
             mean, low, high = map(float, chance.loc[(baseline, score)])
@@ -106,38 +127,41 @@ def score_records(forest: "Forest", truth: Any) -> list[dict[str, Any]]:
 def _candidate_ids(models: "Zoo", conditions: list[str]) -> list[str]:
     from vitzoo_hf.format.tables import parse_condition
 
-    wanted = dict(parse_condition(text, models.column_types, "--candidates") for text in conditions)
-    chosen = models.filter(**wanted)
-    if not len(chosen):
+    values = dict(parse_condition(text, models.column_types, "--candidates") for text in conditions)
+    candidates = models.filter(**values)
+    if not len(candidates):
         raise ZooError(f"--candidates {' '.join(conditions)} matches none of the {len(models)} models")
-    if "model_id" not in wanted:
-        chosen = chosen.filter(is_final=True)
-    if not len(chosen):
+    if "model_id" not in values:
+        candidates = candidates.filter(is_final=True)
+    if not len(candidates):
         raise ZooError(
-            f"--candidates {' '.join(conditions)} matches no final checkpoint: others are candidates only by "
-            "model_id=ID"
+            f"--candidates {' '.join(conditions)} matches no final checkpoint: name other checkpoints by model_id=ID"
         )
-    return chosen.model_ids
+    return candidates.model_ids
 
 
-def _write(out: Path, forest: "Forest", truth: Any, scores: list[dict[str, Any]], epochs: Any) -> None:
+def _write(
+    out: Path,
+    forest: "Forest",
+    truth: "Truth | None",
+    scores: list[dict[str, object]],
+    epochs: "pandas.DataFrame | None",
+) -> None:
     import pandas as pd
 
     from vitzoo_hf.apply.lineage.plot import forest_figure, lineage_table
 
     table = lineage_table(forest, truth)
-    try:
+    with writing_into(out):
         table.to_csv(out / "edges.csv", index=False)
         if scores:
             pd.DataFrame(scores).to_csv(out / "scores.csv", index=False)
         if epochs is not None:
             epochs.to_csv(out / "epochs.csv", index=False)
         forest_figure(table).savefig(out / "forest.png", dpi=110)
-    except OSError as error:
-        raise ZooError(f"cannot write into {out}: {error.strerror}") from None
 
 
-def _tell(forest: "Forest", scores: list[dict[str, Any]], epochs: Any) -> None:
+def _tell(forest: "Forest", scores: list[dict[str, object]], epochs: "pandas.DataFrame | None") -> None:
     counts = forest.edges()["role"].value_counts()
     models, trees = counted(len(forest.model_ids), "model", "models"), counted(forest.num_trees, "tree", "trees")
     print(f"{models} in {trees} by method {forest.method}")
@@ -146,7 +170,7 @@ def _tell(forest: "Forest", scores: list[dict[str, Any]], epochs: Any) -> None:
         count = int((forest.tree == number).sum())
         print(
             f"tree {number} of {counted(count, 'model', 'models')}: its root looks like a sibling, "
-            "so the parent may not be among them"
+            "so the parent may not be in the zoo"
         )
     for note in forest.notes:
         print(note)
@@ -154,8 +178,8 @@ def _tell(forest: "Forest", scores: list[dict[str, Any]], epochs: Any) -> None:
         print()
         print_table(scores)
     else:
-        print("no model of these has a parent_id, so there is nothing to score by")
+        print("none of these models has a parent_id, so the result is not scored")
     if epochs is not None:
         means = epochs.groupby(["knowledge", "weights"])["kendall_tau"].agg(["mean", "count"]).reset_index()
-        print("\norder of each run's checkpoints, Kendall's tau, 0 by chance")
-        print_table(table_records(means.rename(columns={"mean": "tau", "count": "runs"})))
+        print("\norder of the checkpoints of each run: Kendall's tau, which is 0 at chance level")
+        print_table(means.rename(columns={"mean": "tau", "count": "runs"}))

@@ -1,14 +1,29 @@
-"""The verb that predicts what models are like from their weights, and from what they answer."""
+"""The verb `properties`: predict properties of models from their weights and from their outputs."""
 
 from pathlib import Path
 from shlex import quote
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
-from vitzoo_hf.cli.options import Json, Quiet, Where, hint, open_zoo, print_json, print_table, table_records
+from vitzoo_hf.cli.options import (
+    Json,
+    Quiet,
+    Where,
+    hint,
+    open_zoo,
+    print_json,
+    print_table,
+    writing_into,
+)
 from vitzoo_hf.format.atomic import make_folder
+from vitzoo_hf.format.messages import one_line
 from vitzoo_hf.format.schema import ZooError
+
+if TYPE_CHECKING:
+    import pandas
+
+    from vitzoo_hf.apply.properties.features import Features
 
 Names = Annotated[list[str] | None, Parameter(negative=(), consume_multiple=True)]
 SHOWN = ("target", "rows", "features", "model", "split", "metric", "value", "low", "high", "shuffled")
@@ -31,18 +46,24 @@ def properties(
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Predict accuracy, generalisation gap, epoch and factors of unseen models; beside shuffled labels and probing.
+    """Predict accuracy, generalisation gap, epoch and factors of unseen models.
+
+    The results stand beside two references: predictions from shuffled labels, and predictions from the outputs of
+    models on a few probe images.
 
     Args:
         zoo: Folder, dataset id, or `sample`.
-        targets: Columns of the index to predict; all that vary by default.
+        targets: Columns of the index to predict; by default every column that varies.
         features: constant, epoch, training_log, statistics, spectra, flat, norm, probing_16, probing_64, measured_64;
-            all by default.
+            by default all of them.
         models: ridge (the default), lightgbm (pip install 'vitzoo-hf[properties]'), hist_gradient_boosting.
-        split: run keeps the epochs of a run together, lineage all descendants of a pre-trained run; both by default.
-        embedding: CSV or Parquet with a column model_id and numbers, such as an autoencoder's, as features.
-        repeats: Cross-validations with other folds.
-        shuffles: Shuffled labels a repeat.
+        split: How models are split into folds: run keeps the epochs of a run together, lineage keeps all descendants
+            of a pre-trained run together; by default both.
+        embedding: CSV or Parquet file with a column model_id and numeric columns, used as features; for example the
+            embeddings of `vitzoo encode`.
+        repeats: Number of cross-validations, each with other folds.
+        shuffles: Number of times that the labels are shuffled in each repeat.
+        seed: Seed of folds and shuffles.
         out: Folder for properties.csv and properties.png.
         device: cpu or cuda.
     """
@@ -51,13 +72,13 @@ def properties(
 
     if out is not None:
         make_folder(out)
-    given: list[Any] = list(features or ([] if embedding else FEATURES))
+    columns: list[str | Features] = list(features or ([] if embedding else FEATURES))
     if embedding is not None:
-        given.append(_embedding(embedding))
+        columns.append(_embedding(embedding))
     table = predict_properties(
         open_zoo(zoo, where),
         targets=targets,
-        features=given,
+        features=columns,
         models=models or ["ridge"],
         splits=split or list(SPLITS),
         repeats=repeats,
@@ -69,24 +90,24 @@ def properties(
     if out is not None:
         _write(table, out)
     if json:
-        print_json(table_records(table))
+        print_json(table)
         return
     _tell(table, out)
     if not quiet:
-        kept = f"plot {quote(zoo)} --out REPORT" if out else f"properties {quote(zoo)} --out FOLDER"
-        hint(f"Next: vitzoo {kept}")
+        command = f"plot {quote(zoo)} --out REPORT" if out else f"properties {quote(zoo)} --out FOLDER"
+        hint(f"Next: vitzoo {command}")
 
 
-def _tell(table: Any, out: Path | None) -> None:
-    print_table(table_records(table[list(SHOWN)]))
+def _tell(table: "pandas.DataFrame", out: Path | None) -> None:
+    print_table(table[list(SHOWN)])
     for note in table.attrs["notes"]:
         print(note)
     if out is not None:
         print(f"{len(table)} rows and the figure in {out}")
 
 
-def _embedding(file: Path) -> Any:
-    """Features of a table with a column `model_id`."""
+def _embedding(file: Path) -> "Features":
+    """Read features from a table with a column `model_id`."""
     import pandas as pd
 
     from vitzoo_hf.apply.properties.features import table_features
@@ -94,17 +115,17 @@ def _embedding(file: Path) -> Any:
     try:
         table = pd.read_parquet(file) if file.suffix == ".parquet" else pd.read_csv(file)
     except (OSError, ValueError) as error:
-        raise ZooError(f"cannot read {file} as a table: {str(error).splitlines()[0]}") from None
+        raise ZooError(f"cannot read {file} as a table: {one_line(error)}") from None
     if "model_id" not in table:
-        raise ZooError(f"{file} has no column model_id: expected that and one column a number")
+        raise ZooError(
+            f"{file} has no column model_id: expected a column model_id and one numeric column per feature"
+        )
     return table_features("embedding", table.set_index("model_id"))
 
 
-def _write(table: Any, out: Path) -> None:
+def _write(table: "pandas.DataFrame", out: Path) -> None:
     from vitzoo_hf.apply.properties.plot import plot_properties
 
-    try:
+    with writing_into(out):
         table.to_csv(out / "properties.csv", index=False)
         plot_properties(table).savefig(out / "properties.png", dpi=110)
-    except OSError as error:
-        raise ZooError(f"cannot write into {out}: {error.strerror}") from None

@@ -1,6 +1,6 @@
-"""The whole way at once: train a zoo, publish it as a dataset folder, open it, measure it, draw it.
+"""The steps of `vitzoo quickstart`: train a zoo, publish it as a dataset folder, measure it, draw its report.
 
-Every step is skipped where its result is already there, so an interrupted quickstart continues.
+A step is skipped where its result exists already, so an interrupted quickstart continues.
 """
 
 from collections.abc import Callable
@@ -21,7 +21,13 @@ from vitzoo_hf.zoo.zoo import Zoo
 
 @dataclass(frozen=True)
 class Outcome:
-    """Where quickstart left its results, and whether it had anything to do."""
+    """The results of a quickstart.
+
+    Attributes:
+        zoo: the folder of the zoo.
+        report: the HTML page.
+        already_done: whether every step had been done before.
+    """
 
     zoo: Path
     report: Path
@@ -36,14 +42,14 @@ def quickstart(
     progress: bool = True,
     say: Callable[[str], None] = print,
 ) -> Outcome:
-    """Build, publish, open and measure a zoo under `folder`.
+    """Build, publish, measure and draw a zoo under `folder`.
 
     Args:
-        folder: gets `runs/` (checkpoints), `zoo/` (the dataset) and `report/`.
-        blueprint: what to build.
-        workers: training processes; by default one a core.
-        progress: show bars.
-        say: told what happens, a line at a time.
+        folder: the parent of `runs/` (checkpoints), `zoo/` (the dataset) and `report/`.
+        blueprint: the plan of the zoo.
+        workers: number of training processes; by default one per core.
+        progress: whether to show progress bars.
+        say: a function that prints one line about a step.
 
     Raises:
         ZooError: if a step fails, or another process works in `folder`.
@@ -51,8 +57,7 @@ def quickstart(
     runs, place, report = folder / "runs", folder / "zoo", folder / "report" / "report.html"
     with exclusive(folder):
         packed = is_packed(blueprint, place)
-        done = packed and _is_evaluated(place) and report.is_file()
-        if done:
+        if packed and _is_evaluated(place) and report.is_file():
             return Outcome(place, report, already_done=True)
         if not packed:
             say(f"1/4 train   {len(blueprint.runs)} runs of {blueprint.name!r} into {runs}")
@@ -79,7 +84,7 @@ def _is_evaluated(place: Path) -> bool:
 
 
 def summary_table(zoo: Zoo) -> pd.DataFrame:
-    """Final models, averaged over seeds: one row a combination of the other factors, best first."""
+    """Average final models over seeds: one row for each combination of the other factors, best first."""
     table = zoo.to_pandas("evaluations")
     table = table[table["is_final"]]
     factors = [name for name in zoo.factors if not name.endswith("seed") and table[name].nunique(dropna=False) > 1]

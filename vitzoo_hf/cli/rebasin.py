@@ -1,8 +1,9 @@
-"""The verb that aligns models by the symmetries of their architecture, and says what that does to barriers."""
+"""The verb `rebasin`: align models by the symmetries of their architecture, and measure barriers before and after."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from shlex import quote
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, TypedDict
 
 from cyclopts import Parameter
 
@@ -15,9 +16,12 @@ from vitzoo_hf.cli.options import (
     open_zoo,
     print_json,
     print_table,
-    table_records,
 )
 from vitzoo_hf.format.schema import ZooError
+
+if TYPE_CHECKING:
+    from vitzoo_hf.apply.rebasin.barriers import Variant
+    from vitzoo_hf.zoo.zoo import Zoo
 
 Families = Annotated[
     str,
@@ -27,6 +31,22 @@ Families = Annotated[
 ]
 MEASURES = ("barrier", "accuracy_barrier", "midpoint_accuracy", "mode_connectivity")
 SHOWN = ("families", "by", *MEASURES, "distance_unaligned", "distance")
+
+
+class _Options(TypedDict):
+    """Keyword arguments that alignments and barriers share."""
+
+    restarts: int
+    seed: int
+    device: str
+    progress: bool
+
+
+class _Measured(_Options):
+    """Keyword arguments of `pair_barriers`."""
+
+    points: int
+    num_images: int
 
 
 def rebasin(
@@ -49,34 +69,35 @@ def rebasin(
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Align models by symmetries that leave their functions as they are; barriers before and after.
+    """Align models by symmetries that do not change their functions, and measure barriers before and after.
 
-    With MODEL_A and MODEL_B: B is aligned to A; --out writes it. With MODEL_A alone: every other row that --where
-    chooses is aligned to it, and --out is the folder of the new zoo. With --pairs instead: pairs of the final models
-    that --where chooses are measured, and --out is a CSV file.
+    With MODEL_A and MODEL_B, B is aligned to A, and --out writes the aligned model. With MODEL_A alone, every other
+    row that --where selects is aligned to A, and --out is the folder of the new zoo. With --pairs N, pairs of the
+    final models that --where selects are drawn and measured, and --out is a CSV file.
 
     Args:
         zoo: Folder, dataset id, or `sample`.
-        model_a: The model to align to.
-        model_b: The model to be aligned.
-        by: weights, activations (on selection images), or both: by weights from where activations lead.
-        out: B as a .safetensors file, or a folder for a zoo of A and B; see above.
-        pairs: How many pairs to draw.
-        kind: Of pairs: any, across parents, or within one parent.
-        ladder: Measure each family with all before it, by each way, instead of --families and --by.
-        points: Points on the straight path.
-        images: Test images to measure on, at most.
-        restarts: Further descents by weights from random starts.
-        seed: Of pairs, images, orders and starts.
+        model_a: Model to which others are aligned.
+        model_b: Model that is aligned.
+        by: weights, activations (on selection images), or both (by activations first, then by weights).
+        out: File or folder for the result. With MODEL_A and MODEL_B: a .safetensors file for B, or a folder for a
+            zoo of A and B.
+        pairs: Number of pairs to draw.
+        kind: Kind of pairs: any, across parents, or within one parent.
+        ladder: Instead of --families and --by: measure growing sets of families, by weights, activations and both.
+        points: Number of points on the straight path between two models.
+        images: Largest number of test images to measure on.
+        restarts: Number of further descents by weights from random starts.
+        seed: Seed of pairs, images, orders and random starts.
         device: cpu or cuda.
     """
     _check_numbers(points, images, restarts, seed, pairs, device)
     opened = open_zoo(zoo, where)
-    shared: dict[str, Any] = {"restarts": restarts, "seed": seed, "device": device, "progress": not (json or quiet)}
-    measured = {**shared, "points": points, "num_images": images}
+    shared = _Options(restarts=restarts, seed=seed, device=device, progress=not (json or quiet))
+    measured = _Measured(**shared, points=points, num_images=images)
     if pairs is not None:
         if model_a is not None or out is None or out.suffix != ".csv":
-            raise ZooError("--pairs draws models itself and writes a table: give no model, and --out FILE.csv")
+            raise ZooError("--pairs draws the models itself and writes a table: give no model, and --out FILE.csv")
         variants = _variants(families, by, ladder=ladder)
         _measure_pairs(opened, variants, out, pairs, kind, measured, json=json)
     elif model_a is None:
@@ -106,18 +127,18 @@ def _check_numbers(points: int, images: int, restarts: int, seed: int, pairs: in
     usable_device(device)
 
 
-def _check_pair_out(out: Path, opened: Any, variants: Any) -> None:
-    """Refuse, before anything is computed, what an aligned model cannot be written to."""
+def _check_pair_out(out: Path, opened: "Zoo", variants: "Sequence[Variant]") -> None:
+    """Refuse an unusable --out before anything is computed."""
     from vitzoo_hf.apply.made_zoos import check_file, check_folder
 
     if len(variants) > 1:
-        raise ZooError("--ladder measures many alignments: leave it out to write one with --out")
+        raise ZooError("--ladder measures many alignments and --out writes one: leave out one of the two options")
     if out.suffix == ".safetensors":
         check_file(out)
     elif out.suffix:
         raise ZooError(
-            f"--out {out}: two models are written as FILE.safetensors, or as FOLDER, a zoo of both, whose name has no"
-            " suffix; --pairs N writes a table"
+            f"--out {out}: expected FILE.safetensors for the aligned model, or a FOLDER without a suffix for a zoo of"
+            " both models; a table is written with --pairs N"
         )
     else:
         check_folder(out, opened, "rebasin_of")
@@ -125,14 +146,14 @@ def _check_pair_out(out: Path, opened: Any, variants: Any) -> None:
 
 def _hint_after_pair(zoo: str, model_b: str, out: Path | None) -> None:
     if out is None:
-        hint(f"Next: the same with --out {quote(model_b)}.safetensors, or --out FOLDER for a zoo of both")
+        hint(f"Next: add --out {quote(model_b)}.safetensors, or --out FOLDER for a zoo of both models")
     elif out.suffix == ".safetensors":
         hint(f"Next: vitzoo rebasin {quote(zoo)} --pairs 10 --out pairs.csv")
     else:
         hint(f"Next: vitzoo evaluate {quote(str(out))}")
 
 
-def _variants(families: str, by: str, *, ladder: bool) -> Any:
+def _variants(families: str, by: str, *, ladder: bool) -> "Sequence[Variant]":
     from vitzoo_hf.apply.rebasin.barriers import LADDER, Variant
     from vitzoo_hf.apply.rebasin.rebasin import check_way
     from vitzoo_hf.apply.rebasin.symmetries import FAMILIES, check_families
@@ -144,9 +165,15 @@ def _variants(families: str, by: str, *, ladder: bool) -> Any:
 
 
 def _align_pair(
-    opened: Any, ids: tuple[str, str], variants: Any, out: Path | None, options: dict[str, Any], *, json: bool
+    opened: "Zoo",
+    ids: tuple[str, str],
+    variants: "Sequence[Variant]",
+    out: Path | None,
+    options: _Measured,
+    *,
+    json: bool,
 ) -> None:
-    """Measure, and write the aligned model where it is asked for."""
+    """Measure a pair, and write the aligned model with --out."""
     from vitzoo_hf.apply.rebasin.barriers import pair_barriers
 
     if out is not None:
@@ -155,36 +182,49 @@ def _align_pair(
     if out is not None:
         _write(opened, ids, variants[0], out, options)
     if json:
-        print_json(table_records(table) if out is None else {"out": str(out), "table": table_records(table)})
+        print_json(table if out is None else {"out": str(out), "table": table})
         return
-    print_table(table_records(table[list(SHOWN)]))
+    print_table(table[list(SHOWN)])
     print(f"barriers of test loss (nats) and accuracy between {ids[0]} and {ids[1]} on {table['dataset'][0]}")
     if out is not None:
         print(f"{ids[1]}, aligned, is in {out}; no logit changed by more than {table['logit_change'].max():.1e}")
 
 
-def _write(opened: Any, ids: tuple[str, str], variant: Any, out: Path, options: dict[str, Any]) -> None:
+def _write(opened: "Zoo", ids: tuple[str, str], variant: "Variant", out: Path, options: _Options) -> None:
     from vitzoo_hf.apply.rebasin.rebasin import matching_images
     from vitzoo_hf.apply.rebasin.rows import aligned_row, rebasin_zoo
     from vitzoo_hf.convert.export import export_row
 
-    chosen = {name: options[name] for name in ("restarts", "seed", "device")}
-    chosen |= {"families": variant.families, "by": variant.by}
+    families, by = variant.families, variant.by
+    restarts, seed, device = options["restarts"], options["seed"], options["device"]
     if out.suffix != ".safetensors":
-        rebasin_zoo(opened.filter(model_id=list(ids)), ids[0], out, progress=options["progress"], **chosen)
+        rebasin_zoo(
+            opened.filter(model_id=list(ids)),
+            ids[0],
+            out,
+            families=families,
+            by=by,
+            restarts=restarts,
+            seed=seed,
+            device=device,
+            progress=options["progress"],
+        )
         return
     target, row = opened.row(ids[0]), opened.row(ids[1])
-    images = matching_images(opened, target["dataset"], chosen["seed"]) if variant.by != "weights" else None
-    export_row(aligned_row(target, row, images=images, **chosen), out)
+    images = matching_images(opened, target["dataset"], seed) if by != "weights" else None
+    aligned = aligned_row(
+        target, row, images=images, families=families, by=by, restarts=restarts, seed=seed, device=device
+    )
+    export_row(aligned, out)
 
 
 def _align_all(
-    opened: Any,
+    opened: "Zoo",
     model_a: str,
     families: str,
     by: str,
     out: Path | None,
-    options: dict[str, Any],
+    options: _Options,
     *,
     json: bool,
     quiet: bool,
@@ -192,7 +232,7 @@ def _align_all(
     from vitzoo_hf.apply.rebasin.rows import rebasin_zoo
 
     if out is None or out.suffix:
-        raise ZooError(f"{model_a} alone aligns every other model to it: give --out FOLDER for the new zoo")
+        raise ZooError(f"every other model is aligned to {model_a}: give --out FOLDER for the new zoo, or MODEL_B")
     (variant,) = _variants(families, by, ladder=False)
     rebasin_zoo(opened, model_a, out, families=variant.families, by=by, **options)
     if json:
@@ -204,14 +244,21 @@ def _align_all(
 
 
 def _measure_pairs(
-    opened: Any, variants: Any, out: Path, count: int, kind: str, options: dict[str, Any], *, json: bool
+    opened: "Zoo",
+    variants: "Sequence[Variant]",
+    out: Path,
+    count: int,
+    kind: str,
+    options: _Measured,
+    *,
+    json: bool,
 ) -> None:
     from vitzoo_hf.apply.made_zoos import check_file
     from vitzoo_hf.apply.rebasin.barriers import pair_barriers, sample_pairs, summary
 
     check_file(out)
-    chosen = sample_pairs(opened.filter(is_final=True).to_pandas(), count, seed=options["seed"], kind=kind)
-    table = pair_barriers(opened, chosen, variants, **options)
+    pairs = sample_pairs(opened.filter(is_final=True).to_pandas(), count, seed=options["seed"], kind=kind)
+    table = pair_barriers(opened, pairs, variants, **options)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         table.to_csv(out, index=False)
@@ -219,8 +266,7 @@ def _measure_pairs(
         raise ZooError(f"cannot write {out}: {error.strerror}") from None
     medians = summary(table, seed=options["seed"])
     if json:
-        print_json({"out": str(out), "pairs": len(chosen), "summary": table_records(medians)})
+        print_json({"out": str(out), "pairs": len(pairs), "summary": medians})
         return
-    shown = ["families", "by", "barrier", "barrier_low", "barrier_high", "lower", "midpoint_accuracy"]
-    print_table(table_records(medians[shown]))
-    print(f"medians over {len(chosen)} pairs, bootstrap intervals of 95 %; every pair is in {out}")
+    print_table(medians[["families", "by", "barrier", "barrier_low", "barrier_high", "lower", "midpoint_accuracy"]])
+    print(f"medians over {len(pairs)} pairs, bootstrap intervals of 95 %; every pair is in {out}")

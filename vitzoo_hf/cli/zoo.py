@@ -1,4 +1,4 @@
-"""The verbs that take a zoo as it is: list, describe, get, export, convert, push, verify."""
+"""The verbs for whole zoos: list, describe, get, export, convert, push, verify."""
 
 import sys
 from collections.abc import Iterator, Mapping
@@ -6,7 +6,6 @@ from contextlib import contextmanager
 from json import loads as parse_json
 from pathlib import Path
 from shlex import quote
-from typing import Any
 
 from vitzoo_hf.cli.options import (
     Json,
@@ -20,7 +19,6 @@ from vitzoo_hf.cli.options import (
     open_zoo,
     print_json,
     print_table,
-    table_records,
 )
 from vitzoo_hf.format.schema import ZooError
 
@@ -38,23 +36,23 @@ def list_rows(
 
     Args:
         zoo: Folder, dataset id, or `sample`.
-        limit: At most so many rows; 0 for all.
+        limit: Largest number of rows to print; 0 for all.
     """
     opened = open_zoo(zoo, where, revision=revision)
     index = opened.to_pandas()
     columns = ["model_id", "stage", "epoch", *opened.factors, "test_accuracy", "test_loss"]
     shown = index[columns] if limit <= 0 else index[columns].head(limit)
     if json:
-        print_json(table_records(shown))
+        print_json(shown)
         return
-    print_table(table_records(shown.rename(columns={name: name.removeprefix("factor_") for name in columns})))
+    print_table(shown.rename(columns={name: name.removeprefix("factor_") for name in columns}))
     if not quiet:
         more = f"{len(shown)} of {len(index)} rows; --limit 0 shows all. " if len(shown) < len(index) else ""
         hint(f"{more}Next: vitzoo get {quote(zoo)} MODEL_ID --out FILE.safetensors")
 
 
 def info(zoo: str, *, revision: Revision = None, json: Json = False, quiet: Quiet = False) -> None:
-    """Say what a zoo holds: rows, runs, factors and their values, configs, images.
+    """Describe a zoo: rows, runs, factors and their values, configs, images.
 
     Args:
         zoo: Folder, dataset id, or `sample`.
@@ -98,12 +96,12 @@ def get(
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Write one model as safetensors with timm's tensor names, or as a folder that transformers loads.
+    """Write one model as a safetensors file with the tensor names of timm, or as a folder that transformers loads.
 
     Args:
         zoo: Folder, dataset id, or `sample`.
-        model_id: A model of the zoo, as `vitzoo ls` shows it.
-        out: The .safetensors file to write, or the folder for transformers.
+        model_id: Id of the model, as `vitzoo ls` lists it.
+        out: File to write, .safetensors; with --format transformers, the folder.
         format: timm or transformers.
     """
     from vitzoo_hf.convert.export import export_row
@@ -128,12 +126,12 @@ def export(
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Write many models as safetensors, one file each.
+    """Write many models as safetensors files, one file per model.
 
     Args:
         zoo: Folder, dataset id, or `sample`.
-        out: Folder for the files; those it already has in full are kept.
-        format: timm, one safetensors file a model, or transformers, one folder a model.
+        out: Folder for the files. Files that are already complete are not written again.
+        format: timm for one safetensors file per model, or transformers for one folder per model.
     """
     from vitzoo_hf.convert.export import export_zoo
 
@@ -163,23 +161,25 @@ def convert(
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Make a zoo of checkpoints somebody else has published; interrupted, the same command continues.
+    """Convert published checkpoints into a zoo. After an interruption, the same command continues.
 
     Args:
-        source: Folder or http address of the original ViT model zoo; a checkpoint, a model folder or a folder of
-            those; hf:ORG/NAME, or a .txt file of Hub model ids.
+        source: Folder or http address of the original ViT model zoo; a checkpoint, a model folder, or a folder of
+            checkpoints or model folders; hf:ORG/NAME, or a .txt file of Hub model ids.
         out: Folder for the zoo.
-        dtype: float32, or float16 or bfloat16 for half the size with rounded weights.
-        table: CSV with a row a checkpoint: column `file` (or `repo`), columns of the row, and factors.
-        architecture: timm name, where the source does not tell it.
-        architecture_args: Arguments of timm.create_model that shapes do not tell, as JSON.
-        first_epoch: Epochs completed at a release's first checkpoint (0 or 1), if it is not to be found out.
-        name: Of the zoo.
-        split_by: What stays in one split: lineage or run.
-        validation: Share of the lineages or runs that is held out for validation.
-        test: Share that is held out for testing.
-        licence: Of the weights, as the Hub names it, such as cc-by-4.0.
-        workers: Checkpoints loaded at the same time.
+        dtype: Storage type of the weights: float32, or float16 or bfloat16 for half the size with rounded weights.
+        table: CSV file with one row per checkpoint: a column `file` (or `repo`), columns of the zoo's rows, and
+            factors.
+        architecture: Name of the architecture in timm, if the source does not state it.
+        architecture_args: Arguments of timm.create_model that cannot be inferred from the weights, as JSON.
+        first_epoch: Number of epochs completed at the first checkpoint of a release, 0 or 1; by default it is
+            detected.
+        name: Name of the zoo.
+        split_by: Unit that stays within one split: lineage or run.
+        validation: Share of the lineages or runs in the validation split.
+        test: Share of the lineages or runs in the test split.
+        licence: Licence of the weights, as the Hub names it, such as cc-by-4.0.
+        workers: Number of checkpoints loaded at the same time.
         replace: Replace another zoo that is in the folder.
     """
     from vitzoo_hf.convert.convert import convert as write
@@ -194,22 +194,30 @@ def convert(
         name=name,
     )
     splits = {"by": split_by, "seed": 0, "train": 1 - validation - test, "validation": validation, "test": test}
-    options: dict[str, Any] = {"dtype": dtype, "splits": splits, "licence": licence, "workers": workers}
     with _naming_all_refused():
-        done = write(plan, out, **options, replace=replace, progress=not (json or quiet))
+        conversion = write(
+            plan,
+            out,
+            dtype=dtype,
+            splits=splits,
+            licence=licence,
+            workers=workers,
+            replace=replace,
+            progress=not (json or quiet),
+        )
     if json:
-        print_json(vars(done) | {"folder": str(out)})
+        print_json(vars(conversion) | {"folder": str(out)})
         return
-    print(f"{done.rows} rows in {out}")
-    print(*(f"refused: {path}: {reason}\n" for path, reason in done.refused.items()), sep="", end="")
-    print(*(f"note: {note}\n" for note in done.notes), sep="", end="")
+    print(f"{conversion.rows} rows in {out}")
+    print(*(f"refused: {path}: {reason}\n" for path, reason in conversion.refused.items()), sep="", end="")
+    print(*(f"note: {note}\n" for note in conversion.notes), sep="", end="")
     if not quiet:
         hint(f"Next: vitzoo verify {quote(str(out))}, then vitzoo push {quote(str(out))} ORG/NAME")
 
 
 @contextmanager
 def _naming_all_refused() -> Iterator[None]:
-    """Print why each checkpoint was refused where all were."""
+    """Print the reason for every refused checkpoint if none could be converted."""
     from vitzoo_hf.convert.convert import NothingTakenError
 
     try:
@@ -220,7 +228,7 @@ def _naming_all_refused() -> Iterator[None]:
         raise
 
 
-def _json_object(text: str | None, option: str) -> dict[str, Any] | None:
+def _json_object(text: str | None, option: str) -> dict[str, object] | None:
     if text is None:
         return None
     try:
@@ -228,7 +236,7 @@ def _json_object(text: str | None, option: str) -> dict[str, Any] | None:
     except ValueError:
         value = None
     if not isinstance(value, dict):
-        raise ZooError(f"{option} {text!r} is no JSON object, such as '{{\"num_heads\": 6}}'")
+        raise ZooError(f"{option} {text!r}: expected a JSON object, such as '{{\"num_heads\": 6}}'")
     return value
 
 
@@ -242,56 +250,59 @@ def push(
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Publish a zoo on the Hugging Face Hub, or bring it up to date: only what changed is uploaded.
+    """Publish a zoo on the Hugging Face Hub, or update it there. Only changed files are uploaded.
 
     Args:
-        zoo: The zoo's folder, or `sample`.
-        repository: Dataset id, ORG/NAME.
-        private: Make a new dataset private.
-        dry_run: Say what would be uploaded, and change nothing.
-        tag: Also tag this version, such as v1.0.
+        zoo: Folder of the zoo, or `sample`.
+        repository: Dataset id on the Hub, ORG/NAME.
+        private: Make the dataset private if it is new.
+        dry_run: List what would be uploaded, and change nothing.
+        tag: Additional tag for this version, such as v1.0.
     """
     from vitzoo_hf.publish.push import push as publish
 
-    done = publish(
+    result = publish(
         folder_of(str(zoo)), repository, private=private, dry_run=dry_run, tag=tag, progress=not (json or quiet)
     )
     if json:
-        print_json(vars(done))
+        print_json(vars(result))
         return
     would = "would be " if dry_run else ""
-    sent = f"{len(done.uploaded)} files ({format_bytes(done.uploaded_bytes)}) {would}uploaded"
-    print(f"{sent}, {done.unchanged} unchanged, {len(done.deleted)} {would}deleted")
-    for name, count in done.uploaded if dry_run else ():
+    uploads = f"{len(result.uploaded)} files ({format_bytes(result.uploaded_bytes)}) {would}uploaded"
+    print(f"{uploads}, {result.unchanged} unchanged, {len(result.deleted)} {would}deleted")
+    for name, count in result.uploaded if dry_run else ():
         print(f"    {name}  {format_bytes(count)}")
-    for name in done.deleted if dry_run else ():
+    for name in result.deleted if dry_run else ():
         print(f"    delete {name}")
-    if done.left_out:
-        print(f"left out, not part of the zoo: {', '.join(done.left_out)}")
+    if result.left_out:
+        print(f"left out, not part of the zoo: {', '.join(result.left_out)}")
     if not dry_run:
-        print(f"commit {str(done.commit)[:8]}, tags {', '.join(done.tags)}")
-    print(done.url)
+        print(f"commit {str(result.commit)[:8]}, tags {', '.join(result.tags)}")
+    print(result.url)
     if not quiet:
         hint(f"Next: vitzoo push {quote(str(zoo))} {repository}" if dry_run else f"Next: vitzoo info {repository}")
 
 
 def verify(zoo: str, *, revision: Revision = None, json: Json = False, quiet: Quiet = False) -> None:
-    """Hash every file of a zoo again and name what is damaged; exit status 1 if anything is.
+    """Compare every file of a zoo with its hash, and name damaged files; exit status 1 if a file is damaged.
 
     Args:
-        zoo: Folder, `sample`, or dataset id, of which every file is read once and nothing kept.
+        zoo: Folder, `sample`, or dataset id. The files of a dataset are downloaded once and not stored.
     """
     from vitzoo_hf.zoo.verify import verify as check
 
-    found = check(folder_of(zoo), revision=revision, progress=not (json or quiet))
+    result = check(folder_of(zoo), revision=revision, progress=not (json or quiet))
     if json:
-        print_json(vars(found) | {"intact": found.intact})
+        print_json(vars(result) | {"intact": result.intact})
     else:
-        for name, reason in found.damaged.items():
+        for name, reason in result.damaged.items():
             print(f"damaged: {name}: {reason}")
-            for model_id in found.rows.get(name, ()):
+            for model_id in result.rows.get(name, ()):
                 print(f"    lost: {model_id}")
-    if not found.intact:
-        raise ZooError(f"{len(found.damaged)} of {found.files} files of {zoo} are damaged; get or pack those again")
+    if not result.intact:
+        raise ZooError(
+            f"{len(result.damaged)} of {result.files} files of {zoo} are damaged: download them again,"
+            " or pack the zoo again"
+        )
     if not json:
-        print(f"{found.files} files of {zoo}, {format_bytes(found.size)}, are as they were written")
+        print(f"{result.files} files of {zoo}, {format_bytes(result.size)}, are as they were written")

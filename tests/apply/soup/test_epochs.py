@@ -125,7 +125,7 @@ def test_the_verb_takes_the_last_epochs_and_the_decay_that_are_given(zoo, tmp_pa
         (["epochs", "--last", "1"], "--last 1: expected K,K…, whole numbers of at least 2"),
         (["epochs", "--last", "2,"], "--last 2,: expected"),
         (["epochs", "--decay", "1"], "--decay 1: expected a number from 0 to below 1"),
-        (["uniform", "--last", "2"], "--last and --decay are of epochs"),
+        (["uniform", "--last", "2"], "--last and --decay do not apply to --method uniform"),
     ):
         assert run([*chosen, *wrong]) == 1
         error = capsys.readouterr().err
