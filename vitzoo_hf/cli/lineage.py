@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import pandas
 
     from vitzoo_hf.apply.lineage.lineage import Forest
-    from vitzoo_hf.apply.lineage.scores import Truth
+    from vitzoo_hf.apply.lineage.metrics import Truth
     from vitzoo_hf.zoo.zoo import Zoo
 
 Candidates = Annotated[

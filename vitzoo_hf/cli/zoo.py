@@ -193,7 +193,8 @@ def convert(
         first_epoch=first_epoch,
         name=name,
     )
-    splits = {"by": split_by, "seed": 0, "train": 1 - validation - test, "validation": validation, "test": test}
+    splits: dict[str, str | int | float] = {"by": split_by, "seed": 0, "train": 1 - validation - test}
+    splits |= {"validation": validation, "test": test}
     with _naming_all_refused():
         conversion = write(
             plan,
