@@ -121,8 +121,8 @@ def test_damage_of_a_dataset_is_named_to_the_row(tiny_zoo, tmp_path):
         assert status == 1
         assert said[0] == f"damaged: {lost}: its content does not match its hash"
         assert said[1:] == [f"    lost: {model_id}"]
-        told = f"vitzoo: 1 of {check(tiny_zoo).files} files of {NAME} are damaged: "
-        assert last == f"{told}download them again, or pack the zoo again"
+        expected = f"vitzoo: 1 of {check(tiny_zoo).files} files of {NAME} are damaged: "
+        assert last == f"{expected}download them again, or pack the zoo again"
         (other / SHARD).unlink()
         hub.publish(NAME, other)
         status, *said, last = told(hub, tmp_path)

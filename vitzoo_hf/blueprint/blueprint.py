@@ -202,7 +202,13 @@ def _stage_runs(
                 epochs=epochs,
                 keep_epochs=keep,
                 recipe=recipe,
-                factors=_inherit({name: _value_of(name, recipe, world, learner) for name in varied}, parent),
+                factors=_inherit(
+                    {
+                        name: factors[name] if name in factors else _value_of(name, recipe, world, learner)
+                        for name in varied
+                    },
+                    parent,
+                ),
                 split=split_of(run_id, group, fractions=shares, seed=splits["seed"]),
                 world=world,
                 learner=learner,
@@ -233,7 +239,8 @@ def _combinations(stage: str, node: Located, is_world: bool) -> Iterator[tuple[d
             variant.only("factors", "settings", "replicas")
             settings = settings_of(variant.get("settings")) if "settings" in variant else {}
         grid = variant.get("factors")
-        for factors in _replicated(_expand(grid), variant, seeds):
+        expanded = _expand(grid)
+        for factors in _replicated(expanded, variant, seeds) if "replicas" in variant else expanded:
             both = sorted(set(factors) & (set(common) | set(settings)))
             if both:
                 raise grid.error(f"{both[0]!r} is both a setting and a factor of this stage: keep one of the two")
@@ -244,9 +251,6 @@ def _replicated(
     combinations: Iterator[dict[str, Any]], node: Located, seeds: Iterator[int]
 ) -> Iterator[dict[str, Any]]:
     """Each combination as often as `replicas` says, with the next seeds of the stage."""
-    if "replicas" not in node:
-        yield from combinations
-        return
     count = node.get("replicas").typed(int)
     if count < 1:
         raise node.get("replicas").error(f"replicas is {count}; it must be positive")

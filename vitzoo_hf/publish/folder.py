@@ -8,7 +8,7 @@ import hashlib
 import itertools
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -137,7 +137,10 @@ def write_zoo(
         shards: dict[str, Shard] = {}
         with progress_bar("packing", "row", shown=progress, total=sum(part.count for part in splits.values())) as bar:
             for split, part in splits.items():
-                shards |= _write_split(temporary, split, part, manifest["factors"], storage, bar)
+                num_shards = -(-part.count // storage.shard_rows)
+                for name in [shard_name(split, number, num_shards) for number in range(num_shards)]:
+                    file, count = temporary / name, storage.shard_rows
+                    shards[name] = write_shard(file, part.rows, count, manifest["factors"], storage, bar)
         assemble(temporary, manifest, shards, probes, blueprint_text)
         swap(temporary, folder)
     except OSError as error:
@@ -180,7 +183,12 @@ def assemble(
 
 
 def write_shard(
-    file: Path, rows: Iterator[Mapping[str, object]], count: int, factors: Mapping[str, str], storage: Storage
+    file: Path,
+    rows: Iterator[Mapping[str, object]],
+    count: int,
+    factors: Mapping[str, str],
+    storage: Storage,
+    bar: tqdm | None = None,
 ) -> Shard:
     """Write the next `count` rows as one file of weights.
 
@@ -190,11 +198,12 @@ def write_shard(
         count: largest number of rows in the file.
         factors: generating factor -> type.
         storage: how the whole zoo stores its weights.
+        bar: advances by every row.
     """
     light: list[dict[str, Any]] = []
     layouts: dict[str, Layout] = {}
     features = schema.row_features(factors, weights=storage.encoding)
-    groups = _noted(_groups(itertools.islice(rows, count), storage.group_rows), light, layouts)
+    groups = _row_groups(itertools.islice(rows, count), storage.group_rows, light, layouts, bar)
     ends = write_parquet(file, features, groups, layouts)
     entry = {"rows": len(light), **_file_entry(file), "gap": storage.gap, "groups": [list(pair) for pair in ends]}
     return Shard(entry, light, layouts)
@@ -227,35 +236,21 @@ def _only_shard(folder: Path, config: str, split: str) -> Path:
     return folder / config / f"{split}-00000-of-00001.parquet"
 
 
-def _write_split(
-    folder: Path, split: str, part: Rows, factors: Mapping[str, str], storage: Storage, bar: tqdm
-) -> dict[str, Shard]:
-    shards = -(-part.count // storage.shard_rows)
-    rows = _counted(part.rows, bar)
-    names = [shard_name(split, number, shards) for number in range(shards)]
-    return {name: write_shard(folder / name, rows, storage.shard_rows, factors, storage) for name in names}
-
-
-def _counted(rows: Iterator[Mapping[str, object]], bar: tqdm) -> Iterator[Mapping[str, object]]:
-    for row in rows:
-        yield row
-        bar.update(1)
-
-
-def _noted(
-    groups: Iterable[list[Mapping[str, object]]], light: list[dict[str, Any]], layouts: dict[str, Layout]
+def _row_groups(
+    rows: Iterator[Mapping[str, object]],
+    size: int,
+    light: list[dict[str, Any]],
+    layouts: dict[str, Layout],
+    bar: tqdm | None,
 ) -> Iterator[list[Mapping[str, object]]]:
-    """Pass row groups on; add their light columns to `light` and their layouts to `layouts`."""
-    for group in groups:
+    """Yield row groups of `size` rows; add their light columns to `light` and their layouts to `layouts`."""
+    while group := list(itertools.islice(rows, size)):
         for row in group:
             layouts.setdefault(str(row["layout"]), Architecture.of(row).layout)
             light.append({name: value for name, value in row.items() if name != "weights"})
         yield group
-
-
-def _groups(rows: Iterator[Mapping[str, object]], size: int) -> Iterator[list[Mapping[str, object]]]:
-    while group := list(itertools.islice(rows, size)):
-        yield group
+        if bar is not None:
+            bar.update(len(group))
 
 
 def write_config(

@@ -7,7 +7,7 @@ its cache; of large ones only needed rows are read.
 
 import copy
 from collections.abc import Iterator, Sequence
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,6 +66,7 @@ class Zoo:
         self._index = self._tables.index()
         self._positions = np.arange(self._index.num_rows)
         self._readers: list[WeightReader] = []
+        self._lists: dict[str, list[Any]] = {}
 
     @classmethod
     def sample(cls) -> "Zoo":
@@ -76,8 +77,8 @@ class Zoo:
         return len(self._positions)
 
     def __repr__(self) -> str:
-        runs = len(set(self._column("run_id")))
-        return f"Zoo({self.name!r}: {len(self)} rows of {runs} runs, factors {', '.join(self.factors)})"
+        runs, factors = len(set(self._column("run_id"))), ", ".join(self.factors)
+        return f"Zoo({self.name!r}: {len(self)} rows of {runs} runs, factors {factors})"
 
     @property
     def factors(self) -> list[str]:
@@ -88,7 +89,7 @@ class Zoo:
     def column_types(self) -> dict[str, type]:
         """Columns that `filter` takes -> the Python type of their values."""
         kinds: dict[str, type] = {}
-        for column in with_class_names(self._index, self._features).schema:
+        for column in self._named_index.schema:
             if pa.types.is_floating(column.type):
                 kinds[column.name] = float
             elif pa.types.is_integer(column.type):
@@ -134,8 +135,7 @@ class Zoo:
             ZooError: if the zoo has no such config.
         """
         if config == "index":
-            rows = with_class_names(self._index, self._features).take(self._positions)
-            return rows.to_pandas(integer_object_nulls=True)
+            return self._named_index.take(self._positions).to_pandas(integer_object_nulls=True)
         configs = [name for name in self.configs if name != "weights"]
         if config not in configs:
             hint = "; `vitzoo evaluate` writes it" if config in ("evaluations", "pairs") else ""
@@ -158,7 +158,7 @@ class Zoo:
             >>> all(row["test_accuracy"] >= 0.75 for row in zoo.index)
             True
         """
-        table = with_class_names(self._index, self._features)
+        table = self._named_index
         mask = np.ones(table.num_rows, dtype=bool)
         for column, condition in conditions.items():
             if column not in table.column_names:
@@ -357,13 +357,8 @@ class Zoo:
     def _row_source(self, columns: Sequence[str] | None) -> RowSource:
         for position in self._positions.tolist():
             self._check_layout(position)
-        return RowSource(
-            positions=self._positions,
-            layout_ids=self._records["layout"],
-            layouts=self.layouts,
-            columns=light_columns(self._records, self.column_types, columns),
-            reader=self._reader,
-        )
+        light = light_columns(self._records, self.column_types, columns)
+        return RowSource(self._positions, self._records["layout"], self.layouts, light, self._reader)
 
     def _check_layout(self, position: int) -> None:
         layout_id, size = self._records["layout"][position], self._records["num_parameters"][position]
@@ -386,15 +381,17 @@ class Zoo:
             self._readers.append(WeightReader(self._at_hand, read_shards(self._at_hand, self.manifest), rows))
         return self._readers[0]
 
-    @cached_property
-    def _features(self) -> Any:
-        return schema.row_features(self.manifest["factors"], weights=None)
+    @property
+    def _named_index(self) -> pa.Table:
+        return with_class_names(self._index, schema.row_features(self.manifest["factors"], weights=None))
 
-    @cached_property
+    @property
     def _records(self) -> dict[str, list[Any]]:
         """Column -> the values of all rows, with names instead of class numbers."""
-        table = with_class_names(self._index, self._features).drop_columns(["split"])
-        return {name: table[name].to_pylist() for name in table.column_names}
+        if not self._lists:
+            table = self._named_index.drop_columns(["split"])
+            self._lists |= {name: table[name].to_pylist() for name in table.column_names}
+        return self._lists
 
     def _column(self, name: str) -> list[Any]:
         return self._index[name].take(self._positions).to_pylist()
