@@ -43,13 +43,6 @@ def parser(docstring: str, *parents: argparse.ArgumentParser) -> argparse.Argume
     return argparse.ArgumentParser(description=docstring.splitlines()[0], parents=parents)
 
 
-def results_folder(study: str) -> Path:
-    """Make the folder of results of a study, with its `figures/`, and return it."""
-    folder = RESULTS / study
-    (folder / "figures").mkdir(parents=True, exist_ok=True)
-    return folder
-
-
 def commit() -> str:
     """The commit of this checkout, with `-dirty` where files differ from it; `unknown` outside a checkout."""
     command = ["git", "describe", "--always", "--dirty"]
@@ -161,6 +154,8 @@ def write_table(
         # Text and numbers do not compare; a column of either kind does, with the empty cells last.
         ranks = [tuple((isinstance(value, str), value == "", value) for value in row) for row in rows]
         table = table.iloc[sorted(range(len(ranks)), key=ranks.__getitem__)]
+
+    file.parent.mkdir(parents=True, exist_ok=True)
 
     def write(path: Path) -> None:
         table.to_csv(path, index=False, float_format=f"%.{digits}g", lineterminator="\n")

@@ -18,9 +18,7 @@ KEYS = ("cell", "knob")
 @pytest.fixture
 def whole() -> pd.DataFrame:
     """12 cells of 2 rows each; a cell is called null, and a number is missing in some."""
-    rows = [
-        (name, knob, attack) for name in ("null", "a, b", "c") for knob in (0.0, 0.2, 10.0, 1e-3) for attack in "kt"
-    ]
+    rows = list(itertools.product(("null", "a, b", "c"), (0.0, 0.2, 10.0, 1e-3), "kt"))
     table = pd.DataFrame(rows, columns=["cell", "knob", "attack"])
     values = np.random.default_rng(0).normal(size=len(table))
     return table.assign(value=values, r2=np.where(table["attack"] == "k", values**2, np.nan))
