@@ -1,5 +1,6 @@
 """What the READMEs say of zoos that were made is what their tables hold."""
 
+import importlib
 import re
 import subprocess
 from pathlib import Path
@@ -297,6 +298,12 @@ def test_commands_of_the_autoencoder_give_the_committed_curves_and_uses(autoenco
         assert wanted == sorted(table.drop_duplicates().itertuples(index=False, name=None))
     used = [arguments[1] for arguments in autoencoder_commands["use"]]
     assert used == [file.stem[: -len("_generated")] for file in AUTOENCODER.glob("*_generated.csv")]
+
+
+@pytest.mark.parametrize("study", ["lineage", "properties", "rebasin"])
+def test_readmes_are_what_their_scripts_write_from_the_tables(study):
+    script = importlib.import_module(study)
+    assert script.readme() == (RESULTS / study / "README.md").read_text(encoding="utf-8")
 
 
 def test_arithmetic_in_the_readme():
