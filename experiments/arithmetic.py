@@ -5,16 +5,22 @@ python experiments/arithmetic.py ZOO NAME
 Scales are chosen on selection images and reported on test images.
 """
 
-import argparse
 import itertools
-import json
-import subprocess
 import time
-from pathlib import Path
 
 import pandas as pd
 import torch
-from soup import gains, markdown, points
+from harness import (
+    RESULTS,
+    ZOO_AND_NAME,
+    gain_interval,
+    markdown,
+    parser,
+    provenance,
+    provenance_text,
+    write_provenance,
+    write_table,
+)
 
 from vitzoo_hf.apply.candidates import candidate_scores
 from vitzoo_hf.apply.paths.arithmetic import (
@@ -27,10 +33,9 @@ from vitzoo_hf.apply.paths.arithmetic import (
 )
 from vitzoo_hf.apply.paths.landscape import landscape_slice
 from vitzoo_hf.apply.paths.plot import draw_slice
-from vitzoo_hf.environment import describe
 from vitzoo_hf.zoo import Zoo
 
-HERE = Path(__file__).parents[1] / "results" / "arithmetic"
+HERE = RESULTS / "arithmetic"
 ADDED = [0.0, 0.25, 0.5, 0.75, 1.0, 1.25]
 EXTENDED = [0.5, 0.75, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0]
 NEGATED = [0.0, -0.05, -0.1, -0.2, -0.3, -0.4, -0.6, -0.8, -1.0]
@@ -38,28 +43,17 @@ CONTROL_IMAGES = 2000
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("zoo", type=Path)
-    parser.add_argument("name")
-    arguments = parser.parse_args()
+    arguments = parser(__doc__, ZOO_AND_NAME).parse_args()
     zoo, start = Zoo(arguments.zoo), time.perf_counter()
-    (HERE / "figures").mkdir(parents=True, exist_ok=True)
     seeds = sorted(set(zoo.filter(stage="finetune").to_pandas()["factor_seed"]))
     tuned = zoo.filter(stage="finetune", head="linear", factor_optimizer="adamw", factor_seed=seeds[0])
-    write(pd.DataFrame(additions(zoo, tuned)), f"additions_{arguments.name}")
-    write(pd.DataFrame(extensions(zoo, tuned)), f"extensions_{arguments.name}")
-    write(pd.DataFrame(negations(zoo, tuned)), f"negations_{arguments.name}")
-    write(landscape(zoo, tuned, arguments.name), f"landscape_{arguments.name}")
-    record = {key: str(value) for key, value in describe().items()}
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=HERE, capture_output=True, text=True)
-    record |= {"commit": commit.stdout.strip(), "date": time.strftime("%Y-%m-%d")}
-    record |= {"seconds": round(time.perf_counter() - start)}
-    (HERE / f"provenance_{arguments.name}.json").write_text(json.dumps(record, indent=1) + "\n")
+    write_table(pd.DataFrame(additions(zoo, tuned)), HERE / f"additions_{arguments.name}.csv")
+    write_table(pd.DataFrame(extensions(zoo, tuned)), HERE / f"extensions_{arguments.name}.csv")
+    write_table(pd.DataFrame(negations(zoo, tuned)), HERE / f"negations_{arguments.name}.csv")
+    write_table(landscape(zoo, tuned, arguments.name), HERE / f"landscape_{arguments.name}.csv")
+    record = provenance(zoo) | {"seconds": round(time.perf_counter() - start)}
+    write_provenance(HERE / f"provenance_{arguments.name}.json", record)
     write_readme()
-
-
-def write(table: pd.DataFrame, name: str) -> None:
-    table.to_csv(HERE / f"{name}.csv", index=False, float_format="%.6g")
 
 
 def start_of(zoo: Zoo, run_id: str) -> dict:
@@ -162,9 +156,8 @@ def landscape(zoo: Zoo, tuned: Zoo, name: str) -> pd.DataFrame:
     return pd.DataFrame(grid, columns=["x", "y"]).assign(**values)
 
 
-def with_interval(values: pd.Series) -> str:
-    found = gains(list(values))
-    return f"{points(found.mean)} ({points(found.low)} to {points(found.high)})"
+def table_of(lines: list[dict[str, str]]) -> str:
+    return markdown(list(lines[0]), [list(line.values()) for line in lines])
 
 
 def write_readme() -> None:
@@ -195,14 +188,14 @@ def write_readme() -> None:
                 "of": f"{len(added)} pairs",
                 "test accuracy": f"{added['test_accuracy'].mean():.3f}",
                 "baseline": f"{added['better_child_test'].mean():.3f}",
-                "gain": with_interval(added["gain"]),
+                "gain": gain_interval(added["gain"]),
             },
             {
                 "what": "start + ½ (τ₁ + τ₂), less the better child by selection",
                 "of": f"{len(added)} pairs",
                 "test accuracy": f"{added['half_test'].mean():.3f}",
                 "baseline": f"{added['better_child_test'].mean():.3f}",
-                "gain": with_interval(added["half_test"] - added["better_child_test"]),
+                "gain": gain_interval(added["half_test"] - added["better_child_test"]),
             },
         ]
         for lr, runs in extended.groupby("factor_lr"):
@@ -213,10 +206,10 @@ def write_readme() -> None:
                     "of": f"{len(runs)} runs",
                     "test accuracy": f"{runs['test_accuracy'].mean():.3f}",
                     "baseline": f"{runs['child_test'].mean():.3f}",
-                    "gain": with_interval(runs["gain"]),
+                    "gain": gain_interval(runs["gain"]),
                 }
             )
-        sections += [markdown(pd.DataFrame(lines))]
+        sections += [table_of(lines)]
         sections += [
             f"Negation: {len(negated)} children of supervised parents (AdamW, 1e-3) less a task vector, as far as"
             f" the parent's task keeps 95 % of the accuracy it has left, on up to {CONTROL_IMAGES} selection images;"
@@ -231,9 +224,8 @@ def write_readme() -> None:
         ]
         scales = {kind: f"{negated[f'{kind}_scale'].mean():.2f}" for kind in columns[1:]}
         rows.append({"": "mean scale", "child": "0", **scales})
-        sections += [markdown(pd.DataFrame(rows))]
-        record = json.loads((HERE / f"provenance_{name}.json").read_text())
-        sections += ["Provenance: " + ", ".join(f"{key} {value}" for key, value in record.items())]
+        sections += [table_of(rows)]
+        sections += ["Provenance: " + provenance_text(HERE / f"provenance_{name}.json")]
     (HERE / "README.md").write_text("\n\n".join(sections) + "\n")
 
 

@@ -6,24 +6,22 @@ A zoo is named by its blueprint. README.md is written from the CSV files of all 
 is given, below the text of `lineage/about.md`.
 """
 
-import argparse
-import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from harness import RESULTS, markdown, parser, provenance_line, save_figure, write_table
 
 from vitzoo_hf.apply.lineage.costs import TrunkMeasures, measure_trunks
 from vitzoo_hf.apply.lineage.epochs import order_epochs, random_taus
 from vitzoo_hf.apply.lineage.lineage import Forest, forest_of
 from vitzoo_hf.apply.lineage.metrics import SCORES, Truth, truth_of
 from vitzoo_hf.apply.lineage.plot import forest_figure, lineage_table
-from vitzoo_hf.environment import describe
 from vitzoo_hf.zoo import Zoo
 
-HERE = Path(__file__).parents[1] / "results" / "lineage"
+HERE = RESULTS / "lineage"
 CASES = {
     "final": "all final models",
     "bf16": "the same, weights rounded to bfloat16",
@@ -36,10 +34,9 @@ SHOWN = ("tree_accuracy", "edge_precision", "edge_recall", "direction_accuracy",
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("zoos", nargs="*", type=Path)
-    (HERE / "figures").mkdir(parents=True, exist_ok=True)
-    for path in parser.parse_args().zoos:
+    options = parser(__doc__)
+    options.add_argument("zoos", nargs="*", type=Path)
+    for path in options.parse_args().zoos:
         zoo = Zoo(path)
         name = zoo.manifest["name"]
         start = time.perf_counter()
@@ -58,11 +55,7 @@ def main() -> None:
 
 
 def write(table: pd.DataFrame, file: str) -> None:
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True)
-    about = {key: str(value) for key, value in describe().items()}
-    told = ", ".join(f"{key} {about[key]}" for key in ("system", "cores", "python", "torch", "numpy"))
-    table["provenance"] = f"{told}, commit {commit.stdout.strip()}"
-    table.to_csv(HERE / file, index=False, float_format="%.5g", lineterminator="\n")
+    write_table(table.assign(provenance=provenance_line()), HERE / file, digits=5)
 
 
 def cases(zoo: Zoo) -> Iterator[tuple[str, Zoo, str]]:
@@ -199,11 +192,7 @@ def wrong_edges(name: str, final: Zoo) -> pd.DataFrame:
 
 def picture(name: str, case: str, forest: Forest, truth: Truth) -> None:
     figure = forest_figure(lineage_table(forest, truth), f"{name}: {CASES.get(case, case)}")
-    figure.savefig(HERE / "figures" / f"{name}_{case.replace(' ', '_')}.png", dpi=90)
-
-
-def markdown(head: list[str], rows: list[list[str]]) -> str:
-    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
+    save_figure(figure, HERE / "figures" / f"{name}_{case.replace(' ', '_')}.png", dpi=90)
 
 
 def shown(value: float) -> str:

@@ -8,20 +8,18 @@ With --final, only final rows, unseen lineages, ridge and the features read from
 Without a zoo only the README is written, from the tables that are there.
 """
 
-import argparse
 import json
-import subprocess
 import time
 from pathlib import Path
 
 import pandas as pd
+from harness import RESULTS, markdown, parser, provenance, save_figure, write_provenance, write_table
 
 from vitzoo_hf.apply.properties.plot import plot_properties
 from vitzoo_hf.apply.properties.properties import predict_properties
-from vitzoo_hf.environment import describe
 from vitzoo_hf.zoo import Zoo
 
-FOLDER = Path(__file__).parents[1] / "results" / "properties"
+FOLDER = RESULTS / "properties"
 TREE_FEATURES = ("statistics", "probing_64")
 FINAL_FEATURES = ("constant", "norm", "statistics", "flat")
 TREE_TARGETS = ("test_accuracy", "generalization_gap", "epoch", "factor_optimizer", "factor_lr")
@@ -71,15 +69,14 @@ splits by run do not change.
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("zoo", type=Path, nargs="?")
-    parser.add_argument("name", nargs="?")
-    parser.add_argument("--trees", default="lightgbm")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--shuffles", type=int, default=10)
-    parser.add_argument("--final", action="store_true")
-    arguments = parser.parse_args()
-    FOLDER.mkdir(exist_ok=True)
+    options = parser(__doc__)
+    options.add_argument("zoo", type=Path, nargs="?")
+    options.add_argument("name", nargs="?")
+    options.add_argument("--trees", default="lightgbm")
+    options.add_argument("--repeats", type=int, default=3)
+    options.add_argument("--shuffles", type=int, default=10)
+    options.add_argument("--final", action="store_true")
+    arguments = options.parse_args()
     if arguments.zoo is not None and arguments.final:
         measure_final(arguments.zoo, arguments.name, arguments.repeats, arguments.shuffles)
     elif arguments.zoo is not None:
@@ -91,16 +88,15 @@ def measure(place: Path, name: str, trees: str, repeats: int, shuffles: int) -> 
     start, zoo = time.perf_counter(), Zoo(place)
     file = FOLDER / f"{name}.csv"
     table = predict_properties(zoo, repeats=repeats, shuffles=shuffles, progress=True)
-    table.to_csv(file, index=False, float_format=f"%.{DIGITS}g")
+    write_table(table, file, digits=DIGITS)
     linear, options = table, {"models": [trees], "repeats": 1, "shuffles": 1, "progress": True}
     for features in TREE_FEATURES:
         boosted = predict_properties(zoo, targets=TREE_TARGETS, features=[features], **options)
         table = pd.concat([table, boosted], ignore_index=True)
-        table.to_csv(file, index=False, float_format=f"%.{DIGITS}g")
-    figures = FOLDER / "figures"
-    figures.mkdir(exist_ok=True)
-    plot_properties(linear).savefig(figures / f"{name}.png", dpi=110)
-    assert (figures / f"{name}.png").stat().st_size <= LARGEST_FIGURE
+        write_table(table, file, digits=DIGITS)
+    figure = FOLDER / "figures" / f"{name}.png"
+    save_figure(plot_properties(linear), figure)
+    assert figure.stat().st_size <= LARGEST_FIGURE
     note_provenance(name, start, repeats, shuffles)
 
 
@@ -108,16 +104,14 @@ def measure_final(place: Path, name: str, repeats: int, shuffles: int) -> None:
     start, zoo = time.perf_counter(), Zoo(place).filter(is_final=True)
     options = {"features": FINAL_FEATURES, "splits": ["lineage"], "repeats": repeats, "shuffles": shuffles}
     table = predict_properties(zoo, **options, progress=True)
-    table.to_csv(FOLDER / f"{name}.csv", index=False, float_format=f"%.{DIGITS}g")
+    write_table(table, FOLDER / f"{name}.csv", digits=DIGITS)
     note_provenance(name, start, repeats, shuffles)
 
 
 def note_provenance(name: str, start: float, repeats: int, shuffles: int) -> None:
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=FOLDER, capture_output=True, text=True)
-    about = {key: str(value) for key, value in describe().items()} | {"commit": commit.stdout.strip()}
     minutes = (time.perf_counter() - start) / 60
-    about |= {"minutes": f"{max(minutes, 1):.0f}", "repeats": repeats, "shuffles": shuffles}
-    (FOLDER / f"{name}.json").write_text(json.dumps(about, indent=1) + "\n")
+    settings = {"minutes": f"{max(minutes, 1):.0f}", "repeats": repeats, "shuffles": shuffles}
+    write_provenance(FOLDER / f"{name}.json", provenance() | settings)
 
 
 def readme() -> str:
@@ -129,7 +123,7 @@ def readme() -> str:
         if (FOLDER / "figures" / f"{file.stem}.png").exists():
             sections.append(f"![Properties of {file.stem}](figures/{file.stem}.png)\n")
         sections += [of_split(table, split) for split in ("run", "lineage") if split in set(table["split"])]
-        sections.append(provenance(about))
+        sections.append(provenance_note(about))
     return "\n".join(sections)
 
 
@@ -138,14 +132,14 @@ def of_split(table: pd.DataFrame, split: str) -> str:
     counts = part.groupby("rows", sort=False)[["n_test", "n_groups"]].max()
     told = "; ".join(f"{rows} rows: {row.n_test} of {row.n_groups} {split}s" for rows, row in counts.iterrows())
     targets = part[["target", "rows", "metric"]].drop_duplicates().values.tolist()
-    lines = [["features", *(f"{target.removeprefix('factor_')}, {rows}" for target, rows, _ in targets)]]
-    lines.append(["---"] * len(lines[0]))
+    head = ["features", *(f"{target.removeprefix('factor_')}, {rows}" for target, rows, _ in targets)]
+    lines = []
     for (features, model), cells in part.groupby(["features", "model"], sort=False):
         found = cells.set_index(["target", "rows"])
         keys = [(target, rows) for target, rows, _ in targets]
         label = features if model == "ridge" else f"{features}, {model}"
         lines.append([label, *(cell(found.loc[key]) if key in found.index else "–" for key in keys)])
-    return f"Unseen {split}s ({told}):\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+    return f"Unseen {split}s ({told}):\n\n{markdown(head, lines)}\n"
 
 
 def cell(row: pd.Series) -> str:
@@ -153,7 +147,7 @@ def cell(row: pd.Series) -> str:
     return f"**{row['value']:.2f}**{interval} ({row['shuffled']:.2f})".replace("-", "−")
 
 
-def provenance(about: dict) -> str:
+def provenance_note(about: dict) -> str:
     return (
         f"{about['minutes']} minutes on {about['cores']} cores that others share ({about['system']}), Python"
         f" {about['python']}, torch {about['torch']}, vitzoo-hf {about['vitzoo-hf']} at {about['commit']};"

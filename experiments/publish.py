@@ -6,21 +6,17 @@ The zoo has been evaluated (`vitzoo evaluate`). `figures/` and `data/` are those
 more than a megabyte, whose values are in `pairs.csv`; `index.csv` has the hash of every row's weights.
 """
 
-import argparse
 import json
 import shutil
-import subprocess
 import tempfile
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import pandas as pd
+from harness import RESULTS, ZOO_AND_NAME, markdown, parser, provenance, write_provenance, write_table
 
-from vitzoo_hf.environment import describe
 from vitzoo_hf.report.html import write_zoo_report
 from vitzoo_hf.zoo import Zoo
 
-HERE = Path(__file__).parents[1] / "results"
 LARGEST = 1_000_000
 DIGITS = 5
 PAPER = {
@@ -32,34 +28,28 @@ PAPER_EPOCHS = (5, 10, 20, 50)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("zoo", type=Path)
-    parser.add_argument("name")
-    parser.add_argument("--training-minutes", type=float)
-    parser.add_argument("--training-note", default="")
-    arguments = parser.parse_args()
-    folder = HERE / arguments.name
+    options = parser(__doc__, ZOO_AND_NAME)
+    options.add_argument("--training-minutes", type=float)
+    options.add_argument("--training-note", default="")
+    arguments = options.parse_args()
+    folder = RESULTS / arguments.name
     folder.mkdir(exist_ok=True)
     zoo = Zoo(arguments.zoo)
     index, evaluations, pairs = (zoo.to_pandas(config) for config in ("index", "evaluations", "pairs"))
     shutil.copy(arguments.zoo / "README.md", folder / "CARD.md")
     shutil.copy(arguments.zoo / "blueprint.yaml", folder / "blueprint.yaml")
-    kept = [name for name in index if name not in ("provenance", "architecture_args", "layout")]
-    write_table(index[kept], folder / "index.csv")
-    write_table(evaluations, folder / "evaluations.csv")
-    write_table(pairs, folder / "pairs.csv")
+    columns = [name for name in index if name not in ("provenance", "architecture_args", "layout")]
+    write_table(index[columns], folder / "index.csv", digits=DIGITS)
+    write_table(evaluations, folder / "evaluations.csv", digits=DIGITS)
+    write_table(pairs, folder / "pairs.csv", digits=DIGITS)
     write_figures(zoo, folder)
-    record = provenance(zoo, arguments.zoo) | {
+    record = origin(zoo, arguments.zoo) | {
         "training_minutes": arguments.training_minutes,
         "training_note": arguments.training_note,
     }
-    (folder / "provenance.json").write_text(json.dumps(record, indent=1) + "\n")
+    write_provenance(folder / "provenance.json", record)
     (folder / "TABLES.md").write_text(tables(index, folder / "data"))
     print(folder)
-
-
-def write_table(table: pd.DataFrame, file: Path) -> None:
-    table.to_csv(file, index=False, float_format=f"%.{DIGITS}g")
 
 
 def write_figures(zoo: Zoo, folder: Path) -> None:
@@ -73,14 +63,13 @@ def write_figures(zoo: Zoo, folder: Path) -> None:
                     shutil.copy(file, folder / part)
 
 
-def provenance(zoo: Zoo, folder: Path) -> dict:
+def origin(zoo: Zoo, folder: Path) -> dict:
     manifest = json.loads((folder / "zoo.json").read_text())
     first = json.loads(zoo.to_pandas("index")["provenance"].iloc[0])
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True)
     return {
         "blueprint_fingerprint": manifest["blueprint_fingerprint"],
         "trained_with": first["versions"],
-        "published_with": {key: str(value) for key, value in describe().items()} | {"commit": commit.stdout.strip()},
+        "published_with": provenance(),
     }
 
 
@@ -101,10 +90,6 @@ def tables(index: pd.DataFrame, data: Path) -> str:
         same_and_other(levels),
     ]
     return "\n\n".join(sections) + "\n"
-
-
-def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
 
 
 def spread(values: pd.Series) -> str:

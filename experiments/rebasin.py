@@ -7,28 +7,37 @@ Models are chosen on selection images, activations matched and curves trained on
 test images.
 """
 
-import argparse
 import json
-import subprocess
 from collections.abc import Iterator
-from pathlib import Path
 
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
 import torch
+from harness import (
+    RESULTS,
+    ZOO_AND_NAME,
+    header,
+    merge,
+    parser,
+    provenance,
+    row,
+    save_figure,
+    write_provenance,
+    write_table,
+)
+from matplotlib.figure import Figure
 
 from vitzoo_hf.apply.interpolation import path_scores
 from vitzoo_hf.apply.paths.paths import train_bezier
 from vitzoo_hf.apply.rebasin.barriers import LADDER, RUNGS, pair_barriers, path_record, sample_pairs, summary
 from vitzoo_hf.apply.rebasin.rebasin import matching_images, rebasin, some_images
-from vitzoo_hf.environment import describe
 from vitzoo_hf.format.schema import weights_sha256
 from vitzoo_hf.models.rebuild import reconstruct
 from vitzoo_hf.report.style import PALETTE, PERCENT, STYLE, heading
 from vitzoo_hf.zoo import Zoo
 
-HERE = Path(__file__).parents[1] / "results" / "rebasin"
+HERE = RESULTS / "rebasin"
 GOOD = 0.9
 POPULATIONS = {
     "pretrained": "pre-trained, supervised, independent initialisations",
@@ -48,22 +57,20 @@ LABELS = {
     "rotation": "+ rotated residual stream",
 }
 SEED = 0
+PAIR = ["population", "model_a", "model_b"]
 SINGLE = "same start"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("zoo", type=Path)
-    parser.add_argument("name")
-    parser.add_argument("--pairs", type=int, default=60)
-    parser.add_argument("--within", type=int, default=20, help="pairs of fine-tuned models of one parent")
-    parser.add_argument("--curves", type=int, default=5, help="pairs a population with curves and exactness")
-    parser.add_argument("--images", type=int, default=1000)
-    parser.add_argument("--only", choices=["barriers", "curves", "exactness", "report"])
-    parser.add_argument("--again", nargs="*", default=[], choices=list(POPULATIONS))
-    parser.add_argument("--rung", choices=list(RUNGS), help="measure one rung alone, and keep the others' tables")
-    arguments = parser.parse_args()
-    (HERE / "figures").mkdir(parents=True, exist_ok=True)
+    options = parser(__doc__, ZOO_AND_NAME)
+    options.add_argument("--pairs", type=int, default=60)
+    options.add_argument("--within", type=int, default=20, help="pairs of fine-tuned models of one parent")
+    options.add_argument("--curves", type=int, default=5, help="pairs a population with curves and exactness")
+    options.add_argument("--images", type=int, default=1000)
+    options.add_argument("--only", choices=["barriers", "curves", "exactness", "report"])
+    options.add_argument("--again", nargs="*", default=[], choices=list(POPULATIONS))
+    options.add_argument("--rung", choices=list(RUNGS), help="measure one rung alone, and keep the others' tables")
+    arguments = options.parse_args()
     zoo = Zoo(arguments.zoo)
     pairs = dict(chosen_pairs(zoo, arguments.pairs, arguments.within))
     few = {population: some_pairs(chosen, arguments.curves) for population, chosen in pairs.items()}
@@ -116,51 +123,42 @@ def initial_trunks(zoo: Zoo) -> dict[str, str]:
 
 
 def measure_barriers(zoo: Zoo, pairs: dict, images: int, name: str, again: list[str]) -> None:
-    """Barriers of all populations, or of some with the others kept from the table of an earlier run."""
-    kept = pd.read_csv(HERE / f"{name}_barriers.csv", keep_default_na=False) if again else pd.DataFrame()
-    tables = []
-    for population, chosen in pairs.items():
-        if again and population not in again:
-            tables.append(kept[kept["population"] == population])
-        else:
-            table = pair_barriers(zoo, chosen, LADDER, points=9, num_images=images, seed=SEED)
-            tables.append(table.assign(population=population, images=images))
-        keep_barriers(pd.concat(tables), name)
-    (HERE / f"{name}_provenance.json").write_text(json.dumps(provenance(), indent=1) + "\n")
+    """Barriers of all populations, or of some with the rows of the others left as they are."""
+    for population, population_pairs in pairs.items():
+        if not again or population in again:
+            table = pair_barriers(zoo, population_pairs, LADDER, points=9, num_images=images, seed=SEED)
+            write_barriers(table.assign(population=population, images=images), name)
+    write_provenance(HERE / f"{name}_provenance.json", provenance(zoo), merged=True)
 
 
 def measure_rung(zoo: Zoo, name: str, rung: str) -> None:
     """One rung, of the pairs and on as many images as an earlier run measured the others."""
-    kept = pd.read_csv(HERE / f"{name}_barriers.csv", keep_default_na=False)
-    kept = kept[kept["families"] != "+".join(RUNGS[rung])]
+    stored = pd.read_csv(HERE / f"{name}_barriers.csv", keep_default_na=False)
     variants = [variant for variant in LADDER if variant.families == RUNGS[rung]]
-    tables = [kept]
-    for population, group in kept.groupby("population", sort=False):
+    for population, group in stored.groupby("population", sort=False):
         pairs = list(group[["model_a", "model_b"]].drop_duplicates().itertuples(index=False, name=None))
         images = int(group["images"].iloc[0])
         table = pair_barriers(zoo, pairs, variants, points=9, num_images=images, seed=SEED)
-        fresh = table[table["families"] != "none"]
-        tables.append(fresh.assign(population=population, images=images))
-        keep_barriers(pd.concat(tables), name)
+        aligned = table[table["families"] != "none"]
+        write_barriers(aligned.assign(population=population, images=images), name)
+    write_provenance(HERE / f"{name}_provenance.json", provenance(zoo), merged=True)
 
 
-def keep_barriers(table: pd.DataFrame, name: str) -> None:
-    """Write the table and its medians, the rungs of each pair in their order."""
+def write_barriers(table: pd.DataFrame, name: str) -> None:
+    """Merge barriers into the table and write its medians, the rungs of each pair in their order."""
+    file = HERE / f"{name}_barriers.csv"
+    table = merge(table, file, [*PAIR, "families"])
     keys = list(zip(table["population"], table["model_a"], table["model_b"], strict=True))
     places = {key: place for place, key in enumerate(dict.fromkeys(keys))}
     rungs = {key: place for place, key in enumerate(RUNG_OF)}
     ranks = [(places[key], rungs[families]) for key, families in zip(keys, table["families"], strict=True)]
     table = table.iloc[sorted(range(len(ranks)), key=ranks.__getitem__)]
-    table.to_csv(HERE / f"{name}_barriers.csv", index=False, float_format="%.6g")
+    write_table(table, file)
+    table = pd.read_csv(file, keep_default_na=False)
     groups = table.groupby("population", sort=False)
     medians = pd.concat([summary(group, seed=SEED).assign(population=key) for key, group in groups])
     medians.insert(0, "rung", medians["families"].map(RUNG_OF))
-    medians.to_csv(HERE / f"{name}_summary.csv", index=False, float_format="%.5g")
-
-
-def provenance() -> dict:
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True)
-    return {key: str(value) for key, value in describe().items()} | {"commit": commit.stdout.strip()}
+    write_table(medians, HERE / f"{name}_summary.csv", digits=5)
 
 
 def measure_curves(zoo: Zoo, pairs: dict, images: int, name: str) -> None:
@@ -188,8 +186,8 @@ def measure_curves(zoo: Zoo, pairs: dict, images: int, name: str) -> None:
                         about | {"t": t, "loss": loss, "accuracy": accuracy}
                         for t, loss, accuracy in zip(*(part.tolist() for part in scores), strict=True)
                     ]
-        pd.DataFrame(points).to_csv(HERE / f"{name}_curves.csv", index=False, float_format="%.5g")
-        pd.DataFrame(summaries).to_csv(HERE / f"{name}_paths.csv", index=False, float_format="%.5g")
+        write_table(pd.DataFrame(points), HERE / f"{name}_curves.csv", PAIR, digits=5)
+        write_table(pd.DataFrame(summaries), HERE / f"{name}_paths.csv", PAIR, digits=5)
 
 
 def some_pairs(chosen: list[tuple[str, str]], count: int) -> list[tuple[str, str]]:
@@ -212,7 +210,7 @@ def measure_exactness(zoo: Zoo, pairs: dict, name: str) -> None:
                 change = float((float64_logits(other, found.aligned, images) - stored).abs().max())
                 about = {"population": population, "model_a": first, "model_b": second, "rung": rung}
                 records.append(about | {"change": change, "rounding_of_a_float32_forward": rounding})
-    pd.DataFrame(records).to_csv(HERE / f"{name}_exactness.csv", index=False, float_format="%.3g")
+    write_table(pd.DataFrame(records), HERE / f"{name}_exactness.csv", [*PAIR, "rung"], digits=3)
 
 
 def float64_logits(row: dict, weights: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
@@ -223,8 +221,6 @@ def float64_logits(row: dict, weights: torch.Tensor, images: torch.Tensor) -> to
 
 def draw_ladder(name: str) -> None:
     """Median barrier of loss and accuracy on each rung, by way of alignment."""
-    from matplotlib.figure import Figure
-
     table = pd.read_csv(HERE / f"{name}_summary.csv", keep_default_na=False)
     populations = [name for name in dict.fromkeys(table["population"]) if name != SINGLE]
     with mpl.rc_context(STYLE):
@@ -247,13 +243,11 @@ def draw_ladder(name: str) -> None:
         axes[0].legend(fontsize=7, loc="lower left")
         told = "Median over pairs, bootstrap intervals of 95 %; families of symmetries added from left to right"
         heading(figure, f"What each family of symmetries buys ({name})", told)
-        figure.savefig(HERE / "figures" / f"{name}_ladder.png", dpi=110)
+        save_figure(figure, HERE / "figures" / f"{name}_ladder.png")
 
 
 def draw_paths(name: str) -> None:
     """Median test error along straight paths and Bézier curves."""
-    from matplotlib.figure import Figure
-
     table = pd.read_csv(HERE / f"{name}_curves.csv")
     populations = [name for name in dict.fromkeys(table["population"]) if name != SINGLE]
     with mpl.rc_context(STYLE):
@@ -273,7 +267,7 @@ def draw_paths(name: str) -> None:
         axes[-1].legend(fontsize=7)
         told = "Median over pairs; control points trained on selection images"
         heading(figure, f"Along straight paths and Bézier curves ({name})", told)
-        figure.savefig(HERE / "figures" / f"{name}_paths.png", dpi=110)
+        save_figure(figure, HERE / "figures" / f"{name}_paths.png")
 
 
 def readme() -> str:
@@ -318,30 +312,27 @@ def told_images(pairs: pd.DataFrame) -> list[str]:
 def ladder_table(table: pd.DataFrame, title: str) -> str:
     if table.empty:
         return ""
-    lines = [
-        "| symmetries | by | barrier | change of a pair | pairs that fell | accuracy barrier | midpoint accuracy |"
-    ]
-    lines.append("|---|---|---|---|---|---|---|")
+    head = ["symmetries", "by", "barrier", "change of a pair", "pairs that fell"]
+    head += ["accuracy barrier", "midpoint accuracy"]
+    lines = [header(*head)]
     alone = table["pairs"].iloc[0] == 1
-    for row in table.itertuples():
-        stored = row.rung == "none"
-        spread = "" if alone else f" ({row.barrier_low:.3f} to {row.barrier_high:.3f})"
-        change = f"{row.change:+.3f}" + ("" if alone else f" ({row.change_low:+.3f} to {row.change_high:+.3f})")
-        cells = [LABELS[row.rung], "–" if stored else row.by, f"{row.barrier:.3f}{spread}"]
-        cells += ["–", "–"] if stored else [change, f"{row.lower:.0%}"]
-        cells += [f"{row.accuracy_barrier:.3f}", f"{row.midpoint_accuracy:.3f}"]
-        lines.append(f"| {' | '.join(cells)} |")
+    for rung in table.itertuples():
+        stored = rung.rung == "none"
+        spread = "" if alone else f" ({rung.barrier_low:.3f} to {rung.barrier_high:.3f})"
+        change = f"{rung.change:+.3f}" + ("" if alone else f" ({rung.change_low:+.3f} to {rung.change_high:+.3f})")
+        cells = [LABELS[rung.rung], "–" if stored else rung.by, f"{rung.barrier:.3f}{spread}"]
+        cells += ["–", "–"] if stored else [change, f"{rung.lower:.0%}"]
+        cells += [f"{rung.accuracy_barrier:.3f}", f"{rung.midpoint_accuracy:.3f}"]
+        lines.append(row(*cells))
     return f"### {title}: {table['pairs'].iloc[0]} pairs, medians\n\n" + "\n".join(lines)
 
 
 def curve_table(table: pd.DataFrame) -> str:
-    lines = ["| pairs | path | ends | barrier | accuracy barrier | midpoint accuracy | mode connectivity |"]
-    lines.append("|---|---|---|---|---|---|---|")
+    head = ("pairs", "path", "ends", "barrier", "accuracy barrier", "midpoint accuracy", "mode connectivity")
+    lines = [header(*head)]
     for (population, path, state), group in table.groupby(["population", "path", "state"], sort=False):
         median = group[["barrier", "accuracy_barrier", "midpoint_accuracy", "mode_connectivity"]].median()
-        lines.append(
-            f"| {len(group)} {population} | {path} | {state} | " + " | ".join(f"{v:.3f}" for v in median) + " |"
-        )
+        lines.append(row(f"{len(group)} {population}", path, state, *(f"{value:.3f}" for value in median)))
     return "### Paths: medians; re-basin is the last rung by both\n\n" + "\n".join(lines)
 
 

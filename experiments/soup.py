@@ -5,25 +5,33 @@ python experiments/soup.py ZOO NAME [--cache FOLDER] [--epochs-only]
 NAME tells the tables of several zoos apart. README.md and figures are drawn from all tables in the folder.
 """
 
-import argparse
-import json
-import subprocess
 import time
 from pathlib import Path
 
 import pandas as pd
+from harness import (
+    RESULTS,
+    ZOO_AND_NAME,
+    gain_interval,
+    interval,
+    markdown,
+    parser,
+    points,
+    provenance,
+    provenance_text,
+    save_figure,
+    write_provenance,
+    write_table,
+)
 from matplotlib import rc_context
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from vitzoo_hf.apply.intervals import gains
 from vitzoo_hf.apply.soup.comparison import METHODS, compare_soups
 from vitzoo_hf.apply.soup.epochs import average_epochs
-from vitzoo_hf.environment import describe
 from vitzoo_hf.report.style import PALETTE, PERCENT, STYLE
 from vitzoo_hf.zoo import Zoo
 
-HERE = Path(__file__).parents[1] / "results" / "soup"
+HERE = RESULTS / "soup"
 FAMILY = ["parent_id", "head"]
 DESIGNS = {
     "one parent and head, all factors": (FAMILY, METHODS),
@@ -38,25 +46,23 @@ ACCURACIES = ["test_accuracy", "best_single_test", "oracle_test", "mean_test", "
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("zoo", type=Path)
-    parser.add_argument("name")
-    parser.add_argument("--cache", type=Path)
-    parser.add_argument("--epochs-only", action="store_true")
-    parser.add_argument("--readme-only", action="store_true", help="draw again from the tables that are there")
-    arguments = parser.parse_args()
+    options = parser(__doc__, ZOO_AND_NAME)
+    options.add_argument("--cache", type=Path)
+    options.add_argument("--epochs-only", action="store_true")
+    options.add_argument("--readme-only", action="store_true", help="draw again from the tables that are there")
+    arguments = options.parse_args()
     if arguments.readme_only:
         write_readme()
         return
     zoo, start = Zoo(arguments.zoo), time.perf_counter()
-    (HERE / "figures").mkdir(parents=True, exist_ok=True)
     if not arguments.epochs_only:
-        write(soups(zoo, arguments.cache), f"soups_{arguments.name}")
+        write_table(soups(zoo, arguments.cache), HERE / f"soups_{arguments.name}.csv")
     averages = average_epochs(zoo)
-    write(averages.table, f"epochs_{arguments.name}")
+    write_table(averages.table, HERE / f"epochs_{arguments.name}.csv")
     parts = [averages.gains(by) for by in ([], ["stage"], ["stage", "factor_optimizer", "factor_lr"])]
-    write(pd.concat(parts), f"epoch_gains_{arguments.name}")
-    write_provenance(arguments.name, zoo, time.perf_counter() - start)
+    write_table(pd.concat(parts), HERE / f"epoch_gains_{arguments.name}.csv")
+    record = provenance(zoo) | {"seconds": round(time.perf_counter() - start)}
+    write_provenance(HERE / f"provenance_{arguments.name}.json", record)
     write_readme()
 
 
@@ -69,18 +75,6 @@ def soups(zoo: Zoo, cache: Path | None) -> pd.DataFrame:
     return pd.concat(tables)
 
 
-def write(table: pd.DataFrame, name: str) -> None:
-    table.to_csv(HERE / f"{name}.csv", index=False, float_format="%.6g")
-
-
-def write_provenance(name: str, zoo: Zoo, seconds: float) -> None:
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=HERE, capture_output=True, text=True)
-    record = {key: str(value) for key, value in describe().items()}
-    record |= {"commit": commit.stdout.strip(), "date": time.strftime("%Y-%m-%d"), "seconds": round(seconds)}
-    record |= {"zoo": zoo.manifest["name"], "blueprint_fingerprint": zoo.manifest["blueprint_fingerprint"]}
-    (HERE / f"provenance_{name}.json").write_text(json.dumps(record, indent=1) + "\n")
-
-
 def design_table(table: pd.DataFrame) -> pd.DataFrame:
     """Means over the groups of each design, with the intervals of the gains over resampled groups."""
     lines = []
@@ -88,20 +82,14 @@ def design_table(table: pd.DataFrame) -> pd.DataFrame:
         line = {"groups": len(groups), "candidates": groups["candidates"].mean()}
         line |= {"ingredients": groups["ingredients"].mean()} | groups[ACCURACIES].mean().to_dict()
         for name in ("gain", "over_ensemble"):
-            found = gains(list(groups[name]))
-            line |= {name: f"{points(found.mean)} ({points(found.low)} to {points(found.high)})"}
+            line |= {name: gain_interval(groups[name])}
         line |= {"significant": f"{(groups['gain_low'] > 0).sum()} / {(groups['gain_high'] < 0).sum()}"}
         lines.append({"soups of": design, "method": method} | line)
     return pd.DataFrame(lines)
 
 
-def points(value: float) -> str:
-    return f"{100 * value:+.2f}"
-
-
-def markdown(table: pd.DataFrame) -> str:
-    lines = [[cell(value) for value in row] for row in table.itertuples(index=False)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in (list(table), ["---"] * table.shape[1], *lines))
+def shown(table: pd.DataFrame) -> str:
+    return markdown(list(table), [[cell(value) for value in line] for line in table.itertuples(index=False)])
 
 
 def cell(value: object) -> str:
@@ -117,14 +105,13 @@ def by_level(table: pd.DataFrame) -> pd.DataFrame:
     pairs = table[(table["design"] == "… and optimizer and learning rate") & (table["method"] == "uniform")]
     lines = []
     for (optimizer, lr), groups in pairs.groupby(["factor_optimizer", "factor_lr"]):
-        found = gains(list(groups["gain"]))
         lines.append(
             {
                 "two seeds of": f"{optimizer} {lr:g}",
                 "groups": len(groups),
                 "best single": groups["best_single_test"].mean(),
                 "uniform soup": groups["test_accuracy"].mean(),
-                "gain": f"{points(found.mean)} ({points(found.low)} to {points(found.high)})",
+                "gain": gain_interval(groups["gain"]),
             }
         )
     return pd.DataFrame(lines)
@@ -133,15 +120,13 @@ def by_level(table: pd.DataFrame) -> pd.DataFrame:
 def gain_table(table: pd.DataFrame) -> pd.DataFrame:
     """Gains in points of test accuracy, with shares and tests."""
     factors = [name for name in ("stage", "factor_optimizer", "factor_lr") if name in table]
-    shown = table[[*factors, "average"]].copy()
-    shown["runs"] = table["number"]
-    shown["gain, points"] = [
-        f"{points(row.mean)} ({points(row.low)} to {points(row.high)})" for row in table.itertuples(index=False)
-    ]
-    shown["median"] = [points(value) for value in table["median"]]
-    shown["better / worse"] = [f"{r.share_better:.0%} / {r.share_worse:.0%}" for r in table.itertuples()]
-    shown["p, sign / signed rank"] = [f"{r.sign_p:.2g} / {r.wilcoxon_p:.2g}" for r in table.itertuples()]
-    return shown
+    columns = table[[*factors, "average"]].copy()
+    columns["runs"] = table["number"]
+    columns["gain, points"] = [interval(row.mean, row.low, row.high) for row in table.itertuples(index=False)]
+    columns["median"] = [points(value) for value in table["median"]]
+    columns["better / worse"] = [f"{r.share_better:.0%} / {r.share_worse:.0%}" for r in table.itertuples()]
+    columns["p, sign / signed rank"] = [f"{r.sign_p:.2g} / {r.wilcoxon_p:.2g}" for r in table.itertuples()]
+    return columns
 
 
 def names(start: str) -> list[str]:
@@ -151,7 +136,6 @@ def names(start: str) -> list[str]:
 def draw_soups(name: str, table: pd.DataFrame) -> None:
     with rc_context(STYLE):
         figure = Figure(figsize=(9, 3.6), layout="constrained")
-        FigureCanvasAgg(figure)
         axes = figure.subplots()
         family = table[table["design"] == next(iter(DESIGNS))]
         greedy = family[family["method"] == "greedy"].reset_index()
@@ -185,7 +169,7 @@ def draw_soups(name: str, table: pd.DataFrame) -> None:
         axes.set_title(f"Soups of the {name} zoo: twelve fine-tuned models of one parent and head each")
         axes.yaxis.set_major_formatter(PERCENT)
         figure.legend(loc="outside right center")
-        figure.savefig(HERE / "figures" / f"soups_{name}.png", dpi=110)
+        save_figure(figure, HERE / "figures" / f"soups_{name}.png")
 
 
 def draw_epochs(name: str, table: pd.DataFrame) -> None:
@@ -194,7 +178,6 @@ def draw_epochs(name: str, table: pd.DataFrame) -> None:
     averages = [average for average in dict.fromkeys(table["average"]) if average != "last epoch"]
     with rc_context(STYLE):
         figure = Figure(figsize=(9, 3.4), layout="constrained")
-        FigureCanvasAgg(figure)
         axes = figure.subplots()
         for number, average in enumerate(averages):
             values = [100 * runs.loc[runs["average"] == average, "gain"] for _, runs in groups]
@@ -209,7 +192,7 @@ def draw_epochs(name: str, table: pd.DataFrame) -> None:
         axes.set(ylabel="gain over the last epoch, points")
         axes.set_title(f"Averages over kept epochs, {name}: {table['run_id'].nunique()} fine-tuning runs")
         figure.legend(loc="outside right center")
-        figure.savefig(HERE / "figures" / f"epochs_{name}.png", dpi=110)
+        save_figure(figure, HERE / "figures" / f"epochs_{name}.png")
 
 
 def write_readme() -> None:
@@ -223,25 +206,24 @@ def write_readme() -> None:
     for name in names("soups_"):
         table = pd.read_csv(HERE / f"soups_{name}.csv")
         draw_soups(name, table)
-        sections += [f"## Soups of {name}", f"![Soups](figures/soups_{name}.png)", markdown(design_table(table))]
+        sections += [f"## Soups of {name}", f"![Soups](figures/soups_{name}.png)", shown(design_table(table))]
         sections += [
             "`gain`: points of test accuracy over the best single model by selection; `over_ensemble`: over the mean"
             " of the probabilities of the soup's own ingredients. `significant`: groups whose own interval over test"
             " images lies above / below zero. `oracle_test` is the best single model by test images, which nobody"
             " could have chosen. `left_out` in the CSV counts groups of one model."
         ]
-        sections += [markdown(by_level(table))]
+        sections += [shown(by_level(table))]
     for name in names("epoch_gains_"):
         table = pd.read_csv(HERE / f"epoch_gains_{name}.csv")
         draw_epochs(name, pd.read_csv(HERE / f"epochs_{name}.csv"))
         whole = table[table["stage"].isna()].drop(columns=["stage", "factor_optimizer", "factor_lr"])
         split = table[table["factor_lr"].notna()]
-        sections += [f"## Epochs of {name}", f"![Epochs](figures/epochs_{name}.png)", markdown(gain_table(whole))]
-        sections += [markdown(gain_table(split))]
+        sections += [f"## Epochs of {name}", f"![Epochs](figures/epochs_{name}.png)", shown(gain_table(whole))]
+        sections += [shown(gain_table(split))]
     sections += ["## Provenance"]
     for name in names("epochs_"):
-        record = json.loads((HERE / f"provenance_{name}.json").read_text())
-        sections.append(f"{name}: " + ", ".join(f"{key} {value}" for key, value in record.items()))
+        sections.append(f"{name}: {provenance_text(HERE / f'provenance_{name}.json')}")
     (HERE / "README.md").write_text("\n\n".join(sections) + "\n")
 
 

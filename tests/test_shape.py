@@ -101,7 +101,7 @@ def test_tests_are_laid_out_like_the_package():
     topics = {}
     for file in sorted((REPOSITORY / "tests").rglob("*/test_*.py")):
         folder = file.parent.relative_to(REPOSITORY / "tests")
-        tested = REPOSITORY / folder if folder.name == "experiments" else REPOSITORY / "vitzoo_hf" / folder
+        tested = REPOSITORY / folder if folder.parts[0] == "experiments" else REPOSITORY / "vitzoo_hf" / folder
         assert tested.is_dir(), f"{file} lies in no folder of the package"
         name = file.stem.removeprefix("test_")
         if not (tested / f"{name}.py").is_file() and not (tested / name).is_dir() and name != tested.name:

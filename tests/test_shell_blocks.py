@@ -82,15 +82,15 @@ INSTEAD = {
     "vitzoo pack distribution_inference/smoke RUNS --out ZOO": Instead(
         WORLDS_HERE, "vitzoo pack WORLDS.yaml RUNS --out ZOO"
     ),
-    "python experiments/distribution_inference.py --tier smoke": Instead(
-        TOO_LONG + IN_SMALL, "python experiments/distribution_inference.py --tier smoke --stop-after 0"
+    "python experiments/distribution_inference/replicate.py --tier smoke": Instead(
+        TOO_LONG + IN_SMALL, "python experiments/distribution_inference/replicate.py --tier smoke --stop-after 0"
     ),
-    "python experiments/distribution_inference.py --tier standard --runs FOLDER": Instead(
+    "python experiments/distribution_inference/replicate.py --tier standard --runs FOLDER": Instead(
         "takes hours; " + IN_SMALL,
-        "python experiments/distribution_inference.py --tier standard --stop-after 0 --runs FOLDER",
+        "python experiments/distribution_inference/replicate.py --tier standard --stop-after 0 --runs FOLDER",
     ),
-    "python experiments/world_cells.py --folder FOLDER": Instead("takes hours; " + IN_SMALL),
-    "python experiments/world_draws.py --folder FOLDER": Instead("takes hours; " + IN_SMALL),
+    "python experiments/distribution_inference/world_cells.py --folder FOLDER": Instead("takes hours; " + IN_SMALL),
+    "python experiments/distribution_inference/world_draws.py --folder FOLDER": Instead("takes hours; " + IN_SMALL),
     "pip install 'vitzoo-hf[ray]' s3fs": Instead(INSTALLS),
     "python3 -m venv .venv && . .venv/bin/activate": Instead(INSTALLS),
     'pip install -c constraints.txt -e ".[dev]"': Instead(INSTALLS),

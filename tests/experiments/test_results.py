@@ -1,5 +1,6 @@
 """What the READMEs say of zoos that were made is what their tables hold."""
 
+import importlib
 import re
 import subprocess
 from pathlib import Path
@@ -252,7 +253,7 @@ def test_autoencoder_sizes_in_the_readmes():
 
 def test_autoencoder_readme_is_what_its_script_writes(monkeypatch):
     monkeypatch.syspath_prepend(RESULTS.parent / "experiments")
-    import autoencoder_report
+    from autoencoder import report as autoencoder_report
 
     assert autoencoder_report.report() == (AUTOENCODER / "README.md").read_text(encoding="utf-8")
 
@@ -273,10 +274,10 @@ def autoencoder_commands() -> dict[str, list[list[str]]]:
 @pytest.mark.parametrize("population", ["shared", "independent", "aligned"])
 def test_commands_of_the_autoencoder_give_the_committed_cells(population, autoencoder_commands, monkeypatch):
     monkeypatch.syspath_prepend(RESULTS.parent / "experiments")
-    import autoencoder
+    from autoencoder import grid
 
-    asked = [autoencoder.parser().parse_args(arguments) for arguments in autoencoder_commands["autoencoder"]]
-    cells = [cell for one in asked if one.name == population for cell in autoencoder.planned(one)]
+    asked = [grid.parser().parse_args(arguments) for arguments in autoencoder_commands["grid"]]
+    cells = [cell for one in asked if one.name == population for cell in grid.planned(one)]
     wanted = {tuple(cell.labels.values()) for cell in cells}
     assert len(wanted) == len(cells)
     tables = [pd.read_csv(AUTOENCODER / f"{population}_{kind}.csv") for kind in ("arms", "variants")]
@@ -286,17 +287,23 @@ def test_commands_of_the_autoencoder_give_the_committed_cells(population, autoen
 
 def test_commands_of_the_autoencoder_give_the_committed_curves_and_uses(autoencoder_commands, monkeypatch):
     monkeypatch.syspath_prepend(RESULTS.parent / "experiments")
-    import autoencoder_curve
+    from autoencoder import curve
 
-    asked = [autoencoder_curve.parser().parse_args(each) for each in autoencoder_commands["autoencoder_curve"]]
+    asked = [curve.parser().parse_args(each) for each in autoencoder_commands["curve"]]
     assert {one.name for one in asked} == {file.stem[: -len("_curve")] for file in AUTOENCODER.glob("*_curve.csv")}
     for name in {one.name for one in asked}:
-        plans = [plan for one in asked if one.name == name for plan in autoencoder_curve.planned(one)]
+        plans = [plan for one in asked if one.name == name for plan in curve.planned(one)]
         wanted = sorted((arm, size, recipe.steps, recipe.seed, recipe.lr) for arm, size, recipe in plans)
         table = pd.read_csv(AUTOENCODER / f"{name}_curve.csv")[["arm", "runs", "steps", "seed", "lr"]]
         assert wanted == sorted(table.drop_duplicates().itertuples(index=False, name=None))
-    used = [arguments[1] for arguments in autoencoder_commands["autoencoder_use"]]
+    used = [arguments[1] for arguments in autoencoder_commands["use"]]
     assert used == [file.stem[: -len("_generated")] for file in AUTOENCODER.glob("*_generated.csv")]
+
+
+@pytest.mark.parametrize("study", ["lineage", "properties", "rebasin"])
+def test_readmes_are_what_their_scripts_write_from_the_tables(study):
+    script = importlib.import_module(study)
+    assert script.readme() == (RESULTS / study / "README.md").read_text(encoding="utf-8")
 
 
 def test_arithmetic_in_the_readme():
@@ -308,7 +315,7 @@ def test_arithmetic_in_the_readme():
 
 def test_distribution_inference_criteria_and_readmes_are_what_their_script_writes(monkeypatch):
     monkeypatch.syspath_prepend(RESULTS.parent / "experiments")
-    import distribution_report
+    from distribution_inference import report as distribution_report
 
     folder, worlds = RESULTS / "distribution_inference", distribution_report.read("worlds.csv")
     table = distribution_report.criteria_table(distribution_report.read("replication.csv"), worlds)
@@ -328,7 +335,7 @@ def test_distribution_inference_criteria_and_readmes_are_what_their_script_write
 
 def test_what_the_report_says_of_learners_and_of_missed_criteria_in_words(monkeypatch):
     monkeypatch.syspath_prepend(RESULTS.parent / "experiments")
-    import distribution_report
+    from distribution_inference import report as distribution_report
 
     worlds = distribution_report.Worlds(distribution_report.read("worlds.csv"))
     best = {name: worlds.best(name) for name in distribution_report.LEARNERS}

@@ -1,24 +1,28 @@
 """Held-out reconstructions against the number of training runs and of steps: does an autoencoder generalise?
 
-python experiments/autoencoder_curve.py ZOO NAME --folder FOLDER [--sizes 64 256 1024] [--steps 1000] [--arms S S+B]
+python experiments/autoencoder/curve.py ZOO NAME --folder FOLDER [--sizes 64 256 1024] [--steps 1000] [--arms S S+B]
 
 ZOO is `independent`, every model from initial weights of its own, or `aligned`, the same after `vitzoo rebasin`. What
 FOLDER holds is not trained again. Adds its rows to `autoencoder/NAME_curve.csv` and draws the figure of all curves.
 """
 
 import argparse
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import harness
 import pandas as pd
 import torch
-from autoencoder import HERE, population, write_provenance
+from harness import ZOO_AND_NAME, provenance, save_figure, write_provenance, write_table
 from matplotlib import rc_context
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from autoencoder.grid import HERE, population
 from vitzoo_hf.apply.autoencoder.evaluation import HeldOut, reconstructed
 from vitzoo_hf.apply.autoencoder.recipe import AutoencoderRecipe
 from vitzoo_hf.apply.autoencoder.training import train_autoencoder
@@ -41,9 +45,7 @@ def main() -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("zoo", type=Path)
-    parser.add_argument("name")
+    parser = harness.parser(__doc__, ZOO_AND_NAME)
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--sizes", nargs="+", type=int, default=[64, 128, 256, 512, 1024])
     parser.add_argument("--steps", nargs="+", type=int, default=[1000])
@@ -90,11 +92,10 @@ def measure(zoo: Zoo, held: HeldOut, size: int, arm: str, recipe: AutoencoderRec
 def write(name: str, folder: Path, zoo: Zoo) -> None:
     table = pd.concat([pd.read_csv(file) for file in sorted(folder.glob("*.csv"))], ignore_index=True)
     order = ["arm", "steps", "runs", "seed", "models"]
-    table.sort_values(order).to_csv(HERE / f"{name}_curve.csv", index=False, float_format="%.6g")
+    write_table(table, HERE / f"{name}_curve.csv", [*order[:-1], "lr"], order=order)
     figure = draw({file.stem.removesuffix("_curve"): pd.read_csv(file) for file in sorted(HERE.glob("*_curve.csv"))})
-    FigureCanvasAgg(figure)
-    figure.savefig(HERE / "figures" / "curve.png", dpi=110)
-    write_provenance(f"{name}_curve", zoo)
+    save_figure(figure, HERE / "figures" / "curve.png")
+    write_provenance(HERE / f"provenance_{name}_curve.json", provenance(zoo), merged=True)
     print(table[[*order, "r2_beyond_mean", "agreement", "retention"]].to_string(index=False))
 
 

@@ -1,20 +1,25 @@
 """Write criteria, figures and README of `distribution_inference/` from the tables beside it.
 
-python experiments/distribution_report.py
+python experiments/distribution_inference/report.py
 """
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
 import pandas as pd
-from distribution_figures import plot_roc, plot_worlds
-from distribution_text import REASONS, readme
-from replication import criteria
+from harness import REPOSITORY, RESULTS, save_figure, splice, write_table
 from scipy.stats import spearmanr
 
-HERE = Path(__file__).parents[1] / "results" / "distribution_inference"
-README = Path(__file__).parents[1] / "README.md"
+from distribution_inference.figures import plot_roc, plot_worlds
+from distribution_inference.replication import criteria
+from distribution_inference.text import REASONS, readme
+
+HERE = RESULTS / "distribution_inference"
+README = REPOSITORY / "README.md"
 HEADER = "| what is guessed | outputs | predicted classes alone | weights |\n|---|---|---|---|\n"
 RATES = (0.02, 0.05, 0.1, 0.2)
 COUNTS = (128, 512, 2048, 8192)
@@ -338,13 +343,6 @@ def summary(worlds: Worlds) -> list[str]:
     return lines
 
 
-def put_into_readme(lines: list[str]) -> None:
-    """Replace the rows of the README's table."""
-    text = README.read_text(encoding="utf-8")
-    start = text.index(HEADER) + len(HEADER)
-    README.write_text(text[:start] + "\n".join(lines) + text[text.index("\n\n", start) :], encoding="utf-8")
-
-
 def read(name: str) -> pd.DataFrame:
     """A committed table; a cell is called null, an empty field is a missing number."""
     return pd.read_csv(HERE / name, keep_default_na=False, na_values=[""])
@@ -368,11 +366,11 @@ def report(table: pd.DataFrame, worlds: pd.DataFrame) -> str:
 def main() -> None:
     worlds = read("worlds.csv")
     table = criteria_table(read("replication.csv"), worlds)
-    table.to_csv(HERE / "criteria.csv", index=False, lineterminator="\n")
-    plot_worlds(worlds, LEARNERS).savefig(HERE / "worlds.png", dpi=110)
-    plot_roc(read("roc.csv")).savefig(HERE / "roc.png", dpi=110)
+    write_table(table, HERE / "criteria.csv")
+    save_figure(plot_worlds(worlds, LEARNERS), HERE / "worlds.png")
+    save_figure(plot_roc(read("roc.csv")), HERE / "roc.png")
     (HERE / "README.md").write_text(report(table, worlds), encoding="utf-8")
-    put_into_readme(summary(Worlds(worlds)))
+    splice(README, HEADER, "\n\n", "\n".join(summary(Worlds(worlds))))
     print(table[["criterion", "verdict", "found"]].to_string(index=False))
 
 

@@ -11,7 +11,9 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
-from synthetic_tasks import (
+from torch import Tensor
+
+from distribution_inference.synthetic_tasks import (
     EQUAL_ROWS,
     PUBLISHED_ROWS,
     TEACHER,
@@ -21,8 +23,6 @@ from synthetic_tasks import (
     draw_environments,
     flipped,
 )
-from torch import Tensor
-
 from vitzoo_hf.apply.distribution_inference.attacks.black_box import BLACK_BOX, published_meta_classifier
 from vitzoo_hf.apply.distribution_inference.attacks.features import views_of_mlps
 from vitzoo_hf.apply.distribution_inference.attacks.set_encoder import SET_ATTACKS

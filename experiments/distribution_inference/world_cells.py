@@ -1,34 +1,34 @@
 """Distribution inference on zoos of ViTs, cell by cell: trained, packed, attacked; what is finished is kept.
 
-python experiments/world_cells.py --folder FOLDER [--only null dmi_erm ...]
+python experiments/distribution_inference/world_cells.py --folder FOLDER [--only null dmi_erm ...]
 
 A cell is a blueprint of `vitzoo_hf/blueprints/distribution_inference/`, or a part of one: two levels of a secret, or
 one level of what else it varies. Zoos and finished cells lie in FOLDER. Writes `distribution_inference/worlds.csv`,
 with a row a cell and attack, and `worlds.json`, with machine, versions and commit.
 """
 
-import argparse
-import json
-import subprocess
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
 import pandas as pd
+from harness import RESULTS, WORLDS, parser, provenance, write_provenance, write_table
 from sklearn.metrics import roc_curve
 
 from vitzoo_hf.apply.distribution_inference.membership import membership_attack
 from vitzoo_hf.apply.distribution_inference.reliance import world_behaviour
 from vitzoo_hf.apply.distribution_inference.zoo_attacks import BY_DEFAULT, Report, attack_zoo
 from vitzoo_hf.blueprint.blueprint import Blueprint
-from vitzoo_hf.environment import describe
 from vitzoo_hf.launch.local import launch
 from vitzoo_hf.publish.pack import pack
 from vitzoo_hf.zoo import Zoo
 
-HERE = Path(__file__).parents[1] / "results" / "distribution_inference"
+HERE = RESULTS / "distribution_inference"
 LEARNERS = ("erm", "causal", "irm", "v_rex", "group_dro", "resample", "colour_randomised", "irm_product")
 CONTROLS = ("early_stop", "label_smoothing", "weight_decay", "dp_sgd")
 MEMBERSHIP = ("null", "label_ratio_scratch", "label_ratio_few_images", "label_ratio_resampled")
@@ -92,12 +92,9 @@ def cells() -> Iterator[Cell]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--folder", type=Path, required=True)
-    parser.add_argument("--only", nargs="+", default=[], help="blueprints")
-    parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--smoke", action="store_true", help="one cell of few models, to see that it runs")
-    arguments = parser.parse_args()
+    options = parser(__doc__, WORLDS)
+    options.add_argument("--only", nargs="+", default=[], help="blueprints")
+    arguments = options.parse_args()
     for part in ("cells", "guesses"):
         (arguments.folder / part).mkdir(parents=True, exist_ok=True)
     every = [Cell("smoke", "label_ratio")] if arguments.smoke else cells()
@@ -109,7 +106,7 @@ def main() -> None:
             made += 1
             left = (time.perf_counter() - start) / made * (len(planned) - number - 1)
             print(f"{cell.name}: done; at most {left / 60:.0f} minutes left", flush=True)
-    write(arguments.folder)
+    write(arguments.folder, arguments.folder if arguments.smoke else HERE)
 
 
 def file_of(cell: Cell, folder: Path) -> Path:
@@ -181,17 +178,31 @@ def zoo_of(blueprint: str, folder: Path, workers: int) -> Zoo:
     return Zoo(place)
 
 
-def write(folder: Path) -> None:
-    HERE.mkdir(exist_ok=True)
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=HERE, capture_output=True, text=True)
+def write(folder: Path, out: Path) -> None:
+    """Merge the finished cells of a folder into the tables of results."""
     files = sorted((folder / "cells").glob("*.csv"))
-    plain = {"keep_default_na": False, "na_values": [""]}  # a cell is called null
-    table = pd.concat([pd.read_csv(file, **plain) for file in files], ignore_index=True)
-    table.to_csv(HERE / "worlds.csv", index=False, float_format="%.6g")
-    roc(table, folder).to_csv(HERE / "roc.csv", index=False, float_format="%.4g")
-    record = {key: str(value) for key, value in describe().items()} | {"commit": commit.stdout.strip()}
-    (HERE / "worlds.json").write_text(json.dumps(record | {"date": time.strftime("%Y-%m-%d")}, indent=1) + "\n")
+    table = pd.concat([read(file) for file in files], ignore_index=True)
+    worlds = out / "worlds.csv"
+    write_table(with_all_columns(table, worlds), worlds, ["cell"])
+    curves = roc(table, folder)
+    if len(curves):
+        write_table(curves, out / "roc.csv", ["cell"], digits=4)
+    write_provenance(out / "worlds.json", provenance(), merged=True)
     print(table[["cell", "attack", "access", "value", "low", "high", "advantage"]].to_string(index=False))
+
+
+def read(file: Path) -> pd.DataFrame:
+    """Read a table in which one cell is called null, and an empty field is a missing number."""
+    return pd.read_csv(file, keep_default_na=False, na_values=[""])
+
+
+def with_all_columns(table: pd.DataFrame, file: Path) -> pd.DataFrame:
+    """Add the columns of the stored table that no cell of this run measures, such as membership, as empty ones."""
+    if not file.is_file():
+        return table
+    columns = read(file).columns
+    # A column that the stored table lacks stays, and write_table refuses it.
+    return table.reindex(columns=[*columns, *(name for name in table if name not in columns)])
 
 
 def roc(table: pd.DataFrame, folder: Path) -> pd.DataFrame:

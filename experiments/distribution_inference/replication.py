@@ -13,8 +13,8 @@ import numpy as np
 import pandas as pd
 import torch
 from pandas.api.types import is_numeric_dtype
-from replication_cells import Cell, Sizes, run_cell
 
+from distribution_inference.replication_cells import Cell, Sizes, run_cell
 from vitzoo_hf.apply.distribution_inference.metrics import leaked_samples, nested_interval
 from vitzoo_hf.format.messages import did_you_mean
 from vitzoo_hf.format.schema import ZooError

@@ -1,19 +1,21 @@
 """Some cells of ViTs again with other draws of the pool: which images are the victim's, the adversary's and queries.
 
-python experiments/world_draws.py --folder FOLDER [--draws 3]
+python experiments/distribution_inference/world_draws.py --folder FOLDER [--draws 3]
 
 FOLDER is that of `world_cells.py`, whose zoos are the first draw; what is finished there is kept. Writes
 `distribution_inference/draws.csv`: a row a cell and draw, and a row a cell over all draws, whose interval is nested.
 """
 
-import argparse
+import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import pandas as pd
 import torch
-from distribution_inference import provenance
-from world_cells import HERE, zoo_of
+from harness import WORLDS, parser, provenance_line, write_table
 
+from distribution_inference.world_cells import HERE, zoo_of
 from vitzoo_hf.apply.distribution_inference.metrics import nested_interval
 from vitzoo_hf.apply.distribution_inference.zoo_attacks import Report, attack_zoo
 from vitzoo_hf.blueprint.blueprint import BLUEPRINTS, Blueprint
@@ -27,12 +29,9 @@ SMOKE = {"smoke": "label_ratio"}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--folder", type=Path, required=True)
-    parser.add_argument("--draws", type=int, default=3)
-    parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--smoke", action="store_true", help="one cell of few models, to see that it runs")
-    given = parser.parse_args()
+    options = parser(__doc__, WORLDS)
+    options.add_argument("--draws", type=int, default=3)
+    given = options.parse_args()
     rows, cells = [], SMOKE if given.smoke else CELLS
     with progress_bar("draws", "zoo", shown=True, total=len(cells) * given.draws) as bar:
         for cell, secret in cells.items():
@@ -47,8 +46,8 @@ def main() -> None:
                 bar.update()
             mean, low, high = nested_interval(torch.stack(hits)[:, None])
             rows.append({"cell": cell, "draw": "all", "attack": "", "value": mean, "low": low, "high": high})
-    table = pd.DataFrame(rows).assign(provenance=provenance())
-    table.to_csv(HERE / "draws.csv", index=False, float_format="%.4g", lineterminator="\n")
+    table = pd.DataFrame(rows).assign(provenance=provenance_line())
+    write_table(table, (given.folder if given.smoke else HERE) / "draws.csv", ["cell"], digits=4)
     print(table.drop(columns="provenance").to_string(index=False))
 
 

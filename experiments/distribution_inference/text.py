@@ -16,14 +16,14 @@ ATTACKS = {
 }
 TITLE = """# Distribution inference: what models tell of the distribution they were trained on
 
-Written by `experiments/distribution_report.py` from the tables beside it.
+Written by `experiments/distribution_inference/report.py` from the tables beside it.
 
 ```
-python experiments/distribution_inference.py --tier smoke                  # the published synthetic tasks, 5 cells
-python experiments/distribution_inference.py --tier standard --runs FOLDER # 64 cells: 512 targets, 1024 shadows
-python experiments/world_cells.py --folder FOLDER                          # ViTs; --only null dmi_erm for some
-python experiments/world_draws.py --folder FOLDER                          # some of these, other draws of the pool
-python experiments/distribution_report.py
+python experiments/distribution_inference/replicate.py --tier smoke                  # 5 cells
+python experiments/distribution_inference/replicate.py --tier standard --runs FOLDER # 64 cells
+python experiments/distribution_inference/world_cells.py --folder FOLDER             # ViTs, or --only null
+python experiments/distribution_inference/world_draws.py --folder FOLDER             # other draws of the pool
+python experiments/distribution_inference/report.py
 ```
 
 The second and third are resumable: a finished cell is kept in the folder and not run again. Tables:

@@ -1,11 +1,15 @@
-"""Write `autoencoder/README.md` from the tables beside it: python experiments/autoencoder_report.py"""
+"""Write `autoencoder/README.md` from the tables beside it: python experiments/autoencoder/report.py"""
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import pandas as pd
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
-HERE = Path(__file__).parents[1] / "results" / "autoencoder"
+import pandas as pd
+from harness import RESULTS, header, row
+
+HERE = RESULTS / "autoencoder"
 ARMS = ("S", "B", "S+B", "C+S", "C+B", "C+S+B")
 MEASURES = {
     "r2_beyond_mean": "R²",
@@ -19,7 +23,7 @@ MEASURES = {
 BASELINES = ("constant best", "mean weights", "nearest training model", "untrained", "pca")
 INTRODUCTION = """# The weight autoencoder on populations of ViTs of 2,794 parameters
 
-Written by `experiments/autoencoder_report.py` from the CSV files beside it.
+Written by `experiments/autoencoder/report.py` from the CSV files beside it.
 
 ```
 for name in shared independent; do
@@ -28,7 +32,7 @@ for name in shared independent; do
 done
 vitzoo rebasin ZOOS/independent s1094@30 --by activations --out ZOOS/aligned
 
-grid() { name=$1; shift; python experiments/autoencoder.py ZOOS/$name $name --runs GRIDS/$name "$@"; }
+grid() { name=$1; shift; python experiments/autoencoder/grid.py ZOOS/$name $name --runs GRIDS/$name "$@"; }
 grid shared --steps 800 --rates 1e-3 3e-3 --seeds 0
 grid shared --steps 800 --rates 3e-3 --seeds 1 2 --arms S B S+B C+S C+B
 grid shared --steps 800 --rates 1e-3 --seeds 1 2 --arms C+S+B
@@ -41,13 +45,13 @@ for name in independent aligned; do
 done
 grid aligned --steps 1000 --rates 2e-3 --seeds 0 --variants "noise queries"
 
-curve() { name=$1; shift; python experiments/autoencoder_curve.py ZOOS/$name $name --folder CURVES/$name "$@"; }
+curve() { name=$1; shift; python experiments/autoencoder/curve.py ZOOS/$name $name --folder CURVES/$name "$@"; }
 curve independent --steps 1000 --sizes 64 256 1024
 curve aligned --steps 1000 --sizes 64 128 256 512 1024
 curve aligned --steps 250 3000 --sizes 1024
 
-python experiments/autoencoder_use.py ZOOS/shared shared --runs GRIDS/shared
-python experiments/autoencoder_report.py
+python experiments/autoencoder/use.py ZOOS/shared shared --runs GRIDS/shared
+python experiments/autoencoder/report.py
 ```
 
 On `shared`, seeds 1 and 2 are at the learning rate that the arm chose on seed 0.
@@ -237,14 +241,6 @@ def spread(values: pd.Series) -> str:
 
 def share(values: pd.Series) -> str:
     return ", ".join(f"{100 * value:.0f} %" for value in values)
-
-
-def header(*names: str) -> str:
-    return row(*names) + "\n" + "|---" * len(names) + "|"
-
-
-def row(*cells: object) -> str:
-    return "| " + " | ".join(str(cell) for cell in cells) + " |"
 
 
 if __name__ == "__main__":

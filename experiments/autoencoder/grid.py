@@ -1,24 +1,30 @@
 """Arms of the weight autoencoder on a population: trained, measured, drawn, into the folder beside this script.
 
-python experiments/autoencoder.py ZOO NAME --runs FOLDER [--arms S S+B] [--rates 2e-3] [--seeds 0 1 2]
-python experiments/autoencoder.py ZOO NAME --runs FOLDER --variants all|NAME... [--rates 2e-3] [--seeds 0]
+python experiments/autoencoder/grid.py ZOO NAME --runs FOLDER [--arms S S+B] [--rates 2e-3] [--seeds 0 1 2]
+python experiments/autoencoder/grid.py ZOO NAME --runs FOLDER --variants all|NAME... [--rates 2e-3] [--seeds 0]
 
-ZOO is a population made by `autoencoder/NAME.yaml`; `aligned` is `independent` after `vitzoo rebasin`.
+ZOO is a population made by `results/autoencoder/NAME.yaml`; `aligned` is `independent` after `vitzoo rebasin`.
 What FOLDER holds already is not trained again; an interrupted
 training continues. Two processes of one thread each share the cells.
 """
 
 import argparse
-import json
 import multiprocessing
-import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import harness
 import pandas as pd
 import torch
-from autoencoder_grid import (
+from harness import RESULTS, ZOO_AND_NAME, merge, provenance, save_figure, write_provenance, write_table
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+
+from autoencoder.cells import (
     AUTOENCODER,
     HISTORY,
     LAYERS,
@@ -32,16 +38,14 @@ from autoencoder_grid import (
     read_table,
     variants,
 )
-from matplotlib import rc_context
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-
 from vitzoo_hf.apply.autoencoder.recipe import ARMS, AutoencoderRecipe
-from vitzoo_hf.environment import describe
+from vitzoo_hf.format.schema import ZooError
 from vitzoo_hf.report.style import PALETTE, PERCENT, STYLE, heading
 from vitzoo_hf.zoo import Zoo
 
-HERE = Path(__file__).parents[1] / "results" / "autoencoder"
+HERE = RESULTS / "autoencoder"
+CELL = ["arm", "variant", "lr", "seed", "steps"]
+"""Columns that tell cells apart."""
 TOLD_EVERY = 100
 
 
@@ -57,9 +61,7 @@ def main() -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("zoo", type=Path)
-    parser.add_argument("name")
+    parser = harness.parser(__doc__, ZOO_AND_NAME)
     parser.add_argument("--runs", type=Path, required=True)
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
     parser.add_argument("--rates", nargs="+", type=float, default=[1e-3, 3e-3])
@@ -109,29 +111,50 @@ def population(folder: Path) -> Zoo:
 
 def write(name: str, runs: Path, zoo: Zoo) -> None:
     """Tables, figures and provenance of all finished cells of a population."""
-    (HERE / "figures").mkdir(parents=True, exist_ok=True)
-    table = gathered(runs, "measures.csv")
+    table = merged_measures(name, gathered(runs, "measures.csv"))
     rates = chosen_rates(table)
     table["chosen"] = (table["variant"] == "") & (table["lr"] == table["arm"].map(rates))
     table = table.sort_values(["variant", "split", "method", "arm", "lr", "seed"])
-    table[table["variant"] == ""].to_csv(HERE / f"{name}_arms.csv", index=False, float_format="%.6g")
+    write_table(table[table["variant"] == ""], HERE / f"{name}_arms.csv")
     if (table["variant"] != "").any():
-        table[table["variant"] != ""].to_csv(HERE / f"{name}_variants.csv", index=False, float_format="%.6g")
-    history, models = (of_grid(gathered(runs, file), rates) for file in (HISTORY, MODELS))
-    history.to_csv(HERE / f"{name}_history.csv", index=False, float_format="%.6g")
-    models = models[(models["method"] == AUTOENCODER) & (models["split"] == "test")]
-    models.to_csv(HERE / f"{name}_models.csv", index=False, float_format="%.6g")
-    layers = of_grid(gathered(runs, LAYERS), rates)
-    layers = layers[(layers["method"] == AUTOENCODER) & (layers["split"] == "test")]
-    layers.to_csv(HERE / f"{name}_layers.csv", index=False, float_format="%.6g")
+        write_table(table[table["variant"] != ""], HERE / f"{name}_variants.csv")
+    history = write_part(gathered(runs, HISTORY), HERE / f"{name}_history.csv", rates)
+    models = gathered(runs, MODELS)
+    models = write_part(models[reported(models)], HERE / f"{name}_models.csv", rates)
+    layers = gathered(runs, LAYERS)
+    write_part(layers[reported(layers)], HERE / f"{name}_layers.csv", rates)
     figures = {"accuracy": draw_accuracy(models), "agreement": draw_agreement(models), "losses": draw_losses(history)}
     for kind, figure in figures.items():
-        FigureCanvasAgg(figure)
-        figure.savefig(HERE / "figures" / f"{name}_{kind}.png", dpi=110)
-    write_provenance(name, zoo)
+        save_figure(figure, HERE / "figures" / f"{name}_{kind}.png")
+    write_provenance(HERE / f"provenance_{name}.json", provenance(zoo), merged=True)
     columns = ["arm", "variant", "lr", "seed", "r2", "accuracy_good", "agreement", "retention", "specificity"]
     shown = table[(table["split"] == "test") & (table["method"] == AUTOENCODER)]
     print(shown[[*columns, "rank_correlation", "diversity", "failures"]].to_string(index=False))
+
+
+def merged_measures(name: str, fresh: pd.DataFrame) -> pd.DataFrame:
+    """The measures of these cells and of all others that are stored, which may come from another folder of runs."""
+    stored = [read_table(file) for kind in ("arms", "variants") if (file := HERE / f"{name}_{kind}.csv").is_file()]
+    if not stored:
+        return fresh
+    table = pd.concat(stored).drop(columns="chosen")
+    if set(table) != set(fresh):
+        raise ZooError(f"{HERE}: the columns of {name}_arms.csv differ from those of the cells; move the tables away")
+    keys = pd.MultiIndex.from_frame(fresh[CELL])
+    return pd.concat([table[~pd.MultiIndex.from_frame(table[CELL]).isin(keys)], fresh], ignore_index=True)
+
+
+def write_part(table: pd.DataFrame, file: Path, rates: dict[str, float]) -> pd.DataFrame:
+    """Merge the rows of the grid's cells into a table, which then holds those at the chosen learning rates."""
+    rows = merge(of_grid(table, rates), file, CELL)
+    shown = of_grid(rows.assign(lr=pd.to_numeric(rows["lr"])), rates)
+    write_table(rows.loc[shown.index], file)
+    return read_table(file)
+
+
+def reported(table: pd.DataFrame) -> pd.Series:
+    """Rows of reconstructions of test models."""
+    return (table["method"] == AUTOENCODER) & (table["split"] == "test")
 
 
 def of_grid(table: pd.DataFrame, rates: dict[str, float]) -> pd.DataFrame:
@@ -192,14 +215,6 @@ def draw_losses(history: pd.DataFrame) -> Figure:
             axis.set(title=arm, xlabel="step", yscale="log")
             axis.legend(fontsize=7)
     return figure
-
-
-def write_provenance(name: str, zoo: Zoo) -> None:
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=HERE, capture_output=True, text=True)
-    record = {key: str(value) for key, value in describe().items()}
-    record |= {"commit": commit.stdout.strip(), "date": time.strftime("%Y-%m-%d")}
-    record |= {"zoo": zoo.manifest["name"], "blueprint_fingerprint": zoo.manifest["blueprint_fingerprint"]}
-    (HERE / f"provenance_{name}.json").write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -7,12 +7,11 @@ from contextlib import suppress
 import numpy as np
 import pandas as pd
 import pytest
-import replication
-import replication_cells
+from distribution_inference import replication, replication_cells
+from distribution_inference.replication import TIERS, cells_of, criteria, gather, run_replication
+from distribution_inference.replication_cells import Cell, Sizes, run_cell, setting_of
+from distribution_inference.replication_plot import advantages, plot_replication
 from places import REPOSITORY
-from replication import TIERS, cells_of, criteria, gather, run_replication
-from replication_cells import Cell, Sizes, run_cell, setting_of
-from replication_plot import advantages, plot_replication
 
 from vitzoo_hf.format.schema import ZooError
 
@@ -150,7 +149,7 @@ def test_advantages_turn_errors_around():
 
 
 def command(*more):
-    script = REPOSITORY / "experiments" / "distribution_inference.py"
+    script = REPOSITORY / "experiments" / "distribution_inference" / "replicate.py"
     return subprocess.run([sys.executable, script, *more], capture_output=True, text=True)
 
 

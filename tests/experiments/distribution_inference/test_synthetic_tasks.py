@@ -6,7 +6,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from synthetic_tasks import EQUAL_ROWS, PUBLISHED_ROWS, TEACHER, Learner, TeacherWorld, draw_environments, flipped
+from distribution_inference.synthetic_tasks import (
+    EQUAL_ROWS,
+    PUBLISHED_ROWS,
+    TEACHER,
+    Learner,
+    TeacherWorld,
+    draw_environments,
+    flipped,
+)
 from torch import nn
 
 from vitzoo_hf.apply.distribution_inference.attacks import stacked_mlps

@@ -1,23 +1,26 @@
 """What autoencoders of a grid are good for: generated models, and properties predicted from embeddings.
 
-python experiments/autoencoder_use.py ZOO NAME --runs FOLDER [--arms S S+B] [--seeds 0 1 2]
+python experiments/autoencoder/use.py ZOO NAME --runs FOLDER [--arms S S+B] [--seeds 0 1 2]
 
-FOLDER is that of `experiments/autoencoder.py` for the same ZOO and NAME. Writes `NAME_generated.csv` and
+FOLDER is that of `experiments/autoencoder/grid.py` for the same ZOO and NAME. Writes `NAME_generated.csv` and
 `NAME_properties.csv` into `autoencoder/`, and their figure.
 """
 
-import argparse
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import harness
 import pandas as pd
 import torch
-from autoencoder import HERE, gathered, population, write_provenance
-from autoencoder_grid import chosen_rates
+from harness import ZOO_AND_NAME, provenance, save_figure, write_provenance, write_table
 from matplotlib import rc_context
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from autoencoder.cells import chosen_rates
+from autoencoder.grid import HERE, gathered, population
 from vitzoo_hf.apply.autoencoder import metrics
 from vitzoo_hf.apply.autoencoder.fine_tuning import FineTuning, fine_tuned, training_images
 from vitzoo_hf.apply.autoencoder.metrics import Networks
@@ -35,9 +38,7 @@ TARGETS, FEATURES = ("test_accuracy", "generalization_gap", "epoch"), ("constant
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("zoo", type=Path)
-    parser.add_argument("name")
+    parser = harness.parser(__doc__, ZOO_AND_NAME)
     parser.add_argument("--runs", type=Path, required=True)
     parser.add_argument("--arms", nargs="+", default=["S", "S+B"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
@@ -59,16 +60,15 @@ def main() -> None:
             drawn = sample(trained, prompts.vectors, COUNT, bandwidth=bandwidth, seed=seed).weights
             rows.append({"method": arm, "bandwidth": bandwidth, "seed": seed} | prompts.judged(drawn, seed))
     table = pd.DataFrame(rows)
-    table.to_csv(HERE / f"{arguments.name}_generated.csv", index=False, float_format="%.6g")
+    write_table(table, HERE / f"{arguments.name}_generated.csv", ["method", "bandwidth", "seed"])
     figure = draw(table)
-    FigureCanvasAgg(figure)
-    figure.savefig(HERE / "figures" / f"{arguments.name}_generated.png", dpi=110)
+    save_figure(figure, HERE / "figures" / f"{arguments.name}_generated.png")
     print(table.drop(columns="seed").groupby(["method", "bandwidth"], dropna=False).mean().round(3).T.to_string())
     predicted = properties(zoo, cells)
-    predicted.to_csv(HERE / f"{arguments.name}_properties.csv", index=False, float_format="%.6g")
+    write_table(predicted, HERE / f"{arguments.name}_properties.csv", ["features", "seed"])
     shown = predicted[predicted["metric"] == "r2"]
     print(shown.groupby(["features", "target"])["value"].mean().unstack().round(3).to_string())
-    write_provenance(f"{arguments.name}_use", zoo)
+    write_provenance(HERE / f"provenance_{arguments.name}_use.json", provenance(zoo), merged=True)
 
 
 class Prompts:

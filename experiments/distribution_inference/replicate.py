@@ -1,30 +1,34 @@
 """Replicate the published synthetic tasks of distribution inference, and write tables, figures and criteria.
 
-python experiments/distribution_inference.py --tier smoke|standard [--only A A-bis B C DMI] [--runs FOLDER]
+python experiments/distribution_inference/replicate.py --tier smoke|standard [--only A A-bis B C DMI] [--runs FOLDER]
 
 Interrupted, the same command continues: a finished cell is a table in the folder of --runs and is not run again.
 """
 
 import argparse
-import subprocess
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import harness
 import pandas as pd
 import torch
-from replication import TIERS, cells_of, criteria, gather, run_replication
-from replication_plot import plot_replication
+from harness import RESULTS, provenance_line, save_figure, write_table
 
-from vitzoo_hf.environment import describe
+from distribution_inference.replication import TIERS, cells_of, criteria, gather, run_replication
+from distribution_inference.replication_plot import plot_replication
 from vitzoo_hf.format.atomic import make_folder
 from vitzoo_hf.format.schema import ZooError
 
-HERE = Path(__file__).parents[1] / "results" / "distribution_inference"
+HERE = RESULTS / "distribution_inference"
+CELL = ["experiment", "knob", "mended", "learner"]
+"""Columns that tell cells apart; worlds are pooled."""
 EXPERIMENTS = ("A", "A-bis", "B", "C", "DMI")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = harness.parser(__doc__)
     parser.add_argument("--tier", choices=TIERS, default="smoke")
     parser.add_argument("--only", nargs="+", choices=EXPERIMENTS, default=EXPERIMENTS, help="some experiments")
     parser.add_argument(
@@ -53,7 +57,12 @@ def run(given: argparse.Namespace) -> None:
         raise ZooError(f"the {given.tier} tier has no cell of {', '.join(given.only)}: give --tier standard")
     runs = given.runs or HERE / f"runs-{given.tier}"
     make_folder(given.out)
-    options = {"device": given.device, "stop_after": given.stop_after, "provenance": provenance(), "progress": True}
+    options = {
+        "device": given.device,
+        "stop_after": given.stop_after,
+        "provenance": provenance_line(),
+        "progress": True,
+    }
     left = run_replication(chosen, TIERS[given.tier], runs, **options)
     finished = [cell for cell in cells if (runs / f"{cell.name}.csv").is_file()]
     if finished:
@@ -65,21 +74,14 @@ def write(table: pd.DataFrame, given: argparse.Namespace, *, whole: bool) -> Non
     """Table and figure under the name of the tier, or as partial ones where cells of it are missing."""
     stem = "replication" if given.tier == "standard" else f"replication_{given.tier}"
     stem += "" if whole else "_partial"
-    table.to_csv(given.out / f"{stem}.csv", index=False, float_format="%.5g", lineterminator="\n")
-    plot_replication(table).savefig(given.out / f"{stem}.png", dpi=110)
+    write_table(table, given.out / f"{stem}.csv", CELL, digits=5)
+    save_figure(plot_replication(table), given.out / f"{stem}.png")
     if given.tier == "smoke":
         print("Too few targets and shadows for a verdict, which is the standard tier's; as far as they show:")
     for found in criteria(table):
         verdict = {True: "met", False: "MISSED", None: "open"}[found.met]
         print(f"{found.name} {verdict}: {found.expected}; {found.found}")
     print(f"{len(table)} rows in {given.out / stem}.csv")
-
-
-def provenance() -> str:
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE.parent, capture_output=True, text=True)
-    about = {key: str(value) for key, value in describe().items()}
-    told = ", ".join(f"{key} {about[key]}" for key in ("system", "cores", "python", "torch", "numpy"))
-    return f"{told}, commit {commit.stdout.strip()}"
 
 
 if __name__ == "__main__":

@@ -1,0 +1,1 @@
+"""What models tell of the distribution they were trained on: the published tasks, and ViTs."""
