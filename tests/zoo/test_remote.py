@@ -140,7 +140,9 @@ print(json.dumps(vz.Zoo({name!r}).model({model_id!r})(images).tolist()))
 
 def test_offline_what_was_never_fetched_is_named(hub, folders, tmp_path):
     name = NAMES[0]
-    code = f"zoo = vz.Zoo({name!r})\nprint(json.dumps([error(lambda: zoo.row(i).weights) for i in zoo.model_ids[:1]]))"
+    code = (
+        f"zoo = vz.Zoo({name!r})\nprint(json.dumps([error(lambda: zoo.row(i).weights) for i in zoo.model_ids[:1]]))"
+    )
     assert client(hub, tmp_path / "home", code, ranges=False) == [None]
     code = f"zoo = vz.Zoo({name!r})\nprint(json.dumps([error(lambda: zoo.row(i).weights) for i in zoo.model_ids]))"
     for ranges in (True, False):
