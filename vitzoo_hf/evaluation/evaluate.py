@@ -168,23 +168,10 @@ def evaluate(
         _verify(zoo, [row.model_id for row in final_rows if row.model_id not in verified])
         failed = _overflowing(final_rows, outputs, test)
         metrics = [_measure(row, sets[row["dataset"]], zoo.manifest, outputs, failed) for row in rows]
-        classifiers = [
-            number
-            for number, row in enumerate(final_rows)
-            if row.dataset == dataset and is_classifier(row, zoo.manifest) and row.model_id not in failed
-        ]
-        pairs = measure_pairs(
-            zoo.filter(is_final=True),
-            final_rows,
-            classifiers,
-            outputs,
-            test.digest,
-            test.labels,
-            dataset=dataset,
-            left_out=failed,
-            device=device,
-            progress=progress,
-        )
+        classifier_ids = {row.model_id for row in _classifiers(zoo, final_rows, dataset)} - failed.keys()
+        classifiers = [number for number, row in enumerate(final_rows) if row.model_id in classifier_ids]
+        measure = partial(measure_pairs, dataset=dataset, left_out=failed, device=device, progress=progress)
+        pairs = measure(zoo.filter(is_final=True), final_rows, classifiers, outputs, test)
     evaluations = pd.concat([index[[*COLUMNS, *zoo.factors]], pd.DataFrame(metrics)], axis=1)
     effect = _effect(zoo, [final_rows[number].model_id for number in classifiers], test, precision, device)
     return Report(evaluations, pairs, dataset, failed, effect, images is None)
@@ -199,9 +186,12 @@ def _verify(zoo: Zoo, model_ids: list[str]) -> None:
 def _check_classes(zoo: Zoo, rows: Sequence[Row], sets: Mapping[str, Mapping[str, ImageBatch]]) -> None:
     """Refuse labels that classifiers do not know, before anything runs."""
     for dataset, parts in sets.items():
-        parts["test"].check_classes(
-            [row for row in rows if row.dataset == dataset and is_classifier(row, zoo.manifest)]
-        )
+        parts["test"].check_classes(_classifiers(zoo, rows, dataset))
+
+
+def _classifiers(zoo: Zoo, rows: Sequence[Row], dataset: str) -> list[Row]:
+    """Rows of the models that classify the images of a dataset."""
+    return [row for row in rows if row.dataset == dataset and is_classifier(row, zoo.manifest)]
 
 
 def _overflowing(rows: Sequence[Row], cache: OutputsCache, batch: ImageBatch) -> dict[str, str]:

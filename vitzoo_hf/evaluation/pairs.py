@@ -9,10 +9,10 @@ from collections.abc import Collection, Sequence
 
 import pandas as pd
 import torch
-from jaxtyping import Float64, Int64
+from jaxtyping import Float64
 from torch import Tensor
 
-from vitzoo_hf.evaluation.outputs_cache import OutputsCache
+from vitzoo_hf.evaluation.outputs_cache import ImageBatch, OutputsCache
 from vitzoo_hf.evaluation.weight_metrics import zoo_weight_metrics
 from vitzoo_hf.format import schema
 from vitzoo_hf.format.layout import trunk_key
@@ -34,8 +34,7 @@ def measure_pairs(
     rows: Sequence[Row],
     classifiers: Sequence[int],
     cache: OutputsCache,
-    digest: str,
-    labels: Int64[Tensor, " N"],
+    batch: ImageBatch,
     *,
     dataset: str,
     left_out: Collection[str] = (),
@@ -49,8 +48,7 @@ def measure_pairs(
         rows: the rows of the zoo, without weights.
         classifiers: positions of the models that classify the images.
         cache: a cache that has the outputs of all models on the images.
-        digest: the hash of the images.
-        labels: class numbers of the images.
+        batch: the images, with their labels.
         dataset: name of the images.
         left_out: models whose outputs are not finite, for which only distances of weights are measured.
         device: where the metrics are computed.
@@ -59,6 +57,7 @@ def measure_pairs(
     Raises:
         ZooError: for fewer than four images.
     """
+    digest, labels = batch.digest, batch.labels
     if len(labels) < LEAST_IMAGES:
         raise ZooError(f"there are {len(labels)} test images of {dataset!r}; comparing models takes at least 4")
     if len(rows) < 2:
