@@ -46,7 +46,7 @@ class Instead(NamedTuple):
     command: str = ""
 
 
-RELEASE = Instead("builds a release, from a network")
+BUILDS = Instead("builds a release, from a network")
 INSTEAD = {
     "pip install -c constraints.txt -e . && vitzoo quickstart": Instead(
         "installs, and trains 50 models; tests/test_quickstart.py runs the verb on a tiny blueprint"
@@ -95,9 +95,9 @@ INSTEAD = {
     "python3 -m venv .venv && . .venv/bin/activate": Instead(INSTALLS),
     'pip install -c constraints.txt -e ".[dev]"': Instead(INSTALLS),
     "pip install build twine": Instead(INSTALLS),
-    "rm -rf dist build && python -m build": RELEASE,
-    "twine check --strict dist/*": RELEASE,
-    "python -m venv /tmp/fresh && /tmp/fresh/bin/pip install dist/*.whl && /tmp/fresh/bin/vitzoo info sample": RELEASE,
+    "rm -rf dist build && python -m build": BUILDS,
+    "twine check --strict dist/*": BUILDS,
+    "python -m venv /tmp/fresh && /tmp/fresh/bin/pip install dist/*.whl && /tmp/fresh/bin/vitzoo info sample": BUILDS,
     "vitzoo train mini --out RUNS --ray": Instead(TOO_LONG + "50 models", "vitzoo train TINY --out RUNS --ray"),
     "vitzoo train mini --out RUNS --ray HOST:6379 --storage s3://BUCKET/mini": Instead(
         "needs a cluster and a bucket; tests/test_ray_launch.py trains through storage"
