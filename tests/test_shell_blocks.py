@@ -36,6 +36,8 @@ queries: 8
 pool: 40
 sizes: {width: 16, latent: 4, heads: 2, blocks: 1, projection: 5}
 """
+SLOW = ("vitzoo attack", "--autoencoder", "vitzoo rebasin", "--ray")
+"""Parts of commands whose blocks take more than about 20 s of a core."""
 IN_SMALL = "tests/test_smoke.py runs the script in its smallest size"
 
 
@@ -257,7 +259,12 @@ def lines_of(block: Block, server: str) -> list[str]:
     return lines
 
 
-@pytest.mark.parametrize("block", [pytest.param(block, id=block.name) for block in EXAMPLES if lines_of(block, "")])
+def marked(block: Block) -> object:
+    slow = any(part in command for part in SLOW for command in block.commands)
+    return pytest.param(block, id=block.name, marks=[pytest.mark.slow] if slow else [])
+
+
+@pytest.mark.parametrize("block", [marked(block) for block in EXAMPLES if lines_of(block, "")])
 def test_block_runs_as_printed(
     block: Block, tiny_zoo: Path, tiny_runs: Path, hub: LocalHub, server: str, tmp_path: Path
 ) -> None:
