@@ -36,6 +36,8 @@ queries: 8
 pool: 40
 sizes: {width: 16, latent: 4, heads: 2, blocks: 1, projection: 5}
 """
+SLOW = ("vitzoo attack", "--autoencoder", "vitzoo rebasin", "--ray")
+"""Parts of commands whose blocks take more than about 20 s of a core."""
 IN_SMALL = "tests/experiments/test_smoke.py runs the script in its smallest size"
 
 
@@ -46,7 +48,7 @@ class Instead(NamedTuple):
     command: str = ""
 
 
-RELEASE = Instead("builds a release, from a network")
+BUILDS = Instead("builds a release, from a network")
 INSTEAD = {
     "pip install -c constraints.txt -e . && vitzoo quickstart": Instead(
         "installs, and trains 50 models; tests/cli/test_quickstart.py runs the verb on a tiny blueprint"
@@ -95,9 +97,9 @@ INSTEAD = {
     "python3 -m venv .venv && . .venv/bin/activate": Instead(INSTALLS),
     'pip install -c constraints.txt -e ".[dev]"': Instead(INSTALLS),
     "pip install build twine": Instead(INSTALLS),
-    "rm -rf dist build && python -m build": RELEASE,
-    "twine check --strict dist/*": RELEASE,
-    "python -m venv fresh && fresh/bin/pip install dist/*.whl && fresh/bin/vitzoo info sample": RELEASE,
+    "rm -rf dist build && python -m build": BUILDS,
+    "twine check --strict dist/*": BUILDS,
+    "python -m venv fresh && fresh/bin/pip install dist/*.whl && fresh/bin/vitzoo info sample": BUILDS,
     "vitzoo train mini --out RUNS --ray": Instead(TOO_LONG + "50 models", "vitzoo train TINY --out RUNS --ray"),
     "vitzoo train mini --out RUNS --ray HOST:6379 --storage s3://BUCKET/mini": Instead(
         "needs a cluster and a bucket; tests/launch/test_ray.py trains through storage"
@@ -257,7 +259,12 @@ def lines_of(block: Block, server: str) -> list[str]:
     return lines
 
 
-@pytest.mark.parametrize("block", [pytest.param(block, id=block.name) for block in EXAMPLES if lines_of(block, "")])
+def marked(block: Block) -> object:
+    slow = any(part in command for part in SLOW for command in block.commands)
+    return pytest.param(block, id=block.name, marks=[pytest.mark.slow] if slow else [])
+
+
+@pytest.mark.parametrize("block", [marked(block) for block in EXAMPLES if lines_of(block, "")])
 def test_block_runs_as_printed(
     block: Block, tiny_zoo: Path, tiny_runs: Path, hub: LocalHub, server: str, tmp_path: Path
 ) -> None:
