@@ -118,7 +118,7 @@ def test_the_verb_averages_epochs(capsys, zoo, tmp_path):
 def test_the_verb_takes_the_last_epochs_and_the_decay_that_are_given(zoo, tmp_path, capsys):
     chosen = ["soup", zoo.name, "--out", str(tmp_path / "averages"), "--method"]
     assert run([*chosen, "epochs", "--last", "2,4,99", "--decay", "0.25"]) == 0
-    assert "no run keeps 99 trained epochs" in capsys.readouterr().out
+    assert "no run has 99 stored epochs beside epoch 0" in capsys.readouterr().out
     table = pd.read_csv(tmp_path / "averages" / "epochs.csv")
     assert set(table["average"]) == {"last epoch", "last 2", "last 4", "exponential 0.25"}
     for wrong, told in (
