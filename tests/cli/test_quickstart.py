@@ -141,7 +141,7 @@ def test_a_zoo_without_images_is_reported_without_layers(tmp_path, monkeypatch):
         written.append(layers)
         return tmp_path
 
-    monkeypatch.setattr("vitzoo_hf.cli.quickstart.write_report", write)
+    monkeypatch.setattr("vitzoo_hf.report.html.write_report", write)
     write_zoo_report(zoo, tmp_path, say=said.append)
     assert said == []
     assert written[0]["model_a"].nunique() == 2
