@@ -259,7 +259,7 @@ def test_the_verb_orders_epochs(capsys, tmp_path):
     epochs_zoo(tmp_path / "zoo")
     status, out, _ = call(capsys, "lineage", tmp_path / "zoo", "--all-epochs", "--quiet", "--out", tmp_path / "out")
     assert status == 0
-    assert "order of each run's checkpoints, Kendall's tau" in out
+    assert "order of the checkpoints of each run: Kendall's tau" in out
     assert "trunks equal an earlier one" in out
     assert len(pd.read_csv(tmp_path / "out" / "epochs.csv")) == 3
 
@@ -268,7 +268,7 @@ def test_the_verb_without_three_checkpoints_gives_the_forest_all_the_same(capsys
     status, out, _ = call(capsys, "lineage", two_trees.name, "--all-epochs", "--quiet")
     assert status == 0
     assert "12 models in 2 trees" in out
-    assert "no run has three checkpoints here" in out
+    assert "no run has three checkpoints, so the order" in out
 
 
 def test_candidates_are_final_unless_named(capsys, tmp_path):
