@@ -66,6 +66,7 @@ def candidate_rows(weights: Float[Tensor, "P D"], like: RowLike) -> Iterator[Row
         ZooError: if a weight is not finite.
     """
     row = Row.of(like)
+    # the id and the hash are of other weights
     columns = {name: row[name] for name in row if name not in ("weights", "weights_sha256", "model_id")}
     for position, vector in enumerate(weights):
         if not vector.isfinite().all():

@@ -30,6 +30,7 @@ KINDS = {
 
 def made_manifest(zoo: Zoo, kind: str) -> dict[str, Any]:
     """The manifest of a zoo made from another: without files, and with the fingerprint of its source under `kind`."""
+    # these describe the files of the source, which the new zoo does not have
     outdated = {"files", "subset_of", *KINDS}
     manifest = {name: value for name, value in zoo.manifest.items() if name not in outdated}
     return manifest | {kind: zoo.manifest["blueprint_fingerprint"], "blueprint_fingerprint": None}
@@ -46,6 +47,7 @@ def check_folder(folder: Path, zoo: Zoo, kind: str) -> None:
     Raises:
         ZooError: if `folder` is that of `zoo`, holds something else than a zoo of this kind, or cannot be written.
     """
+    # resolved, because a link or a relative path may name the folder of the source
     if folder.resolve() == Path(zoo.name).resolve():
         raise ZooError(f"{folder} is the zoo that is read, and would be replaced: give another folder for the output")
     refuse_to_replace(folder)
@@ -87,6 +89,7 @@ def _keys(manifest: Path) -> set[str]:
     try:
         return set(json.loads(manifest.read_text(encoding="utf-8")))
     except (OSError, ValueError):
+        # a manifest that cannot be read has no kind, so the folder is refused, never replaced
         return set()
 
 
@@ -132,6 +135,7 @@ def derived_row(
     row |= {column: _shared(sources, column) for column in (*SHARED, *zoo.factors)}
     row |= results | {"num_parameters": len(vector), "weights_sha256": schema.weights_sha256(vector)}
     row |= {"dtype": "float32", "provenance": schema.canonical_json(record), "weights": vector}
+    # the order of columns is part of the schema of the written files
     order = [*schema.row_features(zoo.manifest["factors"])]
     # The strictest split of the sources: a network with a test model in it must never be trained on.
     split = max((source["split"] for source in sources), key=schema.SPLITS.index)

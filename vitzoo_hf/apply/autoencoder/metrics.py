@@ -150,6 +150,7 @@ def diversity(decoded: Float[Tensor, "P D"], original: Float[Tensor, "Q D"]) -> 
 
 
 def _mean_distance(weights: Float[Tensor, "P D"]) -> Float64[Tensor, ""]:
+    # every pair once, without the zero diagonal
     above = torch.ones(len(weights), len(weights), dtype=torch.bool).triu(1)
     return weight_distances(weights.cpu())[above].mean()
 
@@ -173,6 +174,7 @@ def nearest(weights: Float[Tensor, "P D"], training: Float[Tensor, "Q D"]) -> Ne
     ours, theirs = weights.double(), training.double()
     distances = torch.cdist(ours, theirs, compute_mode="use_mm_for_euclid_dist")
     closest = distances.topk(min(CLOSEST, len(theirs)), largest=False).indices
+    # differences instead of products: a copy then has distance exactly 0
     squares = torch.stack([(theirs[few] - row).square().sum(1) for row, few in zip(ours, closest, strict=True)])
     least = squares.min(1)
     return Nearest(least.values.sqrt(), closest.gather(1, least.indices[:, None])[:, 0])

@@ -87,6 +87,7 @@ class AutoencoderRecipe:
         for name, values in choices.items():
             if getattr(self, name) not in values:
                 raise ZooError(f"unknown {name} {getattr(self, name)!r}: {did_you_mean(getattr(self, name), values)}")
+        # raises for a corruption that does not exist, before any model is read
         if self.query_images not in QUERIES:
             parse_corruption(self.query_images)
         for view in self.views:
@@ -140,6 +141,7 @@ class AutoencoderRecipe:
     @property
     def fingerprint(self) -> str:
         """Hash of all settings but `compile`, which changes the speed of training, not its result."""
+        # a checkpoint may be continued with or without compilation
         return fingerprint({name: value for name, value in asdict(self).items() if name != "compile"})
 
 

@@ -112,6 +112,7 @@ def read_latents(file: Path, trained: Trained) -> dict[str, Float[Tensor, "T lat
     """
     try:
         with safe_open(file, framework="pt") as opened:
+            # latents mean nothing to another autoencoder, even one of equal shapes
             source = (opened.metadata() or {}).get("autoencoder")
         latents = load_file(file)
     except (OSError, SafetensorError, ValueError):
@@ -173,6 +174,7 @@ def write_reconstructions(
             on_models(len(batch))
 
     counts = {split: int((index["split"] == split).sum()) for split in schema.SPLITS}
+    # rows are generators, so models are decoded while the zoo is written
     splits = {split: Rows(count, size, rows(split) if count else iter(())) for split, count in counts.items()}
     write_streamed(zoo, splits, set(index["dataset"]), folder, "reconstructions")
     return pd.DataFrame(scores)
@@ -192,6 +194,7 @@ def _reconstructed(
     ids = [row["model_id"] for row in batch]
     codes = encoded(trained, originals) if latents is None else torch.stack([latents[name] for name in ids])
     weights = decoded(trained, codes)
+    # without weights: the index is enough to derive a row
     light = {row["model_id"]: row for row in records(index[index["model_id"].isin(ids)])}
     losses, accuracies = results_on_test_images(zoo, weights, batch, device)
     for vector, original, row, loss, accuracy in zip(weights, originals, batch, losses, accuracies, strict=True):
@@ -242,6 +245,7 @@ def results_on_test_images(
     losses: list[float | None] = [None] * len(weights)
     accuracies = list(losses)
     with_images = {row["dataset"] for row in zoo.probe_rows("test")}
+    # sorted, because the order of a set changes between runs of Python
     for dataset in sorted({row["dataset"] for row in like} & with_images):
         members = [place for place, row in enumerate(like) if row["dataset"] == dataset]
         scores = candidate_scores(weights[members], like[members[0]], *zoo.probes(dataset), device=device)

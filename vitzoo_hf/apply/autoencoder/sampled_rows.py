@@ -84,6 +84,7 @@ class Sampling:
             self.count,
             score,
             rounds=self.rounds,
+            # a density needs two anchors, even if one model is asked for
             keep=max(self.keep, 2),
             mode=self.mode,
             bandwidth=self.bandwidth,
@@ -126,6 +127,7 @@ def write_samples(
     def accuracy(vectors: Float[Tensor, "P D"]) -> Float64[Tensor, " P"]:
         return candidate_scores(vectors, rows[0], images, labels, device=device).accuracy.cpu()
 
+    # before sampling: missing training images should fail at once
     train_set = training_images(zoo, dataset) if tuning else None
     weights = how.draw(trained, training, accuracy)
     if tuning and train_set:
@@ -177,6 +179,7 @@ def _diversity(weights: Float[Tensor, "P D"], training: Float[Tensor, "Q D"]) ->
 
 def _apart(training: Float[Tensor, "Q D"]) -> float:
     """Mean distance of a model to the nearest other model."""
+    # infinite, or every model would be its own nearest
     far = weight_distances(training).fill_diagonal_(float("inf"))
     return float(far.min(1).values.mean())
 

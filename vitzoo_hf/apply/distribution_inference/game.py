@@ -206,6 +206,7 @@ def play(
     for seed in seeds:
         guesses = attack(shadows, targets, seed)
         losses.append(shadows.secret.losses(guesses.secrets, secrets))
+        # guesses of the first seed are reported; averages of classes mean nothing
         first = guesses.secrets if first is None else first
         if guesses.scores is not None:
             scores.append(guesses.scores)
@@ -237,6 +238,7 @@ def check_equal(what: str, values: Sequence[float | int], secrets: Sequence[obje
     differing = [place for place, value in enumerate(values) if value != values[0]]
     if not differing:
         return
+    # preferably of another secret, which shows what the number would give away
     example = next((place for place in differing if secrets[place] != secrets[0]), differing[0])
     raise ZooError(
         f"{what} differ between models: {values[0]:g} with secret {secrets[0]}, {values[example]:g} with secret"

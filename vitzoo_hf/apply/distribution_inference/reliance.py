@@ -90,6 +90,7 @@ def world_behaviour(
     records = []
     members = zoo.filter(dataset=name)
     with progress_bar("measuring", "model", shown=progress, total=len(members)) as bar:
+        # three sets of images with two outputs each
         for rows in rows_in_parts(members, 6 * len(images)):
             population = Population.from_rows(rows, device=device)
             logits = [population(part) for part in sets]
@@ -118,6 +119,7 @@ def rows_in_parts(zoo: Zoo, outputs: int) -> Iterator[list[Row]]:
     size = 0
     for row in zoo.rows():
         needed = row["num_parameters"] + outputs
+        # a model beyond the bound still gets a part of its own
         if part and size + needed > CHUNK_NUMBERS:
             yield part
             part, size = [], 0

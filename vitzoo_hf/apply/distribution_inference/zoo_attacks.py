@@ -186,6 +186,7 @@ def cast_of(zoo: Zoo, shadows: Zoo | None, secret: str, role: str) -> Cast:
         if set(parts[0][1]["model_id"]) & set(parts[1][1]["model_id"]):
             raise ZooError("a model is target and shadow: give a zoo of other models as shadows")
         worlds = [_record(part, rows) for part, rows in reversed(parts)]
+        # only worlds record how their pool was split
         if any("worlds" in world for world in worlds):
             check_pools(*worlds)
     players = with_roles(pd.concat([rows for _, rows in parts], ignore_index=True), role)
@@ -194,7 +195,9 @@ def cast_of(zoo: Zoo, shadows: Zoo | None, secret: str, role: str) -> Cast:
         for part, rows in parts
     )
     order = [model_id for part in zoos for model_id in part.model_ids]
+    # models are read zoo by zoo, so the index follows that order
     players = players.set_index("model_id").loc[order].reset_index()
+    # a copy, because pandas may give a read-only array, of which torch warns
     is_shadow = torch.from_numpy((players[column_of(players, role)] == "shadow").to_numpy(copy=True))
     columns = [column_of(players, name) for name in secret.split(",")]
     column = ",".join(columns)
@@ -239,8 +242,10 @@ def _played(
         if outcome.scores is not None:
             guesses[f"{name}_score"] = outcome.scores.tolist()
     table = pd.DataFrame(rows)
+    # accuracy is best when large, an error when small
     values = table["shadow_value"].astype(float) * (1 if isinstance(shadows.secret, ClassSecret) else -1)
     table["chosen"] = values == values.max()
+    # of equal attacks only the first is chosen
     table.loc[table.index[table["chosen"]][1:], "chosen"] = False
     return table, guesses
 
@@ -322,6 +327,7 @@ def on_shadows(shadows: Shadows, attack: Attack, kind: Kind) -> float:
     """Measure an attack on half of the shadows of each class, learnt from the other half, to select the best."""
     order = torch.randperm(len(shadows.secrets), generator=torch.Generator().manual_seed(0))
     if isinstance(shadows.secret, ClassSecret):
+        # sorted by class: every second shadow then halves each class
         order = order[shadows.secrets[order].argsort(stable=True)]
     first, second = order[::2], order[1::2]
     half = Shadows(shadows.views.at(first), shadows.secrets[first], shadows.secret, shadows.queries)
@@ -369,6 +375,7 @@ def attack_card(report: Report) -> str:
     Raises:
         ZooError: if the template is missing from the installation.
     """
+    # late, because only the card needs Jinja
     from jinja2 import Environment, StrictUndefined
 
     environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False)

@@ -67,6 +67,7 @@ def plain(value: object) -> Any:
     """
     if isinstance(value, tuple):
         return tuple(plain(part) for part in value)
+    # numpy scalars print with their type, and most do not go into JSON
     return value.item() if isinstance(value, np.generic) else value
 
 
@@ -173,11 +174,13 @@ def _depends(index: pd.DataFrame, name: str, column: str, role: str) -> bool:
     values = index[name]
     if values.nunique(dropna=False) < 2:
         return False
+    # a table of counts needs several models a cell; numbers are ranked instead
     if values.nunique(dropna=False) > len(index) / 4:
         numbers = pd.to_numeric(values, errors="coerce")
         parts = [part.dropna() for _, part in numbers.groupby(index[column]) if part.notna().any()]
         return len(parts) > 1 and bool(kruskal(*parts).pvalue < UNLIKELY)
     shown = values.astype(object).where(values.notna(), "missing").map(str)
+    # a value that occurs with one secret alone gives it away, however rare
     if len({frozenset(part) for _, part in shown.groupby(index[column])}) > 1:
         return True
     for _, part in index.groupby(role):

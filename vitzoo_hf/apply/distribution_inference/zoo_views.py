@@ -71,6 +71,7 @@ def zoo_queries(zoo: Zoo, column: str, secret: Secret, *, num_queries: int, seed
         raise ZooError(f"{num_queries} queries of {len(candidates)} distributions: ask at least one of each")
     order = torch.from_numpy(np.random.default_rng(seed).permutation(len(labels)))
     order = order[origins[order] >= 0]
+    # in turn over query sets, so that a smaller number of queries stays balanced
     places = order[_turn(origins[order]).argsort(stable=True)[:num_queries]].sort().values
     return ImageBatch.of(images[places], labels[places]), Queries(origins[places], labels[places], candidates)
 
@@ -129,6 +130,7 @@ def zoo_outputs(
         logits = [outputs_cache.read(row, batch.digest, "logits") for row in rows]
     if len({part.shape[1] for part in logits}) > 1:
         raise ZooError("models differ in the number of classes: attack those of one head")
+    # logits have a free constant, which differs between models and tells nothing
     outputs = torch.stack(logits).log_softmax(2)
     finite = outputs.isfinite().flatten(1).all(1)
     if not finite.all():
@@ -181,6 +183,7 @@ def zoo_features(
                 bar.update(len(vectors))
     ids = [model_id for group in groups for model_id in group.model_ids]
     place = {model_id: number for number, model_id in enumerate(ids)}
+    # groups were read one after another; the views have the order of the zoo
     order = torch.tensor([place[model_id] for model_id in model_ids])
     joined = {name: torch.cat(parts)[order] for name, parts in parts_of.items()}
     sets = {name.removeprefix("sets "): values for name, values in joined.items() if name.startswith("sets ")}
@@ -225,6 +228,7 @@ def _components(
     """Components of differences, from blocks of columns of models and their checkpoints together."""
     bases = [group.base for group in groups if group.base is not None]
     model_ids = zoo.model_ids
+    # unfiltered, because the checkpoint is mostly outside of the filter for final models
     with_bases = zoo.unfiltered.filter(model_id=list(dict.fromkeys([*model_ids, *bases])))
     columns = with_bases.weight_columns(device=device).verified()
     place = {model_id: number for number, model_id in enumerate(columns.model_ids)}
@@ -252,6 +256,7 @@ def _base(zoo: Zoo, model_id: str, layout: Layout) -> Float[Tensor, " D"]:
     shapes = dict(zip(zoo.layouts[row["layout"]].names, zoo.layouts[row["layout"]].shapes, strict=True))
     places = dict(zoo.layouts[row["layout"]].items())
     weights = torch.as_tensor(row.weights)
+    # zeros where nothing is subtracted: heads are new at fine-tuning
     vector = torch.zeros(layout.num_parameters)
     for (name, place), shape in zip(layout.items(), layout.shapes, strict=True):
         if not is_head(name) and shapes.get(name) == shape:
@@ -263,6 +268,7 @@ def _base(zoo: Zoo, model_id: str, layout: Layout) -> Float[Tensor, " D"]:
 
 def _batches(zoo: Zoo, group: Group, layout: Layout) -> Iterator[Float[Tensor, "B D"]]:
     """Yield batches of vectors of a group in its order; every vector is compared with its hash."""
+    # 4 bytes a float32 weight; a model larger than the bound goes alone
     size = max(1, BATCH_BYTES // (4 * layout.num_parameters))
     batch: list[Tensor] = []
     for row in zoo.filter(model_id=list(group.model_ids)).rows():

@@ -173,6 +173,7 @@ def forest_of(
         parent = star(distance, tree) if method == "hubs" else spanning(distance, tree)
         orphans = _orphan_trees(distance, tree, parent)
     notes = []
+    # upper triangle: the first of equal trunks is no twin of an earlier one
     twins = int((np.triu(distance == 0, 1)).any(0).sum())
     if method in ("hubs", "spanning") and (far := int(far_children(distance, tree, parent).sum())):
         notes.append(
@@ -210,6 +211,7 @@ def layouts_by_trunk(zoo: Zoo) -> list[list[str]]:
     """Ids of the layouts of the zoo's rows, grouped by trunk."""
     groups: dict[str, list[str]] = {}
     for layout_id in dict.fromkeys(zoo.to_pandas()["layout"]):
+        # heads are new at fine-tuning, so models of several heads may be of one tree
         groups.setdefault(trunk_key(zoo.layouts[layout_id]), []).append(layout_id)
     return list(groups.values())
 
@@ -250,6 +252,7 @@ def _joined(parts: list[Forest], model_ids: list[str], method: str) -> Forest:
     orphans, notes, trees_before = [], [], 0
     for part in parts:
         rows = np.array([place[model_id] for model_id in part.model_ids])
+        # numbers of the parts each start at 0
         tree[rows] = part.tree + trees_before
         parent[rows] = np.where(part.parent >= 0, rows[part.parent], -1)
         orphans += [number + trees_before for number in part.orphan_trees]

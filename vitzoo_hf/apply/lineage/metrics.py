@@ -75,6 +75,7 @@ def tree_accuracy(recovered: Int64[np.ndarray, " P"], true: Int64[np.ndarray, " 
     """
     counts = np.zeros((recovered.max() + 1, true.max() + 1))
     np.add.at(counts, (recovered, true), 1)
+    # numbers of trees are arbitrary, so the best one-to-one matching names them
     rows, columns = linear_sum_assignment(counts, maximize=True)
     return float(counts[rows, columns].sum() / len(recovered))
 
@@ -130,6 +131,7 @@ def baselines(
     for baseline, scores in draws_of.items():
         for score in SCORES if baseline != "random_direction" else ("direction_accuracy",):
             values = np.array([draw[score] for draw in scores])
+            # a share of nothing is no score of chance
             values = values[~np.isnan(values)]
             if values.size:
                 low, high = percentile_interval(values, tail=0.025)

@@ -56,6 +56,7 @@ def forest_figure(table: pd.DataFrame, title: str = "Recovered forest") -> Figur
     panels = list(figure.subplots(lines, columns, squeeze=False).flat)
     is_known = "true_tree" in table
     count = int(table["true_tree"].max()) + 1 if is_known else 1
+    # tab10 is easier to tell apart, but has only ten colours
     hues = colormaps["tab20" if count > 10 else "tab10"]
     for axes in panels:
         axes.set_axis_off()

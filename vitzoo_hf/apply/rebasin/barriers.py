@@ -69,6 +69,7 @@ def sample_pairs(
     for _, members in table.groupby(["architecture", "architecture_args", "layout", "dataset"], sort=False):
         for first, second in combinations(members[["model_id", "parent_id"]].itertuples(index=False), 2):
             same_parent = isinstance(first.parent_id, str) and first.parent_id == second.parent_id
+            # a model without parent shares none, so its pairs count as across
             if kind == "any" or (kind == "within") == same_parent:
                 pairs.append((first.model_id, second.model_id))
     if not pairs:
@@ -128,6 +129,7 @@ def pair_barriers(
         ZooError: for no pair, an unknown id, a pair of rows of two layouts or datasets, too few points or images, a
             device that this machine lacks, or a zoo without images.
     """
+    # before the first alignment: a late error would lose all measured pairs
     check_pairs(zoo, pairs)
     positions(points)
     usable_device(device)
@@ -139,6 +141,7 @@ def pair_barriers(
         for first, second in pairs:
             rows = (zoo.row(first), zoo.row(second))
             dataset = str(rows[0]["dataset"])
+            # images and their draw are equal for all pairs of a dataset, so barriers are comparable
             if dataset not in images_of:
                 test = some_images(*zoo.probes(dataset), num_images, seed)
                 images_of[dataset] = (*test, matching_images(zoo, dataset, seed) if matched else None)
@@ -211,6 +214,7 @@ def summary(table: pd.DataFrame, *, seed: int = 0, resamples: int = 2000) -> pd.
         pairs of the barrier minus the barrier of the pair as stored, with `change_low` and `change_high`; `lower`,
         the share of pairs whose barrier fell.
     """
+    # pairs of every variant are aligned to these, so that differences are paired
     stored = table[table["families"] == "none"].set_index(["model_a", "model_b"])["barrier"]
     places = resampled_places(len(stored), resamples, seed)
     records = []

@@ -192,9 +192,11 @@ def _train(network: nn.Module, sets: Sets, truth: Tensor, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(truth), generator=generator)
     held_out, training = order[: math.ceil(HELD_OUT * len(order))], order[math.ceil(HELD_OUT * len(order)) :]
+    # 16 steps an epoch, as far as the bounds of the batch allow
     size = min(max(len(training) // BATCHES, SMALLEST_BATCH), LARGEST_BATCH)
     loss_of = nn.functional.mse_loss if truth.is_floating_point() else nn.functional.cross_entropy
     optimizer = torch.optim.Adam(network.parameters(), lr=LR, weight_decay=WEIGHT_DECAY, foreach=True)
+    # a deep copy, because the optimiser changes the tensors of the state in place
     best, weights, waited = math.inf, copy.deepcopy(network.state_dict()), 0
     for _ in range(MOST_EPOCHS):
         network.train()

@@ -115,6 +115,7 @@ def diverged(vectors: Float[Tensor, "P D"]) -> Bool[Tensor, " P"]:
     >>> diverged(torch.tensor([[0.0], [2e6], [float("nan")]]))
     tensor([False,  True,  True])
     """
+    # negated "at most" rather than "above": every comparison with NaN is false
     return ~(vectors.abs() <= DIVERGED).all(1)
 
 
@@ -181,10 +182,13 @@ def _train_group(
     for order, steps in _epochs(n, training, generator):
         running = torch.zeros(len(alive), device=vectors.device)
         for x, y in _batches(inputs, targets, order, training.batch_size or n)[:steps]:
+            # a new leaf each step, because models leave the group and its shape changes
             weights = optimizer.vectors.detach().requires_grad_()
             losses = loss(mlp_outputs(weights, widths, x), y, optimizer.steps)
+            # the sum of independent losses: each row of the gradient belongs to one model alone
             (gradient,) = torch.autograd.grad(losses.sum(), weights)
             optimizer.step(gradient)
+            # weighted by the size of the batch, as the last one may be smaller
             running += losses.detach() * (y.shape[1] / n)
         if training.stop_below is None:
             continue
@@ -241,5 +245,6 @@ class _Optimizer:
         first, second = BETAS
         self.mean.lerp_(gradient, 1 - first)
         self.square.mul_(second).addcmul_(gradient, gradient, value=1 - second)
+        # Adam's bias correction and epsilon as in torch.optim.Adam
         size = (self.square / (1 - second**self.steps)).sqrt_().add_(1e-8)
         self.vectors.addcdiv_(self.mean, size, value=-self.training.lr / (1 - first**self.steps))
