@@ -7,7 +7,6 @@ import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -28,7 +27,7 @@ KINDS = {
 """Key in the manifest of a made zoo -> its content in words."""
 
 
-def made_manifest(zoo: Zoo, kind: str) -> dict[str, Any]:
+def made_manifest(zoo: Zoo, kind: str) -> dict[str, object]:
     """The manifest of a zoo made from another: without files, and with the fingerprint of its source under `kind`."""
     # these describe the files of the source, which the new zoo does not have
     outdated = {"files", "subset_of", *KINDS}
@@ -99,7 +98,7 @@ SHARED = ("parent_id", "stage", "dataset", "architecture", "architecture_args", 
 
 def derived_row(
     zoo: Zoo,
-    sources: Sequence[Mapping[str, Any]],
+    sources: Sequence[Mapping[str, object]],
     run_id: str,
     weights: Float[Tensor, " D"],
     provenance: Mapping[str, object],
@@ -124,7 +123,7 @@ def derived_row(
         test_accuracy: accuracy on test images, measured by the caller.
     """
     run_id = schema.safe_id(run_id, ".")
-    epoch = max(row["epoch"] for row in sources)
+    epoch = max(Row(source).epoch for source in sources)
     vector = weights.cpu().numpy()
     results = dict.fromkeys(schema.RESULTS) | {"test_loss": test_loss, "test_accuracy": test_accuracy}
     record = dict(provenance) | {
@@ -182,11 +181,11 @@ def write_streamed(zoo: Zoo, splits: Mapping[str, Rows], datasets: set[str], fol
     return Path(folder)
 
 
-def _stored(row: Row) -> dict[str, Any]:
+def _stored(row: Row) -> dict[str, object]:
     return {name: value for name, value in row.items() if name != "split"}
 
 
-def _shared(rows: Sequence[Mapping[str, Any]], column: str) -> object:
+def _shared(rows: Sequence[Mapping[str, object]], column: str) -> object:
     """The value that all rows have in a column, or None where they differ."""
     values = {row[column] for row in rows}
     return values.pop() if len(values) == 1 else None

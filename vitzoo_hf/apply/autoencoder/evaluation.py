@@ -126,6 +126,7 @@ class HeldOut:
         if split not in SPLITS:
             raise ZooError(f"unknown split {split!r}: {did_you_mean(split, SPLITS)}")
         members, train = zoo.filter(split=split), zoo.filter(split="train")
+        # the better half needs two models, or specificity has no other original
         if len(members) < 4:
             raise ZooError(f"{len(members)} models in split {split!r}; reconstructions are judged on at least 4")
         if len(train) == 0:
@@ -217,6 +218,7 @@ def _measured(
     )
     good = held_out.good
     shares = metrics.own_agreement(predictions, held_out.predictions)
+    # among good originals alone: models at chance agree with nothing, whatever is decoded
     specificities = metrics.specificity(predictions[good], held_out.predictions[good])
     low, high = _interval(specificities)
     mean = held_out.training.double().mean(0)

@@ -55,6 +55,7 @@ class Networks:
         Raises:
             ZooError: for an architecture other than a plain ViT without dropout.
         """
+        # one batched forward keeps gradients to the weights of every network
         vit = BatchedViT.trainable(architecture.skeleton)
         if vit is None:
             raise ZooError(
@@ -120,6 +121,7 @@ def specificity(decoded: Int64[Tensor, "P N"], original: Int64[Tensor, "P N"]) -
     if len(original) < 2:
         raise ValueError("specificity compares with other originals: give at least two models")
     P = len(original)
+    # one call gives all pairs; the block above the diagonal pairs reconstructions with originals
     shares = agreement(torch.cat([decoded, original]))[:P, P:].contiguous()
     matched = shares.diagonal()
     return matched - (shares.sum(1) - matched) / (P - 1)
@@ -139,6 +141,7 @@ def retention(decoded: Float64[Tensor, " P"], original: Float64[Tensor, " P"], c
 
 def rank_correlation(decoded: Float64[Tensor, " P"], original: Float64[Tensor, " P"]) -> float:
     """Spearman's ρ of accuracies; 0 where all reconstructions, or all originals, are equally good."""
+    # scipy warns of constant input and returns NaN
     if decoded.unique().numel() < 2 or original.unique().numel() < 2:
         return 0.0
     return float(spearmanr(decoded.numpy(), original.numpy()).statistic)

@@ -95,6 +95,7 @@ class AutoencoderRecipe:
                 raise ZooError(f"unknown family of views {view!r}: {did_you_mean(view, VIEWS)}")
         if self.seed > LARGEST_SEED:
             raise ZooError(f"seed of the autoencoder is {self.seed}; it must be at most {LARGEST_SEED}")
+        # negated comparisons, so that NaN is refused too
         for name in ("queries", "pool", "steps", "batch_size", "lr", "clip"):
             if not getattr(self, name) > 0:
                 raise ZooError(f"{name} of the autoencoder is {getattr(self, name)}; it must be positive")
@@ -104,6 +105,7 @@ class AutoencoderRecipe:
         for name in ("noise", "weight_decay", "token_width", "seed"):
             if not getattr(self, name) >= 0:
                 raise ZooError(f"{name} of the autoencoder is {getattr(self, name)}; it must not be negative")
+        # equal views would make the contrast trivial: both latents of a model are the same
         if self.contrast and not self.views and not self.noise:
             raise ZooError(
                 "contrast needs two different views: set views: [mlp, heads], or noise: 0.1, in the recipe"
@@ -119,6 +121,7 @@ class AutoencoderRecipe:
             ZooError: naming file and line of a setting that is unknown or has an impossible value.
         """
         root = load_located(Path(path), "the recipe")
+        # types, not text, as long as this module does not postpone its annotations
         types = {entry.name: entry.type for entry in fields(cls)}
         root.only(*types)
         values = {name: _read(name, node, types[name]) for name, node in root.items()}

@@ -6,7 +6,7 @@ if they are asked for, stay in memory.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypedDict
+from typing import NamedTuple, TypedDict
 
 import numpy as np
 import pandas as pd
@@ -166,7 +166,7 @@ def write_reconstructions(
     index, fingerprint = zoo.to_pandas(), trained.fingerprint
     size = trained.networks.layout.num_parameters
 
-    def rows(split: str) -> Iterator[dict[str, Any]]:
+    def rows(split: str) -> Iterator[dict[str, object]]:
         for batch in _batches(zoo.filter(split=split).rows(), trained):
             for score, row in _reconstructed(zoo, batch, trained, latents, index, fingerprint, device):
                 scores.append(score)
@@ -188,7 +188,7 @@ def _reconstructed(
     index: pd.DataFrame,
     fingerprint: str,
     device: str,
-) -> Iterator[tuple[ReconstructionScores, dict[str, Any]]]:
+) -> Iterator[tuple[ReconstructionScores, dict[str, object]]]:
     """Decode a batch of rows: scores, and the row of the new zoo, of each model."""
     originals = vectors_of(batch)
     ids = [row["model_id"] for row in batch]
@@ -215,6 +215,7 @@ def _reconstructed(
                 test_accuracy=accuracy,
             )
         )
+        # the keys of `splits` say it, and the file has no such column
         del new_row["split"]
         error = (vector - original).double().square().sum()
         spread = (original - trained.scaling.mean).double().square().sum()
@@ -243,6 +244,7 @@ def results_on_test_images(
         device: device that measures.
     """
     losses: list[float | None] = [None] * len(weights)
+    # a copy: both lists are filled below
     accuracies = list(losses)
     with_images = {row["dataset"] for row in zoo.probe_rows("test")}
     # sorted, because the order of a set changes between runs of Python

@@ -5,7 +5,7 @@ All training models and all samples are in memory at once.
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pandas as pd
 import torch
@@ -132,6 +132,7 @@ def write_samples(
     weights = how.draw(trained, training, accuracy)
     if tuning and train_set:
         *_, weights = fine_tuned(trained.networks, weights, *train_set, tuning, device=device)
+        # fine-tuning changes the order; the id of a sample is its rank
         weights = weights[accuracy(weights).argsort(descending=True)] if how.keep else weights
     selection = accuracy(weights).tolist()
     losses, accuracies = results_on_test_images(anchors, weights, [rows[0]] * len(weights), device)
@@ -150,7 +151,12 @@ def write_samples(
     write_derived(anchors, new_rows, folder, "samples")
     columns = {"model_id": [row["model_id"] for row in new_rows], "selection_accuracy": selection}
     table = pd.DataFrame(columns | {"test_accuracy": accuracies} | _nearest(weights, training, rows))
-    return Generated(table, _diversity(weights, training), _apart(training), _median_accuracy(index))
+    return Generated(
+        table,
+        _diversity(weights, training),
+        _apart(training),
+        _median_accuracy([row["test_accuracy"] for row in index]),
+    )
 
 
 def _prompts(zoo: Zoo, trained: Trained) -> tuple[Zoo, str]:
@@ -184,6 +190,6 @@ def _apart(training: Float[Tensor, "Q D"]) -> float:
     return float(far.min(1).values.mean())
 
 
-def _median_accuracy(index: list[dict[str, Any]]) -> float:
-    accuracies = [row["test_accuracy"] for row in index if row["test_accuracy"] is not None]
+def _median_accuracy(results: list[float | None]) -> float:
+    accuracies = [result for result in results if result is not None]
     return float(torch.tensor(accuracies, dtype=torch.float64).median()) if accuracies else float("nan")

@@ -141,6 +141,7 @@ class Tokenizer:
         """Gather the tokens of vectors; padding is 0."""
         self._check(vectors.shape[-1], self.layout.num_parameters, "weights")
         places, mask = self.places.to(vectors.device), self.mask.to(vectors.device)
+        # clamped, since -1 would read the last weight; the mask then sets padding to 0
         gathered = vectors[..., places.clamp(min=0)]
         return gathered.masked_fill(~mask, 0.0)
 

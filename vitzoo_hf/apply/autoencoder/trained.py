@@ -38,13 +38,13 @@ class Record(TypedDict, total=False):
     """Metadata of a file, from JSON; `digest` is absent in files of the first version."""
 
     kind: str
-    recipe: dict[str, Any]
+    recipe: dict[str, object]
     fingerprint: str
     architecture: list[Any]
     layout: str
     step: int
     scales: dict[str, float]
-    stream: dict[str, Any]
+    stream: dict[str, int | str]
     history: list[dict[str, float]]
     digest: str
 
@@ -204,6 +204,7 @@ def _difference(record: Record, trained: Trained) -> str:
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:
+    # sorted, because the order of tensors in a file is not part of its content
     hashes = {name: schema.weights_sha256(value.flatten().float().numpy()) for name, value in sorted(tensors.items())}
     return schema.fingerprint(hashes)
 

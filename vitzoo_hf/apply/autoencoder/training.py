@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -41,7 +40,7 @@ from vitzoo_hf.models.batched import BatchedViT
 from vitzoo_hf.models.population import Population
 from vitzoo_hf.models.rebuild import usable_device
 from vitzoo_hf.zoo import Zoo
-from vitzoo_hf.zoo.stream import Stream
+from vitzoo_hf.zoo.stream import Batch, Stream
 
 
 @dataclass(frozen=True)
@@ -253,7 +252,7 @@ def _optimizer(model: WeightAutoencoder, recipe: AutoencoderRecipe) -> torch.opt
     return torch.optim.AdamW(groups, lr=recipe.lr)
 
 
-def _endless(stream: Stream, least: int) -> Iterator[dict[str, Any]]:
+def _endless(stream: Stream, least: int) -> Iterator[Batch]:
     """Yield batches with at least `least` models, epoch after epoch."""
     while True:
         yield from (batch for batch in stream if len(batch["model_id"]) >= least)

@@ -63,6 +63,7 @@ class Views:
         """
         if self.outputs is None:
             raise ZooError("this attack reads outputs of models, and there are none: give access to probabilities")
+        # infinite log-probabilities pass: a model may give a class no probability
         if self.outputs.isnan().any():
             raise ZooError("outputs of some model are NaN: leave diverged models out, and count them")
         return self.outputs
@@ -72,6 +73,7 @@ class Views:
         return replace(
             self,
             outputs=None if self.outputs is None else self.outputs[places],
+            # features are numpy arrays, all else are tensors
             features={name: values[places.numpy()] for name, values in self.features.items()},
             sets={name: values[places] for name, values in self.sets.items()},
         )
@@ -179,6 +181,7 @@ class Outcome:
     def accuracy(self) -> Interval:
         """Share of targets with the right guess, if secrets are classes."""
         mean, low, high = self.risk
+        # the ends exchange, because accuracy falls where the loss grows
         return Interval(1 - mean, 1 - high, 1 - low)
 
     @property

@@ -64,6 +64,7 @@ class Candidates:
         if count < 2:
             raise ZooError(f"{count} candidate images; expected at least two, one a label")
         ratios = [world.group_ratio for world in pool.spec.worlds] or [0.0]
+        # a style that no world draws shows images no model can have been trained on
         groups = tuple(group for group in (0, 1) if any(ratio != 1 - group for ratio in ratios))
         # one stream a part, so candidates of the victim do not depend on those of the adversary
         rng = np.random.default_rng([seed, list(pool.parts).index(part)])
@@ -322,6 +323,7 @@ def log_odds(
                 margins = []
                 for look in candidates.looks(pool, entries):
                     logits = population(images.normalize(look)).cpu()
+                    # of two classes, the difference of logits is the log-odds; the sign turns it to the label
                     margins.append((logits[..., 1] - logits[..., 0]) * (2 * candidates.labels[entries] - 1))
                 answers[first : first + len(rows), entries] = torch.stack(margins).mean(0)
             first += len(rows)

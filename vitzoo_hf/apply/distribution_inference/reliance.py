@@ -35,6 +35,7 @@ def recoloured(images: Float[Tensor, "N 3 H W"]) -> Float[Tensor, "N 3 H W"]:
         >>> recoloured(torch.tensor([1.0, 2.0, 3.0]).view(1, 3, 1, 1)).flatten()
         tensor([2., 1., 3.])
     """
+    # exact for normalised images too, since both channels share one mean and deviation
     return images[:, [1, 0, 2]]
 
 
@@ -82,6 +83,7 @@ def world_behaviour(
 
     name = world_of(zoo, dataset)
     images, labels = zoo.probes(name, "test")
+    # one population runs all sets, so weights are read once
     sets = [images, recoloured(images)]
     has_flipped = f"{name}-flipped" in zoo.manifest["images"]
     if has_flipped:

@@ -35,7 +35,7 @@ class ClassSecret:
         (0.5, [0, 1, 0, 1])
     """
 
-    values: tuple[Any, ...]
+    values: tuple[object, ...]
     prior: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:

@@ -228,7 +228,7 @@ def _played(
     seeds: int,
     shuffled: bool,
     device: str | torch.device,
-) -> tuple[pd.DataFrame, dict[str, list[Any]]]:
+) -> tuple[pd.DataFrame, dict[str, list[object]]]:
     """Play attacks: a row an attack, with the best on shadows marked, and the guesses of each attack."""
     rows, guesses = [], {}
     for name in names:
@@ -314,10 +314,10 @@ def is_ratio(column: str) -> bool:
 def _leaked(space: Secret, truth: Tensor, outcome: Outcome) -> float | None:
     """n_leaked of two equally frequent ratios, or of one number; 0 without an advantage."""
     if isinstance(space, ClassSecret):
-        numeric = all(isinstance(value, int | float) and 0 <= value <= 1 for value in space.values)
-        if len(space.values) != 2 or not numeric or 2 * int(truth.sum()) != len(truth):
+        ratios = [float(value) for value in space.values if isinstance(value, int | float) and 0 <= value <= 1]
+        if len(space.values) != 2 or len(ratios) != 2 or 2 * int(truth.sum()) != len(truth):
             return None
-        return leaked_samples(outcome.accuracy.mean, (float(space.values[0]), float(space.values[1])))
+        return leaked_samples(outcome.accuracy.mean, (ratios[0], ratios[1]))
     if len(space.bounds) != 1 or min(space.bounds[0]) < 0 or max(space.bounds[0]) > 1:
         return None
     return leaked_samples_of_errors(truth[:, 0], outcome.guesses[:, 0]) if outcome.advantage > 0 else 0.0
@@ -337,7 +337,7 @@ def on_shadows(shadows: Shadows, attack: Attack, kind: Kind) -> float:
     return (outcome.accuracy if isinstance(shadows.secret, ClassSecret) else outcome.risk).mean
 
 
-def _values(space: Secret, guesses: Tensor) -> list[Any]:
+def _values(space: Secret, guesses: Tensor) -> list[object]:
     if isinstance(space, ClassSecret):
         return [space.values[guess] for guess in guesses.tolist()]
     return [guess[0] if len(guess) == 1 else guess for guess in guesses.tolist()]

@@ -7,7 +7,6 @@ principal components, so that a zoo may be larger than memory. Features, sets an
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -66,7 +65,8 @@ def zoo_queries(zoo: Zoo, column: str, secret: Secret, *, num_queries: int, seed
     if len(datasets) != 1:
         raise ZooError(f"models are trained on {', '.join(datasets)}: choose one, such as by --where dataset=NAME")
     images, labels = zoo.probes(datasets[0], "selection")
-    origins, candidates = _origins(zoo.manifest["images"][datasets[0]], column, secret, len(labels))
+    worlds = zoo.manifest["images"][datasets[0]].get("worlds", ())
+    origins, candidates = _origins(worlds, column, secret, len(labels))
     if candidates is not None and num_queries < len(candidates):
         raise ZooError(f"{num_queries} queries of {len(candidates)} distributions: ask at least one of each")
     order = torch.from_numpy(np.random.default_rng(seed).permutation(len(labels)))
@@ -77,10 +77,10 @@ def zoo_queries(zoo: Zoo, column: str, secret: Secret, *, num_queries: int, seed
 
 
 def _origins(
-    record: Mapping[str, Any], column: str, secret: Secret, count: int
+    worlds: Sequence[Mapping[str, object]], column: str, secret: Secret, count: int
 ) -> tuple[Int64[Tensor, " Q"], Tensor | None]:
     """Query set of each selection image, -1 for none, and secret of each set; without a world one set, no secret."""
-    worlds, name = record.get("worlds", ()), column.removeprefix("factor_")
+    name = column.removeprefix("factor_")
     by_world = [secret.encoded(world[name]) if name in world else None for world in worlds]
     distinct = [values for values in dict.fromkeys(by_world) if values is not None]
     if len(distinct) < 2:
@@ -132,6 +132,7 @@ def zoo_outputs(
         raise ZooError("models differ in the number of classes: attack those of one head")
     # logits have a free constant, which differs between models and tells nothing
     outputs = torch.stack(logits).log_softmax(2)
+    # NaN of one diverged model would spread to every standardised feature
     finite = outputs.isfinite().flatten(1).all(1)
     if not finite.all():
         first = rows[int(finite.int().argmin())]["model_id"]
@@ -175,8 +176,10 @@ def zoo_features(
     heads = _heads(zoo) if "sets" in of_rows else 0
     with progress_bar("reading weights", "model", shown=progress and bool(of_rows), total=len(model_ids)) as bar:
         for group in groups if of_rows else ():
+            # one checkpoint at a time, however many the zoo has
             base = None if group.base is None else _base(zoo, group.base, layout).to(device)
             for vectors in _batches(zoo, group, layout):
+                # differences: the weights of the checkpoint are in all of its children, whatever the secret
                 differences = vectors.to(device) if base is None else vectors.to(device) - base
                 for name, values in _row_features(differences, layout, of_rows, heads).items():
                     parts_of.setdefault(name, []).append(values.cpu())
@@ -354,7 +357,7 @@ def world_of(zoo: Zoo, dataset: str | None = None) -> str:
     Raises:
         ZooError: if the zoo has no world, or has several and `dataset` is not given.
     """
-    records: Mapping[str, Any] = zoo.manifest["images"]
+    records: Mapping[str, Mapping[str, object]] = zoo.manifest["images"]
     names = [name for name, record in records.items() if "worlds" in record and not name.endswith("-flipped")]
     if dataset is None and len(names) == 1:
         return names[0]

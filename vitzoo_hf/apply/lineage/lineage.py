@@ -129,6 +129,7 @@ def recover_lineage(
     parts = []
     groups = layouts_by_trunk(zoo)
     if trees is not None and len(groups) > 1:
+        # a number of trees cannot be shared out between groups that are never compared
         raise ZooError(f"trees={trees}, but there are {len(groups)} kinds of trunks: filter by `architecture` first")
     for layouts in groups:
         columns = zoo.filter(layout=layouts).weight_columns(device=device, num_workers=num_workers)
@@ -239,6 +240,7 @@ def _orphan_trees(distance: np.ndarray, tree: np.ndarray, parent: np.ndarray) ->
     orphans = []
     for number in range(tree.max() + 1):
         members = np.flatnonzero(tree == number)
+        # every tree has exactly one member without a parent
         root = int(np.flatnonzero(parent[members] < 0)[0])
         if is_sibling(distance[np.ix_(members, members)], root):
             orphans.append(number)

@@ -56,6 +56,7 @@ def truth_of(index: pd.DataFrame) -> Truth | None:
         return None
     place = {model_id: row for row, model_id in enumerate(index["model_id"])}
     parent = np.array([place.get(model_id, -1) if model_id else -1 for model_id in parents], dtype=np.int64)
+    # prefixes, because a model and a run may have one name
     models = [f"model {model_id}" for model_id in index["model_id"]]
     pairs = list(zip(models, (f"run {run_id}" for run_id in index["run_id"]), strict=True))
     for model, parent_id in zip(models, parents, strict=True):
@@ -154,6 +155,7 @@ def _coin_flips(parent: np.ndarray, truth: Truth, generator: np.random.Generator
     children = np.flatnonzero(parent >= 0)
     sources = parent[children]
     edges = int(((truth.parent[children] == sources) | (truth.parent[sources] == children)).sum())
+    # coins of single edges are independent, so their sum is drawn at once
     return generator.binomial(edges, 0.5) / edges if edges else float("nan")
 
 

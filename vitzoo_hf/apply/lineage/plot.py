@@ -100,6 +100,7 @@ def _draw_tree(axes: Axes, members: pd.DataFrame, colours: Sequence[Colour]) -> 
     roots = members.index[members["parent_id"].isna()]
     name = short(str(roots[0]), 26) if len(roots) == 1 else f"{len(roots)} models without a parent"
     axes.set_title(name, fontsize=7.5, weight="normal")
+    # room for the dots on the circle of radius 1
     axes.set(xlim=(-1.15, 1.15), ylim=(-1.15, 1.15), aspect="equal")
 
 

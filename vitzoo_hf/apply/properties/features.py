@@ -265,6 +265,7 @@ def _by_rows(
             values = weights if trunk.numel() == weights.shape[1] else weights[:, trunk]
             broken = ~values.isfinite().all(1)
             if broken.any():
+                # rows come in the order of the ids, so the rows so far count the models
                 model_id = columns.model_ids[sum(map(len, features)) + int(broken.int().argmax())]
                 raise ZooError(f"{model_id} has NaN or infinite weights: filter diverged runs out")
             parts = measure(values, tensors)

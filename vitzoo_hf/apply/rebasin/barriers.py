@@ -185,6 +185,7 @@ def _barriers_of(
     images, labels, matching = image_sets
     first, second = (finite_weights(row) for row in (one, other))
     path = path_scores(first, second, one, images, labels, points=points, device=device)
+    # float64: weights of related models differ in their last digits
     apart = float((first.double() - second.double()).norm())
     plain = {"distance": apart, "distance_unaligned": apart, "logit_change": 0.0}
     logits = candidate_logits(second[None], one, images, device=device)
@@ -223,6 +224,7 @@ def summary(table: pd.DataFrame, *, seed: int = 0, resamples: int = 2000) -> pd.
         change = barriers - stored
         record = {"families": families, "by": by, "pairs": len(barriers)}
         for name, values in (("barrier", barriers), ("change", change)):
+            # the median of every resample of pairs: one diverged pair would rule a mean
             low, high = percentile_interval(np.median(values.to_numpy()[places], axis=1), tail=0.025)
             record |= {name: float(values.median()), f"{name}_low": low, f"{name}_high": high}
         record |= {"lower": float((change < 0).mean())}

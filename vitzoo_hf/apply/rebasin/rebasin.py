@@ -144,6 +144,7 @@ def finite_weights(row: RowLike) -> Float[Tensor, " D"]:
         ZooError: if a weight is not finite; the message names the row.
     """
     vector = checked_vector(row)[0]
+    # checked here, since NaN would only surface in an assignment deep in the descent
     bad = int((~vector.isfinite()).sum())
     if bad:
         raise ZooError(

@@ -22,7 +22,7 @@ NARROWING = ("head", "stage", "dataset", "head_hidden", "architecture")
 """Columns that may distinguish layouts, the most familiar first."""
 
 
-def aligned_row(target_row: RowLike, row: RowLike, **options: Any) -> dict[str, Any]:
+def aligned_row(target_row: RowLike, row: RowLike, **options: Any) -> dict[str, object]:
     """Align a row to another row, with a new hash, and a provenance that states the options.
 
     The target row itself comes back in the form in which the families are aligned.

@@ -178,6 +178,7 @@ def _averages_of_run(
 ) -> tuple[list[dict[str, object]], Soup]:
     """The rows of the table of a run, and the average that its selection images select."""
     epochs = {row.epoch: row.model_id for row in rows}
+    # the last epoch comes first, as row 0, from which gains are measured
     shares = {ALONE: coefficients_of_last(list(epochs), 1)}
     shares |= {f"last {k}": coefficients_of_last(list(epochs), k) for k in last if 1 < k <= len(epochs)}
     shares |= {f"exponential {decay:g}": exponential_coefficients(list(epochs), decay) for decay in decays}

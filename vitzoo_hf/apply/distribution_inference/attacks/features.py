@@ -126,6 +126,7 @@ def vit_sets(vectors: Float[Tensor, "P D"], layout: Layout, heads: int) -> dict[
         in_sets |= set(names)
         fc1, fc1_bias, fc2, qkv, qkv_bias, proj = (parts[name] for name in names)
         neurons.append(sketch(torch.cat([fc1, fc1_bias[..., None], fc2.mT], 2), WIDEST_ROW))
+        # a row of queries with its row of keys: their products do not change when both are reordered
         query, key, value = torch.cat([qkv, qkv_bias[..., None]], 2).unflatten(1, (3, heads, -1)).unbind(1)
         query_key.append(sketch(torch.cat([query, key], 3), WIDEST_ROW))
         output = proj.unflatten(2, (heads, -1)).permute(0, 2, 3, 1)

@@ -81,6 +81,7 @@ class Training:
 
 def initial_mlps(widths: Widths, count: int, generator: torch.Generator) -> Float[Tensor, "P D"]:
     """Draw weights like PyTorch's linear layers: uniform, bounded by one over the root of a layer's inputs."""
+    # PyTorch's Linear bounds weights and biases alike, by the inputs of the layer
     bounds = [
         torch.full((math.prod(shape),), 1 / math.sqrt(widths.inputs if name.startswith("hidden") else widths.hidden))
         for name, shape in zip(widths.layout.names, widths.layout.shapes, strict=True)
@@ -176,6 +177,7 @@ def _train_group(
 ) -> Float[Tensor, "P D"]:
     """Train a group; a model that reaches the loss at which it stops leaves the group."""
     n = targets.shape[1]
+    # a clone, because rows of models that stop early are written one by one
     final = vectors.clone()
     alive = torch.arange(len(vectors), device=vectors.device)
     optimizer = _Optimizer(training, vectors)
@@ -221,6 +223,7 @@ def _batches(
     """Inputs `[P, I, b]` and targets `[P, b]` of each batch."""
     if order is None:
         return [(inputs, targets)]
+    # drawn on the CPU, so that every device trains on equal batches
     index = order.to(inputs.device)
     return list(zip(inputs[..., index].split(size, 2), targets[:, index].split(size, 1), strict=True))
 
