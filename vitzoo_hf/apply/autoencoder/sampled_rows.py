@@ -151,12 +151,8 @@ def write_samples(
     write_derived(anchors, new_rows, folder, "samples")
     columns = {"model_id": [row["model_id"] for row in new_rows], "selection_accuracy": selection}
     table = pd.DataFrame(columns | {"test_accuracy": accuracies} | _nearest(weights, training, rows))
-    return Generated(
-        table,
-        _diversity(weights, training),
-        _apart(training),
-        _median_accuracy([row["test_accuracy"] for row in index]),
-    )
+    of_anchors = _median_accuracy([row["test_accuracy"] for row in index])
+    return Generated(table, _diversity(weights, training), _apart(training), of_anchors)
 
 
 def _prompts(zoo: Zoo, trained: Trained) -> tuple[Zoo, str]:
