@@ -66,6 +66,7 @@ def candidate_rows(weights: Float[Tensor, "P D"], like: RowLike) -> Iterator[Row
         ZooError: if a weight is not finite.
     """
     row = Row.of(like)
+    # the id and the hash are of other weights
     columns = {name: row[name] for name in row if name not in ("weights", "weights_sha256", "model_id")}
     for position, vector in enumerate(weights):
         if not vector.isfinite().all():
@@ -110,8 +111,10 @@ def candidate_scores(
     """
     check_images(like, images, labels)
     logits = candidate_logits(weights, like, images, device=device)
+    # finite weights may still overflow in a forward, as in a mean of distant models
     broken = ~logits.isfinite().all(2).all(1)
     if broken.any():
         raise ZooError(f"network {int(broken.int().argmax())} of {len(weights)} gives NaN or infinite outputs")
     labels = labels.to(logits.device)
+    # float64, because paths and tables subtract losses that are nearly equal
     return Scores(cross_entropy(logits, labels).double(), accuracy(logits, labels).double())

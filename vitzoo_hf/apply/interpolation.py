@@ -42,6 +42,7 @@ class PathScores(NamedTuple):
     @property
     def midpoint(self) -> int:
         """Index of the position closest to ½."""
+        # an even number of points has no position at 1/2; of two equally close the first counts
         return int((self.positions - 0.5).abs().argmin())
 
 
@@ -65,6 +66,7 @@ def barrier(values: Float64[Tensor, " T"], positions: Float64[Tensor, " T"]) -> 
         3.0
     """
     line = (1 - positions) * values[0] + positions * values[-1]
+    # rounding of the line may lie below 0 at its ends, where the rise is 0 by definition
     return float((values - line).max().clamp_min(0))
 
 
@@ -149,6 +151,7 @@ def path_scores(
     """
     at = positions(points)
     check_vectors(like, *(vector for vector in (first, last, control) if vector is not None))
+    # at least one point, for networks beyond the bound
     step = max(1, TOGETHER // len(first))
     parts = []
     for part in at.split(step):

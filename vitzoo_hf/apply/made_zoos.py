@@ -7,7 +7,6 @@ import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -28,8 +27,9 @@ KINDS = {
 """Key in the manifest of a made zoo -> its content in words."""
 
 
-def made_manifest(zoo: Zoo, kind: str) -> dict[str, Any]:
+def made_manifest(zoo: Zoo, kind: str) -> dict[str, object]:
     """The manifest of a zoo made from another: without files, and with the fingerprint of its source under `kind`."""
+    # these describe the files of the source, which the new zoo does not have
     outdated = {"files", "subset_of", *KINDS}
     manifest = {name: value for name, value in zoo.manifest.items() if name not in outdated}
     return manifest | {kind: zoo.manifest["blueprint_fingerprint"], "blueprint_fingerprint": None}
@@ -46,6 +46,7 @@ def check_folder(folder: Path, zoo: Zoo, kind: str) -> None:
     Raises:
         ZooError: if `folder` is that of `zoo`, holds something else than a zoo of this kind, or cannot be written.
     """
+    # resolved, because a link or a relative path may name the folder of the source
     if folder.resolve() == Path(zoo.name).resolve():
         raise ZooError(f"{folder} is the zoo that is read, and would be replaced: give another folder for the output")
     refuse_to_replace(folder)
@@ -87,6 +88,7 @@ def _keys(manifest: Path) -> set[str]:
     try:
         return set(json.loads(manifest.read_text(encoding="utf-8")))
     except (OSError, ValueError):
+        # a manifest that cannot be read has no kind, so the folder is refused, never replaced
         return set()
 
 
@@ -96,7 +98,7 @@ SHARED = ("parent_id", "stage", "dataset", "architecture", "architecture_args", 
 
 def derived_row(
     zoo: Zoo,
-    sources: Sequence[Mapping[str, Any]],
+    sources: Sequence[Mapping[str, object]],
     run_id: str,
     weights: Float[Tensor, " D"],
     provenance: Mapping[str, object],
@@ -121,7 +123,7 @@ def derived_row(
         test_accuracy: accuracy on test images, measured by the caller.
     """
     run_id = schema.safe_id(run_id, ".")
-    epoch = max(row["epoch"] for row in sources)
+    epoch = max(Row(source).epoch for source in sources)
     vector = weights.cpu().numpy()
     results = dict.fromkeys(schema.RESULTS) | {"test_loss": test_loss, "test_accuracy": test_accuracy}
     record = dict(provenance) | {
@@ -132,6 +134,7 @@ def derived_row(
     row |= {column: _shared(sources, column) for column in (*SHARED, *zoo.factors)}
     row |= results | {"num_parameters": len(vector), "weights_sha256": schema.weights_sha256(vector)}
     row |= {"dtype": "float32", "provenance": schema.canonical_json(record), "weights": vector}
+    # the order of columns is part of the schema of the written files
     order = [*schema.row_features(zoo.manifest["factors"])]
     # The strictest split of the sources: a network with a test model in it must never be trained on.
     split = max((source["split"] for source in sources), key=schema.SPLITS.index)
@@ -178,11 +181,11 @@ def write_streamed(zoo: Zoo, splits: Mapping[str, Rows], datasets: set[str], fol
     return Path(folder)
 
 
-def _stored(row: Row) -> dict[str, Any]:
+def _stored(row: Row) -> dict[str, object]:
     return {name: value for name, value in row.items() if name != "split"}
 
 
-def _shared(rows: Sequence[Mapping[str, Any]], column: str) -> object:
+def _shared(rows: Sequence[Mapping[str, object]], column: str) -> object:
     """The value that all rows have in a column, or None where they differ."""
     values = {row[column] for row in rows}
     return values.pop() if len(values) == 1 else None

@@ -126,6 +126,7 @@ class HeldOut:
         if split not in SPLITS:
             raise ZooError(f"unknown split {split!r}: {did_you_mean(split, SPLITS)}")
         members, train = zoo.filter(split=split), zoo.filter(split="train")
+        # the better half needs two models, or specificity has no other original
         if len(members) < 4:
             raise ZooError(f"{len(members)} models in split {split!r}; reconstructions are judged on at least 4")
         if len(train) == 0:
@@ -152,6 +153,7 @@ class HeldOut:
             predictions=logits.argmax(2),
             labels=labels,
             images=images,
+            # by selection images, so that test accuracies of good models are not biased upwards
             good=accuracies >= accuracies.median(),
             chance=1 / logits.shape[2],
             best=int(accuracy(training).argmax()),
@@ -186,6 +188,7 @@ def baselines(held_out: HeldOut, trained: Trained, device: str = "cpu") -> list[
     - `pca`: projection on as many components as a model has latent numbers, or as the training models span.
     """
     model = untrained_model(trained.tokenizer, trained.recipe, trained.components)
+    # the untrained model has the scaling and components of the trained one: only training differs
     untrained = replace(trained, model=model.to(trained.model.index_table.device))
     outputs = {
         "constant best": held_out.training[held_out.best].expand_as(held_out.vectors),
@@ -201,6 +204,7 @@ def _pca(held_out: HeldOut, numbers: int) -> Float[Tensor, "P D"]:
     """Project held-out models on the first principal components of training models."""
     mean = held_out.training.double().mean(0)
     _, _, axes = torch.linalg.svd(held_out.training.double() - mean, full_matrices=False)
+    # centred rows span one dimension fewer than there are models
     components = axes[: min(numbers, len(held_out.training) - 1)]
     return ((held_out.vectors.double() - mean) @ components.T @ components + mean).float()
 
@@ -214,6 +218,7 @@ def _measured(
     )
     good = held_out.good
     shares = metrics.own_agreement(predictions, held_out.predictions)
+    # among good originals alone: models at chance agree with nothing, whatever is decoded
     specificities = metrics.specificity(predictions[good], held_out.predictions[good])
     low, high = _interval(specificities)
     mean = held_out.training.double().mean(0)
@@ -261,6 +266,7 @@ def _total_r2(decoded: Tensor, original: Tensor, mean: Tensor) -> float:
 
 def _interval(values: Float[Tensor, " P"], draws: int = 1000) -> tuple[float, float]:
     """Percentile bootstrap interval of 95 % for the mean over models."""
+    # a fixed seed, so that equal models have equal intervals in every call
     generator = torch.Generator().manual_seed(0)
     resampled = torch.randint(len(values), (draws, len(values)), generator=generator)
     low, high = values[resampled].mean(1).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()

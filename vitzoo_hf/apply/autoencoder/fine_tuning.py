@@ -80,6 +80,7 @@ def fine_tuned(
         ZooError: if the weights of a network are no longer finite.
     """
     how, place = how or FineTuning(), usable_device(device)
+    # one leaf for all networks: Adam works element by element, so networks do not mix
     weights = vectors.detach().clone().to(place).requires_grad_()
     optimizer = torch.optim.Adam([weights], lr=how.lr, weight_decay=how.weight_decay)
     patches, labels = networks.patches(images.to(place)), labels.to(place)
@@ -96,4 +97,5 @@ def fine_tuned(
         diverged = (~weights.detach().isfinite().all(1)).nonzero().flatten().tolist()
         if diverged:
             raise ZooError(f"networks {diverged} are not finite after epoch {epoch + 1}: lower lr, now {how.lr:g}")
+        # a clone, because the next epoch changes the weights in place
         yield weights.detach().cpu().clone()

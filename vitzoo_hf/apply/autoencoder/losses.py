@@ -43,6 +43,7 @@ def structural_loss(
         tensor(4.)
     """
     squares = (decoded - target).square().masked_fill(~mask, 0.0)
+    # padding does not count: it would dilute the loss of layers with short rows
     number = mask.sum() * len(target)
     loss = squares.sum() / number
     if not normalise:
@@ -86,6 +87,7 @@ def behavioural_loss(
     Raises:
         ZooError: for an unknown kind, or if no decoded network has a finite loss.
     """
+    # float32 under autocast too, because softmax in bfloat16 rounds away small differences
     decoded, original = decoded.float(), original.float()
     if kind == "softmax":
         losses = (decoded.softmax(2) - original.softmax(2)).square().mean((1, 2))
@@ -101,6 +103,7 @@ def behavioural_loss(
     finite = losses.isfinite()
     if not finite.any():
         raise ZooError(f"none of {len(losses)} decoded networks has finite outputs: lower the learning rate")
+    # the mean of the finite ones, so that one diverged network does not stop the step
     return Behaviour(losses[finite].mean(), int((~finite).sum()))
 
 

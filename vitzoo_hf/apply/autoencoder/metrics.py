@@ -55,6 +55,7 @@ class Networks:
         Raises:
             ZooError: for an architecture other than a plain ViT without dropout.
         """
+        # one batched forward keeps gradients to the weights of every network
         vit = BatchedViT.trainable(architecture.skeleton)
         if vit is None:
             raise ZooError(
@@ -120,6 +121,7 @@ def specificity(decoded: Int64[Tensor, "P N"], original: Int64[Tensor, "P N"]) -
     if len(original) < 2:
         raise ValueError("specificity compares with other originals: give at least two models")
     P = len(original)
+    # one call gives all pairs; the block above the diagonal pairs reconstructions with originals
     shares = agreement(torch.cat([decoded, original]))[:P, P:].contiguous()
     matched = shares.diagonal()
     return matched - (shares.sum(1) - matched) / (P - 1)
@@ -139,6 +141,7 @@ def retention(decoded: Float64[Tensor, " P"], original: Float64[Tensor, " P"], c
 
 def rank_correlation(decoded: Float64[Tensor, " P"], original: Float64[Tensor, " P"]) -> float:
     """Spearman's ρ of accuracies; 0 where all reconstructions, or all originals, are equally good."""
+    # scipy warns of constant input and returns NaN
     if decoded.unique().numel() < 2 or original.unique().numel() < 2:
         return 0.0
     return float(spearmanr(decoded.numpy(), original.numpy()).statistic)
@@ -150,6 +153,7 @@ def diversity(decoded: Float[Tensor, "P D"], original: Float[Tensor, "Q D"]) -> 
 
 
 def _mean_distance(weights: Float[Tensor, "P D"]) -> Float64[Tensor, ""]:
+    # every pair once, without the zero diagonal
     above = torch.ones(len(weights), len(weights), dtype=torch.bool).triu(1)
     return weight_distances(weights.cpu())[above].mean()
 
@@ -173,6 +177,7 @@ def nearest(weights: Float[Tensor, "P D"], training: Float[Tensor, "Q D"]) -> Ne
     ours, theirs = weights.double(), training.double()
     distances = torch.cdist(ours, theirs, compute_mode="use_mm_for_euclid_dist")
     closest = distances.topk(min(CLOSEST, len(theirs)), largest=False).indices
+    # differences instead of products: a copy then has distance exactly 0
     squares = torch.stack([(theirs[few] - row).square().sum(1) for row, few in zip(ours, closest, strict=True)])
     least = squares.min(1)
     return Nearest(least.values.sqrt(), closest.gather(1, least.indices[:, None])[:, 0])

@@ -87,6 +87,7 @@ class WeightAutoencoder(nn.Module):
         self.sizes = sizes
         self.lengths = tokenizer.lengths
         T, W = tokenizer.num_tokens, tokenizer.width
+        # not persistent: the tokenizer determines these buffers, so files need not store them
         self.register_buffer("padding", ~tokenizer.mask, persistent=False)
         self.register_buffer("layers", tokenizer.layers, persistent=False)
         self.register_buffer("roles", tokenizer.roles, persistent=False)
@@ -96,6 +97,7 @@ class WeightAutoencoder(nn.Module):
         self.enter_encoder, self.leave_encoder = nn.Linear(W, sizes.width), nn.Linear(sizes.width, sizes.latent)
         self.enter_decoder, self.leave_decoder = nn.Linear(sizes.latent, sizes.width), nn.Linear(sizes.width, W)
         self.encoder, self.decoder = _transformer(sizes), _transformer(sizes)
+        # the projection head has a fixed width, so it compares one window of tokens
         self.window_tokens = min(T, sizes.window) if sizes.window else T
         self.projection = nn.Sequential(
             nn.Flatten(),
@@ -110,6 +112,7 @@ class WeightAutoencoder(nn.Module):
         for table in (self.index_table, self.layer_table, self.role_table):
             nn.init.normal_(table, std=INIT_STD)
         if sizes.linear:
+            # 1/sqrt(W): outputs of a random map have the variance of its inputs
             start = torch.randn(len(self.lengths), W, sizes.latent) / W**0.5 if components is None else components
             self.down = nn.Parameter(start.clone(memory_format=torch.contiguous_format))
             self.up = nn.Parameter(start.mT.contiguous())
@@ -124,6 +127,7 @@ class WeightAutoencoder(nn.Module):
 
     def encode(self, tokens: Float[Tensor, "B T W"]) -> Float[Tensor, "B T latent"]:
         """Encode tokens of models."""
+        # padding must carry no information, whatever the tokens hold there
         inputs = tokens.masked_fill(self.padding, 0.0)
         latents = self.leave_encoder(self._through(self.encoder, self.enter_encoder(inputs) + self._positions()))
         return latents + self._by_layer(inputs, self.down) if self.sizes.linear else latents
@@ -185,6 +189,7 @@ def windows(length: int, window: int, halo: int) -> Iterator[tuple[slice, slice]
     wide = min(length, window + 2 * halo)
     for start in range(0, length, window):
         stop = min(start + window, length)
+        # clipped, so that a window at an end of the sequence is as long as the others
         first = max(0, min(start - halo, length - wide))
         yield slice(first, first + wide), slice(start - first, stop - first)
 
@@ -200,6 +205,7 @@ def _transformer(sizes: Sizes) -> nn.Module:
         norm_first=True,
     )
     norm = nn.LayerNorm(sizes.width)
+    # torch warns of nested tensors with norm_first; all models have equally many tokens anyway
     return nn.TransformerEncoder(block, sizes.blocks, norm=norm, enable_nested_tensor=False)
 
 

@@ -87,6 +87,7 @@ class AutoencoderRecipe:
         for name, values in choices.items():
             if getattr(self, name) not in values:
                 raise ZooError(f"unknown {name} {getattr(self, name)!r}: {did_you_mean(getattr(self, name), values)}")
+        # raises for a corruption that does not exist, before any model is read
         if self.query_images not in QUERIES:
             parse_corruption(self.query_images)
         for view in self.views:
@@ -94,6 +95,7 @@ class AutoencoderRecipe:
                 raise ZooError(f"unknown family of views {view!r}: {did_you_mean(view, VIEWS)}")
         if self.seed > LARGEST_SEED:
             raise ZooError(f"seed of the autoencoder is {self.seed}; it must be at most {LARGEST_SEED}")
+        # negated comparisons, so that NaN is refused too
         for name in ("queries", "pool", "steps", "batch_size", "lr", "clip"):
             if not getattr(self, name) > 0:
                 raise ZooError(f"{name} of the autoencoder is {getattr(self, name)}; it must be positive")
@@ -103,6 +105,7 @@ class AutoencoderRecipe:
         for name in ("noise", "weight_decay", "token_width", "seed"):
             if not getattr(self, name) >= 0:
                 raise ZooError(f"{name} of the autoencoder is {getattr(self, name)}; it must not be negative")
+        # equal views would make the contrast trivial: both latents of a model are the same
         if self.contrast and not self.views and not self.noise:
             raise ZooError(
                 "contrast needs two different views: set views: [mlp, heads], or noise: 0.1, in the recipe"
@@ -118,6 +121,7 @@ class AutoencoderRecipe:
             ZooError: naming file and line of a setting that is unknown or has an impossible value.
         """
         root = load_located(Path(path), "the recipe")
+        # types, not text, as long as this module does not postpone its annotations
         types = {entry.name: entry.type for entry in fields(cls)}
         root.only(*types)
         values = {name: _read(name, node, types[name]) for name, node in root.items()}
@@ -140,6 +144,7 @@ class AutoencoderRecipe:
     @property
     def fingerprint(self) -> str:
         """Hash of all settings but `compile`, which changes the speed of training, not its result."""
+        # a checkpoint may be continued with or without compilation
         return fingerprint({name: value for name, value in asdict(self).items() if name != "compile"})
 
 

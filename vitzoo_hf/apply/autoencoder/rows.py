@@ -6,7 +6,7 @@ if they are asked for, stay in memory.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypedDict
+from typing import NamedTuple, TypedDict
 
 import numpy as np
 import pandas as pd
@@ -112,6 +112,7 @@ def read_latents(file: Path, trained: Trained) -> dict[str, Float[Tensor, "T lat
     """
     try:
         with safe_open(file, framework="pt") as opened:
+            # latents mean nothing to another autoencoder, even one of equal shapes
             source = (opened.metadata() or {}).get("autoencoder")
         latents = load_file(file)
     except (OSError, SafetensorError, ValueError):
@@ -165,7 +166,7 @@ def write_reconstructions(
     index, fingerprint = zoo.to_pandas(), trained.fingerprint
     size = trained.networks.layout.num_parameters
 
-    def rows(split: str) -> Iterator[dict[str, Any]]:
+    def rows(split: str) -> Iterator[dict[str, object]]:
         for batch in _batches(zoo.filter(split=split).rows(), trained):
             for score, row in _reconstructed(zoo, batch, trained, latents, index, fingerprint, device):
                 scores.append(score)
@@ -173,6 +174,7 @@ def write_reconstructions(
             on_models(len(batch))
 
     counts = {split: int((index["split"] == split).sum()) for split in schema.SPLITS}
+    # rows are generators, so models are decoded while the zoo is written
     splits = {split: Rows(count, size, rows(split) if count else iter(())) for split, count in counts.items()}
     write_streamed(zoo, splits, set(index["dataset"]), folder, "reconstructions")
     return pd.DataFrame(scores)
@@ -186,12 +188,13 @@ def _reconstructed(
     index: pd.DataFrame,
     fingerprint: str,
     device: str,
-) -> Iterator[tuple[ReconstructionScores, dict[str, Any]]]:
+) -> Iterator[tuple[ReconstructionScores, dict[str, object]]]:
     """Decode a batch of rows: scores, and the row of the new zoo, of each model."""
     originals = vectors_of(batch)
     ids = [row["model_id"] for row in batch]
     codes = encoded(trained, originals) if latents is None else torch.stack([latents[name] for name in ids])
     weights = decoded(trained, codes)
+    # without weights: the index is enough to derive a row
     light = {row["model_id"]: row for row in records(index[index["model_id"].isin(ids)])}
     losses, accuracies = results_on_test_images(zoo, weights, batch, device)
     for vector, original, row, loss, accuracy in zip(weights, originals, batch, losses, accuracies, strict=True):
@@ -212,6 +215,7 @@ def _reconstructed(
                 test_accuracy=accuracy,
             )
         )
+        # the keys of `splits` say it, and the file has no such column
         del new_row["split"]
         error = (vector - original).double().square().sum()
         spread = (original - trained.scaling.mean).double().square().sum()
@@ -240,8 +244,10 @@ def results_on_test_images(
         device: device that measures.
     """
     losses: list[float | None] = [None] * len(weights)
+    # a copy: both lists are filled below
     accuracies = list(losses)
     with_images = {row["dataset"] for row in zoo.probe_rows("test")}
+    # sorted, because the order of a set changes between runs of Python
     for dataset in sorted({row["dataset"] for row in like} & with_images):
         members = [place for place, row in enumerate(like) if row["dataset"] == dataset]
         scores = candidate_scores(weights[members], like[members[0]], *zoo.probes(dataset), device=device)

@@ -5,7 +5,7 @@ All training models and all samples are in memory at once.
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pandas as pd
 import torch
@@ -84,6 +84,7 @@ class Sampling:
             self.count,
             score,
             rounds=self.rounds,
+            # a density needs two anchors, even if one model is asked for
             keep=max(self.keep, 2),
             mode=self.mode,
             bandwidth=self.bandwidth,
@@ -126,10 +127,12 @@ def write_samples(
     def accuracy(vectors: Float[Tensor, "P D"]) -> Float64[Tensor, " P"]:
         return candidate_scores(vectors, rows[0], images, labels, device=device).accuracy.cpu()
 
+    # before sampling: missing training images should fail at once
     train_set = training_images(zoo, dataset) if tuning else None
     weights = how.draw(trained, training, accuracy)
     if tuning and train_set:
         *_, weights = fine_tuned(trained.networks, weights, *train_set, tuning, device=device)
+        # fine-tuning changes the order; the id of a sample is its rank
         weights = weights[accuracy(weights).argsort(descending=True)] if how.keep else weights
     selection = accuracy(weights).tolist()
     losses, accuracies = results_on_test_images(anchors, weights, [rows[0]] * len(weights), device)
@@ -148,7 +151,8 @@ def write_samples(
     write_derived(anchors, new_rows, folder, "samples")
     columns = {"model_id": [row["model_id"] for row in new_rows], "selection_accuracy": selection}
     table = pd.DataFrame(columns | {"test_accuracy": accuracies} | _nearest(weights, training, rows))
-    return Generated(table, _diversity(weights, training), _apart(training), _median_accuracy(index))
+    of_anchors = _median_accuracy([row["test_accuracy"] for row in index])
+    return Generated(table, _diversity(weights, training), _apart(training), of_anchors)
 
 
 def _prompts(zoo: Zoo, trained: Trained) -> tuple[Zoo, str]:
@@ -177,10 +181,11 @@ def _diversity(weights: Float[Tensor, "P D"], training: Float[Tensor, "Q D"]) ->
 
 def _apart(training: Float[Tensor, "Q D"]) -> float:
     """Mean distance of a model to the nearest other model."""
+    # infinite, or every model would be its own nearest
     far = weight_distances(training).fill_diagonal_(float("inf"))
     return float(far.min(1).values.mean())
 
 
-def _median_accuracy(index: list[dict[str, Any]]) -> float:
-    accuracies = [row["test_accuracy"] for row in index if row["test_accuracy"] is not None]
+def _median_accuracy(results: list[float | None]) -> float:
+    accuracies = [result for result in results if result is not None]
     return float(torch.tensor(accuracies, dtype=torch.float64).median()) if accuracies else float("nan")

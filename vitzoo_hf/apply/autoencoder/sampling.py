@@ -61,12 +61,14 @@ def sample(
     if count < 1 or not 0 <= bandwidth < float("inf"):
         raise ZooError(f"{count} samples of bandwidth {bandwidth}: expected at least one, and no negative bandwidth")
     latents = encoded(trained, anchors)
+    # per number of the latents, because their scales differ by token
     spread = latents.std(0)
     generator = torch.Generator().manual_seed(seed)
     A, T, Z = latents.shape
     shape = {"joint": (count, 1, 1), "token": (count, T, 1), "number": (count, T, Z)}[mode]
     anchor = torch.randint(A, shape, generator=generator)
     centres = latents.gather(0, anchor.expand(count, T, Z))
+    # one anchor for all, a token or a number: `gather` expands the draw over the rest
     draws = centres + bandwidth * spread * torch.randn(count, T, Z, generator=generator)
     positions = anchor.flatten().tolist() if mode == "joint" else [-1] * count
     return Samples(decoded(trained, draws), positions)
@@ -106,6 +108,7 @@ def bootstrapped(
     if rounds < 1 or keep < 2:
         raise ZooError(f"{rounds} rounds that keep {keep} models: expected at least one round and two models")
     for number in range(rounds):
+        # another seed each round, or equal anchors would give equal draws
         samples = sample(trained, anchors, count, mode=mode, bandwidth=bandwidth, seed=seed + number)
         order = score(samples.weights).argsort(descending=True)
         samples = Samples(samples.weights[order], [samples.anchors[position] for position in order.tolist()])

@@ -58,6 +58,7 @@ class Scaling:
         if origin is None:
             raise ZooError("scaling has no model to be fitted on: the train split is empty")
         mean = origin + first / count
+        # clamped: rounding may leave a variance of equal weights just below 0
         variance = (second / count - (first / count).square()).clamp(min=0)
         if how == "layer":
             centre = tokenizer.layer_means(mean)
@@ -98,6 +99,7 @@ def layer_components(
         ZooError: if there is no model.
     """
     lengths, W = tokenizer.lengths, tokenizer.width
+    # float64, because the products of all tokens of all models are summed
     products = torch.zeros(len(lengths), W, W, dtype=torch.float64)
     models = 0
     for batch in batches:
@@ -109,6 +111,7 @@ def layer_components(
     if not models:
         raise ZooError("components have no model to be fitted on: the train split is empty")
     values, directions = torch.linalg.eigh(products)
+    # eigh sorts ascending; the widest direction comes first
     values, directions = values.flip(1), directions.flip(2)
     # eigenvalues below the rounding error of W products in float32 belong to no direction
     is_spanned = values > W * torch.finfo(torch.float32).eps * values[:, :1].clamp(min=1e-30)

@@ -26,6 +26,7 @@ from vitzoo_hf.format.schema import ZooError
 BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")
 FUSED = "attn.qkv"
 DENSE_WIDTH = 64
+# no index of a vector is negative
 PADDING = -1
 
 
@@ -76,6 +77,7 @@ class Tokenizer:
             raise ZooError(f"tokens of width {width}; it must be at least 1")
         longest = max(part.rows.numel() if dense else part.rows.shape[1] for part in parts)
         W = min(longest, width or (DENSE_WIDTH if dense else longest))
+        # in the order of the layout: positions in this tuple index a table of the stored model
         names = tuple(dict.fromkeys(part.role for part in parts))
         places, layers, roles = [], [], []
         for part in parts:
@@ -139,6 +141,7 @@ class Tokenizer:
         """Gather the tokens of vectors; padding is 0."""
         self._check(vectors.shape[-1], self.layout.num_parameters, "weights")
         places, mask = self.places.to(vectors.device), self.mask.to(vectors.device)
+        # clamped, since -1 would read the last weight; the mask then sets padding to 0
         gathered = vectors[..., places.clamp(min=0)]
         return gathered.masked_fill(~mask, 0.0)
 
@@ -173,6 +176,7 @@ def _parts(layout: Layout) -> Iterator[_Part]:
         if kind == "bias" and f"{module}.weight" in places:
             continue  # a bias is part of the tokens of its weight
         match = BLOCK.match(module or name)
+        # timm puts the final norm and the head behind the blocks: they are the last layer
         is_past_block = is_past_block or bool(match)
         layer = 1 + int(match[1]) if match else (1 + depth if is_past_block else 0)
         rows = _rows(places[name], shapes[name])
@@ -198,6 +202,7 @@ def _rows(place: slice, shape: tuple[int, ...]) -> Int64[Tensor, "n r"]:
 def _cut(rows: Int64[Tensor, "n r"], width: int) -> Int64[Tensor, "m W"]:
     """Cut rows into tokens; the last token of a row is padded."""
     n, length = rows.shape
+    # division rounded up, in integers
     pieces = -(-length // width)
     padded = torch.full((n, pieces * width), PADDING)
     padded[:, :length] = rows

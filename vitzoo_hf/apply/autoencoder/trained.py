@@ -30,6 +30,7 @@ from vitzoo_hf.models.rebuild import usable_device
 from vitzoo_hf.zoo.stream import Stream
 
 FILE = "autoencoder.safetensors"
+# part of the file format: a change of it makes earlier files unreadable
 KIND = "vitzoo-autoencoder-1"
 
 
@@ -37,13 +38,13 @@ class Record(TypedDict, total=False):
     """Metadata of a file, from JSON; `digest` is absent in files of the first version."""
 
     kind: str
-    recipe: dict[str, Any]
+    recipe: dict[str, object]
     fingerprint: str
     architecture: list[Any]
     layout: str
     step: int
     scales: dict[str, float]
-    stream: dict[str, Any]
+    stream: dict[str, int | str]
     history: list[dict[str, float]]
     digest: str
 
@@ -96,6 +97,7 @@ def untrained_model(
     tokenizer: Tokenizer, recipe: AutoencoderRecipe, components: Float[Tensor, "L W latent"] | None
 ) -> WeightAutoencoder:
     """Make the model of a recipe before its first step, by the recipe's seed."""
+    # forked, so that making a model does not move the caller's random numbers
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         return WeightAutoencoder(tokenizer, recipe.sizes, components)
@@ -157,7 +159,9 @@ def save(file: Path, trained: Trained, optimizer: torch.optim.Optimizer, stream:
         "history": trained.history,
     }
     file.parent.mkdir(parents=True, exist_ok=True)
+    # safetensors refuses tensors that are not contiguous
     plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    # safetensors checks lengths, not values: the digest finds flipped bits
     record["digest"] = _digest(plain)
     write_atomically(file, lambda temporary: save_file(plain, temporary, {"record": json.dumps(record)}))
 
@@ -193,12 +197,14 @@ def resume(file: Path, trained: Trained, optimizer: torch.optim.Optimizer, strea
 
 def _difference(record: Record, trained: Trained) -> str:
     """Name the settings in which the recipe of a checkpoint differs, or `layout` if none does."""
+    # through JSON, in which tuples become lists like those of the file
     ours, theirs = json.loads(json.dumps(asdict(trained.recipe))), record["recipe"]
     differing = [name for name in ours if ours[name] != theirs.get(name)]
     return f"recipe ({', '.join(differing)})" if differing else "layout"
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:
+    # sorted, because the order of tensors in a file is not part of its content
     hashes = {name: schema.weights_sha256(value.flatten().float().numpy()) for name, value in sorted(tensors.items())}
     return schema.fingerprint(hashes)
 

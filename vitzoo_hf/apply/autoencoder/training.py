@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -41,7 +40,7 @@ from vitzoo_hf.models.batched import BatchedViT
 from vitzoo_hf.models.population import Population
 from vitzoo_hf.models.rebuild import usable_device
 from vitzoo_hf.zoo import Zoo
-from vitzoo_hf.zoo.stream import Stream
+from vitzoo_hf.zoo.stream import Batch, Stream
 
 
 @dataclass(frozen=True)
@@ -81,6 +80,7 @@ def query_images(zoo: Zoo, dataset: str, recipe: AutoencoderRecipe) -> Float[Ten
     """
     images, _ = zoo.probes(dataset, "selection")
     generator = torch.Generator().manual_seed(recipe.seed)
+    # drawn by the recipe's seed alone, so a resumed training has the same pool
     images = images[torch.randperm(len(images), generator=generator)[: recipe.pool]]
     if recipe.query_images == "data":
         return images
@@ -191,6 +191,7 @@ def train_autoencoder(
     queries = query_outputs(train, trained, place) if trained.loss.shares["behaviour"] else None
     trained.model.train()
     if recipe.compile:
+        # in place, so that names in the state dict stay those of the file
         trained.model.compile()
     lost = dict.fromkeys(LOST, 0.0)
     saved = time.monotonic()
@@ -206,6 +207,7 @@ def train_autoencoder(
         if trained.step % NOTE_EVERY == 0 or trained.step == 1 or last:
             trained.history.append({"step": float(trained.step)} | losses | lost)
             lost = dict.fromkeys(LOST, 0.0)
+        # also by time: on slow machines 200 steps would be long to lose
         due = trained.step % SAVE_EVERY == 0 or time.monotonic() - saved > SAVE_SECONDS
         if folder is not None and (due or last):
             save(folder / FILE, trained, optimizer, stream)
@@ -244,12 +246,13 @@ def _fresh(train: Zoo, recipe: AutoencoderRecipe, device: torch.device) -> Train
 
 def _optimizer(model: WeightAutoencoder, recipe: AutoencoderRecipe) -> torch.optim.AdamW:
     matrices = [value for value in model.parameters() if value.ndim >= 2]
+    # biases and norms keep their scale: decay would shift them towards zero
     vectors = [value for value in model.parameters() if value.ndim < 2]
     groups = [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=recipe.lr)
 
 
-def _endless(stream: Stream, least: int) -> Iterator[dict[str, Any]]:
+def _endless(stream: Stream, least: int) -> Iterator[Batch]:
     """Yield batches with at least `least` models, epoch after epoch."""
     while True:
         yield from (batch for batch in stream if len(batch["model_id"]) >= least)
@@ -267,7 +270,9 @@ def _step(
     A step with a gradient that is not finite changes no weight.
     """
     recipe, model, tokenizer = trained.recipe, trained.model, trained.tokenizer
+    # seed and step as one entropy: their sum would give seed 0 step 1 the numbers of seed 1 step 0
     entropy = np.random.SeedSequence([recipe.seed, trained.step]).generate_state(1, np.uint64)
+    # shifted by one bit, to at most `LARGEST_SEED`
     generator = torch.Generator().manual_seed(int(entropy[0] >> np.uint64(1)))
     count = 2 if trained.loss.contrast else 1
     inputs: list[Tensor] = []
@@ -281,6 +286,7 @@ def _step(
         with torch.autocast(scaled.device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16"):
             encoded, reconstructed = model(inputs[-1])
         latents.append(encoded)
+        # float32 again, because losses are sums of many small squares
         decoded.append(reconstructed.float())
     mask = tokenizer.mask.to(vectors.device)
     parts = {"structure": structural_loss(torch.cat(decoded), torch.cat(inputs), mask, normalise=recipe.normalise)}
@@ -298,6 +304,7 @@ def _step(
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
+    # a step with NaN or infinite gradients would spoil all weights, so it is skipped and counted
     if norm.isfinite():
         for group in optimizer.param_groups:
             group["lr"] = recipe.lr * one_cycle(trained.step / recipe.steps)

@@ -63,6 +63,7 @@ class Views:
         """
         if self.outputs is None:
             raise ZooError("this attack reads outputs of models, and there are none: give access to probabilities")
+        # infinite log-probabilities pass: a model may give a class no probability
         if self.outputs.isnan().any():
             raise ZooError("outputs of some model are NaN: leave diverged models out, and count them")
         return self.outputs
@@ -72,6 +73,7 @@ class Views:
         return replace(
             self,
             outputs=None if self.outputs is None else self.outputs[places],
+            # features are numpy arrays, all else are tensors
             features={name: values[places.numpy()] for name, values in self.features.items()},
             sets={name: values[places] for name, values in self.sets.items()},
         )
@@ -179,6 +181,7 @@ class Outcome:
     def accuracy(self) -> Interval:
         """Share of targets with the right guess, if secrets are classes."""
         mean, low, high = self.risk
+        # the ends exchange, because accuracy falls where the loss grows
         return Interval(1 - mean, 1 - high, 1 - low)
 
     @property
@@ -206,6 +209,7 @@ def play(
     for seed in seeds:
         guesses = attack(shadows, targets, seed)
         losses.append(shadows.secret.losses(guesses.secrets, secrets))
+        # guesses of the first seed are reported; averages of classes mean nothing
         first = guesses.secrets if first is None else first
         if guesses.scores is not None:
             scores.append(guesses.scores)
@@ -237,6 +241,7 @@ def check_equal(what: str, values: Sequence[float | int], secrets: Sequence[obje
     differing = [place for place, value in enumerate(values) if value != values[0]]
     if not differing:
         return
+    # preferably of another secret, which shows what the number would give away
     example = next((place for place in differing if secrets[place] != secrets[0]), differing[0])
     raise ZooError(
         f"{what} differ between models: {values[0]:g} with secret {secrets[0]}, {values[example]:g} with secret"

@@ -64,7 +64,9 @@ class Candidates:
         if count < 2:
             raise ZooError(f"{count} candidate images; expected at least two, one a label")
         ratios = [world.group_ratio for world in pool.spec.worlds] or [0.0]
+        # a style that no world draws shows images no model can have been trained on
         groups = tuple(group for group in (0, 1) if any(ratio != 1 - group for ratio in ratios))
+        # one stream a part, so candidates of the victim do not depend on those of the adversary
         rng = np.random.default_rng([seed, list(pool.parts).index(part)])
         drawn = []
         for shape in (0, 1):
@@ -201,9 +203,12 @@ def membership_features(
     for number, answer in enumerate(answers):
         offset = answer.double() - centre
         itself = unseen[number].double() if leave_one_out else torch.zeros_like(centre)
+        # the sums hold the model's own answer, which is taken out again rather than summed anew
         n = counts - itself
         mean = (first - itself * offset) / n
+        # clamped, because rounding may leave a sum of squares just below 0
         squares = (second - itself * offset.square() - n * mean.square()).clamp_min(0)
+        # n - 3: the variance of a t-distributed score of n references is then 1 for every n
         deviation = (squares / (n - 3) * (1 + 1 / n)).sqrt().clamp_min(LEAST_DEVIATION)
         rows.append(_summary((offset - mean) / deviation, labels))
     return np.stack(rows)
@@ -255,9 +260,11 @@ def _features(
     shadows = zoo.filter(model_id=np.array(zoo.model_ids)[is_shadow.numpy()].tolist())
     answers = log_odds(zoo, questions.images, questions.targets, device=device, progress=progress)
     references = answers[is_shadow]
+    # shadows learnt from the adversary's part, so none has seen images of the victim
     unseen = torch.ones_like(references, dtype=torch.bool)
     of_targets = membership_features(answers[~is_shadow], references, unseen, questions.targets.labels)
     unseen = ~trained_on(shadows, questions.pool, questions.blueprint, questions.shadows)
+    # above, not at least: each shadow is scored by the others, which are one fewer
     scored = unseen.sum(0) > FEWEST_REFERENCES
     answers = log_odds(shadows, questions.images, questions.shadows, device=device, progress=progress)[:, scored]
     labels = questions.shadows.labels[scored]
@@ -281,6 +288,7 @@ def trained_on(zoo: Zoo, pool: WorldPool, blueprint: Blueprint, candidates: Cand
         if run is None or run.world is None or run.learner is None:
             raise ZooError(f"{run_id} is no run on a world in the blueprint of {zoo.name}: take the zoo as packed")
         draw = pool.training_draw(run.world, run.learner, run.recipe.seed)
+        # another source or version would draw other images without any error
         if draw.record()["positions_sha256"] != recorded:
             raise ZooError(f"{run_id} was trained on other images than its blueprint draws here: use the same source")
         is_member[number] = torch.isin(candidates.positions, draw.positions)
@@ -315,6 +323,7 @@ def log_odds(
                 margins = []
                 for look in candidates.looks(pool, entries):
                     logits = population(images.normalize(look)).cpu()
+                    # of two classes, the difference of logits is the log-odds; the sign turns it to the label
                     margins.append((logits[..., 1] - logits[..., 0]) * (2 * candidates.labels[entries] - 1))
                 answers[first : first + len(rows), entries] = torch.stack(margins).mean(0)
             first += len(rows)

@@ -32,6 +32,7 @@ def area_under_curve(scores: Float64[Tensor, " P"], positive: Bool[Tensor, " P"]
     """
     if positive.all() or not positive.any():
         raise ValueError("an area under the curve needs positives and negatives")
+    # two searches in a sorted list count ties half, in n log n steps
     low = scores[~positive].sort().values
     high = scores[positive].contiguous()
     below = torch.searchsorted(low, high, right=False)
@@ -60,6 +61,7 @@ def leaked_samples(accuracy: float, ratios: tuple[float, float]) -> float:
     if accuracy == 1:
         return math.inf
     overlap = max(low / high, (1 - high) / (1 - low))
+    # an attack below chance leaks nothing
     gain = max(2 * accuracy - 1, 0.0)
     return math.log(1 - gain**2) / math.log(overlap) if gain and overlap > 0 else 0.0
 
@@ -107,6 +109,7 @@ def nested_interval(values: Float64[Tensor, "W S T"], *, resamples: int = RESAMP
         total = 0.0
         for world in worlds:
             by_seed = array[world]
+            # no draw for one seed: resampling it adds no spread
             per_target = by_seed[random.integers(S, size=S)].mean(0) if S > 1 else by_seed[0]
             total += per_target[random.integers(T, size=T)].mean()
         means[number] = total / W

@@ -35,6 +35,7 @@ def recoloured(images: Float[Tensor, "N 3 H W"]) -> Float[Tensor, "N 3 H W"]:
         >>> recoloured(torch.tensor([1.0, 2.0, 3.0]).view(1, 3, 1, 1)).flatten()
         tensor([2., 1., 3.])
     """
+    # exact for normalised images too, since both channels share one mean and deviation
     return images[:, [1, 0, 2]]
 
 
@@ -82,6 +83,7 @@ def world_behaviour(
 
     name = world_of(zoo, dataset)
     images, labels = zoo.probes(name, "test")
+    # one population runs all sets, so weights are read once
     sets = [images, recoloured(images)]
     has_flipped = f"{name}-flipped" in zoo.manifest["images"]
     if has_flipped:
@@ -90,6 +92,7 @@ def world_behaviour(
     records = []
     members = zoo.filter(dataset=name)
     with progress_bar("measuring", "model", shown=progress, total=len(members)) as bar:
+        # three sets of images with two outputs each
         for rows in rows_in_parts(members, 6 * len(images)):
             population = Population.from_rows(rows, device=device)
             logits = [population(part) for part in sets]
@@ -118,6 +121,7 @@ def rows_in_parts(zoo: Zoo, outputs: int) -> Iterator[list[Row]]:
     size = 0
     for row in zoo.rows():
         needed = row["num_parameters"] + outputs
+        # a model beyond the bound still gets a part of its own
         if part and size + needed > CHUNK_NUMBERS:
             yield part
             part, size = [], 0

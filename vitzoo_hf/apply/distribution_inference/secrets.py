@@ -14,6 +14,7 @@ from torch import Tensor
 from vitzoo_hf.format.schema import ZooError
 
 MAX_CLASSES = 12
+# shares such as three times 1/3 sum to 1 only up to rounding
 TOLERANCE = 1e-9
 
 
@@ -34,13 +35,14 @@ class ClassSecret:
         (0.5, [0, 1, 0, 1])
     """
 
-    values: tuple[Any, ...]
+    values: tuple[object, ...]
     prior: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         if len(set(self.values)) < 2 or len(set(self.values)) != len(self.values):
             raise ZooError(f"a secret with the classes {list(self.values)}: expected at least two, all different")
         if not self.prior:
+            # the only way to set a field of a frozen dataclass
             object.__setattr__(self, "prior", (1 / len(self.values),) * len(self.values))
         wrong = len(self.prior) != len(self.values) or min(self.prior) < 0
         if wrong or abs(sum(self.prior) - 1) > TOLERANCE:
@@ -176,6 +178,7 @@ def secret_of(values: Sequence[Any], *, as_classes: bool | None = None) -> tuple
         >>> secret_of([(0.3, 1.0), (0.5, 2.0)])[0].bounds
         ((0.3, 0.5), (1.0, 2.0))
     """
+    # NaN differs from itself
     if any(value is None or value != value for value in values):
         raise ZooError("some models have no secret: leave them out, such as by --where")
     if values and all(isinstance(value, tuple) for value in values):
@@ -183,6 +186,7 @@ def secret_of(values: Sequence[Any], *, as_classes: bool | None = None) -> tuple
         numbers = torch.cat([part for _, part in parts], 1)
         levels = tuple(tuple(column.unique().tolist()) for column in numbers.T)
         return NumberSecret(tuple((part[0], part[-1]) for part in levels), levels), numbers
+    # sorted, so that numbers of classes do not depend on the order of the models
     distinct = sorted(set(values))
     if len(distinct) < 2:
         raise ZooError(
@@ -190,6 +194,7 @@ def secret_of(values: Sequence[Any], *, as_classes: bool | None = None) -> tuple
             if distinct
             else "there is no model with a secret"
         )
+    # bool is a subclass of int
     numeric = all(isinstance(value, int | float) and not isinstance(value, bool) for value in distinct)
     if as_classes if as_classes is not None else not numeric or len(distinct) == 2:
         if len(distinct) > MAX_CLASSES:

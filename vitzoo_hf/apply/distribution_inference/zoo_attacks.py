@@ -186,6 +186,7 @@ def cast_of(zoo: Zoo, shadows: Zoo | None, secret: str, role: str) -> Cast:
         if set(parts[0][1]["model_id"]) & set(parts[1][1]["model_id"]):
             raise ZooError("a model is target and shadow: give a zoo of other models as shadows")
         worlds = [_record(part, rows) for part, rows in reversed(parts)]
+        # only worlds record how their pool was split
         if any("worlds" in world for world in worlds):
             check_pools(*worlds)
     players = with_roles(pd.concat([rows for _, rows in parts], ignore_index=True), role)
@@ -194,7 +195,9 @@ def cast_of(zoo: Zoo, shadows: Zoo | None, secret: str, role: str) -> Cast:
         for part, rows in parts
     )
     order = [model_id for part in zoos for model_id in part.model_ids]
+    # models are read zoo by zoo, so the index follows that order
     players = players.set_index("model_id").loc[order].reset_index()
+    # a copy, because pandas may give a read-only array, of which torch warns
     is_shadow = torch.from_numpy((players[column_of(players, role)] == "shadow").to_numpy(copy=True))
     columns = [column_of(players, name) for name in secret.split(",")]
     column = ",".join(columns)
@@ -225,7 +228,7 @@ def _played(
     seeds: int,
     shuffled: bool,
     device: str | torch.device,
-) -> tuple[pd.DataFrame, dict[str, list[Any]]]:
+) -> tuple[pd.DataFrame, dict[str, list[object]]]:
     """Play attacks: a row an attack, with the best on shadows marked, and the guesses of each attack."""
     rows, guesses = [], {}
     for name in names:
@@ -239,8 +242,10 @@ def _played(
         if outcome.scores is not None:
             guesses[f"{name}_score"] = outcome.scores.tolist()
     table = pd.DataFrame(rows)
+    # accuracy is best when large, an error when small
     values = table["shadow_value"].astype(float) * (1 if isinstance(shadows.secret, ClassSecret) else -1)
     table["chosen"] = values == values.max()
+    # of equal attacks only the first is chosen
     table.loc[table.index[table["chosen"]][1:], "chosen"] = False
     return table, guesses
 
@@ -309,10 +314,10 @@ def is_ratio(column: str) -> bool:
 def _leaked(space: Secret, truth: Tensor, outcome: Outcome) -> float | None:
     """n_leaked of two equally frequent ratios, or of one number; 0 without an advantage."""
     if isinstance(space, ClassSecret):
-        numeric = all(isinstance(value, int | float) and 0 <= value <= 1 for value in space.values)
-        if len(space.values) != 2 or not numeric or 2 * int(truth.sum()) != len(truth):
+        ratios = [float(value) for value in space.values if isinstance(value, int | float) and 0 <= value <= 1]
+        if len(space.values) != 2 or len(ratios) != 2 or 2 * int(truth.sum()) != len(truth):
             return None
-        return leaked_samples(outcome.accuracy.mean, (float(space.values[0]), float(space.values[1])))
+        return leaked_samples(outcome.accuracy.mean, (ratios[0], ratios[1]))
     if len(space.bounds) != 1 or min(space.bounds[0]) < 0 or max(space.bounds[0]) > 1:
         return None
     return leaked_samples_of_errors(truth[:, 0], outcome.guesses[:, 0]) if outcome.advantage > 0 else 0.0
@@ -322,6 +327,7 @@ def on_shadows(shadows: Shadows, attack: Attack, kind: Kind) -> float:
     """Measure an attack on half of the shadows of each class, learnt from the other half, to select the best."""
     order = torch.randperm(len(shadows.secrets), generator=torch.Generator().manual_seed(0))
     if isinstance(shadows.secret, ClassSecret):
+        # sorted by class: every second shadow then halves each class
         order = order[shadows.secrets[order].argsort(stable=True)]
     first, second = order[::2], order[1::2]
     half = Shadows(shadows.views.at(first), shadows.secrets[first], shadows.secret, shadows.queries)
@@ -331,7 +337,7 @@ def on_shadows(shadows: Shadows, attack: Attack, kind: Kind) -> float:
     return (outcome.accuracy if isinstance(shadows.secret, ClassSecret) else outcome.risk).mean
 
 
-def _values(space: Secret, guesses: Tensor) -> list[Any]:
+def _values(space: Secret, guesses: Tensor) -> list[object]:
     if isinstance(space, ClassSecret):
         return [space.values[guess] for guess in guesses.tolist()]
     return [guess[0] if len(guess) == 1 else guess for guess in guesses.tolist()]
@@ -369,6 +375,7 @@ def attack_card(report: Report) -> str:
     Raises:
         ZooError: if the template is missing from the installation.
     """
+    # late, because only the card needs Jinja
     from jinja2 import Environment, StrictUndefined
 
     environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False)

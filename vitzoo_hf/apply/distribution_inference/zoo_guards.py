@@ -1,7 +1,6 @@
 """Guards of distribution inference on a zoo: roles by column, and columns that must not follow the secret."""
 
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -46,6 +45,7 @@ def with_roles(index: pd.DataFrame, role: str) -> pd.DataFrame:
         ZooError: for too few targets or shadows.
     """
     column = column_of(index, role)
+    # final models alone: epochs of one run are not independent
     players = index[index["is_final"] & index[column].isin(ROLES)]
     counts = players[column].value_counts()
     values = sorted(map(str, index[column].dropna().unique()))
@@ -59,7 +59,7 @@ def with_roles(index: pd.DataFrame, role: str) -> pd.DataFrame:
     return players
 
 
-def plain(value: object) -> Any:
+def plain(value: object) -> object:
     """Convert a value of a column to a plain Python value.
 
     >>> plain(np.float64(0.5)), plain("target")
@@ -67,6 +67,7 @@ def plain(value: object) -> Any:
     """
     if isinstance(value, tuple):
         return tuple(plain(part) for part in value)
+    # numpy scalars print with their type, and most do not go into JSON
     return value.item() if isinstance(value, np.generic) else value
 
 
@@ -132,6 +133,7 @@ def _check_classes(secrets: Tensor, shadows: Tensor, space: Secret) -> None:
 
 def _same(index: pd.DataFrame, what: str, name: str, column: str, unequal: bool) -> str:
     """Check that a number of the training, such as its steps, is equal for all models that record it."""
+    # a model whose run did not record the number has none to compare
     recorded = index[index[name].notna()] if name in index else index[:0]
     if recorded.empty:
         return "not recorded in this zoo"
@@ -173,14 +175,17 @@ def _depends(index: pd.DataFrame, name: str, column: str, role: str) -> bool:
     values = index[name]
     if values.nunique(dropna=False) < 2:
         return False
+    # a table of counts needs several models a cell; numbers are ranked instead
     if values.nunique(dropna=False) > len(index) / 4:
         numbers = pd.to_numeric(values, errors="coerce")
         parts = [part.dropna() for _, part in numbers.groupby(index[column]) if part.notna().any()]
         return len(parts) > 1 and bool(kruskal(*parts).pvalue < UNLIKELY)
     shown = values.astype(object).where(values.notna(), "missing").map(str)
+    # a value that occurs with one secret alone gives it away, however rare
     if len({frozenset(part) for _, part in shown.groupby(index[column])}) > 1:
         return True
     for _, part in index.groupby(role):
+        # role by role, because roles may differ in size and in their factors
         counts = pd.crosstab(part[column], shown[part.index])
         if min(counts.shape) > 1 and chi2_contingency(counts).pvalue < UNLIKELY:
             return True

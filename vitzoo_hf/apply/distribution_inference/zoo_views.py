@@ -7,7 +7,6 @@ principal components, so that a zoo may be larger than memory. Features, sets an
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -66,20 +65,22 @@ def zoo_queries(zoo: Zoo, column: str, secret: Secret, *, num_queries: int, seed
     if len(datasets) != 1:
         raise ZooError(f"models are trained on {', '.join(datasets)}: choose one, such as by --where dataset=NAME")
     images, labels = zoo.probes(datasets[0], "selection")
-    origins, candidates = _origins(zoo.manifest["images"][datasets[0]], column, secret, len(labels))
+    worlds = zoo.manifest["images"][datasets[0]].get("worlds", ())
+    origins, candidates = _origins(worlds, column, secret, len(labels))
     if candidates is not None and num_queries < len(candidates):
         raise ZooError(f"{num_queries} queries of {len(candidates)} distributions: ask at least one of each")
     order = torch.from_numpy(np.random.default_rng(seed).permutation(len(labels)))
     order = order[origins[order] >= 0]
+    # in turn over query sets, so that a smaller number of queries stays balanced
     places = order[_turn(origins[order]).argsort(stable=True)[:num_queries]].sort().values
     return ImageBatch.of(images[places], labels[places]), Queries(origins[places], labels[places], candidates)
 
 
 def _origins(
-    record: Mapping[str, Any], column: str, secret: Secret, count: int
+    worlds: Sequence[Mapping[str, object]], column: str, secret: Secret, count: int
 ) -> tuple[Int64[Tensor, " Q"], Tensor | None]:
     """Query set of each selection image, -1 for none, and secret of each set; without a world one set, no secret."""
-    worlds, name = record.get("worlds", ()), column.removeprefix("factor_")
+    name = column.removeprefix("factor_")
     by_world = [secret.encoded(world[name]) if name in world else None for world in worlds]
     distinct = [values for values in dict.fromkeys(by_world) if values is not None]
     if len(distinct) < 2:
@@ -129,7 +130,9 @@ def zoo_outputs(
         logits = [outputs_cache.read(row, batch.digest, "logits") for row in rows]
     if len({part.shape[1] for part in logits}) > 1:
         raise ZooError("models differ in the number of classes: attack those of one head")
+    # logits have a free constant, which differs between models and tells nothing
     outputs = torch.stack(logits).log_softmax(2)
+    # NaN of one diverged model would spread to every standardised feature
     finite = outputs.isfinite().flatten(1).all(1)
     if not finite.all():
         first = rows[int(finite.int().argmin())]["model_id"]
@@ -173,14 +176,17 @@ def zoo_features(
     heads = _heads(zoo) if "sets" in of_rows else 0
     with progress_bar("reading weights", "model", shown=progress and bool(of_rows), total=len(model_ids)) as bar:
         for group in groups if of_rows else ():
+            # one checkpoint at a time, however many the zoo has
             base = None if group.base is None else _base(zoo, group.base, layout).to(device)
             for vectors in _batches(zoo, group, layout):
+                # differences: the weights of the checkpoint are in all of its children, whatever the secret
                 differences = vectors.to(device) if base is None else vectors.to(device) - base
                 for name, values in _row_features(differences, layout, of_rows, heads).items():
                     parts_of.setdefault(name, []).append(values.cpu())
                 bar.update(len(vectors))
     ids = [model_id for group in groups for model_id in group.model_ids]
     place = {model_id: number for number, model_id in enumerate(ids)}
+    # groups were read one after another; the views have the order of the zoo
     order = torch.tensor([place[model_id] for model_id in model_ids])
     joined = {name: torch.cat(parts)[order] for name, parts in parts_of.items()}
     sets = {name.removeprefix("sets "): values for name, values in joined.items() if name.startswith("sets ")}
@@ -225,6 +231,7 @@ def _components(
     """Components of differences, from blocks of columns of models and their checkpoints together."""
     bases = [group.base for group in groups if group.base is not None]
     model_ids = zoo.model_ids
+    # unfiltered, because the checkpoint is mostly outside of the filter for final models
     with_bases = zoo.unfiltered.filter(model_id=list(dict.fromkeys([*model_ids, *bases])))
     columns = with_bases.weight_columns(device=device).verified()
     place = {model_id: number for number, model_id in enumerate(columns.model_ids)}
@@ -252,6 +259,7 @@ def _base(zoo: Zoo, model_id: str, layout: Layout) -> Float[Tensor, " D"]:
     shapes = dict(zip(zoo.layouts[row["layout"]].names, zoo.layouts[row["layout"]].shapes, strict=True))
     places = dict(zoo.layouts[row["layout"]].items())
     weights = torch.as_tensor(row.weights)
+    # zeros where nothing is subtracted: heads are new at fine-tuning
     vector = torch.zeros(layout.num_parameters)
     for (name, place), shape in zip(layout.items(), layout.shapes, strict=True):
         if not is_head(name) and shapes.get(name) == shape:
@@ -263,6 +271,7 @@ def _base(zoo: Zoo, model_id: str, layout: Layout) -> Float[Tensor, " D"]:
 
 def _batches(zoo: Zoo, group: Group, layout: Layout) -> Iterator[Float[Tensor, "B D"]]:
     """Yield batches of vectors of a group in its order; every vector is compared with its hash."""
+    # 4 bytes a float32 weight; a model larger than the bound goes alone
     size = max(1, BATCH_BYTES // (4 * layout.num_parameters))
     batch: list[Tensor] = []
     for row in zoo.filter(model_id=list(group.model_ids)).rows():
@@ -348,7 +357,7 @@ def world_of(zoo: Zoo, dataset: str | None = None) -> str:
     Raises:
         ZooError: if the zoo has no world, or has several and `dataset` is not given.
     """
-    records: Mapping[str, Any] = zoo.manifest["images"]
+    records: Mapping[str, Mapping[str, object]] = zoo.manifest["images"]
     names = [name for name, record in records.items() if "worlds" in record and not name.endswith("-flipped")]
     if dataset is None and len(names) == 1:
         return names[0]

@@ -47,6 +47,7 @@ def square_matrices(layout: Layout) -> list[SquareMatrix]:
             continue
         rows, columns = shape
         size = columns * columns
+        # timm stacks the three matrices; MoTHer compares them one by one
         if name.endswith("attn.qkv.weight") and rows == 3 * columns:
             for number, kind in enumerate("qkv"):
                 start = offset + number * size
@@ -98,10 +99,12 @@ def measure_trunks(columns: WeightColumns, *, precision: str = "float32", progre
             for place in trunk:
                 if (piece := _overlap(place, part, block)) is not None:
                     distances.add(piece)
+            # further passes repeat only distances whose digits cancelled, and must not add to sums twice
             for matrix in matrices if first else ():
                 if (piece := _overlap(matrix.place, part, block)) is not None:
                     size = matrix.place.stop - matrix.place.start
                     for short in column_pieces(piece):
+                        # float64 from piece to piece, because a piece is short but a matrix has many
                         absolute += torch.cdist(short, short, p=1).double() / size
                     if matrix.name in moments:
                         moments[matrix.name].add(piece)
@@ -111,6 +114,7 @@ def measure_trunks(columns: WeightColumns, *, precision: str = "float32", progre
     if moments:
         kurtosis = statistics_of(list(moments.values())).excess_kurtosis.sum(1).cpu()
     absolute = (absolute + absolute.T) / 2  # rounding of float32 sums differs between (i, j) and (j, i)
+    # exactly 0, because Ward's linkage takes a zero diagonal
     absolute.fill_diagonal_(0)
     distance = distances.squared.sqrt().cpu().numpy()
     return TrunkMeasures(columns.model_ids, distance, absolute.cpu().numpy(), kurtosis.numpy())
@@ -183,8 +187,10 @@ class _TreeMaxima:
 
     def finish_matrix(self) -> None:
         """Include the matrix that is complete in the maximum over matrices."""
+        # the published distance looks at i before j alone; the entries below the diagonal are infinite
         upper = self.largest.triu(1).where(self.largest.isfinite(), 0)
         most = self.largest[self.largest.isfinite()].max().item()
+        # a matrix that does not differ within the tree would divide by zero
         if most > self.least:
             scaled = ((upper - self.least) / (most - self.least)).triu(1)
             self.normalized = self.normalized.maximum(scaled + scaled.T)
@@ -220,6 +226,7 @@ def trunk_places(layout: Layout) -> list[slice]:
         if is_head(name) or place.start == place.stop:
             continue
         if places and places[-1].stop == place.start:
+            # joined, so that fewer and longer spans are read
             places[-1] = slice(places[-1].start, place.stop)
         else:
             places.append(place)
@@ -237,6 +244,7 @@ def _blocks(
             if not block.isfinite().all():
                 row = int((~block.isfinite()).any(1).nonzero()[0])
                 raise ZooError(f"{columns.model_ids[row]} has NaN or infinite weights: leave it out by a filter")
+            # rounded, then float32 again, because sums in half precision would lose digits
             yield part, block.to(PRECISIONS[precision]).float()
             bar.update()
 

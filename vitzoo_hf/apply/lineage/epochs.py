@@ -77,6 +77,7 @@ def order_epochs(
 
     index = zoo.to_pandas()
     rows: list[dict[str, str | int | float]] = []
+    # two checkpoints have one pair, whose order is right or wrong by a coin
     runs = [run for run in index.groupby("run_id", sort=False) if len(run[1]) >= 3]
     if not runs:
         raise ZooError("no run has three checkpoints here, so there is no order to recover: take more epochs")
@@ -131,6 +132,7 @@ def _distances(columns: WeightColumns, *, trunk_only: bool) -> tuple[np.ndarray,
     layout = columns.layout
     places = trunk_places(layout) if trunk_only else [slice(0, layout.num_parameters)]
     count = len(columns.model_ids)
+    # float32 products, repeated in further passes where their digits cancelled
     distances = SquaredDistances(count, torch.float32, columns.device)
     lengths = torch.zeros(count, dtype=torch.float64, device=columns.device)
     first = True

@@ -129,6 +129,7 @@ def recover_lineage(
     parts = []
     groups = layouts_by_trunk(zoo)
     if trees is not None and len(groups) > 1:
+        # a number of trees cannot be shared out between groups that are never compared
         raise ZooError(f"trees={trees}, but there are {len(groups)} kinds of trunks: filter by `architecture` first")
     for layouts in groups:
         columns = zoo.filter(layout=layouts).weight_columns(device=device, num_workers=num_workers)
@@ -173,6 +174,7 @@ def forest_of(
         parent = star(distance, tree) if method == "hubs" else spanning(distance, tree)
         orphans = _orphan_trees(distance, tree, parent)
     notes = []
+    # upper triangle: the first of equal trunks is no twin of an earlier one
     twins = int((np.triu(distance == 0, 1)).any(0).sum())
     if method in ("hubs", "spanning") and (far := int(far_children(distance, tree, parent).sum())):
         notes.append(
@@ -210,6 +212,7 @@ def layouts_by_trunk(zoo: Zoo) -> list[list[str]]:
     """Ids of the layouts of the zoo's rows, grouped by trunk."""
     groups: dict[str, list[str]] = {}
     for layout_id in dict.fromkeys(zoo.to_pandas()["layout"]):
+        # heads are new at fine-tuning, so models of several heads may be of one tree
         groups.setdefault(trunk_key(zoo.layouts[layout_id]), []).append(layout_id)
     return list(groups.values())
 
@@ -237,6 +240,7 @@ def _orphan_trees(distance: np.ndarray, tree: np.ndarray, parent: np.ndarray) ->
     orphans = []
     for number in range(tree.max() + 1):
         members = np.flatnonzero(tree == number)
+        # every tree has exactly one member without a parent
         root = int(np.flatnonzero(parent[members] < 0)[0])
         if is_sibling(distance[np.ix_(members, members)], root):
             orphans.append(number)
@@ -250,6 +254,7 @@ def _joined(parts: list[Forest], model_ids: list[str], method: str) -> Forest:
     orphans, notes, trees_before = [], [], 0
     for part in parts:
         rows = np.array([place[model_id] for model_id in part.model_ids])
+        # numbers of the parts each start at 0
         tree[rows] = part.tree + trees_before
         parent[rows] = np.where(part.parent >= 0, rows[part.parent], -1)
         orphans += [number + trees_before for number in part.orphan_trees]

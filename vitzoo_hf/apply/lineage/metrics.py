@@ -56,6 +56,7 @@ def truth_of(index: pd.DataFrame) -> Truth | None:
         return None
     place = {model_id: row for row, model_id in enumerate(index["model_id"])}
     parent = np.array([place.get(model_id, -1) if model_id else -1 for model_id in parents], dtype=np.int64)
+    # prefixes, because a model and a run may have one name
     models = [f"model {model_id}" for model_id in index["model_id"]]
     pairs = list(zip(models, (f"run {run_id}" for run_id in index["run_id"]), strict=True))
     for model, parent_id in zip(models, parents, strict=True):
@@ -75,6 +76,7 @@ def tree_accuracy(recovered: Int64[np.ndarray, " P"], true: Int64[np.ndarray, " 
     """
     counts = np.zeros((recovered.max() + 1, true.max() + 1))
     np.add.at(counts, (recovered, true), 1)
+    # numbers of trees are arbitrary, so the best one-to-one matching names them
     rows, columns = linear_sum_assignment(counts, maximize=True)
     return float(counts[rows, columns].sum() / len(recovered))
 
@@ -130,6 +132,7 @@ def baselines(
     for baseline, scores in draws_of.items():
         for score in SCORES if baseline != "random_direction" else ("direction_accuracy",):
             values = np.array([draw[score] for draw in scores])
+            # a share of nothing is no score of chance
             values = values[~np.isnan(values)]
             if values.size:
                 low, high = percentile_interval(values, tail=0.025)
@@ -152,6 +155,7 @@ def _coin_flips(parent: np.ndarray, truth: Truth, generator: np.random.Generator
     children = np.flatnonzero(parent >= 0)
     sources = parent[children]
     edges = int(((truth.parent[children] == sources) | (truth.parent[sources] == children)).sum())
+    # coins of single edges are independent, so their sum is drawn at once
     return generator.binomial(edges, 0.5) / edges if edges else float("nan")
 
 

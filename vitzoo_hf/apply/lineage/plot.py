@@ -56,6 +56,7 @@ def forest_figure(table: pd.DataFrame, title: str = "Recovered forest") -> Figur
     panels = list(figure.subplots(lines, columns, squeeze=False).flat)
     is_known = "true_tree" in table
     count = int(table["true_tree"].max()) + 1 if is_known else 1
+    # tab10 is easier to tell apart, but has only ten colours
     hues = colormaps["tab20" if count > 10 else "tab10"]
     for axes in panels:
         axes.set_axis_off()
@@ -99,6 +100,7 @@ def _draw_tree(axes: Axes, members: pd.DataFrame, colours: Sequence[Colour]) -> 
     roots = members.index[members["parent_id"].isna()]
     name = short(str(roots[0]), 26) if len(roots) == 1 else f"{len(roots)} models without a parent"
     axes.set_title(name, fontsize=7.5, weight="normal")
+    # room for the dots on the circle of radius 1
     axes.set(xlim=(-1.15, 1.15), ylim=(-1.15, 1.15), aspect="equal")
 
 

@@ -43,6 +43,7 @@ def minimum_arborescence(cost: Float64[np.ndarray, "P P"]) -> Int64[np.ndarray, 
     # An additional root with edges to all nodes, each dearer than all others together, so that it gets one child.
     spread = np.ptp(cost[off]) if count > 1 else 0.0
     start = np.full((count + 1, count + 1), np.inf)
+    # shifted to at least 0: every tree has equally many edges, so the best tree stays the best
     start[:count, :count] = np.where(off, cost - (cost[off].min() if count > 1 else 0.0), np.inf)
     start[count, :count] = 1 + 2 * spread * count
     parent = _edmonds(start, count)[:count]
@@ -60,7 +61,9 @@ def _edmonds(cost: np.ndarray, root: int) -> np.ndarray:
     alone = np.flatnonzero(cycle_of < 0)
     component[alone] = cycle_of.max() + 1 + np.arange(len(alone))
     in_cycle = cycle_of >= 0
+    # an edge into a cycle replaces the edge inside it, so it costs the difference (Edmonds 1967)
     reduced = cost - np.where(in_cycle, cost[best, np.arange(len(cost))], 0.0)
+    # reduceat takes runs of equal labels, so rows and columns are sorted by component
     order = np.argsort(component, kind="stable")
     starts = np.searchsorted(component[order], np.arange(component.max() + 1))
     # All cycles are contracted at once, and P × P minima are taken in numpy, not in Python.
@@ -157,6 +160,7 @@ def _exchange(distance: np.ndarray, hubs: list[int]) -> list[int]:
     The changes of cost by all exchanges follow at once from each model's nearest and second nearest hub (FastPAM1:
     Schubert and Rousseeuw, Faster k-Medoids Clustering, 2019).
     """
+    # a copy, because the caller goes on from the list before exchanges
     hubs = list(hubs)
     while True:
         near = np.sort(np.vstack([distance[hubs], np.full(len(distance), np.inf)]), axis=0)[:2]
@@ -235,6 +239,7 @@ def is_sibling(distance: Float64[np.ndarray, "P P"], root: int) -> bool:
     if the mean cosine among the six nearest models is above 1/4, and False for trees of fewer than three models. A
     sibling much nearer to the parent than all others cannot be distinguished from the parent.
     """
+    # copies at distance 0 have no direction
     neighbours = np.flatnonzero(distance[root] > 0)
     neighbours = neighbours[np.argsort(distance[root][neighbours], kind="stable")][:NEAREST]
     if len(neighbours) < 2:
@@ -243,6 +248,7 @@ def is_sibling(distance: Float64[np.ndarray, "P P"], root: int) -> bool:
     # the law of cosines
     cosine = away[:, None] ** 2 + away[None] ** 2 - distance[np.ix_(neighbours, neighbours)] ** 2
     cosine /= 2 * away[:, None] * away[None]
+    # the mean, because single cosines scatter
     return bool(cosine[np.triu_indices(len(neighbours), 1)].mean() > SIBLING_COSINE)
 
 
@@ -285,6 +291,7 @@ def nearest_candidates(
         return parent
     for model in np.flatnonzero(~candidate):
         nearest = roots[distance[model, roots].argmin()]
+        # equal roots give no line to project on
         distinct = roots[distance[nearest, roots] > 0]
         apart = distance[nearest, distinct] ** 2
         along = (distance[model, nearest] ** 2 + apart - distance[model, distinct] ** 2) / (2 * apart)

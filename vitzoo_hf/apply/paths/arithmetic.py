@@ -73,6 +73,7 @@ def task_vector(child: RowLike, base: RowLike, *, head: bool = False) -> TaskVec
     child, base = Row.of(child), Row.of(base)
     (after, layout), (before, other) = (checked_vector(row) for row in (child, base))
     name = f"{child.name} - {base.name}"
+    # equal shapes are not enough: ten digits and ten garments have equal heads
     if head and (layout.fingerprint, child.dataset) != (other.fingerprint, base.dataset):
         raise ZooError(f"{name}: their heads differ in kind or classes: take the trunk alone (head=False)")
     part = layout if head else trunk_layout(layout)
@@ -95,6 +96,7 @@ def edited_weights(row: RowLike, change: TaskVector) -> Float[Tensor, " D"]:
     row = Row.of(row)
     vector, layout = checked_vector(row)
     shapes = dict(zip(layout.names, layout.shapes, strict=True))
+    # the vector may share memory with the row of the caller
     edited = vector.clone()
     for (name, place), shape in zip(change.layout.items(), change.layout.shapes, strict=True):
         if shapes.get(name) != shape:
@@ -108,6 +110,7 @@ def random_change(like: TaskVector, seed: int) -> TaskVector:
     noise = torch.from_numpy(np.random.default_rng(seed).standard_normal(len(like.values), dtype=np.float32))
     for _, place in like.layout.items():
         length = noise[place].norm()
+        # tensor by tensor, because norms of task vectors differ by layer
         noise[place] *= like.values[place].norm() / length if length > 0 else 0.0
     return TaskVector(noise, like.layout, f"noise like {like.name}")
 
@@ -150,6 +153,7 @@ def best_scale(selection: pd.DataFrame) -> float:
     """
     if not len(selection):
         raise ZooError("the table has no scale to select: expected the rows of `scale_table`")
+    # stable, so that of scales equal in both measures the first is taken
     return float(selection.sort_values(["accuracy", "loss"], ascending=[False, True], kind="stable")["scale"].iloc[0])
 
 
@@ -170,4 +174,5 @@ def strongest_scale(control: pd.DataFrame, *, kept: float = 0.95) -> float:
     if not len(start):
         raise ZooError("the table has no scale 0, the reference of accuracy: give 0 among the scales")
     allowed = control[control["accuracy"] >= kept * float(start["accuracy"].iloc[0])]
+    # the scale 0 is always allowed, so there is one
     return float(allowed.loc[allowed["scale"].abs().idxmax(), "scale"])

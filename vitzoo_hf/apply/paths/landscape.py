@@ -72,6 +72,7 @@ def plane_through(vectors: Float[Tensor, "3 D"]) -> Plane:
                 [3., 0.],
                 [1., 2.]], dtype=torch.float64)
     """
+    # float64, because nearly parallel differences of float32 weights cancel
     origin, second, third = vectors.double()
     first = second - origin
     length = first.norm()
@@ -82,6 +83,7 @@ def plane_through(vectors: Float[Tensor, "3 D"]) -> Plane:
     along = along + rest @ axis  # a second sweep: of nearly parallel vectors the first leaves rounding behind
     rest = rest - (rest @ axis) * axis
     height = rest.norm()
+    # below this share the height is rounding of float32 weights, and its direction is noise
     if not length > 0 or height <= 1e-6 * length:
         raise ZooError("these three models lie on one line of weight space, or two are equal: take other rows")
     zero = torch.zeros_like(length)

@@ -63,9 +63,12 @@ def train_bezier(
     place, architecture = usable_device(device), Architecture.of(like)
     model, layout = architecture.skeleton, architecture.layout
     ends = [vector.detach().to(place, torch.float32) for vector in (first, last)]
+    # the middle gives the straight path, so training starts from the barrier that it lowers
     control = ((ends[0] + ends[1]) / 2).requires_grad_()
     optimizer = torch.optim.Adam([control], lr=lr)
+    # at least 1, because torch divides by the number of steps
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, steps))
+    # on the CPU, so that every device draws equal positions and batches
     generator = torch.Generator().manual_seed(seed)
     for _ in range(steps):
         batch = torch.randint(len(images), (min(batch_size, len(images)),), generator=generator)

@@ -26,9 +26,11 @@ def draw_slice(slice: LandscapeSlice, path: str | Path, *, title: str, names: Se
     """
     with rc_context(STYLE):
         figure = Figure(figsize=(9, 3.9), layout="constrained")
+        # no pyplot: it keeps every figure alive, and may want a display
         FigureCanvasAgg(figure)
         figure.suptitle(title, fontsize=11, weight="bold")
         panels = (
+            # a linear scale shows only the walls: losses of one slice span orders of magnitude
             ("log10 of cross-entropy", slice.loss.log10(), "viridis_r"),
             ("accuracy", slice.accuracy, "viridis"),
         )

@@ -154,6 +154,7 @@ def spectra_features(
         features = {}
         for name, matrix in matrices_of(weights, layout).items():
             top = singular_values(matrix, TOP_SINGULAR_VALUES)
+            # stable rank: squared Frobenius norm over squared spectral norm
             rank = matrix.double().square().sum((1, 2)) / top[:, 0].square()
             features[name] = torch.cat([top, rank[:, None]], 1)
         return features
@@ -212,8 +213,10 @@ def flat_features(
     with progress_bar("multiplying weights", "block", shown=progress, total=len(columns.blocks(trunk))) as bar:
         for span, block in columns.read(trunk):
             for place in trunk:
+                # a block may hold parts of several tensors, and of the head
                 part = slice(max(span.start, place.start) - span.start, min(span.stop, place.stop) - span.start)
                 if part.start < part.stop:
+                    # float64, because squares of many small differences are summed
                     values = block[:, part].double()
                     gram += (values - values.mean(0)) @ (values - values.mean(0)).mT
             bar.update()
@@ -262,6 +265,7 @@ def _by_rows(
             values = weights if trunk.numel() == weights.shape[1] else weights[:, trunk]
             broken = ~values.isfinite().all(1)
             if broken.any():
+                # rows come in the order of the ids, so the rows so far count the models
                 model_id = columns.model_ids[sum(map(len, features)) + int(broken.int().argmax())]
                 raise ZooError(f"{model_id} has NaN or infinite weights: filter diverged runs out")
             parts = measure(values, tensors)

@@ -56,6 +56,7 @@ def prepare(
     mean = train.mean(0)
     train, test = train - mean, test - mean
     if components is not None:
+        # axes of the training rows alone: test rows must not shape their features
         axes = torch.linalg.svd(train, full_matrices=False).Vh[:components].mT
         return train @ axes, test @ axes
     scale = train.square().mean(0).sqrt()
@@ -115,6 +116,7 @@ def ridge_predictions(
             "ridge selects its penalty over training runs, so at least three runs are needed, here two, "
             "or but one outside a lineage: give a zoo with more runs, or take another model"
         )
+    # errors are summed over folds before the minimum, so small folds do not decide alone
     errors = torch.zeros(len(shares), int(blocks.max()) + 1, dtype=torch.float64, device=train.device)
     columns = torch.from_numpy(blocks).to(train.device)
     folds = GroupKFold(min(INNER_FOLDS, len(np.unique(groups))))
@@ -150,6 +152,7 @@ def tree_predictions(
     """
     check_model(model)
     if train.shape[1] == 0 or len(np.unique(target)) == 1:
+        # trees need a column to split, and two different values
         constant = np.bincount(target.astype(int)).argmax() if classes else target.mean()
         return np.full(len(test), float(constant))
     with warnings.catch_warnings():  # LightGBM names columns in `fit` and misses the names in `predict`
@@ -179,6 +182,7 @@ class _Trees(Protocol):
 def _trees(model: str, classes: bool, seed: int) -> _Trees:
     shared = {"learning_rate": TREE_SETTINGS["learning_rate"], "random_state": seed}
     if model == "lightgbm":
+        # imported late: LightGBM is an extra, which most installations lack
         import lightgbm
 
         kind = lightgbm.LGBMClassifier if classes else lightgbm.LGBMRegressor
@@ -190,4 +194,5 @@ def _trees(model: str, classes: bool, seed: int) -> _Trees:
 
     kind = HistGradientBoostingClassifier if classes else HistGradientBoostingRegressor
     sizes = {"max_iter": TREE_SETTINGS["max_iter"], "max_leaf_nodes": TREE_SETTINGS["leaves"]}
+    # no early stopping, so that both libraries grow the number of trees in TREE_SETTINGS
     return kind(**shared, **sizes, early_stopping=False, min_samples_leaf=TREE_SETTINGS["min_samples"])

@@ -32,6 +32,7 @@ def plot_properties(table: pd.DataFrame) -> Figure:
         ZooError: if the table lacks a column, or has no rows.
     """
     require(table, "properties", (*COLUMNS, *SHUFFLED))
+    # one metric a kind of target: the table has several, and a panel shows one
     table = table[table["metric"].isin(SHOWN)]
     labels = table["features"] + np.where(table["model"] == "ridge", "", ", " + table["model"])
     table = table.assign(label=labels, panel=[_title(row) for row in table.to_dict("records")])
@@ -73,6 +74,7 @@ def _panel(axes: Axes, table: pd.DataFrame, names: list[str]) -> None:
         shift = -0.17 if split == "run" else 0.17
         y = part["label"].map(names.index).to_numpy(float) + shift
         low, high = (part[name].astype(float).clip(least, 1) for name in SHUFFLED)
+        # a least width, because bands of zero width would not be drawn
         axes.barh(y, (high - low).clip(lower=0.006), left=low, height=0.3, color="#d1d5db", lw=0)
         ends = part[["low", "high"]].astype(float).clip(least, 1)
         axes.hlines(y, ends["low"], ends["high"], color=SPLIT_COLOURS[str(split)], lw=1.6)

@@ -52,6 +52,7 @@ def probing_features(
     """
     images, _ = probing_images(zoo, dataset, num_images, seed)
     logits, model_ids = _logits(zoo, images, device, progress)
+    # probabilities, because logits of a model that is certain would dominate a linear predictor
     probabilities = logits.softmax(-1).numpy()
     classes = probabilities.shape[2]
     names = tuple(f"image {image} class {label}" for image in range(num_images) for label in range(classes))
@@ -90,12 +91,14 @@ def probing_images(
     """
     images, labels = zoo.probes(dataset, "selection")
     tested = {digest_of(image[None]) for image in zoo.probes(dataset, "test")[0]}
+    # the two roles may share an image, since public datasets hold duplicates
     free = [place for place, image in enumerate(images) if digest_of(image[None]) not in tested]
     if not 1 <= num_images <= len(free):
         raise ZooError(
             f"num_images is {num_images}; {dataset} has {len(free)} selection images that are no test images: "
             "ask for 1 to as many"
         )
+    # sorted, so that columns of features follow the order of the images in the zoo
     places = np.sort(np.random.default_rng(seed).choice(free, num_images, replace=False))
     return images[places], labels[places]
 
@@ -105,6 +108,7 @@ def _logits(
 ) -> tuple[Float64[Tensor, "P N K"], tuple[str, ...]]:
     """Logits of every model on every image, some models at a time."""
     ids = zoo.model_ids
+    # by the largest model, because heads of one zoo may differ in size
     largest = max(zoo.to_pandas()["num_parameters"])
     size = max(1, CHUNK_BYTES // (4 * int(largest)))
     logits = []

@@ -43,6 +43,7 @@ ABOUT = ("target", "rows", "features", "num_features", "model", "split", "metric
 MEASURED = ("value", "low", "high", "shuffled", "shuffled_low", "shuffled_high", "n_train", "n_test", "n_groups")
 COLUMNS = (*ABOUT, *MEASURED)
 MOST_FOLDS = 5
+# scikit-learn takes no larger random_state
 LARGEST_SEED = 2**32 - 1
 _Batch = list[tuple[Target, Float64[np.ndarray, "S P"]]]
 """Targets with their labels: true ones in the first row, shuffled ones below."""
@@ -295,6 +296,7 @@ def _evaluated(
 
 def _labels(target: Target, table: pd.DataFrame, plan: Plan, repeat: int) -> Float64[np.ndarray, "S P"]:
     """The true values, and below them shuffled ones where the target can be shuffled."""
+    # one seed a draw, so that more shuffles do not change the earlier ones
     fakes = [shuffled(target, table, [plan.seed, repeat, draw]) for draw in range(plan.shuffles)]
     return np.stack([target.values, *(fake for fake in fakes if fake is not None)])
 
@@ -310,12 +312,14 @@ def _held_out(
     repeat: int,
 ) -> tuple[list[Float64[np.ndarray, "S P"]], float]:
     """Predictions of all labels of all targets while a model's group was held out; and the mean training size."""
+    # seed and repeat as one entropy: seed 0 repeat 1 must not equal seed 1 repeat 0
     seed = int(np.random.default_rng([plan.seed, repeat]).integers(2**31))
     folds = GroupKFold(min(MOST_FOLDS, len(set(groups))), shuffle=True, random_state=seed)
     outputs = [np.empty_like(labels) for _, labels in batch]
     matrix, sizes = torch.from_numpy(values).to(usable_device(plan.device)), []
     for train, test in folds.split(values, groups=groups):
         learned, unseen = prepare(matrix[train], matrix[test], components)
+        # with one group the penalty could not be cross-validated
         inner = groups[train] if len(set(groups[train])) > 1 else runs[train]
         sizes.append(len(train))
         if model == "ridge":

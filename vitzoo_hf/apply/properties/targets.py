@@ -106,6 +106,7 @@ def _first_of_equal_starts(index: pd.DataFrame, roots: set[str]) -> dict[str, st
     if not {"epoch", "weights_sha256"} <= set(index.columns):
         return {}
     starts = index[(index["epoch"] == 0) & index["run_id"].isin(roots) & index["weights_sha256"].notna()]
+    # the first by order of the table, so the name of a lineage does not depend on a set
     first = starts.groupby("weights_sha256")["run_id"].first()
     return dict(zip(starts["run_id"], starts["weights_sha256"].map(first), strict=True))
 
@@ -216,9 +217,11 @@ def shuffled(target: Target, table: pd.DataFrame, seed: int | Sequence[int]) -> 
     shared = frame.groupby("epoch")["run"].nunique().max() > 1
     if target.name == "epoch" or (shared and (frame.groupby("epoch")["value"].nunique() == 1).all()):
         return frame.groupby("run")["value"].transform(random.permutation).to_numpy(np.float64)
+    # runs with other epochs have no partner at each epoch, so values move within equal lists alone
     frame["kept"] = frame.groupby("run")["epoch"].transform(lambda epochs: str(sorted(epochs)))
     if (frame.groupby("kept")["run"].nunique() == 1).all():
         return None
+    # a copy, because values are read from the frame while others are written
     values_after = frame["value"].to_numpy(copy=True)
     for _, group in frame.groupby("kept"):
         by_run = group.sort_values("epoch").groupby("run").indices

@@ -69,6 +69,7 @@ def sample_pairs(
     for _, members in table.groupby(["architecture", "architecture_args", "layout", "dataset"], sort=False):
         for first, second in combinations(members[["model_id", "parent_id"]].itertuples(index=False), 2):
             same_parent = isinstance(first.parent_id, str) and first.parent_id == second.parent_id
+            # a model without parent shares none, so its pairs count as across
             if kind == "any" or (kind == "within") == same_parent:
                 pairs.append((first.model_id, second.model_id))
     if not pairs:
@@ -128,6 +129,7 @@ def pair_barriers(
         ZooError: for no pair, an unknown id, a pair of rows of two layouts or datasets, too few points or images, a
             device that this machine lacks, or a zoo without images.
     """
+    # before the first alignment: a late error would lose all measured pairs
     check_pairs(zoo, pairs)
     positions(points)
     usable_device(device)
@@ -139,6 +141,7 @@ def pair_barriers(
         for first, second in pairs:
             rows = (zoo.row(first), zoo.row(second))
             dataset = str(rows[0]["dataset"])
+            # images and their draw are equal for all pairs of a dataset, so barriers are comparable
             if dataset not in images_of:
                 test = some_images(*zoo.probes(dataset), num_images, seed)
                 images_of[dataset] = (*test, matching_images(zoo, dataset, seed) if matched else None)
@@ -182,6 +185,7 @@ def _barriers_of(
     images, labels, matching = image_sets
     first, second = (finite_weights(row) for row in (one, other))
     path = path_scores(first, second, one, images, labels, points=points, device=device)
+    # float64: weights of related models differ in their last digits
     apart = float((first.double() - second.double()).norm())
     plain = {"distance": apart, "distance_unaligned": apart, "logit_change": 0.0}
     logits = candidate_logits(second[None], one, images, device=device)
@@ -211,6 +215,7 @@ def summary(table: pd.DataFrame, *, seed: int = 0, resamples: int = 2000) -> pd.
         pairs of the barrier minus the barrier of the pair as stored, with `change_low` and `change_high`; `lower`,
         the share of pairs whose barrier fell.
     """
+    # pairs of every variant are aligned to these, so that differences are paired
     stored = table[table["families"] == "none"].set_index(["model_a", "model_b"])["barrier"]
     places = resampled_places(len(stored), resamples, seed)
     records = []
@@ -219,6 +224,7 @@ def summary(table: pd.DataFrame, *, seed: int = 0, resamples: int = 2000) -> pd.
         change = barriers - stored
         record = {"families": families, "by": by, "pairs": len(barriers)}
         for name, values in (("barrier", barriers), ("change", change)):
+            # the median of every resample of pairs: one diverged pair would rule a mean
             low, high = percentile_interval(np.median(values.to_numpy()[places], axis=1), tail=0.025)
             record |= {name: float(values.median()), f"{name}_low": low, f"{name}_high": high}
         record |= {"lower": float((change < 0).mean())}

@@ -23,6 +23,7 @@ from vitzoo_hf.format.row import RowLike
 from vitzoo_hf.format.schema import ZooError
 from vitzoo_hf.models.architecture import Architecture
 
+# not a setting of the result: the moments are sums over all batches
 BATCH = 128
 ZERO = torch.zeros((), dtype=torch.float64)
 Hook = Callable[[nn.Module, object, Tensor], None]
@@ -136,6 +137,7 @@ def _symmetry(moments: Mapping[str, Moments], sizes: Sizes, families: Sequence[s
 def _relative(moments: Moments) -> Tensor:
     """Covariances of channels divided by the spread of both models, so that every block has equal weight."""
     one, other = moments.deviations()
+    # the bound guards channels that are constant on all images: they then gain 0, not NaN
     return moments.covariance() / (one.norm() * other.norm()).clamp_min(1e-12)
 
 
@@ -147,11 +149,13 @@ def _watched(
     tensors: Tensors, like: RowLike, sizes: Sizes, device: str | torch.device
 ) -> tuple[nn.Module, dict[str, Tensor]]:
     """A model, and the dictionary into which every forward writes its activations, `[samples, units]`."""
+    # float32, the type in which models run; only the sums of `Moments` are float64
     placed = {name: tensor.to(device, torch.float32) for name, tensor in tensors.items()}
     model: Any = Architecture.of(like).module(placed)
     activations: dict[str, Tensor] = {}
 
     def keep(name: str) -> Hook:
+        # tokens of all images count as samples, so all axes but the last are joined
         return lambda module, inputs, result: activations.__setitem__(name, result.flatten(0, -2))
 
     def keep_qkv(block: int) -> Hook:

@@ -94,6 +94,7 @@ def align_by_weights(
         for _ in range(restarts)
     ]
     descents = [_descend(target, source, families, first, generator, sweeps) for first in starts]
+    # of equal distances `min` takes the first: the descent from `start` goes before random ones
     return min(descents, key=lambda alignment: alignment.squared_distances[-1])
 
 
@@ -111,11 +112,13 @@ def _descend(
     sweeps: int,
 ) -> Alignment:
     sizes = start.sizes
+    # a shallow copy suffices: `transform` replaces tensors of the dictionary, never their values
     current, symmetry = dict(source), start
     transform(current, start)
     parts = _parts(sizes, families)
     distances = [squared_distance(target, current)]
     for _ in range(sweeps if parts else 0):
+        # a new random order every sweep, as in Ainsworth et al. 2023
         for position in torch.randperm(len(parts), generator=generator).tolist():
             symmetry = improve(target, current, symmetry, parts[position], families)
         distances.append(squared_distance(target, current))
@@ -157,6 +160,7 @@ def improve(
         order, scale = match_classifier(target, current, families)
         step = replace(step, classifier=order, classifier_scale=scale)
         transform_classifier(current, order, scale)
+    # `current` already holds the earlier symmetry, so the step composes from the left
     return step.after(symmetry)
 
 
@@ -168,6 +172,7 @@ def best_order(gain: Float64[Tensor, "n n"]) -> Int64[Tensor, " n"]:
 def best_rotation(gain: Float64[Tensor, "d d"]) -> Float64[Tensor, "d d"]:
     """The orthogonal R with R1 = 1 and the largest trace of Rᵀ gain: Procrustes on the vectors of mean zero."""
     basis = zero_mean_basis(len(gain))
+    # the rotation must keep the vector of ones, so it is sought in the space orthogonal to it
     return rotation_from_inner(procrustes(basis.T @ gain.cpu() @ basis)[0])
 
 
@@ -183,6 +188,7 @@ def match_hidden(target: Tensors, source: Tensors, block: int) -> Int64[Tensor, 
     """The order of the source's hidden units in a block's MLP that is closest to the target's."""
     prefix = f"blocks.{block}.mlp."
     gain = target[f"{prefix}fc1.weight"] @ source[f"{prefix}fc1.weight"].T
+    # the squared distance is constant minus twice this inner product, biases included
     gain += torch.outer(target[f"{prefix}fc1.bias"], source[f"{prefix}fc1.bias"])
     gain += target[f"{prefix}fc2.weight"].T @ source[f"{prefix}fc2.weight"]
     return best_order(gain)
@@ -246,6 +252,7 @@ def match_classifier(
     entered, left = (products.diagonal().expand_as(entering) for products in _classifier_products(source, source))
     scales = torch.ones_like(entering)[..., None]
     if "maps" in families:
+        # scale 1 is always a candidate, so a unit without a root is no worse than before
         scales = torch.cat([_positive_roots(entering, leaving, entered, left), scales], -1)
     squared, ab, cd = scales.square(), entering[..., None], leaving[..., None]
     costs = squared * entered[..., None] - 2 * scales * ab - 2 * cd / scales + left[..., None] / squared
@@ -270,5 +277,6 @@ def _positive_roots(ab: Tensor, cd: Tensor, bb: Tensor, dd: Tensor) -> Float64[T
     companion[..., 1:, :-1] = torch.eye(3, dtype=torch.float64)
     companion[..., -1] = torch.stack([dd, -cd, torch.zeros_like(ab), ab], -1) / bb.clamp_min(1e-12)[..., None]
     roots = torch.linalg.eigvals(torch.where(usable[..., None, None], companion, 0.0))
+    # rounding gives real roots a small imaginary part
     valid = (roots.imag.abs() < 1e-8 * roots.abs()) | (roots.imag == 0)
     return torch.where(valid & (roots.real > 0), roots.real, 1.0)

@@ -50,6 +50,7 @@ def canonical(
 def prepare(tensors: Tensors, sizes: Sizes, families: Sequence[str]) -> None:
     """Bring float64 tensors into the form in which some families of symmetries are aligned."""
     families = check_families(families)
+    # norms first: balancing reads the weights that folding changes
     if "rotation" in families:
         fold_norms(tensors)
     if "invertible" in families:
@@ -70,11 +71,14 @@ def fold_norms(tensors: Tensors) -> None:
     for norm, layer in readers:
         scale, shift = tensors[f"{norm}.weight"], tensors[f"{norm}.bias"]
         weight = tensors[f"{layer}.weight"]
+        # before the weight is scaled: W (s x + b) = (W s) x + W b
         tensors[f"{layer}.bias"] = tensors[f"{layer}.bias"] + weight @ shift
         weight = weight * scale
+        # normalised inputs have mean zero, so the mean of a row has no effect
         tensors[f"{layer}.weight"] = weight - weight.mean(1, keepdim=True)
         tensors[f"{norm}.weight"], tensors[f"{norm}.bias"] = torch.ones_like(scale), torch.zeros_like(shift)
     positions = tensors["pos_embed"].clone()
+    # timm puts the class token at position 0
     positions[:, :1] += tensors["cls_token"]
     positions[:, 1:] += tensors["patch_embed.proj.bias"]
     tensors["pos_embed"] = positions - positions.mean(2, keepdim=True)
@@ -109,5 +113,6 @@ def _balanced(
     first_basis, first_inner = torch.linalg.qr(first.mT)
     second_basis, second_inner = torch.linalg.qr(second.mT)
     left, values, right = torch.linalg.svd(first_inner @ second_inner.mT)
+    # equal shares of the singular values give both factors the least sum of squared norms
     root = values.sqrt()[..., None, :]
     return (first_basis @ (left * root)).mT, (second_basis @ (right.mT * root)).mT

@@ -98,6 +98,7 @@ def rebasin(
     sizes, layout = sizes_of(target_row)
     vectors = [finite_weights(values) for values in (target_row, row)]
     target, source = (to_tensors(vector.to(device), layout) for vector in vectors)
+    # taken before `prepare`, which changes weights but no function
     before = squared_distance(target, source) ** 0.5
     for tensors in (target, source):
         prepare(tensors, sizes, families)
@@ -111,6 +112,7 @@ def rebasin(
             target, source, sizes, families, seed=seed, restarts=restarts, sweeps=sweeps, start=symmetry
         ).symmetry
     assert symmetry is not None
+    # from the prepared source, not from the descent, so rounding of its many steps does not add up
     transform(source, symmetry)
     distance = squared_distance(target, source) ** 0.5
     moved = [to_vector(tensors, like) for tensors, like in ((target, vectors[0]), (source, vectors[1]))]
@@ -142,6 +144,7 @@ def finite_weights(row: RowLike) -> Float[Tensor, " D"]:
         ZooError: if a weight is not finite; the message names the row.
     """
     vector = checked_vector(row)[0]
+    # checked here, since NaN would only surface in an assignment deep in the descent
     bad = int((~vector.isfinite()).sum())
     if bad:
         raise ZooError(
@@ -183,7 +186,9 @@ def some_images(images: Tensor, labels: Tensor, most: int | None, seed: int) -> 
     """
     if most is not None and most < 1:
         raise ZooError(f"{most} images: expected at least 1")
+    # no draw where all images fit, so results then do not depend on the seed
     if most is None or len(images) <= most:
         return images, labels
+    # sorted, because the order of images changes sums by rounding
     places = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:most].sort().values
     return images[places], labels[places]

@@ -22,7 +22,7 @@ NARROWING = ("head", "stage", "dataset", "head_hidden", "architecture")
 """Columns that may distinguish layouts, the most familiar first."""
 
 
-def aligned_row(target_row: RowLike, row: RowLike, **options: Any) -> dict[str, Any]:
+def aligned_row(target_row: RowLike, row: RowLike, **options: Any) -> dict[str, object]:
     """Align a row to another row, with a new hash, and a provenance that states the options.
 
     The target row itself comes back in the form in which the families are aligned.
@@ -37,11 +37,14 @@ def aligned_row(target_row: RowLike, row: RowLike, **options: Any) -> dict[str, 
     """
     target_row, row = Row.of(target_row), Row.of(row)
     result = rebasin(target_row, row, **options)
+    # the target's form changes with the families, so it is stored like the rows aligned to it
     is_target = row.model_id == target_row.model_id
     weights = (result.target if is_target else result.aligned).numpy()
+    # images are too large for a provenance, and the device is no property of the result
     settings = {name: value for name, value in options.items() if name not in ("images", "device")}
     note = {"reference": target_row.model_id, **settings}
     provenance = json.dumps({**json.loads(row["provenance"] or "{}"), "rebasin": note})
+    # the weights differ from those of the source, so its hash would fail at the next reading
     columns = {"weights": weights, "weights_sha256": weights_sha256(weights), "dtype": "float32"}
     return {**row, **columns, "provenance": provenance}
 
@@ -101,6 +104,7 @@ def rebasin_zoo(
             f"the rows have {len(layouts)} layouts; re-basin aligns models of one: narrow them down by"
             f" {_narrowing(zoo.to_pandas(), reference)}"
         )
+    # drawn once, so that all rows are matched on equal images
     images = matching_images(zoo, str(target.dataset), seed) if by != "weights" else None
     align = partial(aligned_row, target, families=families, by=by, images=images, restarts=restarts)
     align = partial(align, sweeps=sweeps, seed=seed, device=device)
@@ -114,6 +118,7 @@ def rebasin_zoo(
     probes = {
         role: [row for row in zoo.probe_rows(role) if row["dataset"] in datasets] for role in ("selection", "test")
     }
+    # rows stay runs of the blueprint, so the zoo is also a subset of its source
     manifest = made_manifest(zoo, "rebasin_of") | {"subset_of": zoo.manifest["blueprint_fingerprint"]}
     write_zoo(folder, manifest, parts, probes, zoo.blueprint_text, progress=progress)
     return folder

@@ -72,6 +72,7 @@ def check_families(families: Sequence[str]) -> tuple[str, ...]:
     for name in families:
         if name not in FAMILIES:
             raise ZooError(f"unknown family of symmetries {name!r}: {did_you_mean(name, FAMILIES)}")
+    # both widen a part of a symmetry that only the other family sets free
     for name, needed in (("invertible", "maps"), ("rotation", "residual")):
         if name in families and needed not in families:
             raise ZooError(f"family {name!r} widens {needed!r}: give both")
@@ -109,10 +110,12 @@ class Symmetry:
     @classmethod
     def identity(cls, sizes: Sizes) -> "Symmetry":
         """The element that changes nothing."""
+        # float64, because products of many maps are inverted and must return to the identity
         eye = torch.eye(sizes.width // sizes.heads, dtype=torch.float64).expand(sizes.depth, sizes.heads, -1, -1)
         return cls(
             hidden=torch.arange(sizes.hidden).repeat(sizes.depth, 1),
             heads=torch.arange(sizes.heads).repeat(sizes.depth, 1),
+            # clones: an expanded tensor shares one memory, and `improve` writes single blocks in place
             query_key=eye.clone(),
             value=eye.clone(),
             residual=torch.eye(sizes.width, dtype=torch.float64),
@@ -147,6 +150,7 @@ class Symmetry:
             order = torch.randperm(sizes.width, generator=generator)
             g = replace(g, residual=g.residual[order])
         if "rotation" in families:
+            # LayerNorm removes the direction of ones, so only the other d - 1 directions may rotate
             inner = _random_maps(torch.eye(sizes.width - 1, dtype=torch.float64), 0.0, generator)
             g = replace(g, residual=rotation_from_inner(inner))
         return g
@@ -174,6 +178,7 @@ class Symmetry:
             heads=back,
             query_key=torch.linalg.inv(self.query_key)[blocks, back],
             value=torch.linalg.inv(self.value)[blocks, back],
+            # the residual part is orthogonal, so its transpose is its inverse without rounding
             residual=self.residual.mT.contiguous(),
             classifier=units,
             classifier_scale=1 / self.classifier_scale[units],
@@ -282,6 +287,7 @@ def set_head_parts(tensors: Tensors, block: int, parts: HeadParts) -> None:
     """Write the parts of every head of a block into its tensors."""
     prefix = f"blocks.{block}.attn."
     joined = torch.stack(parts[:3]).flatten(0, 2)
+    # copies, so that weight and bias do not share the memory of `joined`
     tensors[f"{prefix}qkv.weight"], tensors[f"{prefix}qkv.bias"] = joined[:, :-1].contiguous(), joined[:, -1].clone()
     tensors[f"{prefix}proj.weight"] = parts.output.transpose(0, 1).flatten(1)
 
@@ -323,6 +329,7 @@ def transform_classifier(tensors: Tensors, order: Int64[Tensor, " m"], scale: Fl
 
 def order_of(matrix: Float64[Tensor, "d d"]) -> Int64[Tensor, " d"] | None:
     """The order of rows that a permutation matrix produces; None for any other matrix."""
+    # compared exactly: a rotation close to a permutation must still act as a rotation
     order = matrix.argmax(1)
     return order if torch.equal(matrix, torch.eye(len(matrix), dtype=matrix.dtype)[order]) else None
 
@@ -331,6 +338,7 @@ def rotation_from_inner(inner: Float64[Tensor, "e e"]) -> Float64[Tensor, "d d"]
     """The matrix R with R1 = 1 that acts as `inner` on vectors of mean zero, in the basis of `zero_mean_basis`."""
     d = len(inner) + 1
     basis = zero_mean_basis(d)
+    # 1/d everywhere is the projection on the vector of ones, which R must leave in place
     return basis @ inner @ basis.T + torch.full((d, d), 1 / d, dtype=torch.float64)
 
 

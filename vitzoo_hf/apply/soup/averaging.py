@@ -122,12 +122,14 @@ def weighted_sums(
     for row in zoo.filter(model_id=list(coefficients)).rows():
         vector, shares = weights_on(row, place), coefficients[row.model_id]
         if not len(totals):
+            # float64: a float32 sum would round at every row, by the order of the rows
             totals = torch.zeros(len(shares), len(vector), dtype=torch.float64, device=place)
         if totals.shape != (len(shares), len(vector)):
             raise ZooError(
                 f"{row.model_id} has {len(vector)} weights and earlier rows {totals.shape[1]}: give one layout"
             )
         for total, share in zip(totals, shares, strict=True):
+            # in place: memory is the sums and one row, whatever the number of rows
             total.add_(vector, alpha=share)
     return totals.div_(divisor).float()
 
@@ -192,12 +194,15 @@ def greedy_soup(
             f"{len(unmeasured)} of {len(zoo)} candidates have no accuracy, {unmeasured[0]} the first: give one for"
             " every candidate, or leave `accuracies` out to have them measured"
         )
+    # sorted is stable: models of equal accuracy keep the order of the zoo
     order = sorted(zoo.model_ids, key=lambda model_id: -accuracies[model_id])
     first = zoo.row(order[0])
     total = weights_on(first, place).double()
     ingredients, best = order[:1], accuracies[order[0]]
     for model_id in order[1:]:
+        # a sum, so that adding a model does not rescale a rounded mean
         trial = total + weights_on(zoo.row(model_id), place)
+        # measured after rounding, because the soup is stored as float32
         mean = (trial / (len(ingredients) + 1)).float()
         accuracy = float(_scores(mean, first, images, labels, place).accuracy)
         if accuracy >= best:  # equality adds a model, as in the paper: a larger soup at no loss

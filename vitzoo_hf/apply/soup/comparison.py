@@ -114,6 +114,7 @@ def compare_soups(
     measured = []
     with OutputsCache.opened(None if cache is None else Path(cache), "float32") as stored:
         images = {row["model_id"]: set(batches[row["dataset"]].values()) for row in rows}
+        # all models run before the first soup, so every group reads its outputs from the cache
         run_models(candidates, rows, images, stored, device=device, precision="float32", progress=progress)
         with progress_bar("soups", "soup", shown=progress, total=len(groups) * len(methods)) as bar:
             for group, model_ids in groups:
@@ -146,6 +147,7 @@ def soup_groups(zoo: Zoo, by: Sequence[str]) -> tuple[list[tuple[dict[str, objec
             raise ZooError(f"unknown column {column!r} to group by: {did_you_mean(column, list(index))}")
     groups: list[tuple[dict[str, object], list[str]]] = []
     left_out: dict[str, str] = {}
+    # dropna=False: runs without a parent make a group of their own
     parts = index.groupby(list(by), sort=False, dropna=False) if by else [((), index)]
     for key, members in parts:
         values = [None if value != value else value for value in key]  # pandas has NaN for a missing value
@@ -202,6 +204,7 @@ class _GroupOutputs:
         probabilities, summed = torch.zeros(2, images, classes, dtype=torch.float64)
         for model_id in model_ids:
             logits = self.logits(model_id, "test").double()
+            # model by model in float64: memory does not grow with the number of ingredients
             summed += logits
             probabilities += logits.softmax(-1)
         for mean in (probabilities, summed):
@@ -220,6 +223,7 @@ def _soup(method: str, zoo: Zoo, outputs: _GroupOutputs, seed: int, device: str 
     accuracies, batch = outputs.accuracies["selection"], outputs.batches["selection"]
     if method == "greedy":
         return greedy_soup(zoo, batch.images, batch.labels, accuracies=accuracies, device=device)
+    # a start at one model: early stopping then never returns a soup worse than it on judging images
     best = {max(accuracies, key=accuracies.__getitem__): 1.0}
     convex = method == "learned"
     return learned_soup(zoo, batch.images, batch.labels, convex=convex, start=best, seed=seed, device=device)
@@ -252,6 +256,7 @@ def _measured(
     line |= {"ensemble_test": float(ensemble.double().mean())}
     line |= {"logit_ensemble_test": float(logit_ensemble.double().mean())}
     for name, baseline in (("gain", outputs.right(best)), ("over_ensemble", ensemble)):
+        # paired: both models answer equal images, so most of the variance of the images cancels
         difference = paired_difference(right, baseline, seed=seed)
         line |= {name: difference.mean, f"{name}_low": difference.low, f"{name}_high": difference.high}
     line["test_images"] = len(right)

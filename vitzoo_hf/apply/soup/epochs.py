@@ -69,6 +69,7 @@ def coefficients_of_last(epochs: Sequence[int], k: int) -> dict[int, float]:
     """
     if not 1 <= k <= len(epochs):
         raise ZooError(f"the last {k} of {len(epochs)} kept epochs: give 1 to {len(epochs)}")
+    # sorted, because rows of a zoo may lie in any order of epochs
     return dict.fromkeys(sorted(epochs)[-k:], 1 / k)
 
 
@@ -177,6 +178,7 @@ def _averages_of_run(
 ) -> tuple[list[dict[str, object]], Soup]:
     """The rows of the table of a run, and the average that its selection images select."""
     epochs = {row.epoch: row.model_id for row in rows}
+    # the last epoch comes first, as row 0, from which gains are measured
     shares = {ALONE: coefficients_of_last(list(epochs), 1)}
     shares |= {f"last {k}": coefficients_of_last(list(epochs), k) for k in last if 1 < k <= len(epochs)}
     shares |= {f"exponential {decay:g}": exponential_coefficients(list(epochs), decay) for decay in decays}
@@ -189,6 +191,7 @@ def _averages_of_run(
     scores: dict[str, Scores] = {
         role: candidate_scores(vectors, rows[-1], *part, device=device) for role, part in images.items()
     }
+    # by accuracy, then by loss: on few selection images many averages tie in accuracy
     ranked = list(zip(scores["selection"].accuracy.tolist(), (-scores["selection"].loss).tolist(), strict=True))
     selected = max(range(len(ranked)), key=ranked.__getitem__)
     about = {name: rows[-1][name] for name in ("run_id", "parent_id", "stage", "dataset", "head", *zoo.factors)}
@@ -202,6 +205,7 @@ def _averages_of_run(
     name, share = list(shares.items())[selected]
     ingredients = {epochs[epoch]: value for epoch, value in share.items()}
     soup = Soup(
+        # a clone, or the soup would keep the vectors of all averages in memory
         vectors[selected].clone(),
         ingredients,
         name.replace(" ", "-"),

@@ -65,16 +65,20 @@ def learned_soup(
     check_ingredients(zoo)
     _check_settings(epochs, batch_size, lr, kept)
     generator = torch.Generator().manual_seed(seed)
+    # the division is drawn first, so that it does not depend on the number of epochs
     judging, fitting = _parted(len(labels), kept, generator)
     mixture = _Mixture(zoo, usable_device(device))
+    # in the order of the columns, which multiply the coefficients below
     coefficients = _start(mixture.columns.model_ids, start).to(mixture.columns.device).requires_grad_()
     adam = torch.optim.Adam([coefficients], lr=lr)
+    # epoch 0 takes part, so the soup is never worse than its start on the judging images
     best, best_epoch = mixture.loss(coefficients, images[judging], labels[judging]), 0
     best_coefficients = coefficients.detach().clone()
     for epoch in range(1, epochs + 1):
         for batch in fitting[torch.randperm(len(fitting), generator=generator)].split(batch_size):
             coefficients.grad = mixture.gradient(coefficients, images[batch], labels[batch])
             adam.step()
+            # by `.data`, so that the leaf and its moments in Adam stay, and autograd sees no projection
             coefficients.data = onto_simplex(coefficients.data) if convex else coefficients.data
         loss = mixture.loss(coefficients, images[judging], labels[judging])
         if loss < best:
@@ -139,6 +143,7 @@ class _Mixture:
 
     def weights(self, coefficients: Float64[Tensor, " P"]) -> Float[Tensor, " D"]:
         """The mixture, summed in float64 and rounded once."""
+        # every entry is written below, as blocks cover all columns
         mixed = torch.empty(self.layout.num_parameters, device=self.columns.device)
         for columns, block in self.columns:
             mixed[columns] = (coefficients.detach() @ block.double()).float()
@@ -162,10 +167,12 @@ class _Mixture:
     def gradient(self, coefficients: Float64[Tensor, " P"], images: Tensor, labels: Tensor) -> Float64[Tensor, " P"]:
         """Gradient of the mean cross-entropy on images by the coefficients."""
         device = self.columns.device
+        # the mixture is the leaf: autograd need not hold the weights of all ingredients
         weights = self.weights(coefficients).requires_grad_()
         logits = torch.func.functional_call(self.model, unflatten(weights, self.layout), (images.to(device),))
         (slope,) = torch.autograd.grad(cross_entropy(logits, labels.to(device)), weights)
         gradient = torch.zeros_like(coefficients)
         for columns, block in self.columns:
+            # the chain rule, block by block: dL/dc_i = <dL/dtheta, theta_i>
             gradient += block.double() @ slope[columns].double()
         return gradient.detach()

@@ -30,6 +30,7 @@ def soup_row(
         ZooError: if an ingredient is not in the zoo.
     """
     table = zoo.filter(model_id=soup.ingredients).to_pandas()
+    # a filter drops unknown ids without an error, so the numbers are compared
     if len(table) != len(soup.ingredients):
         raise ZooError(f"{zoo.name} holds {len(table)} of the {len(soup.ingredients)} ingredients of this soup")
     rows = records(table)
@@ -56,6 +57,7 @@ def write_soups(zoo: Zoo, rows: Sequence[Row], folder: str | Path) -> Path:
         raise ZooError("there is no soup to write: give at least one row of `soup_row`")
     check_folder(Path(folder), zoo, "soups_of")
     ids = [row.model_id for row in rows]
+    # the id is the key of every table, and `safe_id` may map two names to one
     twice = sorted({model_id for model_id in ids if ids.count(model_id) > 1})
     if twice:
         raise ZooError(f"{len(twice)} ids belong to several soups, {twice[0]} the first: give every soup a name")

@@ -152,6 +152,7 @@ def _threshold_votes(of_shadows: Tensor, second: Tensor, of_targets: Tensor) -> 
 def _point_votes(of_shadows: Tensor, second: Tensor, of_targets: Tensor, *, share: float) -> Tensor:
     """Share of statistics that vote for the second class, by the threshold and side that are best on shadows."""
     gaps = (of_shadows[second].mean(0) - of_shadows[~second].mean(0)).abs()
+    # stable, so that equal gaps keep the order of the queries
     columns = gaps.argsort(descending=True, stable=True)[: max(1, round(share * len(gaps)))]
     of_shadows, of_targets = of_shadows[:, columns], of_targets[:, columns]
     values, order = of_shadows.sort(dim=0, stable=True)
@@ -179,8 +180,10 @@ def _point_lines(of_shadows: Tensor, secrets: Float64[Tensor, "S V"], of_targets
     """Predict the secret by a line at every query, averaged with weights of one over the residual variance."""
     centre, middle = of_shadows.mean(0), secrets.mean(0)
     x, y = of_shadows - centre, secrets - middle
+    # the bound guards queries on which all shadows answer alike; their slope is 0
     slope = (x.mT @ y) / x.square().sum(0)[:, None].clamp(min=1e-30)
     residual = y.square().sum(0) - slope.square() * x.square().sum(0)[:, None]
+    # a perfect fit of few shadows would have infinite weight
     weight = 1 / residual.clamp(min=1e-12)
     weight = weight / weight.sum(0)
     return middle + (of_targets - centre) @ (slope * weight)

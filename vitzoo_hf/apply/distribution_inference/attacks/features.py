@@ -70,6 +70,7 @@ def sorted_neurons(vectors: Float[Tensor, "P D"], layout: Layout) -> Float[Tenso
         tensor([[1.0000, 5.0000, 0.1000, 0.5000, 8.0000, 7.0000, 9.0000]])
     """
     parts = unflatten(vectors, _of_mlp(layout))
+    # sums move with their units, so models that differ in the order alone get one vector
     order = parts["hidden.weight"].sum(2).argsort(1)
     ordered = [
         parts["hidden.weight"].take_along_dim(order[..., None], 1).flatten(1),
@@ -125,6 +126,7 @@ def vit_sets(vectors: Float[Tensor, "P D"], layout: Layout, heads: int) -> dict[
         in_sets |= set(names)
         fc1, fc1_bias, fc2, qkv, qkv_bias, proj = (parts[name] for name in names)
         neurons.append(sketch(torch.cat([fc1, fc1_bias[..., None], fc2.mT], 2), WIDEST_ROW))
+        # a row of queries with its row of keys: their products do not change when both are reordered
         query, key, value = torch.cat([qkv, qkv_bias[..., None]], 2).unflatten(1, (3, heads, -1)).unbind(1)
         query_key.append(sketch(torch.cat([query, key], 3), WIDEST_ROW))
         output = proj.unflatten(2, (heads, -1)).permute(0, 2, 3, 1)
@@ -159,6 +161,7 @@ def sketch(values: Float[Tensor, "*B r"], width: int) -> Float[Tensor, "*B w"]:
     length = values.shape[-1]
     if length <= width:
         return values
+    # seeded by the length alone, so that shadows and targets share signs and places
     generator = torch.Generator().manual_seed(length)
     places = torch.randint(width, (length,), generator=generator).to(values.device)
     signs = (2 * torch.randint(2, (length,), generator=generator) - 1).to(values)
@@ -192,6 +195,7 @@ def difference_components(
     if count < 8:
         raise ZooError(f"{count} shadows are too few for components: expected at least 8")
     places = shadows.nonzero()[:, 0]
+    # a model without a base in the zoo is its own base, and keeps its weights
     based = bases != torch.arange(len(bases))
     projections = torch.zeros(len(members), count, dtype=torch.float64)
     products = torch.zeros(count, count, dtype=torch.float64)
@@ -208,8 +212,10 @@ def difference_components(
         products += (centred @ centred.mT).cpu()
         projections += (((differences[members.to(block.device)] - mean) * scale) @ centred.mT).cpu()
     squares, axes = torch.linalg.eigh(products)
+    # at most a quarter: more components than that would fit the shadows, not the secret
     most = min(components or count // 4, count // 4)
     squares, axes = squares.flip(0)[:most], axes.flip(1)[:, :most]
+    # below rounding of the largest, a component is noise that the division would blow up
     is_useful = squares > 1e-10 * squares[0].clamp(min=1e-300)
     if not is_useful.any():
         return np.zeros((len(members), 1))

@@ -86,9 +86,11 @@ def _divergences(shadows: Views, targets: Views, queries: Queries) -> Float64[Te
             continue
         f, g = of_shadows[:, members].flatten(1), of_targets[:, members].flatten(1)
         if targets.kind == "real":
+            # KL of two normal distributions of variance 1 is half the squared distance of their means
             divergences.append(torch.cdist(f.double(), g.double()).square() / (2 * int(members.sum())))
             continue
         f, g = (values.double().exp().clamp(CLIP, 1 - CLIP) for values in (f, g))
+        # split in two, so that all pairs of models take one matrix product
         negative_entropy = (f * f.log()).sum(1)[:, None]
         divergences.append((negative_entropy - f @ g.log().mT) / int(members.sum()))
     return torch.stack(divergences)
@@ -110,6 +112,7 @@ def _share_above(first: Float64[Tensor, "A T"], second: Float64[Tensor, "B T"]) 
     """Share of pairs in which the first is farther than the second; a tie counts half."""
     ordered = second.mT.contiguous().sort(1).values
     values = first.mT.contiguous()
+    # sorting takes S log S steps in place of all pairs; the two sides count a tie half
     below = torch.searchsorted(ordered, values) + torch.searchsorted(ordered, values, right=True)
     return below.double().mean(1) / (2 * second.shape[0])
 
@@ -147,7 +150,9 @@ def _nearest(
     of_shadows: Float64[Tensor, "S S"], between: Float64[Tensor, "S T"], secrets: Tensor, *, calibrated: bool
 ) -> Tensor:
     """Mean secret of the nearest shadows, their count selected on shadows; calibrated: on a line fitted to them."""
+    # a shadow must not be its own neighbour when the count is selected
     apart = of_shadows.clone().fill_diagonal_(torch.inf)
+    # stable, so that ties go to the first shadow on every machine
     order = apart.argsort(dim=0, stable=True)
     if len(secrets) < 2:
         raise ZooError("one shadow has no other to be compared with: give at least 2")

@@ -35,6 +35,7 @@ def standardised(
     """
     _check_features(shadows, targets)
     mean, spread = shadows.mean(0), shadows.std(0)
+    # relative: below, a spread is rounding of the mean, and dividing by it would make noise
     varies = spread > 1e-12 * np.abs(mean).clip(1e-300)
     scale = np.where(varies, 1 / np.where(varies, spread, 1), 0.0)
     return (shadows - mean) * scale, (targets - mean) * scale
@@ -55,6 +56,7 @@ def guess_by_ridge(
 
     inputs, target_inputs = standardised(features, targets)
     truth = _as_numbers(shadows)
+    # without folds, RidgeCV leaves single rows out in closed form
     model = RidgeCV(alphas=PENALTIES).fit(inputs, truth)
     return _guesses(shadows, np.asarray(model.predict(target_inputs)).reshape(len(target_inputs), -1))
 
@@ -70,6 +72,7 @@ def guess_by_mlp(
         ZooError: if the MLP did not converge in 1024 epochs.
     """
     inputs, target_inputs = standardised(features, targets)
+    # early stopping holds some shadows out, and each class must remain in both parts
     check_classes(shadows, 2)
     if isinstance(shadows.secret, ClassSecret):
         return _guesses(shadows, _values_by_mlp(shadows, inputs, target_inputs, shadows.secrets.numpy(), seed))
@@ -90,6 +93,7 @@ def guess_by_published_mlp(
     """
     from sklearn.model_selection import train_test_split
 
+    # half of the shadows is all that is fitted, so half must be enough
     _check_features(features[: len(features) // 2], targets)
     check_classes(shadows, 4)
     classes = shadows.secrets.numpy() if isinstance(shadows.secret, ClassSecret) else None
@@ -135,6 +139,7 @@ def _values_by_mlp(
             if isinstance(shadows.secret, ClassSecret):
                 classifier = MLPClassifier(**options).fit(inputs, truth)
                 shares = np.zeros((len(target_inputs), classes))
+                # by number, because a class may be missing from the part that was fitted
                 shares[:, classifier.classes_] = classifier.predict_proba(target_inputs)
                 return shares
             regressor = MLPRegressor(**options).fit(inputs, truth[:, 0] if truth.shape[1] == 1 else truth)
@@ -151,6 +156,7 @@ def _values_by_mlp(
 
 def _centre(shadows: Shadows) -> tuple[np.ndarray, np.ndarray]:
     values = shadows.secrets.numpy()
+    # the bound avoids a division by zero where all secrets are equal
     return values.mean(0), values.std(0).clip(1e-12)
 
 

@@ -30,6 +30,7 @@ def guess_by_pairs(shadows: Shadows, share_of_second: Test, *, rounded: bool = F
     pairs = list(itertools.combinations(range(classes), 2))
     shares = [share_of_second(shadows.secrets == low, shadows.secrets == high) for low, high in pairs]
     if classes == 2:
+        # of two classes the share is a score as well, so it is not turned into votes
         return Guesses((shares[0] >= 0.5).long(), shares[0])
     votes = torch.zeros(len(shares[0]), classes, dtype=torch.float64)
     for (low, high), share in zip(pairs, shares, strict=True):

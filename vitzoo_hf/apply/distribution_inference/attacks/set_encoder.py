@@ -104,12 +104,14 @@ class DeepSets(nn.Module):
 
     @staticmethod
     def _code(width: int) -> nn.Sequential:
+        # layers and their order are those of the published network
         layers = [nn.Linear(width, INSIDE), nn.ReLU(), nn.Linear(INSIDE, PUBLISHED_CODE), nn.Dropout(0.5), nn.ReLU()]
         return nn.Sequential(*layers)
 
     def forward(self, sets: Sets) -> Float[Tensor, "P V"]:
         """Predict the values of each model."""
         rows = sets["neurons"][:, 0]
+        # the last number of a row is the outgoing weight, which belongs to the output unit
         codes = self.first(rows[..., :-1])
         output = torch.cat([rows[..., -1], sets["plain"], codes.flatten(1)], 1)
         return self.read(torch.cat([codes.sum(1), self.second(output)], 1))
@@ -182,6 +184,7 @@ def standardised_sets(of_shadows: Sets, of_targets: Sets) -> tuple[dict[str, Ten
             raise ZooError("weights of some model are NaN or infinite: leave diverged models out, and count them")
         axes = [0] if values.ndim == 2 else [0, *range(2, values.ndim - 1)]
         mean, spread = values.mean(axes, keepdim=True), values.std(axes, keepdim=True, correction=0)
+        # wider than for float64 features: sets are float32, and their rounding must not be scaled up
         scale = torch.where(spread > 1e-6 * mean.abs().clamp(min=1e-30), 1 / spread, 0)
         first[name], second[name] = (values - mean) * scale, (of_targets[name] - mean) * scale
     return first, second
@@ -191,10 +194,14 @@ def _train(network: nn.Module, sets: Sets, truth: Tensor, seed: int) -> None:
     """Train by Adam until the held-out loss stops falling; load the best weights, in eval mode."""
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(truth), generator=generator)
+    # rounded up, so that few shadows still leave one to stop by
     held_out, training = order[: math.ceil(HELD_OUT * len(order))], order[math.ceil(HELD_OUT * len(order)) :]
+    # 16 steps an epoch, as far as the bounds of the batch allow
     size = min(max(len(training) // BATCHES, SMALLEST_BATCH), LARGEST_BATCH)
+    # secrets that are numbers are floats, classes are integers
     loss_of = nn.functional.mse_loss if truth.is_floating_point() else nn.functional.cross_entropy
     optimizer = torch.optim.Adam(network.parameters(), lr=LR, weight_decay=WEIGHT_DECAY, foreach=True)
+    # a deep copy, because the optimiser changes the tensors of the state in place
     best, weights, waited = math.inf, copy.deepcopy(network.state_dict()), 0
     for _ in range(MOST_EPOCHS):
         network.train()
@@ -219,6 +226,7 @@ def _truth(shadows: Shadows) -> tuple[Tensor, Tensor, Tensor]:
     if isinstance(shadows.secret, ClassSecret):
         return shadows.secrets, torch.tensor(0.0), torch.tensor(1.0)
     centre, spread = shadows.secrets.mean(0), shadows.secrets.std(0, correction=0).clamp(min=1e-12)
+    # float32 like the network; standardised first, in float64
     return ((shadows.secrets - centre) / spread).float(), centre, spread
 
 

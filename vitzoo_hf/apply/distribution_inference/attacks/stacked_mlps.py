@@ -81,6 +81,7 @@ class Training:
 
 def initial_mlps(widths: Widths, count: int, generator: torch.Generator) -> Float[Tensor, "P D"]:
     """Draw weights like PyTorch's linear layers: uniform, bounded by one over the root of a layer's inputs."""
+    # PyTorch's Linear bounds weights and biases alike, by the inputs of the layer
     bounds = [
         torch.full((math.prod(shape),), 1 / math.sqrt(widths.inputs if name.startswith("hidden") else widths.hidden))
         for name, shape in zip(widths.layout.names, widths.layout.shapes, strict=True)
@@ -115,6 +116,7 @@ def diverged(vectors: Float[Tensor, "P D"]) -> Bool[Tensor, " P"]:
     >>> diverged(torch.tensor([[0.0], [2e6], [float("nan")]]))
     tensor([False,  True,  True])
     """
+    # negated "at most" rather than "above": every comparison with NaN is false
     return ~(vectors.abs() <= DIVERGED).all(1)
 
 
@@ -175,16 +177,20 @@ def _train_group(
 ) -> Float[Tensor, "P D"]:
     """Train a group; a model that reaches the loss at which it stops leaves the group."""
     n = targets.shape[1]
+    # a clone, because rows of models that stop early are written one by one
     final = vectors.clone()
     alive = torch.arange(len(vectors), device=vectors.device)
     optimizer = _Optimizer(training, vectors)
     for order, steps in _epochs(n, training, generator):
         running = torch.zeros(len(alive), device=vectors.device)
         for x, y in _batches(inputs, targets, order, training.batch_size or n)[:steps]:
+            # a new leaf each step, because models leave the group and its shape changes
             weights = optimizer.vectors.detach().requires_grad_()
             losses = loss(mlp_outputs(weights, widths, x), y, optimizer.steps)
+            # the sum of independent losses: each row of the gradient belongs to one model alone
             (gradient,) = torch.autograd.grad(losses.sum(), weights)
             optimizer.step(gradient)
+            # weighted by the size of the batch, as the last one may be smaller
             running += losses.detach() * (y.shape[1] / n)
         if training.stop_below is None:
             continue
@@ -217,6 +223,7 @@ def _batches(
     """Inputs `[P, I, b]` and targets `[P, b]` of each batch."""
     if order is None:
         return [(inputs, targets)]
+    # drawn on the CPU, so that every device trains on equal batches
     index = order.to(inputs.device)
     return list(zip(inputs[..., index].split(size, 2), targets[:, index].split(size, 1), strict=True))
 
@@ -241,5 +248,6 @@ class _Optimizer:
         first, second = BETAS
         self.mean.lerp_(gradient, 1 - first)
         self.square.mul_(second).addcmul_(gradient, gradient, value=1 - second)
+        # Adam's bias correction and epsilon as in torch.optim.Adam
         size = (self.square / (1 - second**self.steps)).sqrt_().add_(1e-8)
         self.vectors.addcdiv_(self.mean, size, value=-self.training.lr / (1 - first**self.steps))

@@ -37,6 +37,7 @@ def mlp_on(name: str, shadows: Shadows, targets: Views, seed: int = 0) -> Guesse
         ZooError: for more than 200,000 weights.
     """
     of_shadows, of_targets = features_of(name, shadows, targets)
+    # the first layer alone has 128 weights a number, and Adam two moments of each
     if of_shadows.shape[1] > LARGEST_FLAT:
         raise ZooError(
             f"an MLP on {of_shadows.shape[1]:,} flat weights: expected at most {LARGEST_FLAT:,}; use components"
@@ -63,7 +64,9 @@ def log_odds_estimate(shadows: Shadows, targets: Views, seed: int = 0) -> Guesse
         return Guesses(clamped(shadows, torch.from_numpy(ratios)))
     if not all(isinstance(value, int | float) and 0 <= value <= 1 for value in shadows.secret.values):
         raise ZooError(f"the log-odds of the head tell ratios, not classes such as {shadows.secret.values[0]!r}")
+    # the nearest candidate, so no shadow sets a threshold
     distance = torch.from_numpy(np.abs(ratios - np.asarray(shadows.secret.values, dtype=np.float64)))
+    # grows as the estimate comes nearer to the second class
     scores = distance[:, 0] - distance[:, 1] if distance.shape[1] == 2 else None
     return Guesses(distance.argmin(1), scores)
 
