@@ -12,7 +12,7 @@ import torch
 
 from vitzoo_hf.format.layout import Layout, unflatten
 from vitzoo_hf.models.rebuild import reconstruct
-from vitzoo_hf.models.vit import _skeleton, create
+from vitzoo_hf.models.vit import create, skeleton_and_layout
 from vitzoo_hf.timm_import import import_timm
 
 ROUNDS = 15
@@ -31,7 +31,7 @@ def main() -> None:
 
     first = []
     for _ in range(FIRST):
-        _skeleton.cache_clear()
+        skeleton_and_layout.cache_clear()
         start = time.process_time()
         reconstruct(row, verify=False)
         first.append(time.process_time() - start)

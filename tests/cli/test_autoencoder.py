@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from autoencoder_grid import Cell, Judge, cells, chosen_rates, measure_cell
+from autoencoder.cells import Cell, Judge, cells, chosen_rates, measure_cell
 from safetensors.torch import load_file
 
 from vitzoo_hf.apply.autoencoder.model import Sizes
@@ -159,7 +159,7 @@ def test_arms_have_equal_steps_and_views_where_they_need_them():
 
 
 def test_a_cell_is_measured_once_on_validation_and_test_models(zoo, tmp_path, monkeypatch):
-    monkeypatch.setattr("autoencoder_grid.SPLITS", ("train",))
+    monkeypatch.setattr("autoencoder.cells.SPLITS", ("train",))
     sizes = Sizes(width=16, latent=4, heads=2, blocks=1)
     cell = Cell("S", AutoencoderRecipe(steps=4, batch_size=2, sizes=sizes).arm("S"))
     steps: list[int] = []
