@@ -13,9 +13,9 @@ from vitzoo_hf.format.schema import ZooError, weights_sha256
 from vitzoo_hf.images.prepared import PreparedBlueprint
 from vitzoo_hf.images.sources import load_images
 from vitzoo_hf.models.vit import create
+from vitzoo_hf.training import loop, stacked, trainer
 from vitzoo_hf.training import losses as objectives
 from vitzoo_hf.training import run as train
-from vitzoo_hf.training import stacked, trainer
 from vitzoo_hf.training.checkpoint import RunFolder
 from vitzoo_hf.training.feed import FedBatch
 from vitzoo_hf.training.losses import info_nce, soften
@@ -535,7 +535,7 @@ def test_a_long_epoch_is_not_lost_where_none_is_kept(make, tmp_path, monkeypatch
     run = zoo.runs[0]
     assert run.keep_epochs == (3,)
     train_run(PreparedBlueprint(zoo), run, tmp_path / "whole")
-    monkeypatch.setattr(train, "RESUME_SECONDS", 0.0)
+    monkeypatch.setattr(loop, "RESUME_SECONDS", 0.0)
 
     def interrupt(epoch: int) -> None:
         if epoch == 2:

@@ -50,24 +50,21 @@ def attack(
 ) -> None:
     """Infer a property of the training distribution of target models, from shadow models whose property is known.
 
-    Use it to audit your own models. A column of the zoo holds the secret of every model, and another one says
-    whether the model is a target or a shadow.
+    Use it to audit your own models. One column holds the secret of a model, another says target or shadow.
 
     Args:
         zoo: Folder, dataset id, or `sample`.
         secret: Column of the secret property, such as label_ratio. A column of two values is classified, a column
             of more numbers is regressed. Several columns, joined by commas, are regressed together.
-        shadows: Zoo whose shadow models are used instead, for example of another architecture. Not possible with
-            --access weights. --where applies to this zoo too.
+        shadows: Zoo of other shadow models, selected by --where too; not possible with --access weights.
         role: Column that says whether a model is a target or a shadow.
         access: What the attacker observes of a target. With weights the attacker sees probabilities too.
         attacks: loss_test, threshold_test, per_point_threshold_test, kl_test, calibrated_kl_test, meta_classifier,
-            ridge_on_outputs, head, components, statistics, set_encoder, log_odds, flat_mlp. By default every attack
-            that applies, except the last two.
+            ridge_on_outputs, head, components, statistics, set_encoder; by default all of these that apply. Also
+            log_odds and flat_mlp.
         queries: Number of selection images on which the attacker queries each model.
         seeds: Number of repetitions of an attack that uses randomness.
-        shuffled: Run a control: shuffle the secrets of the shadows 20 times. Every attack should then be at chance
-            level.
+        shuffled: Run a control: shuffle the secrets of the shadows 20 times. Attacks should be at chance level.
         unequal: Continue although models differ in more than their secret. The card reports the differences.
         seed: Seed that selects the query images.
         out: Folder for attacks.csv, guesses.csv and attack_card.md.
@@ -77,14 +74,13 @@ def attack(
     from vitzoo_hf.apply.distribution_inference.zoo_attacks import attack_zoo
 
     _check(queries, seeds, out)
-    names = [name for text in attacks or () for name in names_of("--attack", text, "kl_test,ridge_on_outputs")]
     report = attack_zoo(
         open_zoo(zoo, where),
         secret,
         shadows=None if shadows is None else open_zoo(shadows, where),
         role=role,
         access=access,
-        attacks=names,
+        attacks=_names(attacks),
         num_queries=queries,
         seeds=seeds,
         shuffled=shuffled,
@@ -94,6 +90,10 @@ def attack(
         device=device,
         progress=not (json or quiet),
     )
+    _finish(report, out, json=json, quiet=quiet)
+
+
+def _finish(report: "Report", out: Path | None, *, json: bool, quiet: bool) -> None:
     if out is not None:
         _write(report, out)
     if json:
@@ -104,6 +104,10 @@ def attack(
         print(f"{guard}: {verdict}")
     if not quiet:
         hint("Next: the same with --out FOLDER for a card" if out is None else f"Next: read {out / 'attack_card.md'}")
+
+
+def _names(attacks: list[str] | None) -> list[str]:
+    return [name for text in attacks or () for name in names_of("--attack", text, "kl_test,ridge_on_outputs")]
 
 
 def _check(queries: int, seeds: int, out: Path | None) -> None:

@@ -68,10 +68,8 @@ def encode(
     trained = load_autoencoder(autoencoder, device=device)
     with progress_bar("encoding", "model", shown=shown, total=len(opened)) as bar:
         encoded = encode_rows(opened, trained, pool=pool, latents=latents is not None, on_models=bar.update)
-    if table.suffix == ".csv":
-        encoded.embeddings.to_csv(table, index=False)
-    else:
-        encoded.embeddings.to_parquet(table, index=False)
+    write = encoded.embeddings.to_csv if table.suffix == ".csv" else encoded.embeddings.to_parquet
+    write(table, index=False)
     if latents is not None:
         write_latents(encoded.latents, trained, latents)
     numbers = encoded.embeddings.shape[1] - 1  # one column is `model_id`

@@ -54,15 +54,13 @@ def lineage(
 ) -> None:
     """Recover from weights alone which model descends from which, and score the result where `parent_id` is known.
 
-    The method hubs assumes that every tree is a root with its children. A root without children is therefore
-    reported as a child of another root.
+    The method hubs assumes that every root has children. A root without any is reported as a child of another root.
 
     Args:
         zoo: Folder, dataset id, or `sample`.
         method: hubs (the default), spanning, mother, mother-reversed, or candidates (the default with --candidates).
         trees: Number of trees; by default estimated from the weights.
-        all_epochs: Use every stored checkpoint instead of final ones only, and also order the checkpoints of each
-            run.
+        all_epochs: Use every stored checkpoint instead of final ones, and order the checkpoints of each run too.
         precision: Round the weights to bfloat16 or float16 first.
         out: Folder for edges.csv, scores.csv and forest.png.
         device: cpu or cuda.
@@ -95,18 +93,25 @@ def lineage(
     if out is not None:
         _write(out, forest, truth, scores, epochs)
     if json:
-        value = {"method": forest.method, "trees": forest.num_trees, "notes": forest.notes, "scores": scores}
-        if epochs is not None:
-            value["epoch_order"] = epochs
-        print_json(value | {"edges": forest.edges()})
+        _print_json(forest, scores, epochs)
         return
     _tell(forest, scores, epochs)
     if not quiet:
-        hint(
-            f"Next: vitzoo lineage {quote(zoo)} --out LINEAGE writes the edges and a picture of the forest"
-            if out is None
-            else f"Next: look at {out / 'forest.png'}; vitzoo lineage {quote(zoo)} --method mother compares MoTHer"
-        )
+        _hint(zoo, out)
+
+
+def _print_json(forest: "Forest", scores: list[dict[str, object]], epochs: "pandas.DataFrame | None") -> None:
+    order = {} if epochs is None else {"epoch_order": epochs}
+    value = {"method": forest.method, "trees": forest.num_trees, "notes": forest.notes, "scores": scores}
+    print_json(value | order | {"edges": forest.edges()})
+
+
+def _hint(zoo: str, out: Path | None) -> None:
+    hint(
+        f"Next: vitzoo lineage {quote(zoo)} --out LINEAGE writes the edges and a picture of the forest"
+        if out is None
+        else f"Next: look at {out / 'forest.png'}; vitzoo lineage {quote(zoo)} --method mother compares MoTHer"
+    )
 
 
 def score_records(forest: "Forest", truth: "Truth") -> list[dict[str, object]]:

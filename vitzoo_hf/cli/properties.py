@@ -48,21 +48,17 @@ def properties(
 ) -> None:
     """Predict accuracy, generalisation gap, epoch and factors of unseen models.
 
-    The results stand beside two references: predictions from shuffled labels, and predictions from the outputs of
-    models on a few probe images.
+    Two references stand beside: predictions from shuffled labels, and from outputs on a few probe images.
 
     Args:
         zoo: Folder, dataset id, or `sample`.
         targets: Columns of the index to predict; by default every column that varies.
-        features: constant, epoch, training_log, statistics, spectra, flat, norm, probing_16, probing_64, measured_64;
-            by default all of them.
+        features: constant, epoch, training_log, statistics, spectra, flat, norm, probing_16, probing_64, measured_64.
         models: ridge (the default), lightgbm (pip install 'vitzoo-hf[properties]'), hist_gradient_boosting.
-        split: How models are split into folds: run keeps the epochs of a run together, lineage keeps all descendants
-            of a pre-trained run together; by default both.
-        embedding: CSV or Parquet file with a column model_id and numeric columns, used as features; for example the
-            embeddings of `vitzoo encode`.
+        split: What a fold keeps together: the epochs of a run, all descendants in a lineage, or both by default.
+        embedding: CSV or Parquet file with model_id and numeric columns, such as the embeddings of `vitzoo encode`.
         repeats: Number of cross-validations, each with other folds.
-        shuffles: Number of times that the labels are shuffled in each repeat.
+        shuffles: Number of shuffles of the labels in each repeat.
         seed: Seed of folds and shuffles.
         out: Folder for properties.csv and properties.png.
         device: cpu or cuda.
@@ -87,6 +83,10 @@ def properties(
         device=device,
         progress=not (json or quiet),
     )
+    _finish(table, zoo, out, json=json, quiet=quiet)
+
+
+def _finish(table: "pandas.DataFrame", zoo: str, out: Path | None, *, json: bool, quiet: bool) -> None:
     if out is not None:
         _write(table, out)
     if json:

@@ -80,8 +80,7 @@ def rebasin(
         model_a: Model to which others are aligned.
         model_b: Model that is aligned.
         by: weights, activations (on selection images), or both (by activations first, then by weights).
-        out: File or folder for the result. With MODEL_A and MODEL_B: a .safetensors file for B, or a folder for a
-            zoo of A and B.
+        out: File or folder for the result. With two models: a .safetensors file for B, or a folder for a zoo of both.
         pairs: Number of pairs to draw.
         kind: Kind of pairs: any, across parents, or within one parent.
         ladder: Instead of --families and --by: measure growing sets of families, by weights, activations and both.

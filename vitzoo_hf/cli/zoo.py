@@ -22,6 +22,9 @@ from vitzoo_hf.cli.options import (
 )
 from vitzoo_hf.format.schema import ZooError
 
+if TYPE_CHECKING:
+    from vitzoo_hf.convert.convert import Conversion
+
 
 def list_rows(
     zoo: str,
@@ -168,12 +171,10 @@ def convert(
             checkpoints or model folders; hf:ORG/NAME, or a .txt file of Hub model ids.
         out: Folder for the zoo.
         dtype: Storage type of the weights: float32, or float16 or bfloat16 for half the size with rounded weights.
-        table: CSV file with one row per checkpoint: a column `file` (or `repo`), columns of the zoo's rows, and
-            factors.
+        table: CSV file, one row per checkpoint: a column `file` (or `repo`), columns of rows, and factors.
         architecture: Name of the architecture in timm, if the source does not state it.
         architecture_args: Arguments of timm.create_model that cannot be inferred from the weights, as JSON.
-        first_epoch: Number of epochs completed at the first checkpoint of a release, 0 or 1; by default it is
-            detected.
+        first_epoch: Epochs completed at the first checkpoint of a release, 0 or 1; detected by default.
         name: Name of the zoo.
         split_by: Unit that stays within one split: lineage or run.
         validation: Share of the lineages or runs in the validation split.
@@ -193,8 +194,7 @@ def convert(
         first_epoch=first_epoch,
         name=name,
     )
-    splits: dict[str, str | int | float] = {"by": split_by, "seed": 0, "train": 1 - validation - test}
-    splits |= {"validation": validation, "test": test}
+    splits = _splits(split_by, validation, test)
     with _naming_all_refused():
         conversion = write(
             plan,
@@ -206,6 +206,14 @@ def convert(
             replace=replace,
             progress=not (json or quiet),
         )
+    _tell_conversion(conversion, out, json=json, quiet=quiet)
+
+
+def _splits(by: str, validation: float, test: float) -> dict[str, str | int | float]:
+    return {"by": by, "seed": 0, "train": 1 - validation - test, "validation": validation, "test": test}
+
+
+def _tell_conversion(conversion: "Conversion", out: Path, *, json: bool, quiet: bool) -> None:
     if json:
         print_json(vars(conversion) | {"folder": str(out)})
         return

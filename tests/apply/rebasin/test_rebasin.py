@@ -173,7 +173,7 @@ def test_the_verb(tiny_zoo, tuned, tmp_path, capsys):
         (["A@1", "B@1", "--by", "hand"], "unknown way of alignment 'hand'"),
         (
             ["A@1", "B@1", "--out", "r.csv"],
-            "FOLDER without a suffix for a zoo of both models; a table is written with --pairs N",
+            "FOLDER without a suffix for a zoo of both models; a table is",
         ),
         (["--pairs", "-1", "--out", "x.csv"], "--pairs -1: expected a whole number of at least 1"),
         (["--pairs", "0", "--out", "x.csv"], "--pairs 0: expected"),

@@ -191,8 +191,7 @@ def train_autoencoder(
     queries = query_outputs(train, trained, place) if trained.loss.shares["behaviour"] else None
     trained.model.train()
     if recipe.compile:
-        # in place, so that names in the state dict stay those of the file
-        trained.model.compile()
+        trained.model.compile()  # in place, so that names in the state dict stay those of the file
     lost = dict.fromkeys(LOST, 0.0)
     saved = time.monotonic()
     for batch in _endless(stream, least=2 if recipe.contrast else 1):

@@ -98,8 +98,7 @@ def rebasin(
     sizes, layout = sizes_of(target_row)
     vectors = [finite_weights(values) for values in (target_row, row)]
     target, source = (to_tensors(vector.to(device), layout) for vector in vectors)
-    # taken before `prepare`, which changes weights but no function
-    before = squared_distance(target, source) ** 0.5
+    before = squared_distance(target, source) ** 0.5  # `prepare` changes weights, but no function
     for tensors in (target, source):
         prepare(tensors, sizes, families)
     unaligned = squared_distance(target, source) ** 0.5
@@ -112,8 +111,7 @@ def rebasin(
             target, source, sizes, families, seed=seed, restarts=restarts, sweeps=sweeps, start=symmetry
         ).symmetry
     assert symmetry is not None
-    # from the prepared source, not from the descent, so rounding of its many steps does not add up
-    transform(source, symmetry)
+    transform(source, symmetry)  # from the prepared source: the rounding of many steps does not add up
     distance = squared_distance(target, source) ** 0.5
     moved = [to_vector(tensors, like) for tensors, like in ((target, vectors[0]), (source, vectors[1]))]
     return Rebasin(moved[0], moved[1], symmetry, before, unaligned, distance)

@@ -45,7 +45,7 @@ def learned_soup(
         labels: one class an image.
         convex: project the coefficients onto the simplex after each step (Duchi et al. 2008). False leaves them free
             to be negative and to sum to any number, and the soup is called `unconstrained`.
-        start: model -> coefficient to start from, such as those of a greedy soup; by default all are equal.
+        start: model -> first coefficient, such as that of a greedy soup; by default all are equal.
         epochs: number of passes over the images that fit.
         lr: learning rate of Adam; a coefficient moves by about `lr` a step.
         batch_size: images a step.
@@ -65,20 +65,16 @@ def learned_soup(
     check_ingredients(zoo)
     _check_settings(epochs, batch_size, lr, kept)
     generator = torch.Generator().manual_seed(seed)
-    # the division is drawn first, so that it does not depend on the number of epochs
-    judging, fitting = _parted(len(labels), kept, generator)
+    judging, fitting = _parted(len(labels), kept, generator)  # drawn first: independent of the number of epochs
     mixture = _Mixture(zoo, usable_device(device))
-    # in the order of the columns, which multiply the coefficients below
     coefficients = _start(mixture.columns.model_ids, start).to(mixture.columns.device).requires_grad_()
     adam = torch.optim.Adam([coefficients], lr=lr)
-    # epoch 0 takes part, so the soup is never worse than its start on the judging images
     best, best_epoch = mixture.loss(coefficients, images[judging], labels[judging]), 0
     best_coefficients = coefficients.detach().clone()
     for epoch in range(1, epochs + 1):
         for batch in fitting[torch.randperm(len(fitting), generator=generator)].split(batch_size):
             coefficients.grad = mixture.gradient(coefficients, images[batch], labels[batch])
             adam.step()
-            # by `.data`, so that the leaf and its moments in Adam stay, and autograd sees no projection
             coefficients.data = onto_simplex(coefficients.data) if convex else coefficients.data
         loss = mixture.loss(coefficients, images[judging], labels[judging])
         if loss < best:
