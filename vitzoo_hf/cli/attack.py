@@ -54,14 +54,12 @@ def attack(
 
     Args:
         zoo: Folder, dataset id, or `sample`.
-        secret: Column of the secret property, such as label_ratio. A column of two values is classified, a column
-            of more numbers is regressed. Several columns, joined by commas, are regressed together.
+        secret: Column of the property: two values are classified, more numbers regressed; A,B regresses several.
         shadows: Zoo of other shadow models, selected by --where too; not possible with --access weights.
         role: Column that says whether a model is a target or a shadow.
         access: What the attacker observes of a target. With weights the attacker sees probabilities too.
         attacks: loss_test, threshold_test, per_point_threshold_test, kl_test, calibrated_kl_test, meta_classifier,
-            ridge_on_outputs, head, components, statistics, set_encoder; by default all of these that apply. Also
-            log_odds and flat_mlp.
+            ridge_on_outputs, head, components, statistics, set_encoder (by default), log_odds, flat_mlp.
         queries: Number of selection images on which the attacker queries each model.
         seeds: Number of repetitions of an attack that uses randomness.
         shuffled: Run a control: shuffle the secrets of the shadows 20 times. Attacks should be at chance level.

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from json import loads as parse_json
 from pathlib import Path
 from shlex import quote
+from typing import TYPE_CHECKING
 
 from vitzoo_hf.cli.options import (
     Json,
@@ -167,8 +168,7 @@ def convert(
     """Convert published checkpoints into a zoo. After an interruption, the same command continues.
 
     Args:
-        source: Folder or http address of the original ViT model zoo; a checkpoint, a model folder, or a folder of
-            checkpoints or model folders; hf:ORG/NAME, or a .txt file of Hub model ids.
+        source: The original ViT model zoo; a checkpoint, a model folder, or a folder of these; hf:ORG/NAME; a .txt list.
         out: Folder for the zoo.
         dtype: Storage type of the weights: float32, or float16 or bfloat16 for half the size with rounded weights.
         table: CSV file, one row per checkpoint: a column `file` (or `repo`), columns of rows, and factors.
