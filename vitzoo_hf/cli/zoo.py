@@ -168,7 +168,7 @@ def convert(
     """Convert published checkpoints into a zoo. After an interruption, the same command continues.
 
     Args:
-        source: The original ViT model zoo; a checkpoint or model folder, or a folder of these; hf:ORG/NAME; a .txt list.
+        source: The original ViT model zoo; a checkpoint, a folder of these or of models; hf:ORG/NAME; a .txt list.
         out: Folder for the zoo.
         dtype: Storage type of the weights: float32, or float16 or bfloat16 for half the size with rounded weights.
         table: CSV file, one row per checkpoint: a column `file` (or `repo`), columns of rows, and factors.
