@@ -131,7 +131,7 @@ def test_mistakes_are_one_line(place, tiny_zoo, tmp_path, capsys):
         ),
         (["sample", *own, *CHOSEN, "--out", str(tmp_path / "x"), "--keep", "-1"], "--keep -1"),
         (["sample", *own, *CHOSEN, "--out", str(tmp_path / "x"), "--rounds", "0"], "0 rounds of sampling"),
-        (["encode", *own, *CHOSEN, "--latents", str(place / "ae" / "autoencoder.safetensors")], "name another"),
+        (["encode", *own, *CHOSEN, "--latents", str(place / "ae" / "autoencoder.safetensors")], "give another file"),
         (["sample", *own, *CHOSEN, "--out", str(tmp_path / "x"), "--keep", "0", "--rounds", "2"], "2 rounds need"),
         (["sample", *own, *CHOSEN, "--out", str(tmp_path / "x"), "--fine-tune", "-1"], "--fine-tune -1"),
     ):
