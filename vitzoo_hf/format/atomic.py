@@ -34,6 +34,7 @@ def exclusive(folder: Path) -> Iterator[Path]:
     folder = absolute(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        # timeout 0: a second process must say so at once, not wait for hours of training
         lock = FileLock(folder / ".lock", timeout=0)
         lock.acquire()
     except Timeout:
@@ -54,6 +55,7 @@ def make_folder(out: Path) -> None:
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
+        # the permission bits do not tell (root, read-only mounts, quotas): only writing does
         with TemporaryFile(dir=out):
             pass
     except OSError as error:
@@ -67,6 +69,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         ZooError: if the folder cannot be written or the disk is full; `path` is left as it was.
     """
     try:
+        # in the same folder, as a rename is atomic within one file system only
         descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=".tmp-", suffix=path.suffix)
         os.close(descriptor)
     except OSError as error:
@@ -74,6 +77,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     temporary = Path(name)
     try:
         write(temporary)
+        # mkstemp makes files that only their owner can read
         temporary.chmod(0o644)
         temporary.replace(path)
     except (OSError, SafetensorError) as error:
@@ -82,10 +86,11 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
             f"cannot write {path}: {reason}; what was finished is kept, the same command continues"
         ) from None
     finally:
+        # after a rename there is nothing left; after an error or an interrupt there is
         temporary.unlink(missing_ok=True)
 
 
-def write_json(path: Path, value: Any, *, indent: int | None = 1) -> None:
+def write_json(path: Path, value: object, *, indent: int | None = 1) -> None:
     """Write `value` as JSON, atomically; with `indent=None` on one line."""
     text = json.dumps(value, indent=indent, ensure_ascii=False)
     write_atomically(path, lambda file: file.write_text(text + "\n", encoding="utf-8"))

@@ -5,7 +5,6 @@ the formats `torch` and `numpy` of `datasets` cut trailing zero bytes off binary
 """
 
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -64,8 +63,11 @@ def encode(vector: np.ndarray, dtype: str = "float32") -> np.ndarray:
     """
     check_dtype(dtype)
     if dtype == "float32":
+        # "<f4" fixes the byte order, which hashes and files promise on any machine
         return np.ascontiguousarray(vector, dtype="<f4").view(np.uint8)
+    # numpy has no bfloat16
     narrow = torch.from_numpy(np.ascontiguousarray(vector)).to(getattr(torch, dtype))
+    # float16 ends at 65504: an infinite weight would come back where a finite one was given
     if bool(torch.isinf(narrow).any()) and not np.isinf(vector).any():
         raise ZooError(f"a weight of {np.abs(vector).max():.3g} does not fit {dtype}: store float32 or bfloat16")
     return narrow.view(torch.uint8).numpy()
@@ -86,6 +88,7 @@ def widen(raw: np.ndarray, dtype: str, out: np.ndarray | None = None) -> np.ndar
         np.copyto(out, view)
         return out
     target = np.empty(raw.size // 2, np.float32) if out is None else out
+    # torch warns of memory that may not be written to, as Arrow buffers are
     source = raw if raw.flags.writeable else raw.copy()
     torch.from_numpy(target).copy_(torch.from_numpy(source).view(getattr(torch, dtype)))
     return target
@@ -97,7 +100,7 @@ def rounded(vector: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def vector_of(
-    value: Any, *, name: str, num_parameters: int | None, dtype: str = "float32", sha256: str | None = None
+    value: object, *, name: str, num_parameters: int | None, dtype: str = "float32", sha256: str | None = None
 ) -> np.ndarray:
     """The weights of one row as a float32 vector `[D]`, from whatever `datasets` or pyarrow handed out.
 
@@ -115,13 +118,16 @@ def vector_of(
     """
     check_dtype(dtype)
     if isinstance(value, pa.Scalar):
+        # a scalar hides its buffer; an array of one row shows it
         value = pa.array([value.as_py()], value.type) if value.is_valid else None
     if isinstance(value, pa.Array | pa.ChunkedArray):
         value = _arrow_values(value, name)
+    # the numpy format of `datasets` wraps bytes in an array without axes
     if isinstance(value, np.ndarray) and value.ndim == 0:
         value = value.item()
     if isinstance(value, bytes | bytearray | memoryview):
         return _from_bytes(np.frombuffer(value, np.uint8), name, num_parameters, dtype, sha256)
+    # integers and raw uint8 would turn into plausible floats; objects may hold a list of floats
     if isinstance(value, np.ndarray) and value.dtype.kind not in "fO":
         raise ZooError(f"{name} has weights of type {value.dtype}; expected floating-point numbers")
     vector = _numbers(value, name)
@@ -133,16 +139,18 @@ def vector_of(
     return vector
 
 
-def _arrow_values(values: pa.Array | pa.ChunkedArray, name: str) -> Any:
+def _arrow_values(values: pa.Array | pa.ChunkedArray, name: str) -> memoryview | bytes | np.ndarray:
     """The buffer of the only row of an Arrow column, without a copy."""
     if len(values) != 1:
         raise ZooError(f"{name}: {len(values)} rows of weights were given, expected one")
     if isinstance(values, pa.ChunkedArray):
+        # a slice of a table may begin with empty chunks
         values = next(chunk for chunk in values.chunks if len(chunk))
     if values.null_count:
         raise ZooError(f"{name} has no weights")
     if pa.types.is_binary(values.type) or pa.types.is_large_binary(values.type):
         _, offsets, data = values.buffers()
+        # the buffers are read by hand: `as_py` would copy gigabytes into a bytes object
         kind = np.int64 if pa.types.is_large_binary(values.type) else np.int32
         start, stop = np.frombuffer(offsets, kind)[values.offset : values.offset + 2]
         return memoryview(data)[start:stop] if data is not None else b""
@@ -152,6 +160,7 @@ def _arrow_values(values: pa.Array | pa.ChunkedArray, name: str) -> Any:
 def _from_bytes(raw: np.ndarray, name: str, num_parameters: int | None, dtype: str, sha256: str | None) -> np.ndarray:
     expected = raw.size if num_parameters is None else num_parameters * ITEM_BYTES[dtype]
     if num_parameters is not None and raw.size < expected and sha256:
+        # only with a hash to prove it: without one, cut zeros and a damaged row look alike
         whole = widen(np.concatenate([raw, np.zeros(expected - raw.size, np.uint8)]), dtype)
         if schema.weights_sha256(whole) == sha256:
             return whole
@@ -163,11 +172,12 @@ def _from_bytes(raw: np.ndarray, name: str, num_parameters: int | None, dtype: s
     return widen(raw, dtype)
 
 
-def _numbers(value: Any, name: str) -> np.ndarray:
+def _numbers(value: object, name: str) -> np.ndarray:
     try:
         if isinstance(value, torch.Tensor):
             return value.detach().float().cpu().numpy()
         vector = np.asarray(value)
+        # big-endian float32 has the same type but must be converted
         if vector.dtype == np.float32 and vector.dtype.isnative:
             return vector
         return np.array(value, dtype=np.float32)

@@ -29,6 +29,7 @@ class FolderFiles:
     is_remote = False
 
     def __init__(self, folder: Path) -> None:
+        # worker processes may start in another directory
         self.folder = folder.absolute()
         self.name = str(folder)
 
@@ -91,11 +92,12 @@ class HubFiles:
         self._links: dict[str, str] = {}
         self._lock = threading.Lock()
 
-    def __getstate__(self) -> dict[str, Any]:
-        pinned: dict[str, Any] = {"_commit": self.commit, "_links": {}, "_lock": None}
+    def __getstate__(self) -> dict[str, object]:
+        # `self.commit` asks the Hub if nobody has: a copy must read the same commit, and locks do not pickle
+        pinned: dict[str, object] = {"_commit": self.commit, "_links": {}, "_lock": None}
         return self.__dict__ | pinned
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__ = state | {"_lock": threading.Lock()}
 
     def repair(self, name: str) -> str:
@@ -127,6 +129,7 @@ class HubFiles:
             ZooError: if there is no such dataset, revision or file, or it cannot be fetched.
         """
         if self._commit is None:
+            # the first file decides on the commit: two threads must not pin two of them
             with self._lock:
                 file = self._download(name, self._commit or self.revision)
                 # .../snapshots/COMMIT/NAME
@@ -143,9 +146,11 @@ class HubFiles:
         """
         from huggingface_hub import try_to_load_from_cache
 
+        # asks no server, so an offline machine reads what it has
         held = try_to_load_from_cache(self.repository, name, revision=self.commit, repo_type="dataset")
         if isinstance(held, str):
             return Path(held)
+        # the hash becomes a file name: one with a slash or dots must not leave the folder
         if sha256 is None or not sha256.isalnum():
             return None
         # .../snapshots/COMMIT/zoo.json beside .../blobs/SHA256
@@ -161,6 +166,7 @@ class HubFiles:
         from huggingface_hub import get_hf_file_metadata
         from huggingface_hub.errors import EntryNotFoundError, OfflineModeIsEnabled
 
+        # first, as it needs no request
         if self.local(name) is not None:
             return True
         try:
@@ -189,6 +195,7 @@ class HubFiles:
             try:
                 progress = done
                 for chunk in self._range(name, start + done, start + len(target)):
+                    # a server that ignores the end of the range must not write beyond the buffer
                     if len(chunk) > len(target) - done:
                         raise ZooError(
                             f"cannot read {name} of {self.name!r}: the server sends more than was asked for"
@@ -196,10 +203,12 @@ class HubFiles:
                     target[done : done + len(chunk)] = chunk
                     done += len(chunk)
                 if done < len(target):
+                    # clients differ in whether a short body is an error; here it always is
                     raise ConnectionError("the answer ended early")
             except ZooError:
                 raise
             except Exception as error:
+                # counted since the last byte that came: a slow but steady connection never gives up
                 failures = 1 if done > progress else failures + 1
                 if not is_transient(error) or failures >= self.attempts:
                     raise self._failure(name, error) from None
@@ -213,11 +222,13 @@ class HubFiles:
         link = self._links.get(name)
         url = self._url(name)
         headers = build_hf_headers(library_name="vitzoo-hf", library_version=schema.VERSION)
+        # a compressed answer would make positions in the file meaningless
         headers |= {"Accept-Encoding": "identity", "Range": f"bytes={start}-{stop - 1}"}
         if link is not None:
             # a signed address on another host needs no token, and must not be told it
             headers.pop("authorization", None)
         with streamed(link or url, headers, constants.HF_HUB_DOWNLOAD_TIMEOUT) as (answer, chunks):
+            # signed addresses expire; storage services answer an old one with any of these
             if link is not None and answer.status_code in (400, 401, 403, 404, 410):
                 self._links.pop(name, None)
                 raise ConnectionError("the address has expired")
@@ -225,11 +236,13 @@ class HubFiles:
             self._check_range(name, answer, start, stop)
             signed = moved_to(answer)
             if signed is not None:
+                # saves the redirect: one request a range instead of two
                 self._links[name] = signed
             yield from chunks
 
     def _check_range(self, name: str, answer: Any, start: int, stop: int) -> None:
         told = answer.headers.get("content-range", "")
+        # 200 means the whole file, perhaps terabytes, from its beginning
         if answer.status_code != 206 or answer.headers.get("content-encoding", "identity") != "identity":
             host = urlsplit(str(answer.url)).hostname
             raise ZooError(
@@ -272,6 +285,7 @@ def read_file_into(file: Path, start: int, out: memoryview, what: str) -> None:
         with io.FileIO(file) as opened:
             opened.seek(start)
             while done < len(target):
+                # one call reads at most 2 GB on Linux, and may read less
                 count = opened.readinto(target[done:])
                 if not count:
                     raise ZooError(f"{what} has fewer than {start + len(target)} bytes: it was cut; {REPAIR}")

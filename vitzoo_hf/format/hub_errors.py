@@ -22,6 +22,7 @@ def is_transient(error: BaseException) -> bool:
     """Whether the same request may succeed a little later: a broken connection, a busy or failing server."""
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
+    # both are connection errors by class, yet no second attempt can change them
     if isinstance(error, OfflineModeIsEnabled | LocalEntryNotFoundError):
         return False
     if isinstance(error, HfHubHTTPError):
@@ -61,6 +62,7 @@ def seconds_asked_for(error: BaseException) -> float:
     # as the Hub writes it: ratelimit: "api";r=0;t=55
     limit = re.search(r";\s*r\s*=\s*0\s*;\s*t\s*=\s*(\d+)", headers.get("ratelimit", ""))
     if status == 429 and limit is not None:
+        # the header gives whole seconds: one more, so that the window is surely over
         return min(int(limit[1]) + 1.0, 120.0)
     asked = headers.get("retry-after", "")
     return min(float(asked), 120.0) if asked.isdigit() else 0.0
@@ -93,6 +95,7 @@ def hub_failure(error: BaseException, what: str, revision: str | None = None) ->
         reason = (
             "it is not in the cache, and HF_HUB_OFFLINE forbids to fetch it: unset it, or download the zoo before"
         )
+    # before RepositoryNotFoundError, of which it is a subclass
     elif isinstance(error, hub.GatedRepoError):
         page = f"{constants.ENDPOINT}/datasets/{refused_repository(error)}"
         reason = f"its owner grants access: ask at {page}, then {login}"

@@ -23,6 +23,7 @@ def http_client() -> ModuleType:
     """
     from huggingface_hub.utils import get_session
 
+    # the session may be a subclass made by huggingface_hub or by the user
     names = [base.__module__.partition(".")[0] for base in type(get_session()).__mro__]
     name = next((name for name in names if name in CLIENTS), None)
     if name is None:
@@ -61,6 +62,7 @@ def refused_repository(error: Any) -> str:
     if named:
         return str(named)
     parts = urlsplit(str(error.response.url)).path.strip("/").split("/")
+    # addresses of files lack /api, those of models lack /models
     parts = parts[1:] if parts[0] == "api" else parts
     parts = parts[1:] if parts[0] in ("datasets", "models") else parts
     return "/".join(parts[:2])
@@ -73,10 +75,12 @@ def streamed(url: str, headers: dict[str, str], timeout: float) -> Iterator[tupl
 
     session: Any = get_session()
     if http_client().__name__ == "requests":
+        # without stream=True the whole body would be in memory before the first chunk
         with session.get(url, headers=headers, stream=True, timeout=timeout) as answer:
             yield answer, _as_they_come(answer.raw)
     else:
         with session.stream("GET", url, headers=headers, follow_redirects=True, timeout=timeout) as answer:
+            # raw, as a range of a file must not be decompressed
             yield answer, answer.iter_raw()
 
 

@@ -7,7 +7,7 @@ vector and rebuilding a model copies nothing. Only float32 tensors are accepted:
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Literal, TypedDict
 
 import torch
 from jaxtyping import Float
@@ -16,6 +16,14 @@ from torch import Tensor
 from vitzoo_hf.format.schema import ZooError, fingerprint
 
 EMBEDDING = ("cls_token", "reg_token", "dist_token", "pos_embed", "patch_embed")
+
+
+class TensorEntry(TypedDict):
+    """One tensor of a layout, as `layouts.json` holds it."""
+
+    name: str
+    shape: list[int]
+    offset: int
 
 
 @dataclass(frozen=True)
@@ -40,11 +48,12 @@ class Layout:
         """
         for name, tensor in state_dict.items():
             if tensor.dtype != torch.float32:
+                # rounding here would make a round trip inexact without a word
                 raise ZooError(f"tensor {name!r} is {tensor.dtype}; a zoo stores float32: call .float() first")
         return cls(tuple(state_dict), tuple(tuple(tensor.shape) for tensor in state_dict.values()))
 
     @classmethod
-    def from_json(cls, entries: list[dict[str, Any]]) -> "Layout":
+    def from_json(cls, entries: list[TensorEntry]) -> "Layout":
         """The layout read from `layouts.json`, with its offsets checked.
 
         Raises:
@@ -53,11 +62,12 @@ class Layout:
         if any({"name", "shape", "offset"} - set(entry) for entry in entries):
             raise ZooError("a layout lacks a name, shape or offset: layouts.json is damaged")
         layout = cls(tuple(entry["name"] for entry in entries), tuple(tuple(entry["shape"]) for entry in entries))
+        # offsets are redundant: a reader in another language uses them, so both must agree
         if [entry["offset"] for entry in entries] != list(layout.offsets):
             raise ZooError("a layout's offsets do not follow from its shapes: layouts.json is damaged")
         return layout
 
-    def to_json(self) -> list[dict[str, Any]]:
+    def to_json(self) -> list[TensorEntry]:
         """`[{name, shape, offset}, …]`, as `layouts.json` holds it."""
         return [
             {"name": name, "shape": list(shape), "offset": offset}
@@ -169,6 +179,7 @@ def flatten(state_dict: Mapping[str, Tensor]) -> Float[Tensor, " D"]:
         ZooError: if a tensor is not float32.
     """
     Layout.of(state_dict)
+    # torch.cat refuses an empty list
     if not state_dict:
         return torch.empty(0)
     return torch.cat([tensor.detach().reshape(-1) for tensor in state_dict.values()])
@@ -195,6 +206,7 @@ def unflatten(vector: Float[Tensor, "*P D"], layout: Layout) -> dict[str, Tensor
             f"a vector of {vector.shape[-1]} values does not fit layout {layout.fingerprint},"
             f" which has {layout.num_parameters}; was it truncated, or stored with another head?"
         )
+    # view, not reshape: it raises where it would have to copy
     lead = tuple(vector.shape[:-1])
     return {
         name: vector[..., part].view((*lead, *shape))

@@ -26,6 +26,7 @@ def read_manifest(file: Path) -> dict[str, Any]:
     for key, kind in kinds.items():
         if not isinstance(manifest, dict) or not isinstance(manifest.get(key), kind):
             raise ZooError(f"{file} is damaged: it lacks {key!r}; {REPAIR}")
+    # after the keys: a newer format promises to keep these, so its number can be read
     if manifest["format"] > schema.FORMAT_VERSION:
         raise ZooError(
             f"{file} says format {manifest['format']}, this version reads up to {schema.FORMAT_VERSION}:"
@@ -45,6 +46,7 @@ def read_layouts(file: Path) -> dict[str, Layout]:
         raise ZooError(f"{file} is damaged: expected an object of layouts; {REPAIR}")
     layouts = {key: Layout.from_json(held) for key, held in entries.items()}
     for key, layout in layouts.items():
+        # rows name layouts by fingerprint: a layout under a wrong key would give wrong tensors silently
         if layout.fingerprint != key:
             raise ZooError(f"{file} is damaged: layout {key} has the fingerprint {layout.fingerprint}; {REPAIR}")
     return layouts
@@ -61,6 +63,7 @@ def read_shards(files: FolderFiles | HubFiles, manifest: Mapping[str, Any]) -> d
     listed = manifest["files"]
     if schema.SHARDS in listed:
         data = files.path(schema.SHARDS).read_bytes()
+        # byte offsets come from this file: a damaged one would read plausible numbers from wrong places
         if hashlib.sha256(data).hexdigest() != listed[schema.SHARDS]["sha256"]:
             raise ZooError(f"{schema.SHARDS} of {files.name} does not match its hash: it is damaged; {REPAIR}")
         listed = json.loads(data)
@@ -68,6 +71,7 @@ def read_shards(files: FolderFiles | HubFiles, manifest: Mapping[str, Any]) -> d
     for name in names:
         if not isinstance(listed[name], dict) or not {"bytes", "sha256"} <= listed[name].keys():
             raise ZooError(f"{files.name} is damaged: size or hash of {name} is not listed; {REPAIR}")
+    # rows of the index run split by split, and shards in the order of their numbers
     order = {f"weights/{split}": rank for rank, split in enumerate(schema.SPLITS)}
     return {name: listed[name] for name in sorted(names, key=lambda name: (order[name.split("-")[0]], name))}
 
@@ -80,6 +84,7 @@ def check_sizes(files: FolderFiles | HubFiles, manifest: Mapping[str, Any]) -> N
     """
     for name, entry in (manifest["files"] | read_shards(files, manifest)).items():
         file = files.path(name)
+        # lengths only: hashing a terabyte at each opening is `vitzoo verify`, not this
         if file.suffix == ".parquet" and file.stat().st_size != entry["bytes"]:
             raise ZooError(f"{name} has {file.stat().st_size} bytes, not {entry['bytes']}: it was cut; {REPAIR}")
 
@@ -97,6 +102,7 @@ def open_files(path: str | Path, revision: str | None) -> FolderFiles | HubFiles
         if revision is not None:
             raise ZooError(f"revision {revision!r} of a folder: only datasets on the Hub have revisions")
         return FolderFiles(folder)
+    # pandas and fsspec write these prefixes; users paste them
     repository = str(path).removeprefix("hf://").removeprefix("datasets/")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
         raise ZooError(f"no zoo at {str(path)!r}: neither a folder nor a dataset id like ORG/NAME")

@@ -10,7 +10,7 @@ from vitzoo_hf.format import schema
 from vitzoo_hf.format.encoding import vector_of
 from vitzoo_hf.format.schema import ZooError
 
-RowLike = Mapping[str, Any] | pa.Table
+RowLike = Mapping[str, object] | pa.Table
 """What users bring: a row of `Zoo.rows()`, of `load_dataset(…)` in any format, or a table of one row."""
 
 Factor = str | float | int | bool | None
@@ -37,9 +37,9 @@ class Row(Mapping[str, Any]):
     __slots__ = ("_columns", "_read", "_vector", "_verified")
 
     def __init__(
-        self, columns: Mapping[str, Any], read: Callable[[], np.ndarray] | None = None, *, verified: bool = False
+        self, columns: Mapping[str, object], read: Callable[[], np.ndarray] | None = None, *, verified: bool = False
     ) -> None:
-        self._columns = dict(columns)
+        self._columns: dict[str, Any] = dict(columns)
         if read is not None:
             self._columns["weights"] = None
         self._read = read
@@ -53,12 +53,14 @@ class Row(Mapping[str, Any]):
         Raises:
             ZooError: for a table that has not exactly one row.
         """
+        # handed on, so that verification and the decoded vector are kept
         if isinstance(row, Row):
             return row
         if not isinstance(row, pa.Table):
             return cls(row)
         if row.num_rows != 1:
             raise ZooError(f"a table of {row.num_rows} rows was given; expected one row, such as `rows[0]`")
+        # weights stay an Arrow column: as_py would make a list of Python floats
         return cls({name: row[name] if name == "weights" else row[name][0].as_py() for name in row.column_names})
 
     def __getitem__(self, column: str) -> Any:
@@ -76,10 +78,10 @@ class Row(Mapping[str, Any]):
     def __contains__(self, column: object) -> bool:
         return column in self._columns  # Mapping would ask for the value, and so read the weights
 
-    def __or__(self, changes: Mapping[str, Any]) -> dict[str, Any]:
+    def __or__(self, changes: Mapping[str, object]) -> dict[str, object]:
         return dict(self) | dict(changes)
 
-    def __ror__(self, columns: Mapping[str, Any]) -> dict[str, Any]:
+    def __ror__(self, columns: Mapping[str, object]) -> dict[str, object]:
         return dict(columns) | dict(self)
 
     def __repr__(self) -> str:
@@ -88,7 +90,7 @@ class Row(Mapping[str, Any]):
     def __copy__(self) -> "Row":
         return self  # two rows over one vector would not know that a model of the other changed it
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[object, ...]:
         return _unpickled, (dict(self), self._verified)
 
     @property
@@ -177,6 +179,7 @@ class Row(Mapping[str, Any]):
             ZooError: if there are none, not as many as the row says, or not those of its hash when they are read.
         """
         weights = self.required("weights")
+        # decoded once: bytes of bfloat16 would be widened at each access
         if self._vector is None:
             self._vector = vector_of(
                 weights,
@@ -189,6 +192,7 @@ class Row(Mapping[str, Any]):
 
     def lend(self) -> None:
         """Note that a model shares the memory of the weights and may change them: they are verified again."""
+        # the flag alone: hashing waits until somebody rebuilds from it
         self._verified = False
 
     def required(self, column: str) -> Any:
@@ -211,5 +215,5 @@ class Row(Mapping[str, Any]):
         return names[int(value)]
 
 
-def _unpickled(columns: dict[str, Any], verified: bool) -> Row:
+def _unpickled(columns: dict[str, object], verified: bool) -> Row:
     return Row(columns, verified=verified)

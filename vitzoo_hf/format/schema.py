@@ -227,7 +227,7 @@ def union_find(pairs: Iterable[tuple[str, str]], key: Callable[[str], Any] | Non
     return {name: leader_of(name) for name in leaders}
 
 
-def canonical_json(value: Any) -> str:
+def canonical_json(value: object) -> str:
     """JSON with sorted keys and no white space: equal values give equal text, so it can be hashed.
 
     >>> canonical_json({"b": 1, "a": [1, 2]})
@@ -236,6 +236,6 @@ def canonical_json(value: Any) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"))
 
 
-def fingerprint(value: Any, length: int = 16) -> str:
+def fingerprint(value: object, length: int = 16) -> str:
     """The first `length` hexadecimal digits of the SHA-256 of `canonical_json(value)`."""
     return hashlib.sha256(canonical_json(value).encode()).hexdigest()[:length]

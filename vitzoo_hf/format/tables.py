@@ -5,7 +5,7 @@ Tables of a zoo without weights: index, evaluations, pairs, probes; each compare
 
 import hashlib
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -17,6 +17,9 @@ from vitzoo_hf.format import schema
 from vitzoo_hf.format.files import FolderFiles, HubFiles
 from vitzoo_hf.format.messages import REPAIR, did_you_mean, one_line
 from vitzoo_hf.format.schema import ZooError
+
+if TYPE_CHECKING:
+    import datasets
 
 
 class LightTables:
@@ -66,22 +69,24 @@ class LightTables:
             raise ZooError(f"{name} of {self.files.name} cannot be read ({one_line(error)}); {REPAIR}") from None
         if hashlib.sha256(data).hexdigest() != self.manifest["files"][name].get("sha256"):
             raise ZooError(f"{name} of {self.files.name} does not match its hash: it is damaged; {REPAIR}")
+        # small tables: starting threads costs more than it saves
         return pq.ParquetFile(pa.BufferReader(data)).read(use_threads=False)
 
 
 def records(frame: pd.DataFrame) -> list[dict[str, Any]]:
     """Rows of a data frame, with None for every missing value."""
+    # object first: None in a float column would turn back into NaN
     return frame.astype(object).where(frame.notna(), None).to_dict("records")
 
 
-def features_of(table: pa.Table) -> Any:
+def features_of(table: pa.Table) -> "datasets.Features":
     """The Hugging Face `Features` kept in a table's metadata."""
     import datasets
 
     return datasets.Features.from_arrow_schema(table.schema)
 
 
-def with_class_names(table: pa.Table, features: Mapping[str, Any]) -> pa.Table:
+def with_class_names(table: pa.Table, features: Mapping[str, object]) -> pa.Table:
     """The table with class numbers replaced by their names."""
     for position, column in enumerate(table.column_names):
         names = getattr(features.get(column), "names", None)
@@ -90,7 +95,7 @@ def with_class_names(table: pa.Table, features: Mapping[str, Any]) -> pa.Table:
     return table.replace_schema_metadata(None)
 
 
-def check_classes(column: str, condition: Any) -> None:
+def check_classes(column: str, condition: object) -> None:
     """Refuse a name that the class column does not have.
 
     Raises:
@@ -102,7 +107,7 @@ def check_classes(column: str, condition: Any) -> None:
             raise ZooError(f"unknown {column} {value!r}: {did_you_mean(str(value), known)}")
 
 
-def matches(values: pa.ChunkedArray, column: str, condition: Any) -> np.ndarray:
+def matches(values: pa.ChunkedArray, column: str, condition: object) -> np.ndarray:
     """Which values meet the condition; null never does, except for the condition None.
 
     Args:
@@ -122,6 +127,7 @@ def matches(values: pa.ChunkedArray, column: str, condition: Any) -> np.ndarray:
             low, high = condition
             if (low is not None and low != low) or (high is not None and high != high):
                 raise ValueError
+            # an open range still excludes null
             mask = pc.is_valid(values)
             if low is not None:
                 mask = pc.and_(mask, pc.greater_equal(values, _end(low, values.type)))
@@ -129,12 +135,15 @@ def matches(values: pa.ChunkedArray, column: str, condition: Any) -> np.ndarray:
                 mask = pc.and_(mask, pc.less_equal(values, _end(high, values.type)))
         else:
             wanted = list(condition) if isinstance(condition, list | set) else [condition]
+            # NaN equals nothing: a filter by it would silently give no rows
             if any(value != value for value in wanted):
                 raise ValueError
             kind = pa.array(wanted).type if wanted else values.type
+            # pyarrow would cast "3" to 3 and 3 to "3"
             if pa.types.is_string(kind) != pa.types.is_string(values.type):
                 raise TypeError
             held = pa.array(wanted, values.type)
+            # pyarrow cuts 3.5 to 3
             if pa.types.is_integer(values.type) and held.to_pylist() != list(wanted):
                 raise TypeError
             mask = pc.is_in(values, held)
@@ -146,12 +155,12 @@ def matches(values: pa.ChunkedArray, column: str, condition: Any) -> np.ndarray:
     return mask.fill_null(False).to_numpy()
 
 
-def _end(value: Any, kind: pa.DataType) -> pa.Scalar:
+def _end(value: object, kind: pa.DataType) -> pa.Scalar:
     """The end of a range, rounded as the column's values were: 0.9 in a float32 column is the float32 next to 0.9."""
     return pa.scalar(value, kind) if pa.types.is_floating(kind) else pa.scalar(value)
 
 
-def parse_condition(text: str, types: Mapping[str, type], option: str = "--where") -> tuple[str, Any]:
+def parse_condition(text: str, types: Mapping[str, type], option: str = "--where") -> tuple[str, object]:
     """`COLUMN=VALUE`, `COLUMN=A,B` or `COLUMN=LOW..HIGH` as a column and a condition of its type.
 
     >>> parse_condition("factor_lr=1e-3..", {"factor_lr": float})
@@ -169,6 +178,7 @@ def parse_condition(text: str, types: Mapping[str, type], option: str = "--where
         raise ZooError(f"{option}: unknown column {column!r}: {did_you_mean(column, types)}")
     parse = _parse_bool if types[column] is bool else types[column]
     try:
+        # texts may hold two dots: only numbers have ranges
         if ".." in value and parse is not str:
             low, _, high = value.partition("..")
             return column, (parse(low) if low else None, parse(high) if high else None)

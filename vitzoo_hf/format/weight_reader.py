@@ -30,7 +30,9 @@ MAPPED_BYTES = 1_000_000
 FETCHED_WHOLE_BYTES = 64_000_000
 """A remote shard up to this size goes into the Hub's cache whole; of larger ones only the rows asked for are read."""
 
+# Row groups of older zoos stay decoded up to this size, as rows are read one by one in order.
 DECODED_BYTES = 256_000_000
+# Far below the usual limit of 1,024 descriptors a process, of which several zoos may be open.
 OPEN_FILES = 64
 
 
@@ -65,6 +67,7 @@ class _OpenFile:
 
     def __init__(self, file: Path) -> None:
         self.descriptor = os.open(file, os.O_RDONLY)
+        # not closed by whoever drops it from the cache: another thread may be reading
         weakref.finalize(self, os.close, self.descriptor)
 
 
@@ -91,6 +94,7 @@ class WeightReader:
         self._shard_bytes = {name: entry["bytes"] for name, entry in shards.items()}
         self._shard_sha256 = {name: entry["sha256"] for name, entry in shards.items()}
         self._local_files: dict[str, Path] = {}
+        # shared by all filters of a zoo: a row is hashed once a process
         self._verified = np.zeros(len(rows.model_ids), dtype=bool)
         self._unpickled()
 
@@ -99,11 +103,11 @@ class WeightReader:
         self._decoded: OrderedDict[tuple[str, int], pa.Array] = OrderedDict()
         self._lock = Lock()
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         hidden = ("_open_files", "_decoded", "_lock")
         return {name: value for name, value in self.__dict__.items() if name not in hidden}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__ |= state
         self._unpickled()
 
@@ -146,6 +150,7 @@ class WeightReader:
         """
         first = verify and not self._verified[position]
         if first or self.places.offset[position] < 0:
+            # a hash covers the whole vector, so a part cannot be verified alone
             whole = self.read(position, verify=verify)
         item = ITEM_BYTES[self.rows.dtypes[position]]
         filled = 0
@@ -167,6 +172,7 @@ class WeightReader:
         if schema.weights_sha256(vector) != self.rows.sha256[position]:
             repair = self.files.repair(self._file(position))
             raise ZooError(f"the weights of {self.rows.model_ids[position]} do not match their hash: {repair}")
+        # only after the comparison: a row that failed is compared, and refused, again
         self._verified[position] = True
 
     def _file(self, position: int) -> str:
@@ -177,6 +183,7 @@ class WeightReader:
         name = self._file(position)
         if name not in self._local_files:
             local = self.files.local(name, self._shard_sha256[name])
+            # one download of a small shard is cheaper than a request a row
             small = self.keep and self._shard_bytes[name] <= FETCHED_WHOLE_BYTES
             if local is None and (small or not self.files.is_remote):
                 local = self.files.path(name)
@@ -187,9 +194,11 @@ class WeightReader:
 
     def _mapped(self, position: int, file: Path) -> np.ndarray:
         start = int(self.places.offset[position])
+        # the operating system maps whole pages
         aligned = start // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
         length = start - aligned + self.row_bytes(position)
         try:
+            # ACCESS_COPY: training a model on its row must never write into the zoo
             mapping = mmap.mmap(self._opened(file).descriptor, length, access=mmap.ACCESS_COPY, offset=aligned)
         except (OSError, ValueError) as error:
             raise self._unreadable(position, error) from None
@@ -205,6 +214,7 @@ class WeightReader:
         try:
             opened, done = self._opened(local), 0
             while done < out.size:
+                # reads at a position without moving the descriptor, which threads share
                 got = os.preadv(opened.descriptor, [out[done:].data], begin + done)
                 if got == 0:
                     raise OSError("the file was cut")
@@ -214,6 +224,7 @@ class WeightReader:
 
     def _opened(self, file: Path) -> _OpenFile:
         with self._lock:
+            # taken out and put back: the end of the dictionary is the most recently used
             opened = self._open_files.pop(file, None) or _OpenFile(file)
             self._open_files[file] = opened
             while len(self._open_files) > OPEN_FILES:
@@ -228,6 +239,7 @@ class WeightReader:
             if held is None:
                 held = self._row_group(position, name, group)
             self._decoded[name, group] = held
+            # more than one, so that a single huge row group is not decoded anew for every row
             while len(self._decoded) > 1 and sum(array.nbytes for array in self._decoded.values()) > DECODED_BYTES:
                 self._decoded.popitem(last=False)
         return vector_of(
@@ -242,8 +254,10 @@ class WeightReader:
             file = pq.ParquetFile(self.files.path(name), page_checksum_verification=True)
             table = file.read_row_group(group, columns=["model_id", "weights"])
             weights = table["weights"].combine_chunks()
+            # cheap: lengths and offsets; the values are compared by hash
             weights.validate(full=False)
             row = int(self.places.row[position])
+            # without offsets the order of rows is an assumption: the id proves it
             if table["model_id"][row].as_py() != self.rows.model_ids[position]:
                 raise ZooError(f"{name}, row group {group}, does not hold the rows the index says; {REPAIR}")
             return weights
@@ -265,7 +279,9 @@ def _places(files: FolderFiles | HubFiles, shards: Mapping[str, Mapping[str, Any
             file.append(np.full(count, number))
             group.append(np.full(count, position))
             row.append(np.arange(count))
+            # a count beyond the index is refused below, with a message, not by an index error here
             known = end > 0 and len(part) == count
+            # counted from the end: headers before the first vector vary in length, the end does not
             behind = (part[::-1] + entry.get("gap", 0)).cumsum()[::-1] - entry.get("gap", 0)
             offset.append(end - behind if known else np.full(count, -1))
             start += count

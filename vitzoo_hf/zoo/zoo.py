@@ -64,6 +64,7 @@ class Zoo:
         self._tables = LightTables(self._at_hand, self.manifest)
         self.source: tuple[str, str | None] = self._at_hand.source
         self._index = self._tables.index()
+        self._named_index = with_class_names(self._index, schema.row_features(self.manifest["factors"], weights=None))
         self._positions = np.arange(self._index.num_rows)
         self._readers: list[WeightReader] = []
         self._lists: dict[str, list[Any]] = {}
@@ -380,10 +381,6 @@ class Zoo:
             )
             self._readers.append(WeightReader(self._at_hand, read_shards(self._at_hand, self.manifest), rows))
         return self._readers[0]
-
-    @property
-    def _named_index(self) -> pa.Table:
-        return with_class_names(self._index, schema.row_features(self.manifest["factors"], weights=None))
 
     @property
     def _records(self) -> dict[str, list[Any]]:
