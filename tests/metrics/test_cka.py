@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jaxtyping import config
 
+from vitzoo_hf.metrics import cka as cka_module
 from vitzoo_hf.metrics import features as centred_features
-from vitzoo_hf.metrics.cka import cka, cka_between, hsic
+from vitzoo_hf.metrics.cka import MinibatchCKA, both_cka, cka, cka_between, hsic
 from vitzoo_hf.metrics.features import FeatureFile
 
 LINEAR, DEBIASED, RBF = 0.55761, 0.51346, 0.65483  # google-research/representation_similarity, its notebook
@@ -323,3 +324,43 @@ def test_cuda_agrees_with_the_processor(N, F, debiased, kernel):
 def test_refusals(unchecked, call, message):
     with pytest.raises(ValueError, match=message):
         call(randn(4, 6, 3))
+
+
+@pytest.mark.parametrize("kernel", ["linear", "rbf"])
+@pytest.mark.parametrize("factor", [1, 1e2, 316, 1e3, 3162, 1e4])
+def test_one_image_much_longer_than_all_others(factor, kernel):
+    """Massive activations: sums of the debiased HSIC nearly cancel, and float32 would keep two digits."""
+    for seed in range(5):
+        generator = torch.Generator().manual_seed(seed)
+        first = torch.randn(200, 64, generator=generator)
+        second = first + torch.randn(200, 64, generator=generator)
+        first[7] *= factor
+        features = torch.stack([first, second])
+        single, double = (cka(x, kernel=kernel)[0, 1].item() for x in (features, features.double()))
+        assert single == pytest.approx(double, abs=1e-5, nan_ok=True), seed
+        assert cka_between([first], [second])[0, 0].item() == pytest.approx(cka(features)[0, 1].item(), abs=1e-8)
+        batches = MinibatchCKA()
+        batches.update(features)
+        assert batches.cka()[0, 1].item() == pytest.approx(cka(features)[0, 1].item(), abs=1e-8)
+
+
+@pytest.mark.parametrize("offset", [0, 5, 100])
+@pytest.mark.parametrize("N", [8, 50, 300])
+def test_images_equally_far_apart_have_no_debiased_cka(N, offset):
+    """Float64 sums must not take the rounding of float32 features for a signal."""
+    corners = torch.linalg.qr(torch.randn(N, N, generator=torch.Generator().manual_seed(N), dtype=torch.float64))[0]
+    features = [(3 * corners + offset).float(), torch.randn(N, 4, generator=torch.Generator().manual_seed(1))]
+    result = cka(features)
+    assert result[0].isnan().all()
+    assert result[1, 1] == 1
+
+
+def test_both_estimators_come_from_one_set_of_products(monkeypatch):
+    features = torch.randn(3, 40, 8, generator=torch.Generator().manual_seed(0))
+    expected = cka(features), cka(features, debiased=False)
+    calls = []
+    products = cka_module.linear_products
+    monkeypatch.setattr(cka_module, "linear_products", lambda centred: calls.append(centred) or products(centred))
+    for result, value in zip(both_cka(features), expected, strict=True):
+        assert torch.equal(result, value)
+    assert len(calls) == 1

@@ -50,7 +50,7 @@ def test_tiles_and_both_routes_agree(monkeypatch, tile, blocks, num_first):
 def test_tiles_cover_every_pair_of_images_once(height, width, first_equals_second):
     first, second = slice(10, 143), slice(10, 143) if first_equals_second else slice(143, 200)
     count = torch.zeros(200, 200)
-    for i, j in gram_products._tiles(first, second, height, width):
+    for i, j in gram_products._tiles(first, second, height, width, 16):
         count[i, j] += 1
         assert i.stop - i.start <= height
         assert i == j or j.start >= i.stop
@@ -92,7 +92,7 @@ def test_the_median_distance_is_exact(monkeypatch, N, F):
     monkeypatch.setattr(gram_products, "MEDIAN_TILE", 16)
     model = randn(N, F).double()
     distances = ((model[:, None] - model[None]) ** 2).sum(-1).numpy()
-    result = gram_products._median(model, model.square().sum(1))
+    result = gram_products._medians(model[None], model.square().sum(1)[None])
     assert result.item() == pytest.approx(np.median(distances), rel=1e-6)
 
 

@@ -20,7 +20,7 @@ from vitzoo_hf.format.row import Row
 from vitzoo_hf.format.schema import ZooError
 from vitzoo_hf.metrics.agreement import agreement, cohen_kappa, error_consistency, error_overlap, jensen_shannon
 from vitzoo_hf.metrics.behavior import predictions
-from vitzoo_hf.metrics.cka import cka
+from vitzoo_hf.metrics.cka import both_cka
 from vitzoo_hf.metrics.features import FeatureFile
 from vitzoo_hf.zoo import Zoo
 
@@ -62,7 +62,7 @@ def measure_pairs(
         raise ZooError(f"there are {len(labels)} test images of {dataset!r}; comparing models takes at least 4")
     if len(rows) < 2:
         return pd.DataFrame({name: [] for name in schema.pair_features()})
-    matrices = _of_features(rows, left_out, cache, digest)
+    matrices = _of_features(rows, left_out, cache, digest, device)
     matrices |= _of_weights(zoo, rows, device, progress)
     matrices |= _of_predictions([rows[i] for i in classifiers], classifiers, len(rows), cache, digest, labels, device)
     tables = {name: matrix.cpu().tolist() for name, matrix in matrices.items()}
@@ -82,15 +82,16 @@ def measure_pairs(
 
 
 def _of_features(
-    rows: Sequence[Row], left_out: Collection[str], cache: OutputsCache, digest: str
+    rows: Sequence[Row], left_out: Collection[str], cache: OutputsCache, digest: str, device: str | torch.device
 ) -> dict[str, Float64[Tensor, "P P"]]:
     """CKA of models whose features are finite."""
     positions = [position for position, row in enumerate(rows) if row.model_id not in left_out]
     features = [FeatureFile(cache.place(rows[position], digest) / "features.npy") for position in positions]
     matrices = {"cka": _nan(len(rows)), "cka_biased": _nan(len(rows))}
     if positions:
-        for name, debiased in (("cka", True), ("cka_biased", False)):
-            _fill(matrices[name], positions, cka(features, debiased=debiased))
+        debiased, biased = both_cka(features, device=torch.device(device))
+        _fill(matrices["cka"], positions, debiased)
+        _fill(matrices["cka_biased"], positions, biased)
     return matrices
 
 

@@ -14,11 +14,14 @@ import torch
 from jaxtyping import Float, Float64, Int64, Integer, Num
 from torch import Tensor
 
+from vitzoo_hf.metrics.block_sizes import block_bytes
 from vitzoo_hf.metrics.inputs import check_logits, check_predictions, checked_labels, softmax_blocks
+from vitzoo_hf.metrics.mixture_kernel import has_triton, mixture_sums
 
 BLOCK_ELEMENTS = 2**20
 COMPARISONS_AT_ONCE = 2**26  # one byte each
 CACHED_ELEMENTS = 2**17  # two such buffers fit in a core's cache
+MIXTURE_BYTES = 2**24
 FLOAT32_SUM = 4096  # terms that are added up before float64
 
 
@@ -241,6 +244,8 @@ def _beyond_chance(
 
 def _mixture_sums(probabilities: Float[Tensor, "P NC"]) -> Float64[Tensor, "P P"]:
     """The upper triangle of `sum_k s log s` with `s = p_k + q_k`."""
+    if probabilities.device.type == "cuda" and has_triton():
+        return mixture_sums(probabilities)
     if probabilities.device.type != "cpu":
         return _mixture_sums_by_torch(probabilities)
     pieces = probabilities.split(max(1, CACHED_ELEMENTS // len(probabilities)), dim=1)
@@ -263,9 +268,12 @@ def _mixture_sums_by_numpy(probabilities: Float[Tensor, "P NC"]) -> Float64[np.n
 
 
 def _mixture_sums_by_torch(probabilities: Float[Tensor, "P NC"]) -> Float64[Tensor, "P P"]:
-    P = len(probabilities)
+    P, size = probabilities.shape
     sums = torch.zeros(P, P, dtype=torch.float64, device=probabilities.device)
-    for row in range(P):
-        s = probabilities[row:] + probabilities[row]
-        sums[row, row:] = (s * s.log()).sum(1)
+    most = block_bytes(probabilities.device, MIXTURE_BYTES) // probabilities.itemsize
+    rows = max(1, most // (P * size))
+    for piece in probabilities.split(max(1, most // P), dim=1):
+        for row in range(0, P, rows):
+            s = piece[row : row + rows, None] + piece[row:]
+            sums[row : row + rows, row:] += torch.xlogy(s, s, out=s).sum(-1, dtype=torch.float64)
     return sums

@@ -109,7 +109,7 @@ def class_accuracy(
     labels = checked_labels(labels, predicted, classes or num_classes)
     images = torch.bincount(labels, minlength=classes or num_classes or 0)
     right = torch.zeros(len(predicted), len(images), dtype=torch.int64, device=predicted.device)
-    for block in image_blocks(len(labels), len(predicted)):
+    for block in image_blocks(len(labels), len(predicted), predicted.device):
         hits = predicted[:, block] == labels[block]
         right.scatter_add_(1, labels[block].expand(len(predicted), -1), hits.long())
     return right.double() / images
@@ -249,7 +249,7 @@ def _labels_in_top_k(logits: Tensor, labels: Tensor, k: int) -> Int64[Tensor, " 
     refuse_rows(logits.amax(-1).isnan(), "NaN logits")
     counts = torch.zeros(P, dtype=torch.int64, device=logits.device)
     classes = torch.arange(C, device=logits.device)
-    for images in image_blocks(N, P * C):
+    for images in image_blocks(N, P * C, logits.device):
         label_logits = logits[:, images].gather(-1, labels[images].expand(P, -1).unsqueeze(-1))
         lower_index = classes < labels[images].unsqueeze(-1)
         beaten_by = (logits[:, images] > label_logits) | ((logits[:, images] == label_logits) & lower_index)

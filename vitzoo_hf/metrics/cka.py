@@ -9,8 +9,8 @@ With `L` and `K` the Gram matrices of two models, off their diagonals, and `r` t
     N(N-3) HSIC_1 = <K,L> - 2/(N-2) r_K.r_L + (sum r_K)(sum r_L)/((N-1)(N-2))       (Song et al. 2012)
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal, get_args
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from jaxtyping import Float, Float64
@@ -20,11 +20,15 @@ from vitzoo_hf.metrics.features import CentredFeatures, FeatureFile, Features
 from vitzoo_hf.metrics.gram_products import Products, linear_products, median_distances, rbf_products
 
 Kernel = Literal["linear", "rbf"]
+LEAST_IMAGES = {True: 4, False: 2}  # debiased HSIC divides by N - 3, biased HSIC by N - 1
+FLOAT64_EPS = torch.finfo(torch.float64).eps
+ESCALATE = 1e4
+"""An own HSIC below this times its rounding is computed again in float64."""
 
 
 def estimates(products: Products, debiased: bool) -> Float64[Tensor, "P P"]:
     """HSIC of the scaled Gram matrices, times N(N-3) if debiased, else (N-1)^2."""
-    inner, rows, diagonal, _, _ = products
+    inner, rows, diagonal = products.inner, products.rows, products.diagonal
     N = rows.shape[1]
     if not debiased:  # the biased estimator is of whole Gram matrices: put the diagonals back
         inner, rows = inner + diagonal @ diagonal.T, rows + diagonal
@@ -34,9 +38,10 @@ def estimates(products: Products, debiased: bool) -> Float64[Tensor, "P P"]:
     return values.triu() + values.triu(1).T
 
 
-def rounding(products: Products) -> Float64[Tensor, " P"]:
-    """Bound on the rounding error of the estimate of a model with itself."""
-    return 16 * products.eps * (products.inner.diagonal() + products.diagonal.square().sum(1))
+def rounding(products: Products, eps: float | Float64[Tensor, " P"] | None = None) -> Float64[Tensor, " P"]:
+    """Bound on the rounding error of the estimate of a model with itself, by the eps of the products or another."""
+    eps = products.eps if eps is None else eps
+    return 16 * eps * (products.inner.diagonal() + products.diagonal.square().sum(1))
 
 
 def alignment(values: Float64[Tensor, "P P"], rounding: Float64[Tensor, " P"]) -> Float64[Tensor, "P P"]:
@@ -80,8 +85,36 @@ def cka(
         >>> similarity[0, 1].item() > 0.9999, abs(similarity[0, 2].item()) < 0.2
         (True, True)
     """
-    products = _products(features, debiased, kernel, bandwidth)
-    return alignment(estimates(products, debiased), rounding(products))
+    return _estimated(lambda double: _products(features, kernel, bandwidth, debiased, double), debiased).alignment()
+
+
+@torch.no_grad()
+def both_cka(
+    features: Features, *, device: torch.device | None = None
+) -> tuple[Float64[Tensor, "P P"], Float64[Tensor, "P P"]]:
+    """Debiased and biased linear CKA of all pairs of models, from one set of products; for arguments see `cka`.
+
+    Args:
+        features: features of all models, of at least four images.
+        device: where they are compared; by default where they lie. Files lie on the CPU.
+
+    Returns:
+        Debiased and biased CKA, each what `cka` gives.
+
+    Raises:
+        ValueError: see `cka`.
+
+    Example:
+        >>> x = torch.randn(2, 50, 8, generator=torch.Generator().manual_seed(0))
+        >>> debiased, biased = both_cka(x)
+        >>> torch.equal(debiased, cka(x)), torch.equal(biased, cka(x, debiased=False))
+        (True, True)
+    """
+    products = _products(features, "linear", 1.0, True, False, device)
+    debiased = _estimated(
+        lambda double: _products(features, "linear", 1.0, True, True, device) if double else products, True
+    )
+    return debiased.alignment(), alignment(estimates(products, False), rounding(products))
 
 
 @torch.no_grad()
@@ -101,8 +134,12 @@ def cka_between(
         >>> block.shape, torch.equal(block.diagonal().round(decimals=6), torch.ones(2, dtype=torch.float64))
         (torch.Size([2, 3]), True)
     """
-    products = linear_products(CentredFeatures([*first, *second], 4 if debiased else 2), num_first=len(first))
-    return alignment(estimates(products, debiased), rounding(products))[: len(first), len(first) :]
+    features, minimum = [*first, *second], LEAST_IMAGES[debiased]
+
+    def products(double: bool) -> Products:
+        return linear_products(CentredFeatures(features, minimum, dtype=_dtype(double)), num_first=len(first))
+
+    return _estimated(products, debiased).alignment()[: len(first), len(first) :]
 
 
 @torch.no_grad()
@@ -117,18 +154,62 @@ def hsic(
         >>> hsic(torch.tensor([[[0.0], [1.0], [2.0]]]), debiased=False)
         tensor([[1.]], dtype=torch.float64)
     """
-    products = _products(features, debiased, kernel, bandwidth)
-    N = products.rows.shape[1]
-    scales = torch.outer(products.scales, products.scales).square()
-    return estimates(products, debiased) * scales / (N * (N - 3) if debiased else (N - 1) ** 2)
+    estimate = _estimated(lambda double: _products(features, kernel, bandwidth, debiased, double), debiased)
+    N = len(features[0])
+    scales = torch.outer(estimate.scales, estimate.scales).square()
+    return estimate.values * scales / (N * (N - 3) if debiased else (N - 1) ** 2)
 
 
-def _products(features: Features, debiased: bool, kernel: str, bandwidth: float) -> Products:
+class Estimate(NamedTuple):
+    """HSIC of all pairs of models, as `estimates` gives it, with what it takes to judge and scale it."""
+
+    values: Float64[Tensor, "P P"]
+    rounding: Float64[Tensor, " P"]
+    scales: Float64[Tensor, " P"]
+
+    def alignment(self) -> Float64[Tensor, "P P"]:
+        """CKA; NaN for a model whose HSIC with itself is within rounding of zero."""
+        return alignment(self.values, self.rounding)
+
+
+def _estimated(products: Callable[[bool], Products], debiased: bool) -> Estimate:
+    """HSIC from float32 products; from float64 ones where rounding would show in the sixth digit of a CKA.
+
+    Debiased HSIC is a difference of sums, which nearly cancel where one image is much longer than all others, as with
+    the massive activations of large transformers.
+
+    Args:
+        products: takes the products in the precision of the features, or in float64.
+        debiased: which estimator.
+    """
+    single = products(False)
+    values, noise = estimates(single, debiased), rounding(single)
+    if debiased and single.eps > FLOAT64_EPS and bool((values.diagonal().abs() < ESCALATE * noise).any()):
+        double = products(True)
+        # rounding of the float32 features themselves moves an HSIC that should be zero by the square of their ulp
+        noise = rounding(double, double.ulps.square().clamp(min=FLOAT64_EPS))
+        return Estimate(estimates(double, debiased), noise, double.scales)
+    return Estimate(values, noise, single.scales)
+
+
+def _dtype(double: bool) -> torch.dtype | None:
+    """float64, or None for the precision of the features."""
+    return torch.float64 if double else None
+
+
+def _products(
+    features: Features,
+    kernel: str,
+    bandwidth: float,
+    debiased: bool,
+    double: bool,
+    device: torch.device | None = None,
+) -> Products:
     if kernel not in get_args(Kernel) or not bandwidth > 0:
         raise ValueError(
             f"kernel={kernel!r}, bandwidth={bandwidth}; expected 'linear' or 'rbf' and a bandwidth above 0"
         )
-    centred = CentredFeatures(features, 4 if debiased else 2)
+    centred = CentredFeatures(features, LEAST_IMAGES[debiased], device=device, dtype=_dtype(double))
     if kernel == "linear":
         return linear_products(centred)
     medians = median_distances(centred)
@@ -194,12 +275,11 @@ class MinibatchCKA:
             raise ValueError(
                 f"features of {len(features)} models, but {len(self.bandwidth)} bandwidths: give as many"
             )
-        centred = CentredFeatures(features, 4)
-        products = self._products(centred)
-        weight = products.scales.square() / (centred.num_images - 3) ** 0.5  # N HSIC_1 = estimate / (N-3)
-        hsic = estimates(products, debiased=True) * torch.outer(weight, weight)
-        noise = rounding(products) * weight.square()
-        self._count(hsic, noise, centred.num_images, 1)
+        estimate = _estimated(lambda double: self._products(CentredFeatures(features, 4, dtype=_dtype(double))), True)
+        num_images = len(features[0])
+        weight = estimate.scales.square() / (num_images - 3) ** 0.5  # N HSIC_1 = estimate / (N-3)
+        hsic = estimate.values * torch.outer(weight, weight)
+        self._count(hsic, estimate.rounding * weight.square(), num_images, 1)
 
     @torch.no_grad()
     def cka(self) -> Float64[Tensor, "P P"]:

@@ -17,6 +17,8 @@ import torch
 from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
+from vitzoo_hf.metrics.block_sizes import block_bytes, fits
+
 
 class FeatureFile:
     """Float16, 32 or 64 features `[N, F]` in a file that `numpy.save` wrote; `file[10:20]` reads ten images.
@@ -93,16 +95,26 @@ class CentredFeatures:
     Args:
         features: features of all models; `cka` lists the forms.
         minimum: the fewest images that are accepted.
+        device: where they are held and centred; where they lie, by default. Files lie on the CPU.
+        dtype: the precision; float64 for float64 features and float32 for others, by default.
 
     Raises:
         ValueError: on too few images, or features that are not finite or do not fit together.
     """
 
-    def __init__(self, features: Features, minimum: int) -> None:
+    def __init__(
+        self,
+        features: Features,
+        minimum: int,
+        *,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         _check(features, minimum)
         double = any(model.dtype == torch.float64 for model in features)
-        self.dtype = torch.float64 if double else torch.float32
-        self.device = features[0].device
+        self.dtype = dtype or (torch.float64 if double else torch.float32)
+        self._ulp = torch.finfo(torch.float64 if double else torch.float32).eps  # of the values, not of the sums
+        self.device = device or features[0].device
         self.widths = [model.shape[1] for model in features]
         self.num_images = len(features[0])
         self.runs = [
@@ -111,8 +123,10 @@ class CentredFeatures:
             if (run := list(group))
         ]
         self._features = features
+        self._block_bytes = block_bytes(self.device, BLOCK_BYTES)
         size = self.num_images * sum(self.widths) * self.dtype.itemsize
-        self._in_memory = self._storage(self.num_images) if size <= 2 * BLOCK_BYTES else None
+        in_memory = fits(self.device, size, 2 * BLOCK_BYTES)
+        self._in_memory = self._storage(self.num_images) if in_memory else None
         self._measure()
 
     def __len__(self) -> int:
@@ -121,7 +135,7 @@ class CentredFeatures:
     def blocks(self) -> list[slice]:
         """Ranges of images that are in memory together."""
         row = sum(self.widths) * self.dtype.itemsize
-        step = self.num_images if self._in_memory is not None else max(1, BLOCK_BYTES // row)
+        step = self.num_images if self._in_memory is not None else max(1, self._block_bytes // row)
         return [slice(start, min(start + step, self.num_images)) for start in range(0, self.num_images, step)]
 
     def block_pairs(self) -> Iterator[tuple[slice, slice, list[Tensor], list[Tensor]]]:
@@ -162,45 +176,65 @@ class CentredFeatures:
     def _fill(self, models: slice, images: slice, out: Tensor) -> Tensor:
         for model, centred in zip(range(models.start, models.stop), out, strict=True):
             mean, rest, divisor = self._columns[model]
-            torch.sub(self._features[model][images].to(self.dtype), mean, out=centred)
+            torch.sub(self._features[model][images].to(self.device, self.dtype), mean, out=centred)
             centred.sub_(rest).div_(divisor)
         return out
 
     def _measure(self) -> None:
-        """Columns, scales and squared norms of all models; whole models come by one at a time."""
+        """Columns, scales and squared norms of all models; only some whole models come by at a time."""
         self._columns: list[tuple[Tensor, Tensor, Tensor]] = []
-        squares, peaks, finite = [], [], []
+        squares, peaks, magnitudes, finite = [], [], [], []
         for index, run in enumerate(self.runs):
-            scratch = self._empty(0 if self._in_memory else self.num_images, self.widths[run.start])
-            for model in range(run.start, run.stop):
-                centred = self._in_memory[index][model - run.start] if self._in_memory else scratch
-                columns, peak, is_finite = _centre(self._features[model][:].to(self.dtype), centred)
-                self._columns.append(columns)
-                squares.append(torch.linalg.vector_norm(centred, dim=1).double().square())
+            width = self.widths[run.start]
+            # one model at a time on the CPU, where a second would push the first out of the cache
+            step = max(1, block_bytes(self.device, 1) // (self.num_images * width * self.dtype.itemsize))
+            scratch = self._empty(0 if self._in_memory else step, self.num_images, width)
+            for first in range(run.start, run.stop, step):
+                models = slice(first, min(first + step, run.stop))
+                start, count = first - run.start, models.stop - first
+                centred = self._in_memory[index][start : start + count] if self._in_memory else scratch[:count]
+                columns, peak, magnitude, is_finite = _centre(self._whole(models), centred, self._ulp)
+                self._columns += zip(*columns, strict=True)
+                squares.append(torch.linalg.vector_norm(centred, dim=2).double().square())
                 peaks.append(peak)
+                magnitudes.append(magnitude)
                 finite.append(is_finite)
-        bad = (~torch.stack(finite)).nonzero().flatten().tolist()
+        bad = (~torch.cat(finite)).nonzero().flatten().tolist()
         if bad:
             raise ValueError(
                 f"NaN or infinite features in {len(bad)} of {len(self)} models (positions {str(bad[:8])[1:-1]}): "
                 "drop these models, or look for a diverged run"
             )
-        self.squares: Float64[Tensor, "P N"] = torch.stack(squares)
-        self.scales: Float64[Tensor, " P"] = torch.stack(peaks).double()
+        self.squares: Float64[Tensor, "P N"] = torch.cat(squares)
+        self.ulps: Float64[Tensor, " P"] = self._ulp * torch.cat(magnitudes).double()
+        self.scales: Float64[Tensor, " P"] = torch.cat(peaks).double()
+
+    def _whole(self, models: slice) -> Float[Tensor, "models N F"]:
+        """All features of some models of one run, as they are given."""
+        if isinstance(self._features, Tensor):
+            return self._features[models].to(self.device, self.dtype)
+        parts = [self._features[model][:].to(self.device, self.dtype) for model in range(models.start, models.stop)]
+        return parts[0][None] if len(parts) == 1 else torch.stack(parts)
 
 
 def _centre(
-    model: Float[Tensor, "N F"], centred: Float[Tensor, "N F"]
-) -> tuple[tuple[Tensor, Tensor, Tensor], Float[Tensor, ""], Bool[Tensor, ""]]:
-    """Write a centred and scaled model; returns means and divisor of each column, the scale, and finiteness."""
-    lowest, highest, mean = model.amin(0), model.amax(0), model.mean(0)
-    torch.sub(model, mean, out=centred)
-    rest = centred.mean(0)  # the mean of float32 columns with a large offset is off by some ulp of the offset
-    varies = highest - lowest > 4 * torch.finfo(model.dtype).eps * torch.maximum(-lowest, highest)
-    peak = torch.where(varies, torch.maximum(highest - mean, mean - lowest), 0).amax()
-    divisor = torch.where(varies, peak, torch.inf)
-    centred.sub_(rest).div_(divisor)
-    return (mean, rest, divisor), peak, torch.cat([lowest, highest, mean, peak[None]]).isfinite().all()
+    models: Float[Tensor, "P N F"], centred: Float[Tensor, "P N F"], ulp: float
+) -> tuple[tuple[Tensor, Tensor, Tensor], Float[Tensor, " P"], Float[Tensor, " P"], Bool[Tensor, " P"]]:
+    """Write centred and scaled models.
+
+    Returns:
+        Means and divisors of columns, each `[P, F]`; scales; largest values in units of the scale; finiteness.
+    """
+    lowest, highest, mean = models.amin(1), models.amax(1), models.mean(1)
+    torch.sub(models, mean[:, None], out=centred)
+    rest = centred.mean(1)  # the mean of float32 columns with a large offset is off by some ulp of the offset
+    varies = highest - lowest > 4 * ulp * torch.maximum(-lowest, highest)
+    peak = torch.where(varies, torch.maximum(highest - mean, mean - lowest), 0).amax(1)
+    divisor = torch.where(varies, peak[:, None], torch.inf)
+    centred.sub_(rest[:, None]).div_(divisor[:, None])
+    finite = torch.cat([lowest, highest, mean, peak[:, None]], dim=1).isfinite().all(1)
+    magnitude = torch.where(varies, torch.maximum(-lowest, highest), 0).amax(1) / peak.where(peak > 0, 1)
+    return (mean, rest, divisor), peak, magnitude, finite
 
 
 def _check(features: Features, minimum: int) -> None:

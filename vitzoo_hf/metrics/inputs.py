@@ -8,6 +8,7 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 from vitzoo_hf.format.messages import describe
+from vitzoo_hf.metrics.block_sizes import block_bytes
 
 BLOCK_ELEMENTS = 2**20
 
@@ -21,9 +22,9 @@ class SoftmaxBlock(NamedTuple):
     partition: Float64[Tensor, "P n"]  # sum of exps
 
 
-def image_blocks(count: int, elements_each: int) -> Iterator[slice]:
-    """`count` images in blocks of about BLOCK_ELEMENTS."""
-    step = max(1, BLOCK_ELEMENTS // elements_each)
+def image_blocks(count: int, elements_each: int, device: torch.device) -> Iterator[slice]:
+    """`count` images in blocks of about BLOCK_ELEMENTS, or of what an accelerator's block holds in float64."""
+    step = max(1, block_bytes(device, 8 * BLOCK_ELEMENTS) // (8 * elements_each))
     for start in range(0, count, step):
         yield slice(start, min(start + step, count))
 
@@ -36,7 +37,7 @@ def softmax_blocks(logits: Float[Tensor, "P N C"]) -> Iterator[SoftmaxBlock]:
     """
     P, N, C = logits.shape
     refuse_rows(~logits.amax(-1).isfinite(), "logits that are NaN, +inf or -inf throughout")
-    for images in image_blocks(N, P * C):
+    for images in image_blocks(N, P * C, logits.device):
         block = logits[:, images]
         block = block if block.dtype == torch.float64 else block.float()
         shifted = block - block.amax(-1, keepdim=True)
