@@ -28,6 +28,7 @@ from vitzoo_hf.publish.card import card_text
 if TYPE_CHECKING:
     import datasets
 
+# in bytes of weights, before compression
 SHARD_BYTES = 500_000_000
 
 
@@ -82,6 +83,7 @@ class Storage:
     @property
     def shard_rows(self) -> int:
         """Number of rows in a file of about `SHARD_BYTES`."""
+        # whole row groups, so that only the last group of a split is short
         return max(1, SHARD_BYTES // self.row_bytes // self.group_rows) * self.group_rows
 
 
@@ -128,7 +130,9 @@ def write_zoo(
     storage = Storage(dtype, max(part.largest for part in splits.values()))
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
+        # a killed process left its temporary folder, as large as the zoo
         _sweep(folder)
+        # beside the zoo: a rename across file systems would not be atomic
         temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-", suffix=".tmp"))
     except OSError as error:
         raise ZooError(f"cannot write into {folder.parent}: {error.strerror}") from None
@@ -137,6 +141,7 @@ def write_zoo(
         shards: dict[str, Shard] = {}
         with progress_bar("packing", "row", shown=progress, total=sum(part.count for part in splits.values())) as bar:
             for split, part in splits.items():
+                # rounded up; file names carry the number of shards, which is needed before the first is written
                 num_shards = -(-part.count // storage.shard_rows)
                 for name in [shard_name(split, number, num_shards) for number in range(num_shards)]:
                     file, count = temporary / name, storage.shard_rows
@@ -247,6 +252,7 @@ def _row_groups(
     while group := list(itertools.islice(rows, size)):
         for row in group:
             layouts.setdefault(str(row["layout"]), Architecture.of(row).layout)
+            # without weights: the light rows of a whole zoo stay in memory until the index is written
             light.append({name: value for name, value in row.items() if name != "weights"})
         yield group
         if bar is not None:
@@ -281,6 +287,7 @@ def write_config(
             unchanged = {
                 name: entry for name, entry in manifest["files"].items() if not name.startswith(f"{config}/")
             }
+            # before the exchange: a manifest never lists files that may be half gone
             write_json(folder / schema.MANIFEST, manifest | {"files": unchanged})
             swap(fresh, folder / config)
         finally:
@@ -315,6 +322,7 @@ def _finish(folder: Path, manifest: dict[str, Any]) -> None:
     """
     files = sorted(file for file in folder.glob("*/*.parquet") if not file.parent.name.startswith("."))
     (folder / "README.md").write_text(card_text(folder, manifest), encoding="utf-8")
+    # hashes of shards stand in `shards.json`, and the card may be edited by hand
     listed = [file for file in files if file.parent.name != "weights" or not (folder / schema.SHARDS).is_file()]
     listed += [folder / name for name in (schema.LAYOUTS, schema.SHARDS, "blueprint.yaml")]
     manifest["files"] = {file.relative_to(folder).as_posix(): _file_entry(file) for file in listed if file.is_file()}
@@ -323,4 +331,5 @@ def _finish(folder: Path, manifest: dict[str, Any]) -> None:
 
 def _file_entry(file: Path) -> dict[str, int | str]:
     with file.open("rb") as opened:
+        # streamed: a shard is not read into memory at once
         return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(opened, "sha256").hexdigest()}
