@@ -59,6 +59,7 @@ def encode(
         raise ZooError(f"--out {table}: expected a name that ends in .csv or .parquet")
     if arm is not None and train is None:
         raise ZooError("--arm selects the loss of a training: give --train too, or leave --arm out")
+    # writing latents there would overwrite the trained weights
     if latents is not None and latents.resolve() == (autoencoder / "autoencoder.safetensors").resolve():
         raise ZooError(f"--latents {latents} is the file of the autoencoder: give another file")
     table.parent.mkdir(parents=True, exist_ok=True)
@@ -68,6 +69,7 @@ def encode(
     trained = load_autoencoder(autoencoder, device=device)
     with progress_bar("encoding", "model", shown=shown, total=len(opened)) as bar:
         encoded = encode_rows(opened, trained, pool=pool, latents=latents is not None, on_models=bar.update)
+    # checked above: the suffix is one of the two
     write = encoded.embeddings.to_csv if table.suffix == ".csv" else encoded.embeddings.to_parquet
     write(table, index=False)
     if latents is not None:
@@ -204,6 +206,7 @@ def sample(
         raise ZooError(f"--fine-tune {fine_tune}: expected a number of epochs of at least 1, or 0 for none")
     tuning = FineTuning(fine_tune, seed=seed) if fine_tune else None
     trained = load_autoencoder(autoencoder, device=device)
+    # --keep 0 keeps every sample, which `Sampling` calls None
     sampling = Sampling(count, min(keep, count) or None, rounds, mode, bandwidth, seed)
     samples = write_samples(open_zoo(zoo, where), trained, out, sampling, tuning=tuning, device=device)
     samples.table.to_csv(out / "samples.csv", index=False)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from vitzoo_hf.zoo.zoo import Zoo
 
+# hidden: hidden folders are no part of a zoo, and are never pushed
 CACHE = ".evaluation"
 Corrupt = Annotated[
     list[str] | None,
@@ -93,6 +94,7 @@ def evaluate(
     if verbose:
         _tell_plan(opened, device, precision)
     if data or corrupt:
+        # refused above otherwise; tells the type checker
         assert out is not None
         _evaluate_images(opened, data, corrupt or [], out, options, json=json)
         return
@@ -136,6 +138,7 @@ def _evaluate_images(
     if json:
         print_json(table)
         return
+    # medians: a few models at chance level would pull a mean down
     print_table(table.groupby("images", sort=False)[["accuracy", "loss", "ece"]].median().reset_index())
     print(f"medians of {table['model_id'].nunique()} final models; every model is in {out / 'images.csv'}")
 
@@ -153,6 +156,7 @@ def _tell_plan(opened: "Zoo", device: str, precision: str) -> None:
 
     index = opened.to_pandas()
     for _, members in index.groupby(["architecture", "architecture_args", "head", "layout"], sort=False):
+        # 64 rows are enough to see how a group is run, without reading all weights
         rows = opened.filter(model_id=list(members["model_id"])[:64]).rows()
         for line in Population.from_rows(rows, device=device, precision=precision).describe(256):
             print(line)

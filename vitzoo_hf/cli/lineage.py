@@ -69,6 +69,7 @@ def lineage(
     from vitzoo_hf.apply.lineage.lineage import recover_lineage, truth_of
 
     if out is not None:
+        # before the work: a folder that cannot be written fails at once
         make_folder(out)
     opened = open_zoo(zoo, where)
     models = opened if all_epochs else opened.filter(is_final=True)
@@ -86,6 +87,7 @@ def lineage(
     truth = truth_of(models.to_pandas())
     scores = [] if truth is None else score_records(forest, truth)
     epochs = None
+    # an order of two checkpoints is right by chance half the time
     if all_epochs and models.to_pandas()["run_id"].value_counts().max() >= 3:
         epochs = order_epochs(models, device=device, progress=progress)
     elif all_epochs:
@@ -119,7 +121,9 @@ def score_records(forest: "Forest", truth: "Truth") -> list[dict[str, object]]:
     chance = forest.baselines(truth).set_index(["baseline", "score"])
     records = []
     for score, value in forest.scores(truth).items():
+        # a direction is compared with random directions, every other score with random forests
         baseline = "random_direction" if score == "direction_accuracy" else "random_forest"
+        # JSON has no NaN, which a score is where this forest does not define it
         record: dict[str, object] = {"score": score, "value": None if value != value else value}
         record |= {"baseline": baseline, "chance": None, "low": None, "high": None}
         if (baseline, score) in chance.index:
@@ -136,6 +140,7 @@ def _candidate_ids(models: "Zoo", conditions: list[str]) -> list[str]:
     candidates = models.filter(**values)
     if not len(candidates):
         raise ZooError(f"--candidates {' '.join(conditions)} matches none of the {len(models)} models")
+    # ids name checkpoints exactly; other conditions match every epoch of a run
     if "model_id" not in values:
         candidates = candidates.filter(is_final=True)
     if not len(candidates):

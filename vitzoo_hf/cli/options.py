@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 def print_json(value: object) -> None:
     """Print one JSON value; a data frame inside it becomes a list of records."""
+    # names of models and factors may hold any script: they stay readable
     print(json.dumps(value, indent=1, ensure_ascii=False, default=_records))
 
 
@@ -39,6 +40,7 @@ def print_table(table: "Sequence[Mapping[str, object]] | pandas.DataFrame") -> N
         return
     cells = [[cell(value) for value in row.values()] for row in rows]
     widths = [max(map(len, column)) for column in zip(list(rows[0]), *cells, strict=True)]
+    # trailing spaces are cut: they would wrap in a narrow terminal
     for line in [list(rows[0]), *cells]:
         print("  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip())
 
@@ -131,6 +133,7 @@ def folder_of(name: str) -> str:
     """Replace the name `sample` by the folder of the sample zoo; any other name stays as it is."""
     from vitzoo_hf.zoo.zoo import SAMPLE
 
+    # a folder of this name on disk wins
     return str(SAMPLE) if name == "sample" and not Path(name).exists() else name
 
 

@@ -67,7 +67,9 @@ def properties(
     from vitzoo_hf.apply.properties.targets import SPLITS
 
     if out is not None:
+        # before the cross-validations: a folder that cannot be written fails at once
         make_folder(out)
+    # beside an embedding, features of the package are computed only where they are named
     columns: list[str | Features] = list(features or ([] if embedding else FEATURES))
     if embedding is not None:
         columns.append(_embedding(embedding))

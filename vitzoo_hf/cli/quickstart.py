@@ -55,7 +55,9 @@ def quickstart(
         ZooError: if a step fails, or another process works in `folder`.
     """
     runs, place, report = folder / "runs", folder / "zoo", folder / "report" / "report.html"
+    # two quickstarts in one folder would train into the same runs
     with exclusive(folder):
+        # by fingerprint: an edited blueprint is trained and packed again
         packed = is_packed(blueprint, place)
         if packed and _is_evaluated(place) and report.is_file():
             return Outcome(place, report, already_done=True)
@@ -78,6 +80,7 @@ def quickstart(
 def _is_evaluated(place: Path) -> bool:
     try:
         zoo = Zoo(place)
+        # an interrupted evaluation, or one of another zoo, has fewer rows
         return len(zoo.to_pandas("evaluations")) == len(zoo) and "pairs" in zoo.configs
     except ZooError:
         return False

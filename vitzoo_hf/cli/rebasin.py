@@ -116,6 +116,7 @@ def _check_numbers(points: int, images: int, restarts: int, seed: int, pairs: in
     from vitzoo_hf.models.rebuild import usable_device
 
     for option, value, least in (
+        # both ends and a point between them: two points have no barrier
         ("--points", points, 3),
         ("--images", images, 1),
         ("--restarts", restarts, 0),
@@ -123,6 +124,7 @@ def _check_numbers(points: int, images: int, restarts: int, seed: int, pairs: in
         ("--pairs", 1 if pairs is None else pairs, 1),
     ):
         check_least(option, value, least)
+    # before any model is loaded
     usable_device(device)
 
 
@@ -176,6 +178,7 @@ def _align_pair(
     from vitzoo_hf.apply.rebasin.barriers import pair_barriers
 
     if out is not None:
+        # before the measurement, which takes much longer than the check
         _check_pair_out(out, opened, variants)
     table = pair_barriers(opened, [ids], variants, **options)
     if out is not None:
@@ -210,6 +213,7 @@ def _write(opened: "Zoo", ids: tuple[str, str], variant: "Variant", out: Path, o
         )
         return
     target, row = opened.row(ids[0]), opened.row(ids[1])
+    # weights are matched without images, so none are loaded
     images = matching_images(opened, target["dataset"], seed) if by != "weights" else None
     aligned = aligned_row(
         target, row, images=images, families=families, by=by, restarts=restarts, seed=seed, device=device
@@ -256,6 +260,7 @@ def _measure_pairs(
     from vitzoo_hf.apply.rebasin.barriers import pair_barriers, sample_pairs, summary
 
     check_file(out)
+    # final models only, so that no pair is two epochs of one run
     pairs = sample_pairs(opened.filter(is_final=True).to_pandas(), count, seed=options["seed"], kind=kind)
     table = pair_barriers(opened, pairs, variants, **options)
     try:

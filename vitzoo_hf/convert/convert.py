@@ -355,8 +355,8 @@ def _row(planned: PlannedRow, job: _Job) -> dict[str, object]:
 def _orphans(shards: Mapping[str, Shard]) -> list[str]:
     """Write a note on rows whose parent is not in the zoo."""
     rows = [row for shard in shards.values() for row in shard.light]
-    model_ids = {row["model_id"] for row in rows}
-    absent = sorted({row["parent_id"] for row in rows if row["parent_id"]} - model_ids)
+    model_ids = {str(row["model_id"]) for row in rows}
+    absent = sorted({str(row["parent_id"]) for row in rows if row["parent_id"]} - model_ids)
     return [f"{len(absent)} parents are not in the zoo, {absent[0]} the first."] if absent else []
 
 

@@ -35,6 +35,10 @@ LARGEST_RESULT = 3e38  # results are stored as float32
 MOST_DIGITS = 20
 
 
+Values = dict[str, Any]
+"""Column of the format -> parsed value of a line."""
+
+
 @dataclass(frozen=True)
 class Line:
     """A line of the table, on one checkpoint.
@@ -46,7 +50,7 @@ class Line:
     """
 
     where: str
-    values: dict[str, Any]
+    values: Values
     factors: dict[str, Factor]
 
 
@@ -196,7 +200,7 @@ def _line(where: str, cells: Mapping[str, str], columns: Mapping[str, str], type
     return Line(where, _with_ids(where, values), factors)
 
 
-def _format_value(where: str, column: str, cell: str) -> Any:
+def _format_value(where: str, column: str, cell: str) -> object:
     """Parse a cell of a column of the format."""
     what = f"{where}: {column}"
     if column in schema.RESULTS:
@@ -223,7 +227,7 @@ def _format_value(where: str, column: str, cell: str) -> Any:
     return cell
 
 
-def _with_ids(where: str, values: dict[str, Any]) -> dict[str, Any]:
+def _with_ids(where: str, values: Values) -> Values:
     """Add run and epoch from `model_id` where they are missing; refuse values that contradict each other."""
     if "model_id" not in values:
         return values
@@ -259,7 +263,7 @@ def _string(what: str, cell: str) -> str:
     return cell
 
 
-def _object(what: str, cell: str) -> dict[str, Any]:
+def _object(what: str, cell: str) -> dict[str, object]:
     try:
         value = json.loads(cell)
     # deeply nested brackets exhaust the stack of the parser

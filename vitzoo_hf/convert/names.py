@@ -45,8 +45,8 @@ def to_timm(
     *,
     name: str,
     architecture: str | None = None,
-    architecture_args: Mapping[str, Any] | None = None,
-    config: Mapping[str, Any] | None = None,
+    architecture_args: Mapping[str, object] | None = None,
+    config: Mapping[str, object] | None = None,
 ) -> LoadedModel:
     """Bring a state dict under timm's names, in timm's order, and find its architecture.
 
@@ -203,7 +203,7 @@ def _architecture_of_shapes(
     return f"vit_{SIZES[width]}_patch{patch}_224", args
 
 
-def _check_sizes(args: Mapping[str, Any], shape_args: Mapping[str, int | float], name: str) -> None:
+def _check_sizes(args: Mapping[str, object], shape_args: Mapping[str, int | float], name: str) -> None:
     """Refuse arguments that contradict the shapes before a model of that size, which may be huge, is built."""
     for key in ("depth", "embed_dim"):
         if args.get(key) is not None and args[key] != shape_args[key]:
@@ -216,11 +216,11 @@ def _check_sizes(args: Mapping[str, Any], shape_args: Mapping[str, int | float],
 def _fitting(
     architecture: str,
     shape_args: Mapping[str, int | float],
-    given_args: Mapping[str, Any],
+    given_args: Mapping[str, object],
     head: str,
     hidden: int | None,
     tensors: Mapping[str, Tensor],
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """Find the fewest arguments that give the shapes: the given ones, and those where the default differs."""
     args = dict(given_args) | {"num_classes": shape_args["num_classes"]}
     shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
@@ -238,7 +238,7 @@ def _fitting(
 
 
 def _is_default(
-    architecture: str, args: Mapping[str, Any], name: str, value: int | float, head: str, hidden: int | None
+    architecture: str, args: Mapping[str, object], name: str, value: int | float, head: str, hidden: int | None
 ) -> bool:
     try:
         plain = Architecture(architecture, args, head, hidden).layout
@@ -249,7 +249,7 @@ def _is_default(
 
 def _architecture_of_config(
     config: Mapping[str, Any], name: str, flags: list[str]
-) -> tuple[str | None, dict[str, Any]]:
+) -> tuple[str | None, dict[str, object]]:
     """Read architecture and arguments from a config.json; None without either."""
     if isinstance(config.get("architecture"), str):
         model_args = config.get("model_args") or {}
@@ -296,7 +296,7 @@ def _compare(tensors: Mapping[str, Tensor], layout: Layout, architecture: str, n
 
 
 def to_transformers(
-    tensors: Mapping[str, Tensor], *, architecture: str, architecture_args: Mapping[str, Any], head: str
+    tensors: Mapping[str, Tensor], *, architecture: str, architecture_args: Mapping[str, object], head: str
 ) -> tuple[dict[str, object], dict[str, Tensor]]:
     """Make the config.json and tensors that transformers 4 and 5 load as `ViTForImageClassification`.
 
@@ -369,6 +369,6 @@ TO_TRANSFORMERS = (
 )
 
 
-def _heads_of(architecture: str, args: Mapping[str, Any]) -> int:
+def _heads_of(architecture: str, args: Mapping[str, object]) -> int:
     model: Any = Architecture(architecture, args).skeleton
     return int(model.blocks[0].attn.num_heads)

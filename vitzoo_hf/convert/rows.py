@@ -54,7 +54,7 @@ class LoadedModel:
 
     tensors: dict[str, Tensor]
     architecture: str
-    architecture_args: dict[str, Any]
+    architecture_args: Mapping[str, object]
     head: str
     head_hidden: int | None
     flags: list[str] = field(default_factory=list)
@@ -105,7 +105,7 @@ EPOCH = re.compile(r"(?:epoch[-_]?|checkpoint[-_])(\d{1,10})(?!\d)", re.ASCII | 
 # a run id becomes a file name, which most file systems limit to 255 bytes
 LONGEST_RUN_ID = 120
 UNTOLD = "The epoch of {} checkpoints is not told, {} the first: it counts as 1; a table's column `epoch` tells it."
-Load = Callable[[str | None, dict[str, Any] | None], LoadedModel]
+Load = Callable[[str | None, Mapping[str, object] | None], LoadedModel]
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ def planned_rows(
     table: Table | None,
     *,
     architecture: str | None = None,
-    architecture_args: Mapping[str, Any] | None = None,
+    architecture_args: Mapping[str, object] | None = None,
     fallback: str = "model",
 ) -> Rows:
     """Plan the rows of checkpoints, parents before children, epochs ascending.
@@ -176,7 +176,7 @@ def planned_rows(
     rows = [
         _row(accepted[source], lines[source], final, groups, architecture, architecture_args)
         # parents first, then by name: the order does not depend on how the source lists its files
-        for source in sorted(accepted, key=lambda source: (depths[source], *_order(lines[source].values)))
+        for source in sorted(accepted, key=lambda source: (depths[source], *_order(lines[source])))
     ]
     return Rows(rows, refused, [UNTOLD.format(len(assumed), min(assumed))] if assumed else [])
 
@@ -191,7 +191,7 @@ def _row(
     final: Mapping[str, int],
     groups: Mapping[str, str],
     architecture: str | None,
-    args: Mapping[str, Any] | None,
+    args: Mapping[str, object] | None,
 ) -> PlannedRow:
     """Plan the row of a checkpoint from its line of the table."""
     values = dict(line.values)
@@ -221,7 +221,7 @@ def _load(
     where: str,
     *,
     architecture: str | None,
-    architecture_args: dict[str, Any] | None,
+    architecture_args: Mapping[str, object] | None,
     head: str | None,
     head_hidden: int | None,
 ) -> LoadedModel:
@@ -233,8 +233,8 @@ def _load(
     return model
 
 
-def _order(values: Mapping[str, Any]) -> tuple[str, int]:
-    return values["run_id"], values["epoch"]
+def _order(line: Line) -> tuple[str, int]:
+    return line.values["run_id"], line.values["epoch"]
 
 
 def _completed(table: Table, fallback: str) -> dict[str, Line]:

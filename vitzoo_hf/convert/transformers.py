@@ -25,7 +25,7 @@ WEIGHTS = "model.safetensors"
 BLOCK_TENSORS = ("norm1", "norm2", "attn.proj", "mlp.fc1", "mlp.fc2")
 
 
-def check_known_to_transformers(architecture: str, args: Mapping[str, Any], head: str) -> float:
+def check_known_to_transformers(architecture: str, args: Mapping[str, object], head: str) -> float:
     """Refuse a model that the ViT of transformers would compute differently.
 
     Args:

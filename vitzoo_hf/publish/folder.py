@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
@@ -24,6 +24,7 @@ from vitzoo_hf.format.shards import ROW_GROUP_BYTES, write_parquet
 from vitzoo_hf.models.architecture import Architecture
 from vitzoo_hf.progress import progress_bar
 from vitzoo_hf.publish.card import card_text
+from vitzoo_hf.publish.card_facts import Manifest
 
 if TYPE_CHECKING:
     import datasets
@@ -97,14 +98,14 @@ class Shard:
         layouts: fingerprint -> layout of the rows' weights.
     """
 
-    entry: dict[str, Any]
-    light: list[dict[str, Any]]
+    entry: dict[str, object]
+    light: list[dict[str, object]]
     layouts: dict[str, Layout]
 
 
 def write_zoo(
     folder: Path,
-    manifest: Mapping[str, Any],
+    manifest: Manifest,
     splits: Mapping[str, Rows],
     probes: Mapping[str, Sequence[Mapping[str, object]]],
     blueprint_text: str,
@@ -156,7 +157,7 @@ def write_zoo(
 
 def assemble(
     folder: Path,
-    manifest: Mapping[str, Any],
+    manifest: Manifest,
     shards: Mapping[str, Shard],
     probes: Mapping[str, Sequence[Mapping[str, object]]],
     blueprint_text: str,
@@ -171,7 +172,7 @@ def assemble(
         blueprint_text: the YAML that the zoo was made from.
     """
     features = schema.row_features(manifest["factors"], weights=None)
-    light: dict[str, list[dict[str, Any]]] = {}
+    light: dict[str, list[dict[str, object]]] = {}
     layouts: dict[str, Layout] = {}
     for name, shard in shards.items():
         light.setdefault(_split_of(name), []).extend(shard.light)
@@ -205,12 +206,17 @@ def write_shard(
         storage: how the whole zoo stores its weights.
         bar: advances by every row.
     """
-    light: list[dict[str, Any]] = []
+    light: list[dict[str, object]] = []
     layouts: dict[str, Layout] = {}
     features = schema.row_features(factors, weights=storage.encoding)
     groups = _row_groups(itertools.islice(rows, count), storage.group_rows, light, layouts, bar)
     ends = write_parquet(file, features, groups, layouts)
-    entry = {"rows": len(light), **_file_entry(file), "gap": storage.gap, "groups": [list(pair) for pair in ends]}
+    entry: dict[str, object] = {
+        "rows": len(light),
+        **_file_entry(file),
+        "gap": storage.gap,
+        "groups": [list(pair) for pair in ends],
+    }
     return Shard(entry, light, layouts)
 
 
@@ -244,7 +250,7 @@ def _only_shard(folder: Path, config: str, split: str) -> Path:
 def _row_groups(
     rows: Iterator[Mapping[str, object]],
     size: int,
-    light: list[dict[str, Any]],
+    light: list[dict[str, object]],
     layouts: dict[str, Layout],
     bar: tqdm | None,
 ) -> Iterator[list[Mapping[str, object]]]:
@@ -315,7 +321,7 @@ def swap(fresh: Path, place: Path) -> None:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def _finish(folder: Path, manifest: dict[str, Any]) -> None:
+def _finish(folder: Path, manifest: dict[str, object]) -> None:
     """Write the card, then the manifest with size and hash of every file but weight shards and the card.
 
     The manifest comes last: a folder without it does not open as a zoo.
