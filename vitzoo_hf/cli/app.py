@@ -155,6 +155,7 @@ def plan(
     from vitzoo_hf.blueprint.blueprint import Blueprint
 
     if write is not None:
+        # the text, not the parsed plan: comments of the blueprint stay
         _write_new(write, Blueprint.load(blueprint).text)
         hint(f"Next: edit {write}, then vitzoo plan {write}")
         return
@@ -165,6 +166,7 @@ def plan(
         print_json(cost.to_json())
         return
     smallest, largest = cost.parameters
+    # heads of several datasets give models of several sizes
     size = f"{smallest:,}" if smallest == largest else f"{smallest:,} to {largest:,}"
     print(f"blueprint   {cost.name}")
     print(f"models      {cost.models} ({', '.join(f'{n} {stage}' for stage, n in cost.stages.items())})")
@@ -222,6 +224,7 @@ def train(
     if ray is False:
         from vitzoo_hf.launch.local import launch
 
+        # refused rather than ignored: the user expects them to have an effect
         if (storage, cpus_per_run, gpus_per_run) != (None, None, None):
             raise ZooError(
                 "--storage, --cpus-per-run and --gpus-per-run need --ray: give --ray too, or leave them out"
@@ -370,6 +373,7 @@ def _write_new(path: Path, text: str) -> None:
 def _best_model(zoo: "Zoo") -> str:
     """Name the final model that is best on the selection images."""
     table = zoo.to_pandas("evaluations")
+    # the last stage: a fine-tuned model where there is one
     table = table[table["is_final"] & (table["stage"] == table["stage"].iloc[-1])]
     # `idxmax` of a column without a number raises
     if table["selection_accuracy"].isna().all():

@@ -113,6 +113,7 @@ def _names(attacks: list[str] | None) -> list[str]:
 def _check(queries: int, seeds: int, out: Path | None) -> None:
     check_least("--queries", queries, 1)
     check_least("--seeds", seeds, 1)
+    # attacks.csv in a zoo would not be listed by its manifest
     if out is not None and (out / "zoo.json").exists():
         raise ZooError(f"--out {out} is a zoo, and attacks never write into a zoo: give another folder")
     if out is not None:

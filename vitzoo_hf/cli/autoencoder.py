@@ -55,6 +55,7 @@ def encode(
     from vitzoo_hf.progress import progress_bar
 
     table = out if out is not None else autoencoder / "embeddings.csv"
+    # before the training, which may take long, rather than when the table is written
     if table.suffix not in (".csv", ".parquet"):
         raise ZooError(f"--out {table}: expected a name that ends in .csv or .parquet")
     if arm is not None and train is None:
@@ -136,6 +137,7 @@ def decode(
 
     trained = load_autoencoder(autoencoder, device=device)
     opened = open_zoo(zoo, where)
+    # None encodes the rows themselves
     codes = None if latents is None else read_latents(latents, trained)
     total = len(opened) if codes is None else len(codes)
     with progress_bar("decoding", "model", shown=not (json or quiet), total=total) as bar:
@@ -144,6 +146,7 @@ def decode(
     if json:
         print_json({"zoo": str(out), "table": table})
         return
+    # a column of None has type object; as float it is NaN
     means = table[["r2_beyond_mean", "test_accuracy", "test_accuracy_original"]].astype(float).mean()
     print_table([{"models": len(table)} | {f"mean {name}": float(value) for name, value in means.items()}])
     print(

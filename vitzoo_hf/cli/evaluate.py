@@ -132,6 +132,7 @@ def _evaluate_images(
     if not len(opened):
         raise ZooError("there is no model to evaluate: --where matches no row; widen it")
     dataset = common_dataset(opened.to_pandas())
+    # classes of other datasets have no labels among these images
     models = opened.filter(dataset=dataset, is_final=True)
     table = evaluate_on(models, image_sets(models, dataset, data=data, corruptions=corrupt), **options)
     _write_tables(out, {"images": table})
@@ -155,6 +156,7 @@ def _tell_plan(opened: "Zoo", device: str, precision: str) -> None:
     from vitzoo_hf.models.population import Population
 
     index = opened.to_pandas()
+    # the columns that decide which models can be run together
     for _, members in index.groupby(["architecture", "architecture_args", "head", "layout"], sort=False):
         # 64 rows are enough to see how a group is run, without reading all weights
         rows = opened.filter(model_id=list(members["model_id"])[:64]).rows()

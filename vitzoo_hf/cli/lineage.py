@@ -118,6 +118,7 @@ def _hint(zoo: str, out: Path | None) -> None:
 
 def score_records(forest: "Forest", truth: "Truth") -> list[dict[str, object]]:
     """List every score with its value at chance level, computed by the same scorer."""
+    # by the same scorer, so that a score and its chance level are comparable
     chance = forest.baselines(truth).set_index(["baseline", "score"])
     records = []
     for score, value in forest.scores(truth).items():

@@ -39,6 +39,7 @@ def print_table(table: "Sequence[Mapping[str, object]] | pandas.DataFrame") -> N
         print("no rows")
         return
     cells = [[cell(value) for value in row.values()] for row in rows]
+    # the header counts too: values may be shorter than their column's name
     widths = [max(map(len, column)) for column in zip(list(rows[0]), *cells, strict=True)]
     # trailing spaces are cut: they would wrap in a narrow terminal
     for line in [list(rows[0]), *cells]:
@@ -103,6 +104,7 @@ def open_zoo(name: str, where: Sequence[str] | None, *, revision: str | None = N
     from vitzoo_hf.zoo.zoo import Zoo
 
     zoo = Zoo.sample() if name == "sample" else Zoo(name, revision=revision)
+    # types of the columns decide whether `1` is a number or text
     conditions = dict(parse_condition(text, zoo.column_types) for text in where or ())
     return zoo.filter(**conditions) if conditions else zoo
 

@@ -116,6 +116,7 @@ def _embedding(file: Path) -> "Features":
 
     try:
         table = pd.read_parquet(file) if file.suffix == ".parquet" else pd.read_csv(file)
+    # pyarrow and pandas raise subclasses of ValueError for a file that is no table
     except (OSError, ValueError) as error:
         raise ZooError(f"cannot read {file} as a table: {one_line(error)}") from None
     if "model_id" not in table:

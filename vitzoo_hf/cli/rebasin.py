@@ -199,6 +199,7 @@ def _write(opened: "Zoo", ids: tuple[str, str], variant: "Variant", out: Path, o
 
     families, by = variant.families, variant.by
     restarts, seed, device = options["restarts"], options["seed"], options["device"]
+    # a folder becomes a zoo of both models, a file holds B alone
     if out.suffix != ".safetensors":
         rebasin_zoo(
             opened.filter(model_id=list(ids)),
@@ -236,6 +237,7 @@ def _align_all(
 
     if out is None or out.suffix:
         raise ZooError(f"every other model is aligned to {model_a}: give --out FOLDER for the new zoo, or MODEL_B")
+    # a ladder would give several zoos, and --out names one
     (variant,) = _variants(families, by, ladder=False)
     rebasin_zoo(opened, model_a, out, families=variant.families, by=by, **options)
     if json:

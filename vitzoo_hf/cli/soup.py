@@ -93,6 +93,7 @@ def soup(
         raise ZooError(
             f"--last and --decay do not apply to --method {method}: leave them out, or use --method epochs"
         )
+    # names of the columns alone: whatever their values, the user has restricted the rows
     conditions = {text.split("=")[0] for text in where or ()}
     # a condition of the user on epochs replaces the default of final models
     finals = opened.filter(is_final=True) if not conditions & {"epoch", "is_final"} else opened
@@ -129,6 +130,7 @@ def _soup_groups(
         soup_row(
             models,
             measured.soup,
+            # `, ` is no part of a model id; `--` separates parts of ids elsewhere too
             name=group_text(measured.group).replace(", ", "--"),
             test_loss=measured.test_loss,
             test_accuracy=measured.test_accuracy,

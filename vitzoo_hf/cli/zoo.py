@@ -70,6 +70,7 @@ def info(zoo: str, *, revision: Revision = None, json: Json = False, quiet: Quie
         "runs": int(index["run_id"].nunique()),
         "final_models": int(index["is_final"].sum()),
         "parameters": sorted({int(count) for count in index["num_parameters"]}),
+        # None does not compare with numbers or text; it means that the factor does not apply
         "factors": {name: sorted(set(opened.index[name]) - {None}) for name in opened.factors},
         "splits": {split: opened.splits_of(opened.model_ids).count(split) for split in opened.splits},
         "configs": opened.configs,

@@ -127,7 +127,7 @@ def _rows(prepared: PreparedBlueprint, members: Iterable[Run], runs: Path, dtype
         place = RunFolder(runs / run.run_id)
         architecture = architecture_of(prepared, run)
         args = schema.canonical_json(dict(architecture.args))
-        provenance = _provenance(prepared, run, place.spec)
+        provenance = _provenance(prepared, run, place)
         drawn = _drawn(prepared, run)
         for epoch in run.keep_epochs:
             tensors, results = place.load_epoch(epoch)
@@ -188,9 +188,9 @@ def _training_record(run: Run, results: Mapping[str, Any]) -> dict[str, int | fl
     return {"factor_trained_steps": int(results["steps"]), "factor_trained_epsilon": results.get("epsilon")}
 
 
-def _provenance(prepared: PreparedBlueprint, run: Run, spec: Mapping[str, Any]) -> str:
+def _provenance(prepared: PreparedBlueprint, run: Run, place: RunFolder) -> str:
     """Return the column `provenance` of a run's rows, as JSON."""
-    blueprint, hashes = prepared.blueprint, prepared.images_of(run).sha256
+    blueprint, hashes, spec = prepared.blueprint, prepared.images_of(run).sha256, place.spec
     return schema.canonical_json(
         {
             "blueprint": blueprint.name,
