@@ -145,7 +145,7 @@ def export_subset(zoo: Zoo, folder: Path, *, selection_of: Sequence[str] | None 
         role: [row for row in zoo.probe_rows(role) if row["dataset"] in names] for role, names in datasets_of.items()
     }
     manifest = {name: value for name, value in zoo.manifest.items() if name != "files"}
-    # a subset is not the zoo of its blueprint: `pack` would otherwise take it for complete
+    # a subset is not the zoo of its blueprint: `is_packed` would otherwise take it for complete
     manifest |= {"blueprint_fingerprint": None, "subset_of": zoo.manifest["blueprint_fingerprint"]}
     write_zoo(folder, manifest, splits, probes, zoo.blueprint_text, dtype=zoo.index["dtype"][0])
     return folder
