@@ -71,7 +71,6 @@ def attack(
     """
     from vitzoo_hf.apply.distribution_inference.zoo_attacks import attack_zoo
 
-    # before any model is loaded
     _check(queries, seeds, out)
     report = attack_zoo(
         open_zoo(zoo, where),
@@ -85,8 +84,7 @@ def attack(
         shuffled=shuffled,
         unequal=unequal,
         seed=seed,
-        # without --out there is no place to keep outputs: they are computed again
-        cache=cache or (out and out / CACHE),
+        cache=cache or (out and out / CACHE),  # without --out, outputs are not stored
         device=device,
         progress=not (json or quiet),
     )

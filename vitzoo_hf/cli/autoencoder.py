@@ -55,7 +55,6 @@ def encode(
     from vitzoo_hf.progress import progress_bar
 
     table = out if out is not None else autoencoder / "embeddings.csv"
-    # before the training, which may take long, rather than when the table is written
     if table.suffix not in (".csv", ".parquet"):
         raise ZooError(f"--out {table}: expected a name that ends in .csv or .parquet")
     if arm is not None and train is None:
@@ -70,7 +69,6 @@ def encode(
     trained = load_autoencoder(autoencoder, device=device)
     with progress_bar("encoding", "model", shown=shown, total=len(opened)) as bar:
         encoded = encode_rows(opened, trained, pool=pool, latents=latents is not None, on_models=bar.update)
-    # checked above: the suffix is one of the two
     write = encoded.embeddings.to_csv if table.suffix == ".csv" else encoded.embeddings.to_parquet
     write(table, index=False)
     if latents is not None:

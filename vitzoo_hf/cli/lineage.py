@@ -69,7 +69,6 @@ def lineage(
     from vitzoo_hf.apply.lineage.lineage import recover_lineage, truth_of
 
     if out is not None:
-        # before the work: a folder that cannot be written fails at once
         make_folder(out)
     opened = open_zoo(zoo, where)
     models = opened if all_epochs else opened.filter(is_final=True)
