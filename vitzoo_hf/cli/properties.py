@@ -6,16 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
-from vitzoo_hf.cli.options import (
-    Json,
-    Quiet,
-    Where,
-    hint,
-    open_zoo,
-    print_json,
-    print_table,
-    writing_into,
-)
+from vitzoo_hf.cli.options import Json, Quiet, Where, hint, open_zoo, print_json, print_table, writing_into
 from vitzoo_hf.format.atomic import make_folder
 from vitzoo_hf.format.messages import one_line
 from vitzoo_hf.format.schema import ZooError

@@ -7,16 +7,7 @@ from typing import TYPE_CHECKING, Annotated, TypedDict
 
 from cyclopts import Parameter
 
-from vitzoo_hf.cli.options import (
-    Json,
-    Quiet,
-    Where,
-    check_least,
-    hint,
-    open_zoo,
-    print_json,
-    print_table,
-)
+from vitzoo_hf.cli.options import Json, Quiet, Where, check_least, hint, open_zoo, print_json, print_table
 from vitzoo_hf.format.schema import ZooError
 
 if TYPE_CHECKING:
