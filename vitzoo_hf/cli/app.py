@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from vitzoo_hf.launch.local import Summary
     from vitzoo_hf.zoo.zoo import Zoo
 
+# the interruption message promises this, so a verb must be resumable to stand here
 CONTINUED = ("train", "evaluate", "pack", "convert", "push", "quickstart", "export", "encode")
 """Verbs that continue after an interruption when they are called again."""
 
@@ -48,6 +49,7 @@ app = App(
     name="vitzoo",
     help="Populations of vision transformers as a Hugging Face dataset. Start with `vitzoo quickstart`.",
     version=VERSION,
+    # Ctrl-C reaches `run`, which says whether the same command continues
     suppress_keyboard_interrupt=False,
 )
 app.register_install_completion_command(
@@ -153,6 +155,7 @@ def plan(
     from vitzoo_hf.blueprint.blueprint import Blueprint
 
     if write is not None:
+        # the text, not the parsed plan: comments of the blueprint stay
         _write_new(write, Blueprint.load(blueprint).text)
         hint(f"Next: edit {write}, then vitzoo plan {write}")
         return
@@ -163,6 +166,7 @@ def plan(
         print_json(cost.to_json())
         return
     smallest, largest = cost.parameters
+    # heads of several datasets give models of several sizes
     size = f"{smallest:,}" if smallest == largest else f"{smallest:,} to {largest:,}"
     print(f"blueprint   {cost.name}")
     print(f"models      {cost.models} ({', '.join(f'{n} {stage}' for stage, n in cost.stages.items())})")
@@ -173,6 +177,7 @@ def plan(
     if cost.seconds is None:
         print(f"time        unknown: {cost.note}")
     else:
+        # no more workers are busy than there are models
         hours = cost.seconds * min(cost.workers, cost.models) / 3600
         print(f"time        about {format_duration(cost.seconds)} of training on {cost.workers} worker(s)")
         print(f"            {hours:,.{0 if hours >= 10 else 2}f} hours of one {cost.device} worker")
@@ -215,9 +220,11 @@ def train(
     from vitzoo_hf.blueprint.blueprint import Blueprint
 
     zoo, progress = Blueprint.load(blueprint), not (json or quiet)
+    # `--ray` without an address is True, so only False means that Ray was not requested
     if ray is False:
         from vitzoo_hf.launch.local import launch
 
+        # refused rather than ignored: the user expects them to have an effect
         if (storage, cpus_per_run, gpus_per_run) != (None, None, None):
             raise ZooError(
                 "--storage, --cpus-per-run and --gpus-per-run need --ray: give --ray too, or leave them out"
@@ -269,6 +276,7 @@ def pack(
     for run_id, reason in zoo.manifest["missing_runs"].items():
         print(f"left out: {run_id}: {reason}")
     if not quiet:
+        # an attack needs both a secret and the column that tells targets from shadows
         secret = design.secrets[0] if design.secrets and "role" in design.factor_types else None
         zoo_name = quote(str(out))
         hint(f"Next: vitzoo attack {zoo_name} --secret {secret}" if secret else f"Next: vitzoo evaluate {zoo_name}")
@@ -316,6 +324,7 @@ def run(arguments: Sequence[str]) -> int:
         # `datasets` reads this variable when it is imported, so it must be set before the verb runs
         os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
     try:
+        # errors reach the clauses below, which give each its line and exit status
         app(list(arguments), exit_on_error=False, print_error=False, result_action="return_value")
     except CycloptsError as error:
         print(f"vitzoo: {' '.join(str(error).split())} See `vitzoo --help`.", file=sys.stderr)
@@ -334,6 +343,7 @@ def run(arguments: Sequence[str]) -> int:
         resumes = bool(arguments) and arguments[0] in CONTINUED
         outlook = "continues where it was" if resumes else "starts again from the beginning"
         print(f"\nvitzoo: interrupted; the same command {outlook}", file=sys.stderr)
+        # 128 + 2, the number of SIGINT, as shells count
         return 130
     return 0
 
@@ -353,6 +363,7 @@ def _tell(summary: "Summary", name: str, out: Path, *, json: bool) -> None:
 
 def _write_new(path: Path, text: str) -> None:
     try:
+        # `x`: never overwrites a blueprint that somebody edited
         with path.open("x", encoding="utf-8") as file:
             file.write(text)
     except OSError as error:
@@ -362,7 +373,9 @@ def _write_new(path: Path, text: str) -> None:
 def _best_model(zoo: "Zoo") -> str:
     """Name the final model that is best on the selection images."""
     table = zoo.to_pandas("evaluations")
+    # the last stage: a fine-tuned model where there is one
     table = table[table["is_final"] & (table["stage"] == table["stage"].iloc[-1])]
+    # `idxmax` of a column without a number raises
     if table["selection_accuracy"].isna().all():
         return str(table["model_id"].iloc[-1])
     return str(table.loc[table["selection_accuracy"].idxmax(), "model_id"])

@@ -84,7 +84,7 @@ def attack(
         shuffled=shuffled,
         unequal=unequal,
         seed=seed,
-        cache=cache or (out and out / CACHE),
+        cache=cache or (out and out / CACHE),  # without --out, outputs are not stored
         device=device,
         progress=not (json or quiet),
     )
@@ -111,6 +111,7 @@ def _names(attacks: list[str] | None) -> list[str]:
 def _check(queries: int, seeds: int, out: Path | None) -> None:
     check_least("--queries", queries, 1)
     check_least("--seeds", seeds, 1)
+    # attacks.csv in a zoo would not be listed by its manifest
     if out is not None and (out / "zoo.json").exists():
         raise ZooError(f"--out {out} is a zoo, and attacks never write into a zoo: give another folder")
     if out is not None:

@@ -59,6 +59,7 @@ def encode(
         raise ZooError(f"--out {table}: expected a name that ends in .csv or .parquet")
     if arm is not None and train is None:
         raise ZooError("--arm selects the loss of a training: give --train too, or leave --arm out")
+    # writing latents there would overwrite the trained weights
     if latents is not None and latents.resolve() == (autoencoder / "autoencoder.safetensors").resolve():
         raise ZooError(f"--latents {latents} is the file of the autoencoder: give another file")
     table.parent.mkdir(parents=True, exist_ok=True)
@@ -134,6 +135,7 @@ def decode(
 
     trained = load_autoencoder(autoencoder, device=device)
     opened = open_zoo(zoo, where)
+    # None encodes the rows themselves
     codes = None if latents is None else read_latents(latents, trained)
     total = len(opened) if codes is None else len(codes)
     with progress_bar("decoding", "model", shown=not (json or quiet), total=total) as bar:
@@ -142,6 +144,7 @@ def decode(
     if json:
         print_json({"zoo": str(out), "table": table})
         return
+    # a column of None has type object; as float it is NaN
     means = table[["r2_beyond_mean", "test_accuracy", "test_accuracy_original"]].astype(float).mean()
     print_table([{"models": len(table)} | {f"mean {name}": float(value) for name, value in means.items()}])
     print(
@@ -204,6 +207,7 @@ def sample(
         raise ZooError(f"--fine-tune {fine_tune}: expected a number of epochs of at least 1, or 0 for none")
     tuning = FineTuning(fine_tune, seed=seed) if fine_tune else None
     trained = load_autoencoder(autoencoder, device=device)
+    # --keep 0 keeps every sample, which `Sampling` calls None
     sampling = Sampling(count, min(keep, count) or None, rounds, mode, bandwidth, seed)
     samples = write_samples(open_zoo(zoo, where), trained, out, sampling, tuning=tuning, device=device)
     samples.table.to_csv(out / "samples.csv", index=False)

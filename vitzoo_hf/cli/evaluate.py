@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from vitzoo_hf.zoo.zoo import Zoo
 
+# hidden: hidden folders are no part of a zoo, and are never pushed
 CACHE = ".evaluation"
 Corrupt = Annotated[
     list[str] | None,
@@ -93,6 +94,7 @@ def evaluate(
     if verbose:
         _tell_plan(opened, device, precision)
     if data or corrupt:
+        # refused above otherwise; tells the type checker
         assert out is not None
         _evaluate_images(opened, data, corrupt or [], out, options, json=json)
         return
@@ -130,12 +132,14 @@ def _evaluate_images(
     if not len(opened):
         raise ZooError("there is no model to evaluate: --where matches no row; widen it")
     dataset = common_dataset(opened.to_pandas())
+    # classes of other datasets have no labels among these images
     models = opened.filter(dataset=dataset, is_final=True)
     table = evaluate_on(models, image_sets(models, dataset, data=data, corruptions=corrupt), **options)
     _write_tables(out, {"images": table})
     if json:
         print_json(table)
         return
+    # medians: a few models at chance level would pull a mean down
     print_table(table.groupby("images", sort=False)[["accuracy", "loss", "ece"]].median().reset_index())
     print(f"medians of {table['model_id'].nunique()} final models; every model is in {out / 'images.csv'}")
 
@@ -152,7 +156,9 @@ def _tell_plan(opened: "Zoo", device: str, precision: str) -> None:
     from vitzoo_hf.models.population import Population
 
     index = opened.to_pandas()
+    # the columns that decide which models can be run together
     for _, members in index.groupby(["architecture", "architecture_args", "head", "layout"], sort=False):
+        # 64 rows are enough to see how a group is run, without reading all weights
         rows = opened.filter(model_id=list(members["model_id"])[:64]).rows()
         for line in Population.from_rows(rows, device=device, precision=precision).describe(256):
             print(line)

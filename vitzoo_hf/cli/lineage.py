@@ -6,16 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
-from vitzoo_hf.cli.options import (
-    Json,
-    Quiet,
-    Where,
-    hint,
-    open_zoo,
-    print_json,
-    print_table,
-    writing_into,
-)
+from vitzoo_hf.cli.options import Json, Quiet, Where, hint, open_zoo, print_json, print_table, writing_into
 from vitzoo_hf.format.atomic import make_folder
 from vitzoo_hf.format.messages import counted
 from vitzoo_hf.format.schema import ZooError
@@ -86,6 +77,7 @@ def lineage(
     truth = truth_of(models.to_pandas())
     scores = [] if truth is None else score_records(forest, truth)
     epochs = None
+    # an order of two checkpoints is right by chance half the time
     if all_epochs and models.to_pandas()["run_id"].value_counts().max() >= 3:
         epochs = order_epochs(models, device=device, progress=progress)
     elif all_epochs:
@@ -116,10 +108,13 @@ def _hint(zoo: str, out: Path | None) -> None:
 
 def score_records(forest: "Forest", truth: "Truth") -> list[dict[str, object]]:
     """List every score with its value at chance level, computed by the same scorer."""
+    # by the same scorer, so that a score and its chance level are comparable
     chance = forest.baselines(truth).set_index(["baseline", "score"])
     records = []
     for score, value in forest.scores(truth).items():
+        # a direction is compared with random directions, every other score with random forests
         baseline = "random_direction" if score == "direction_accuracy" else "random_forest"
+        # JSON has no NaN, which a score is where this forest does not define it
         record: dict[str, object] = {"score": score, "value": None if value != value else value}
         record |= {"baseline": baseline, "chance": None, "low": None, "high": None}
         if (baseline, score) in chance.index:
@@ -136,6 +131,7 @@ def _candidate_ids(models: "Zoo", conditions: list[str]) -> list[str]:
     candidates = models.filter(**values)
     if not len(candidates):
         raise ZooError(f"--candidates {' '.join(conditions)} matches none of the {len(models)} models")
+    # ids name checkpoints exactly; other conditions match every epoch of a run
     if "model_id" not in values:
         candidates = candidates.filter(is_final=True)
     if not len(candidates):

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 def print_json(value: object) -> None:
     """Print one JSON value; a data frame inside it becomes a list of records."""
+    # names of models and factors may hold any script: they stay readable
     print(json.dumps(value, indent=1, ensure_ascii=False, default=_records))
 
 
@@ -38,7 +39,9 @@ def print_table(table: "Sequence[Mapping[str, object]] | pandas.DataFrame") -> N
         print("no rows")
         return
     cells = [[cell(value) for value in row.values()] for row in rows]
+    # the header counts too: values may be shorter than their column's name
     widths = [max(map(len, column)) for column in zip(list(rows[0]), *cells, strict=True)]
+    # trailing spaces are cut: they would wrap in a narrow terminal
     for line in [list(rows[0]), *cells]:
         print("  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip())
 
@@ -101,6 +104,7 @@ def open_zoo(name: str, where: Sequence[str] | None, *, revision: str | None = N
     from vitzoo_hf.zoo.zoo import Zoo
 
     zoo = Zoo.sample() if name == "sample" else Zoo(name, revision=revision)
+    # types of the columns decide whether `1` is a number or text
     conditions = dict(parse_condition(text, zoo.column_types) for text in where or ())
     return zoo.filter(**conditions) if conditions else zoo
 
@@ -131,6 +135,7 @@ def folder_of(name: str) -> str:
     """Replace the name `sample` by the folder of the sample zoo; any other name stays as it is."""
     from vitzoo_hf.zoo.zoo import SAMPLE
 
+    # a folder of this name on disk wins
     return str(SAMPLE) if name == "sample" and not Path(name).exists() else name
 
 

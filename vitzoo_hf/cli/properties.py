@@ -6,16 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
-from vitzoo_hf.cli.options import (
-    Json,
-    Quiet,
-    Where,
-    hint,
-    open_zoo,
-    print_json,
-    print_table,
-    writing_into,
-)
+from vitzoo_hf.cli.options import Json, Quiet, Where, hint, open_zoo, print_json, print_table, writing_into
 from vitzoo_hf.format.atomic import make_folder
 from vitzoo_hf.format.messages import one_line
 from vitzoo_hf.format.schema import ZooError
@@ -67,7 +58,9 @@ def properties(
     from vitzoo_hf.apply.properties.targets import SPLITS
 
     if out is not None:
+        # before the cross-validations: a folder that cannot be written fails at once
         make_folder(out)
+    # beside an embedding, features of the package are computed only where they are named
     columns: list[str | Features] = list(features or ([] if embedding else FEATURES))
     if embedding is not None:
         columns.append(_embedding(embedding))
@@ -114,6 +107,7 @@ def _embedding(file: Path) -> "Features":
 
     try:
         table = pd.read_parquet(file) if file.suffix == ".parquet" else pd.read_csv(file)
+    # pyarrow and pandas raise subclasses of ValueError for a file that is no table
     except (OSError, ValueError) as error:
         raise ZooError(f"cannot read {file} as a table: {one_line(error)}") from None
     if "model_id" not in table:

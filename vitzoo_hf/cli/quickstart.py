@@ -55,8 +55,11 @@ def quickstart(
         ZooError: if a step fails, or another process works in `folder`.
     """
     runs, place, report = folder / "runs", folder / "zoo", folder / "report" / "report.html"
+    # two quickstarts in one folder would train into the same runs
     with exclusive(folder):
+        # by fingerprint: an edited blueprint is trained and packed again
         packed = is_packed(blueprint, place)
+        # the report comes last, so its file says that the steps before it were done
         if packed and _is_evaluated(place) and report.is_file():
             return Outcome(place, report, already_done=True)
         if not packed:
@@ -78,6 +81,7 @@ def quickstart(
 def _is_evaluated(place: Path) -> bool:
     try:
         zoo = Zoo(place)
+        # both tables, with a row for every model: anything less is measured again
         return len(zoo.to_pandas("evaluations")) == len(zoo) and "pairs" in zoo.configs
     except ZooError:
         return False
@@ -87,8 +91,10 @@ def summary_table(zoo: Zoo) -> pd.DataFrame:
     """Average final models over seeds: one row for each combination of the other factors, best first."""
     table = zoo.to_pandas("evaluations")
     table = table[table["is_final"]]
+    # seeds are averaged over; a factor with one value would only widen the table
     factors = [name for name in zoo.factors if not name.endswith("seed") and table[name].nunique(dropna=False) > 1]
     keys = ["stage", "dataset", *factors]
+    # dropna=False: a factor that is null for a stage must not remove that stage
     means = table.groupby(keys, dropna=False, sort=False).agg(
         models=("model_id", "size"),
         test_accuracy=("test_accuracy", "mean"),

@@ -7,16 +7,7 @@ from typing import TYPE_CHECKING, Annotated, TypedDict
 
 from cyclopts import Parameter
 
-from vitzoo_hf.cli.options import (
-    Json,
-    Quiet,
-    Where,
-    check_least,
-    hint,
-    open_zoo,
-    print_json,
-    print_table,
-)
+from vitzoo_hf.cli.options import Json, Quiet, Where, check_least, hint, open_zoo, print_json, print_table
 from vitzoo_hf.format.schema import ZooError
 
 if TYPE_CHECKING:
@@ -116,6 +107,7 @@ def _check_numbers(points: int, images: int, restarts: int, seed: int, pairs: in
     from vitzoo_hf.models.rebuild import usable_device
 
     for option, value, least in (
+        # both ends and a point between them: two points have no barrier
         ("--points", points, 3),
         ("--images", images, 1),
         ("--restarts", restarts, 0),
@@ -123,6 +115,7 @@ def _check_numbers(points: int, images: int, restarts: int, seed: int, pairs: in
         ("--pairs", 1 if pairs is None else pairs, 1),
     ):
         check_least(option, value, least)
+    # before any model is loaded
     usable_device(device)
 
 
@@ -176,6 +169,7 @@ def _align_pair(
     from vitzoo_hf.apply.rebasin.barriers import pair_barriers
 
     if out is not None:
+        # before the measurement, which takes much longer than the check
         _check_pair_out(out, opened, variants)
     table = pair_barriers(opened, [ids], variants, **options)
     if out is not None:
@@ -196,6 +190,7 @@ def _write(opened: "Zoo", ids: tuple[str, str], variant: "Variant", out: Path, o
 
     families, by = variant.families, variant.by
     restarts, seed, device = options["restarts"], options["seed"], options["device"]
+    # a folder becomes a zoo of both models, a file holds B alone
     if out.suffix != ".safetensors":
         rebasin_zoo(
             opened.filter(model_id=list(ids)),
@@ -210,6 +205,7 @@ def _write(opened: "Zoo", ids: tuple[str, str], variant: "Variant", out: Path, o
         )
         return
     target, row = opened.row(ids[0]), opened.row(ids[1])
+    # weights are matched without images, so none are loaded
     images = matching_images(opened, target["dataset"], seed) if by != "weights" else None
     aligned = aligned_row(
         target, row, images=images, families=families, by=by, restarts=restarts, seed=seed, device=device
@@ -232,6 +228,7 @@ def _align_all(
 
     if out is None or out.suffix:
         raise ZooError(f"every other model is aligned to {model_a}: give --out FOLDER for the new zoo, or MODEL_B")
+    # a ladder would give several zoos, and --out names one
     (variant,) = _variants(families, by, ladder=False)
     rebasin_zoo(opened, model_a, out, families=variant.families, by=by, **options)
     if json:
@@ -256,6 +253,7 @@ def _measure_pairs(
     from vitzoo_hf.apply.rebasin.barriers import pair_barriers, sample_pairs, summary
 
     check_file(out)
+    # final models only, so that no pair is two epochs of one run
     pairs = sample_pairs(opened.filter(is_final=True).to_pandas(), count, seed=options["seed"], kind=kind)
     table = pair_barriers(opened, pairs, variants, **options)
     try:

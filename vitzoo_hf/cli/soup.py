@@ -80,6 +80,7 @@ def soup(
     from vitzoo_hf.models.rebuild import usable_device
 
     opened = open_zoo(zoo, where)
+    # before any model is averaged
     check_folder(out, opened, "soups_of")
     usable_device(device)
     check_least("--seed", seed, 0)
@@ -92,7 +93,9 @@ def soup(
         raise ZooError(
             f"--last and --decay do not apply to --method {method}: leave them out, or use --method epochs"
         )
+    # names of the columns alone: whatever their values, the user has restricted the rows
     conditions = {text.split("=")[0] for text in where or ()}
+    # a condition of the user on epochs replaces the default of final models
     finals = opened.filter(is_final=True) if not conditions & {"epoch", "is_final"} else opened
     models = finals if conditions & {"stage", "model_id", "run_id"} else finals.filter(stage="finetune")
     columns = ["parent_id", "head"] if by is None else names_of("--by", by, "parent_id,head")
@@ -127,6 +130,7 @@ def _soup_groups(
         soup_row(
             models,
             measured.soup,
+            # `, ` is no part of a model id; `--` separates parts of ids elsewhere too
             name=group_text(measured.group).replace(", ", "--"),
             test_loss=measured.test_loss,
             test_accuracy=measured.test_accuracy,
@@ -147,10 +151,12 @@ def _averages(last: str | None, decay: float | None) -> _Averages:
     averages = _Averages()
     if last is not None:
         texts = [text.strip() for text in last.split(",")]
+        # an average of the last 1 is the last epoch itself
         if not all(text.isdecimal() and int(text) >= 2 for text in texts):
             raise ZooError(f"--last {last}: expected K,K…, whole numbers of at least 2, such as 2,3,5")
         averages["last"] = [int(text) for text in texts]
     if decay is not None:
+        # with a decay of 1 the average would never leave its first epoch
         if not 0 <= decay < 1:
             raise ZooError(f"--decay {decay:g}: expected a number from 0 to below 1, such as 0.5")
         averages["decays"] = [decay]
@@ -180,6 +186,7 @@ def _soup_epochs(
     if json:
         return
     print_table(averages.gains(seed=seed))
+    # a run with fewer stored epochs than K has no such average
     names = set(averages.table["average"])
     for k in options.get("last", ()):
         if f"last {k}" not in names:

@@ -70,6 +70,7 @@ def info(zoo: str, *, revision: Revision = None, json: Json = False, quiet: Quie
         "runs": int(index["run_id"].nunique()),
         "final_models": int(index["is_final"].sum()),
         "parameters": sorted({int(count) for count in index["num_parameters"]}),
+        # None does not compare with numbers or text; it means that the factor does not apply
         "factors": {name: sorted(set(opened.index[name]) - {None}) for name in opened.factors},
         "splits": {split: opened.splits_of(opened.model_ids).count(split) for split in opened.splits},
         "configs": opened.configs,
@@ -210,11 +211,13 @@ def convert(
 
 
 def _splits(by: str, validation: float, test: float) -> dict[str, str | int | float]:
+    # training gets the rest; a negative rest is refused with the shares
     return {"by": by, "seed": 0, "train": 1 - validation - test, "validation": validation, "test": test}
 
 
 def _tell_conversion(conversion: "Conversion", out: Path, *, json: bool, quiet: bool) -> None:
     if json:
+        # JSON has no paths
         print_json(vars(conversion) | {"folder": str(out)})
         return
     print(f"{conversion.rows} rows in {out}")
@@ -232,6 +235,7 @@ def _naming_all_refused() -> Iterator[None]:
     try:
         yield
     except NothingTakenError as error:
+        # on standard error: with --json, standard output holds JSON only
         for path, reason in error.refused.items():
             print(f"refused: {path}: {reason}", file=sys.stderr)
         raise
@@ -242,6 +246,7 @@ def _json_object(text: str | None, option: str) -> dict[str, object] | None:
         return None
     try:
         value = parse_json(text)
+    # JSONDecodeError is a ValueError; the message below shows the text
     except ValueError:
         value = None
     if not isinstance(value, dict):
@@ -308,6 +313,7 @@ def verify(zoo: str, *, revision: Revision = None, json: Json = False, quiet: Qu
             print(f"damaged: {name}: {reason}")
             for model_id in result.rows.get(name, ()):
                 print(f"    lost: {model_id}")
+    # after the report, so that damage sets the exit status with --json too
     if not result.intact:
         raise ZooError(
             f"{len(result.damaged)} of {result.files} files of {zoo} are damaged: download them again,"

@@ -120,6 +120,7 @@ def convert(
     staging = folder.parent / f".{folder.name}.converting"
     try:
         staging.mkdir(parents=True, exist_ok=True)
+        # the lock lies beside the staging folder, which is removed before the lock is released
         with FileLock(staging.with_suffix(".lock"), timeout=0):
             return _run(job, staging, folder, workers, progress)
     except Timeout:
@@ -140,6 +141,7 @@ def _check_splits(job: "_Job") -> None:
     if job.splits["by"] not in ("lineage", "run"):
         raise ZooError(f"splits by {job.splits['by']!r}: expected lineage or run")
     shares = list(job.shares.values())
+    # 0.7 + 0.2 + 0.1 is not exactly 1 in floating point
     if min(shares) < 0 or abs(sum(shares) - 1) > 1e-9:
         raise ZooError(f"splits of {', '.join(f'{share:g}' for share in shares)}: shares are 0 or more and sum to 1")
 
@@ -176,6 +178,7 @@ def _run(job: _Job, staging: Path, folder: Path, workers: int, progress: bool) -
             part = _finished(staging, name) or _write(job, staging, name, rows, storage, workers)
             bar.update(len(rows))
             refused |= part.refused
+            # a shard whose checkpoints were all refused has no file
             if part.shard.light:
                 shards[name] = part.shard
     if not shards:
@@ -194,6 +197,7 @@ def _earlier_conversion(job: _Job, folder: Path) -> Conversion | None:
         manifest = read_json(folder / schema.MANIFEST)
         shards = read_json(folder / schema.SHARDS)
         is_same = manifest["conversion"]["fingerprint"] == job.fingerprint
+        # sizes only: hashes would mean reading the whole zoo
         is_complete = all((folder / name).stat().st_size == entry["bytes"] for name, entry in shards.items())
     except (ZooError, OSError, KeyError, TypeError):
         return None
@@ -212,6 +216,7 @@ def _begin(job: _Job, staging: Path) -> Storage:
     record = staging / "job.json"
     if record.exists():
         begun_job = read_json(record)
+        # without a finished shard nothing is lost by starting again with other options
         if begun_job["fingerprint"] != job.fingerprint and not any((staging / "shards").iterdir()):
             shutil.rmtree(staging)
         elif begun_job["fingerprint"] != job.fingerprint:
@@ -238,6 +243,7 @@ def _largest(plan: SourcePlan) -> int:
             return Layout.of(row.load().tensors).num_parameters
         except ZooError:
             continue
+    # no checkpoint can be loaded; above the limit weights are stored as binary, which fits any size
     return schema.LIST_LIMIT + 1
 
 
@@ -250,6 +256,7 @@ def _parts(job: _Job, storage: Storage) -> dict[str, list[PlannedRow]]:
         members[split].append(row)
     parts = {}
     for split, rows in members.items():
+        # rounded up; the number is in every file name, so it is known before the first file is written
         count = -(-len(rows) // storage.shard_rows)
         for number in range(count):
             start = number * storage.shard_rows
@@ -270,6 +277,7 @@ def _finished(staging: Path, name: str) -> _Part | None:
     try:
         record = read_json(_record(staging, name))
         layouts = {key: Layout.from_json(entries) for key, entries in record["layouts"].items()}
+        # a process killed while writing leaves a shorter file
         if record["light"] and (staging / "zoo" / name).stat().st_size != record["entry"]["bytes"]:
             return None
         return _Part(Shard(record["entry"], record["light"], layouts), record["refused"])
@@ -283,10 +291,12 @@ def _write(job: _Job, staging: Path, name: str, planned: list[PlannedRow], stora
     file = staging / "zoo" / name
     with closing(_loaded_rows(planned, job, refused, workers)) as rows:
         shard = write_shard(file, rows, len(planned), job.plan.factor_types, storage)
+    # whether a row is left is known only after loading: Parquet without a row is no shard of a zoo
     if not shard.light:
         file.unlink()
     layouts = {key: layout.to_json() for key, layout in shard.layouts.items()}
     record = {"entry": shard.entry, "light": shard.light, "layouts": layouts, "refused": refused}
+    # after the file: a record says that its shard is complete
     write_json(_record(staging, name), record, indent=None)
     return _Part(shard, refused)
 
@@ -300,9 +310,11 @@ def _loaded_rows(
 ) -> Generator[dict[str, object], None, None]:
     """Rows with their weights, in order, loaded ahead; why a checkpoint cannot be converted is added to `refused`."""
     load = partial(unless_refused, partial(_row, job=job))
+    # closing ends the loading threads when the writer stops early
     with closing(mapped_ahead(load, planned, threads=workers, ahead=workers)) as results:
         for checkpoint, result in zip(planned, results, strict=True):
             if isinstance(result, ZooError):
+                # the path is the key of `refused`, so the reason does not repeat it
                 reason = str(result).removeprefix(checkpoint.source).lstrip(": ")
                 refused[checkpoint.source] = one_line(ZooError(reason))
             else:
@@ -313,15 +325,18 @@ def _row(planned: PlannedRow, job: _Job) -> dict[str, object]:
     """Load a checkpoint, check it, and return its row."""
     model = planned.load()
     args = schema.canonical_json(model.architecture_args)
+    # built from the JSON that the row stores, as a reader will build it
     expected = Architecture(model.architecture, json.loads(args), model.head, model.head_hidden).layout
     layout = Layout.of(model.tensors)
     if layout != expected:
         raise ZooError(f"{planned.source} does not have the tensors of {model.architecture} with a {model.head} head")
     weights = flatten(model.tensors)
     check_finite([weights], [planned.source])
+    # the hash below is of the rounded weights, which are what a reader gets
     stored = rounded(weights.numpy(), job.dtype)
     provenance = planned.columns["provenance"] | {"source": planned.source, "flags": model.flags}
     return {
+        # null where the source does not know a result or factor
         **dict.fromkeys([*schema.RESULTS, *(f"factor_{name}" for name in job.plan.factor_types)]),
         **planned.columns,
         "architecture": model.architecture,
@@ -340,8 +355,8 @@ def _row(planned: PlannedRow, job: _Job) -> dict[str, object]:
 def _orphans(shards: Mapping[str, Shard]) -> list[str]:
     """Write a note on rows whose parent is not in the zoo."""
     rows = [row for shard in shards.values() for row in shard.light]
-    model_ids = {row["model_id"] for row in rows}
-    absent = sorted({row["parent_id"] for row in rows if row["parent_id"]} - model_ids)
+    model_ids = {str(row["model_id"]) for row in rows}
+    absent = sorted({str(row["parent_id"]) for row in rows if row["parent_id"]} - model_ids)
     return [f"{len(absent)} parents are not in the zoo, {absent[0]} the first."] if absent else []
 
 

@@ -48,8 +48,10 @@ def export_row(row: RowLike, place: Path, *, format: str = "timm") -> None:
         raise ZooError(f"{place} is the name of a file; transformers reads a folder: leave .safetensors out")
     row = Row.of(row)
     vector, layout = checked_vector(row)
+    # safetensors refuses views that are not contiguous
     tensors = {name: tensor.contiguous() for name, tensor in unflatten(vector, layout).items()}
     metadata = {
+        # safetensors metadata holds text only
         name: value if isinstance(value, str) else json.dumps(value)
         for name, value in row.items()
         if name != "weights" and value is not None
@@ -86,10 +88,12 @@ def export_zoo(zoo: Zoo, folder: Path, *, format: str = "timm", progress: bool =
     places = {model_id: folder / f"{model_id}{suffix}" for model_id in hashes}
     if format == "transformers":
         _check_all_known(zoo)
+        # all places are checked before the first is written
         for place in places.values():
             check_replaceable(place)
     model_ids = [model_id for model_id, place in places.items() if _exported_hash(place, zoo) != hashes[model_id]]
     with progress_bar("exporting", "model", shown=progress, total=len(places)) as bar:
+        # models of an earlier export count as done
         bar.update(len(places) - len(model_ids))
         for row in zoo.filter(model_id=model_ids).rows() if model_ids else ():
             export_row(row, places[row["model_id"]], format=format)
@@ -110,6 +114,7 @@ def _check_all_known(zoo: Zoo) -> None:
             f"{mlp} of {len(zoo)} models have an MLP head, which transformers' ViT has not:"
             " leave them out with --where head=linear"
         )
+    # each distinct architecture once: a check builds its skeleton
     for architecture, args in dict.fromkeys(
         zip(zoo.index["architecture"], zoo.index["architecture_args"], strict=True)
     ):
@@ -140,6 +145,7 @@ def export_subset(zoo: Zoo, folder: Path, *, selection_of: Sequence[str] | None 
         role: [row for row in zoo.probe_rows(role) if row["dataset"] in names] for role, names in datasets_of.items()
     }
     manifest = {name: value for name, value in zoo.manifest.items() if name != "files"}
+    # a subset is not the zoo of its blueprint: `is_packed` would otherwise take it for complete
     manifest |= {"blueprint_fingerprint": None, "subset_of": zoo.manifest["blueprint_fingerprint"]}
     write_zoo(folder, manifest, splits, probes, zoo.blueprint_text, dtype=zoo.index["dtype"][0])
     return folder
@@ -153,6 +159,7 @@ def _exported_hash(place: Path, zoo: Zoo) -> str | None:
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - it is no mapping
         if place.is_dir():
             tensors = to_timm(tensors, name=place.name, config=json.loads((place / CONFIG).read_text())).tensors
+        # in the order of the layout: the hash is of the flat vector, and a file has an order of its own
         return schema.weights_sha256(flatten({name: tensors[name] for name in layout.names}).numpy())
     except (OSError, SafetensorError, KeyError, ValueError, ZooError):
         return None

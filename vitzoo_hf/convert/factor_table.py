@@ -24,12 +24,19 @@ FROM_WEIGHTS = ("num_parameters", "layout", "weights_sha256", "dtype", "provenan
 """Columns of an index that are computed again from the checkpoint."""
 
 FACTOR = re.compile(r"[a-z][a-z0-9_]*", re.ASCII)
+# no leading zeros: `007` is a name, and as a number it would lose them
 INTEGER = re.compile(r"[+-]?(0|[1-9]\d*)", re.ASCII)
 NUMBER = re.compile(r"[+-]?(((0|[1-9]\d*)(\.\d*)?|\.\d+)(e[+-]?\d+)?|nan|inf(inity)?)", re.ASCII | re.IGNORECASE)
 BOOLEANS = {"true": True, "false": False}
+# epochs are stored as int32
 LARGEST_EPOCH = 2**31 - 1
 LARGEST_RESULT = 3e38  # results are stored as float32
+# 2**63 has 19 digits; one more leaves room for a sign
 MOST_DIGITS = 20
+
+
+Values = dict[str, Any]
+"""Column of the format -> parsed value of a line."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +50,7 @@ class Line:
     """
 
     where: str
-    values: dict[str, Any]
+    values: Values
     factors: dict[str, Factor]
 
 
@@ -84,6 +91,7 @@ def read_table(file: Path, key: str) -> Table:
     places: dict[str, list[int]] = {}
     refused: dict[str, str] = {}
     for number, record in records:
+        # padded, so that a short line can still be refused by the name of its checkpoint
         subject = (record + [""] * len(header))[header.index(key)].strip()
         if not subject:
             raise ZooError(f"{file.name} line {number} has no {key}: fill it in, or remove the line")
@@ -97,6 +105,7 @@ def read_table(file: Path, key: str) -> Table:
             listed = ", ".join(str(number) for number in numbers)
             refused[subject] = f"{file.name} lists it more than once, in lines {listed}: keep one"
     valid = {subject: values for subject, values in cells.items() if subject not in refused}
+    # lines with a mistake do not decide the type of a factor
     types = {name: _type_of([values[column] for values in valid.values()]) for column, name in columns.items()}
     empty = [column for column, name in columns.items() if types[name] is None]
     if valid and empty:
@@ -111,6 +120,7 @@ def read_table(file: Path, key: str) -> Table:
     dropped = [column for column in header if column in FROM_WEIGHTS]
     notes = [f"Columns of {file.name} that follow from the weights were not taken: {', '.join(dropped)}."]
     factor_types = {name: kind for name, kind in types.items() if kind is not None}
+    # a child is not refused because the line of its parent has a mistake elsewhere
     unread = frozenset(_model_id(cells[subject]) for subject in refused if subject in cells)
     return Table(file.name, lines, factor_types, refused, notes if dropped else [], unread)
 
@@ -122,9 +132,11 @@ def _model_id(cells: Mapping[str, str]) -> str:
 def _records(file: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
     """Read the header, and the records with the line where each begins; blank lines are skipped."""
     try:
+        # utf-8-sig drops the byte order mark that spreadsheet programs write first
         with file.open(encoding="utf-8-sig", newline="") as opened:
             reader = csv.reader(opened, strict=True)
             header = [name.strip() for name in next(reader, [])]
+            # a quoted cell may hold line breaks, so records and lines are counted apart
             records, begins = [], reader.line_num + 1
             for record in reader:
                 if any(cell.strip() for cell in record):
@@ -162,6 +174,7 @@ def _type_of(cells: list[str]) -> str | None:
     filled = [cell for cell in cells if cell]
     if not filled:
         return None
+    # before numbers: 0 and 1 stay integers
     if all(cell.lower() in BOOLEANS for cell in filled):
         return "bool"
     integers = [cell for cell in filled if INTEGER.fullmatch(cell)]
@@ -187,7 +200,7 @@ def _line(where: str, cells: Mapping[str, str], columns: Mapping[str, str], type
     return Line(where, _with_ids(where, values), factors)
 
 
-def _format_value(where: str, column: str, cell: str) -> Any:
+def _format_value(where: str, column: str, cell: str) -> object:
     """Parse a cell of a column of the format."""
     what = f"{where}: {column}"
     if column in schema.RESULTS:
@@ -214,7 +227,7 @@ def _format_value(where: str, column: str, cell: str) -> Any:
     return cell
 
 
-def _with_ids(where: str, values: dict[str, Any]) -> dict[str, Any]:
+def _with_ids(where: str, values: Values) -> Values:
     """Add run and epoch from `model_id` where they are missing; refuse values that contradict each other."""
     if "model_id" not in values:
         return values
@@ -250,9 +263,10 @@ def _string(what: str, cell: str) -> str:
     return cell
 
 
-def _object(what: str, cell: str) -> dict[str, Any]:
+def _object(what: str, cell: str) -> dict[str, object]:
     try:
         value = json.loads(cell)
+    # deeply nested brackets exhaust the stack of the parser
     except (json.JSONDecodeError, RecursionError):
         value = None
     if not isinstance(value, dict):

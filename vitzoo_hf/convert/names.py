@@ -16,7 +16,9 @@ from vitzoo_hf.format.layout import Layout
 from vitzoo_hf.format.schema import ZooError
 from vitzoo_hf.models.architecture import Architecture
 
+# wrappers: training frameworks, DataParallel, torch.compile; the last is a module that holds a ViT
 PREFIXES = ("model.", "module.", "_orig_mod.", "vit.")
+# the standard sizes of ViT all have heads of this width
 HEAD_DIM = 64
 SIZES = {192: "tiny", 384: "small", 768: "base", 1024: "large"}
 
@@ -43,8 +45,8 @@ def to_timm(
     *,
     name: str,
     architecture: str | None = None,
-    architecture_args: Mapping[str, Any] | None = None,
-    config: Mapping[str, Any] | None = None,
+    architecture_args: Mapping[str, object] | None = None,
+    config: Mapping[str, object] | None = None,
 ) -> LoadedModel:
     """Bring a state dict under timm's names, in timm's order, and find its architecture.
 
@@ -80,6 +82,7 @@ def to_timm(
         )
     layout = Architecture(architecture, args, head, hidden).layout
     _compare(renamed, layout, architecture, name)
+    # the order decides the flat vector, and so its hash
     ordered = {key: renamed[key].contiguous() for key in layout.names}
     return LoadedModel(ordered, architecture, args, head, hidden, flags)
 
@@ -92,6 +95,7 @@ def _timm_names(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
             stripped = _without_prefix(stripped, prefix)
     if any("embeddings." in key for key in stripped):
         return _from_transformers(stripped, name)
+    # last: names of transformers, some of which begin with it, were brought to their own table above
     return _without_prefix(stripped, PREFIXES[3])
 
 
@@ -110,6 +114,7 @@ def _from_transformers(tensors: Mapping[str, Tensor], name: str) -> dict[str, Te
         for pattern, replacement in FROM_TRANSFORMERS:
             if re.fullmatch(pattern, bare, re.ASCII):
                 new = re.sub(pattern, replacement, bare, flags=re.ASCII)
+                # version 4 writes `query`, version 5 `q_proj`; one letter serves both
                 new = re.sub(r"\.attn\.([qkv])\w*\.", r".attn.\1.", new)
                 break
         else:
@@ -148,6 +153,7 @@ def _float32(key: str, tensor: Tensor, name: str, flags: list[str]) -> Tensor:
     if tensor.dtype == torch.float32:
         return tensor
     wide = tensor.float()
+    # float64 is refused where it would be rounded: the row promises the weights of the source
     if tensor.dtype == torch.float64 and not torch.equal(wide.double(), tensor):
         raise ZooError(f"{name}: {key} is float64, which float32 cannot hold exactly: convert it first")
     how = "which float32 holds exactly" if tensor.dtype == torch.float64 else "widened to float32"
@@ -180,6 +186,7 @@ def _architecture_of_shapes(
         classes = last.shape[0] if last is not None else 0
     except (KeyError, ValueError, IndexError):
         raise ZooError(f"{name} is no ViT: it lacks patch_embed.proj.weight, pos_embed or blocks") from None
+    # a class token takes one of the positions; without a further one there is no patch
     if blocks != set(range(depth)) or not patches.numel() or tokens <= ("cls_token" in tensors):
         raise ZooError(f"{name} is no ViT: its blocks are not numbered from 0, or it has no patches")
     side = round((tokens - ("cls_token" in tensors)) ** 0.5)
@@ -196,7 +203,7 @@ def _architecture_of_shapes(
     return f"vit_{SIZES[width]}_patch{patch}_224", args
 
 
-def _check_sizes(args: Mapping[str, Any], shape_args: Mapping[str, int | float], name: str) -> None:
+def _check_sizes(args: Mapping[str, object], shape_args: Mapping[str, int | float], name: str) -> None:
     """Refuse arguments that contradict the shapes before a model of that size, which may be huge, is built."""
     for key in ("depth", "embed_dim"):
         if args.get(key) is not None and args[key] != shape_args[key]:
@@ -209,14 +216,15 @@ def _check_sizes(args: Mapping[str, Any], shape_args: Mapping[str, int | float],
 def _fitting(
     architecture: str,
     shape_args: Mapping[str, int | float],
-    given_args: Mapping[str, Any],
+    given_args: Mapping[str, object],
     head: str,
     hidden: int | None,
     tensors: Mapping[str, Tensor],
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """Find the fewest arguments that give the shapes: the given ones, and those where the default differs."""
     args = dict(given_args) | {"num_classes": shape_args["num_classes"]}
     shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+    # added one at a time, until the layout fits: arguments at their default stay out of the row
     for name in ("img_size", "patch_size", "in_chans", "embed_dim", "depth", "mlp_ratio"):
         try:
             layout = Architecture(architecture, args, head, hidden).layout
@@ -230,7 +238,7 @@ def _fitting(
 
 
 def _is_default(
-    architecture: str, args: Mapping[str, Any], name: str, value: int | float, head: str, hidden: int | None
+    architecture: str, args: Mapping[str, object], name: str, value: int | float, head: str, hidden: int | None
 ) -> bool:
     try:
         plain = Architecture(architecture, args, head, hidden).layout
@@ -241,7 +249,7 @@ def _is_default(
 
 def _architecture_of_config(
     config: Mapping[str, Any], name: str, flags: list[str]
-) -> tuple[str | None, dict[str, Any]]:
+) -> tuple[str | None, dict[str, object]]:
     """Read architecture and arguments from a config.json; None without either."""
     if isinstance(config.get("architecture"), str):
         model_args = config.get("model_args") or {}
@@ -288,7 +296,7 @@ def _compare(tensors: Mapping[str, Tensor], layout: Layout, architecture: str, n
 
 
 def to_transformers(
-    tensors: Mapping[str, Tensor], *, architecture: str, architecture_args: Mapping[str, Any], head: str
+    tensors: Mapping[str, Tensor], *, architecture: str, architecture_args: Mapping[str, object], head: str
 ) -> tuple[dict[str, object], dict[str, Tensor]]:
     """Make the config.json and tensors that transformers 4 and 5 load as `ViTForImageClassification`.
 
@@ -317,6 +325,7 @@ def to_transformers(
         "hidden_size": shape_args["embed_dim"],
         "num_hidden_layers": shape_args["depth"],
         "num_attention_heads": heads,
+        # the ratio was a division, so its product may miss the integer by a rounding error
         "intermediate_size": round(shape_args["mlp_ratio"] * shape_args["embed_dim"]),
         "hidden_act": "gelu",
         "layer_norm_eps": 1e-6,
@@ -332,9 +341,11 @@ def to_transformers(
 
 def _for_transformers(key: str, tensor: Tensor, architecture: str) -> dict[str, Tensor]:
     if match := re.fullmatch(r"blocks\.(\d+)\.attn\.qkv\.(\w+)", key):
+        # timm stacks query, key and value along the first axis, in this order
         parts = tensor.chunk(3)
         start = f"vit.encoder.layer.{match[1]}.attention.attention"
         return {
+            # chunks are views of one tensor, which safetensors does not save
             f"{start}.{part}.{match[2]}": value.contiguous()
             for part, value in zip(("query", "key", "value"), parts, strict=True)
         }
@@ -358,6 +369,6 @@ TO_TRANSFORMERS = (
 )
 
 
-def _heads_of(architecture: str, args: Mapping[str, Any]) -> int:
+def _heads_of(architecture: str, args: Mapping[str, object]) -> int:
     model: Any = Architecture(architecture, args).skeleton
     return int(model.blocks[0].attn.num_heads)

@@ -19,6 +19,7 @@ from torch import Tensor
 from vitzoo_hf.format.messages import one_line
 from vitzoo_hf.format.schema import ZooError
 
+# the whole file is read into memory
 MAX_FILE_BYTES = 16_000_000_000
 ARCHIVE_SLACK = 16_000_000
 """Bytes that names and pickled structure of an archive may take besides its tensors."""
@@ -69,10 +70,12 @@ def _read(opened: io.BufferedIOBase, name: str, size: int) -> object:
         _check_archive(opened, name, size)
     opened.seek(0)
     try:
+        # `weights_only` unpickles tensors and plain containers, and runs no code
         return torch.load(opened, map_location="cpu", weights_only=True)  # type: ignore[arg-type]
     except pickle.UnpicklingError as error:
         reason = "it holds more than tensors" if "weights_only" in str(error).lower() else one_line(error)
         raise ZooError(f"{name} is not read: {reason}; only checkpoints of plain tensors are") from None
+    # a hostile or cut pickle can raise anything from within the unpickler
     except Exception as error:
         raise ZooError(f"{name} is damaged, or no checkpoint ({type(error).__name__}: {one_line(error)})") from None
 
@@ -80,6 +83,7 @@ def _read(opened: io.BufferedIOBase, name: str, size: int) -> object:
 def _is_safetensors(opened: io.BufferedIOBase, size: int) -> bool:
     head = opened.read(9)
     opened.seek(0)
+    # eight bytes of header length, then a JSON object: the suffix of a name proves nothing
     return len(head) == 9 and head[8:] == b"{" and struct.unpack("<Q", head[:8])[0] <= size - 8
 
 
@@ -91,6 +95,7 @@ def _check_archive(opened: io.BufferedIOBase, name: str, size: int) -> None:
             entries = archive.infolist()
     except (zipfile.BadZipFile, OSError, ValueError) as error:
         raise ZooError(f"{name} is a damaged archive ({one_line(error)})") from None
+    # a small archive of compressed zeros could unpack to fill the memory
     unpacked = sum(entry.file_size for entry in entries)
     if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries) or unpacked > size + ARCHIVE_SLACK:
         raise ZooError(f"{name} is refused: {size} bytes that unpack to {unpacked}; torch writes archives unpacked")

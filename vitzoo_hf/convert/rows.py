@@ -32,6 +32,7 @@ def unless_refused(read: Callable[[Item], Result], item: Item) -> Result | ZooEr
     """
     try:
         return read(item)
+    # a source that is gone is no property of one item: nothing is refused for it
     except SourceError:
         raise
     except ZooError as error:
@@ -53,7 +54,7 @@ class LoadedModel:
 
     tensors: dict[str, Tensor]
     architecture: str
-    architecture_args: dict[str, Any]
+    architecture_args: Mapping[str, object]
     head: str
     head_hidden: int | None
     flags: list[str] = field(default_factory=list)
@@ -99,10 +100,12 @@ class SourcePlan:
     notes: list[str] = field(default_factory=list)
 
 
+# at most 10 digits, none behind them: longer numbers are hashes or dates, not epochs
 EPOCH = re.compile(r"(?:epoch[-_]?|checkpoint[-_])(\d{1,10})(?!\d)", re.ASCII | re.IGNORECASE)
+# a run id becomes a file name, which most file systems limit to 255 bytes
 LONGEST_RUN_ID = 120
 UNTOLD = "The epoch of {} checkpoints is not told, {} the first: it counts as 1; a table's column `epoch` tells it."
-Load = Callable[[str | None, dict[str, Any] | None], LoadedModel]
+Load = Callable[[str | None, Mapping[str, object] | None], LoadedModel]
 
 
 @dataclass(frozen=True)
@@ -136,7 +139,7 @@ def planned_rows(
     table: Table | None,
     *,
     architecture: str | None = None,
-    architecture_args: Mapping[str, Any] | None = None,
+    architecture_args: Mapping[str, object] | None = None,
     fallback: str = "model",
 ) -> Rows:
     """Plan the rows of checkpoints, parents before children, epochs ascending.
@@ -162,15 +165,18 @@ def planned_rows(
     final: dict[str, int] = {}
     for source in accepted:
         run, epoch = lines[source].values["run_id"], lines[source].values["epoch"]
+        # over accepted checkpoints only: the last one that can be converted counts as final
         final[run] = max(epoch, final.get(run, 0))
     groups, depths = _groups(lines), _depths(lines)
     assumed = [source for source in accepted if _named_epoch(source) is None and not _tells_epoch(table, source)]
     for source in assumed:
+        # recorded in the row, so that a guess is never taken for a fact
         provenance = {**accepted[source].provenance, "assumed": {"epoch": 1}}
         accepted[source] = replace(accepted[source], provenance=provenance)
     rows = [
         _row(accepted[source], lines[source], final, groups, architecture, architecture_args)
-        for source in sorted(accepted, key=lambda source: (depths[source], *_order(lines[source].values)))
+        # parents first, then by name: the order does not depend on how the source lists its files
+        for source in sorted(accepted, key=lambda source: (depths[source], *_order(lines[source])))
     ]
     return Rows(rows, refused, [UNTOLD.format(len(assumed), min(assumed))] if assumed else [])
 
@@ -185,7 +191,7 @@ def _row(
     final: Mapping[str, int],
     groups: Mapping[str, str],
     architecture: str | None,
-    args: Mapping[str, Any] | None,
+    args: Mapping[str, object] | None,
 ) -> PlannedRow:
     """Plan the row of a checkpoint from its line of the table."""
     values = dict(line.values)
@@ -215,7 +221,7 @@ def _load(
     where: str,
     *,
     architecture: str | None,
-    architecture_args: dict[str, Any] | None,
+    architecture_args: Mapping[str, object] | None,
     head: str | None,
     head_hidden: int | None,
 ) -> LoadedModel:
@@ -227,8 +233,8 @@ def _load(
     return model
 
 
-def _order(values: Mapping[str, Any]) -> tuple[str, int]:
-    return values["run_id"], values["epoch"]
+def _order(line: Line) -> tuple[str, int]:
+    return line.values["run_id"], line.values["epoch"]
 
 
 def _completed(table: Table, fallback: str) -> dict[str, Line]:
@@ -256,6 +262,7 @@ def _family_mistakes(lines: Mapping[str, Line], unread: frozenset[str]) -> dict[
             refused[source] = (
                 f"{line.where}: {model_id!r} is also in {duplicates}: tell them apart by run_id or epoch"
             )
+        # a parent whose line has a mistake is known, though its row is refused
         elif parent is not None and parent not in parents and parent not in unread:
             refused[source] = f"{line.where}: parent_id {parent!r} is no model of the table"
         elif _ancestors(model_id, parents)[1]:
@@ -270,6 +277,7 @@ def _other_lines(places: list[str], line: Line) -> str:
 def _ancestors(model_id: str | None, parents: Mapping[str, str | None]) -> tuple[set[str], bool]:
     """Follow a checkpoint's parents: the ids on the way, the first included, and whether they form a circle."""
     path: set[str] = set()
+    # ends at a repeated id: a table may describe a circle
     while model_id is not None and model_id not in path:
         path.add(model_id)
         model_id = parents.get(model_id)
@@ -304,6 +312,7 @@ def _guessed(sources: list[str], fallback: str) -> dict[str, Line]:
     lines = {}
     for source, (run, epoch) in guesses.items():
         if len(holders[run, epoch]) > 1:
+            # of the path, not a counter: the id does not change when the source gets further files
             run = f"{run[:LONGEST_RUN_ID]}-{schema.fingerprint(source, 8)}"
         values = {"run_id": run, "epoch": epoch, "model_id": schema.model_id(run, epoch)}
         lines[source] = Line(source, values, {})

@@ -25,7 +25,7 @@ WEIGHTS = "model.safetensors"
 BLOCK_TENSORS = ("norm1", "norm2", "attn.proj", "mlp.fc1", "mlp.fc2")
 
 
-def check_known_to_transformers(architecture: str, args: Mapping[str, Any], head: str) -> float:
+def check_known_to_transformers(architecture: str, args: Mapping[str, object], head: str) -> float:
     """Refuse a model that the ViT of transformers would compute differently.
 
     Args:
@@ -71,8 +71,10 @@ def _oddities(model: Any) -> list[str]:
             odd.append(f"blocks of the kind {type(block).__name__}")
             continue
         norms += [block.norm1, block.norm2]
+        # exact type: a subclass or the tanh approximation computes another function
         if type(block.mlp.act) is not nn.GELU or block.mlp.act.approximate != "none":
             odd.append(f"the activation {block.mlp.act}")
+        # transformers divides by the root of the head width, without an option
         elif abs(attention.scale - attention.head_dim**-0.5) > 1e-12:
             odd.append(f"attention scaled by {attention.scale}")
         elif not all(isinstance(part, nn.Identity) for part in (attention.q_norm, attention.k_norm, block.mlp.norm)):
@@ -90,6 +92,7 @@ def _tensor_oddities(model: Any) -> list[str]:
         layers += [f"blocks.{number}.{part}" for part in BLOCK_TENSORS]
     expected = {"cls_token", "pos_embed"} | {f"{name}.{kind}" for name in layers for kind in ("weight", "bias")}
     expected |= {f"blocks.{number}.attn.qkv.weight" for number in range(len(model.blocks))}
+    # `qkv_bias` is an option of both libraries, so these tensors may be absent
     biases = {f"blocks.{number}.attn.qkv.bias" for number in range(len(model.blocks))}
     absent = sorted(expected - names)
     unknown = sorted(names - expected - biases)
@@ -124,8 +127,10 @@ def write_transformers_folder(
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         fresh = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".tmp-"))
+        # mkdtemp makes folders that only their owner can read
         fresh.chmod(0o755)
         (fresh / CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+        # transformers refuses a file without the format `pt`
         save_file(renamed, fresh / WEIGHTS, metadata={**metadata, "format": "pt"})
         (fresh / WEIGHTS).chmod(0o644)
         swap(fresh, folder)

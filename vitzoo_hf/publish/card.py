@@ -41,6 +41,7 @@ def card_text(folder: Path, manifest: Manifest, *, repository: str | None = None
     Raises:
         ZooError: if the folder has no readable index, `repository` is no dataset id, or `default` is not in the zoo.
     """
+    # imported here: slow, and only needed for a card
     from huggingface_hub import DatasetCard, DatasetCardData
 
     if repository is not None and not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", repository, re.ASCII):
@@ -55,6 +56,7 @@ def card_text(folder: Path, manifest: Manifest, *, repository: str | None = None
         title=plain(name),
         repository=repository or card_sections.repository_name(name),
     )
+    # one line break at the end, whatever the template ends with: equal files give equal text
     return card.content.rstrip("\n") + "\n"
 
 
@@ -65,6 +67,7 @@ def template(name: str = TEMPLATE) -> str:
         ZooError: if neither has it.
     """
     package = Path(__file__).parents[1]
+    # a wheel carries `cards` in the package; in a checkout it lies beside it
     for folder in (package, package.parent):
         if (folder / "cards" / name).is_file():
             return (folder / "cards" / name).read_text(encoding="utf-8")
@@ -74,6 +77,7 @@ def template(name: str = TEMPLATE) -> str:
 def _default(facts: Facts, manifest: Manifest, default: str | None) -> str:
     config = default or manifest.get("default_config")
     if config is None:
+        # rows of several number formats: whole rows open only if a page of each fits the viewer
         fitting = {default_config(facts.largest, facts.encoding, dtype) for dtype in facts.dtypes}
         config = "weights" if fitting == {"weights"} else "index"
     if config not in facts.configs:
@@ -87,6 +91,7 @@ def _header(facts: Facts, manifest: Manifest, name: str, opened: str) -> dict[st
     if licence.lower() not in LICENCES:
         header = {
             "license": "other",
+            # one plain word for the header; the text of the card names the licence in full
             "license_name": re.sub(r"[^a-z0-9.]+", "-", licence.lower()).strip("-.") or "other",
         }
     label = next((label for limit, label in SIZES if len(facts.rows) < limit), "1M<n<10M")

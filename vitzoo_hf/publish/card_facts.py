@@ -124,6 +124,7 @@ class Facts:
             if file.config == "weights" and (self.folder / file.path).is_file():
                 kind = pq.read_schema(self.folder / file.path).field("weights").type
                 return "list" if pa.types.is_list(kind) or pa.types.is_large_list(kind) else "binary"
+        # no shard is here to ask: the rule by which they were written
         return "list" if self.largest <= schema.LIST_LIMIT and self.dtypes == ["float32"] else "binary"
 
     @cached_property
@@ -142,6 +143,7 @@ class Facts:
         measured = [row for row in self.finals if row["test_accuracy"] is not None]
         if not measured:
             return []
+        # accuracies on different images cannot be averaged
         (dataset, _), *_ = Counter(row["dataset"] for row in measured).most_common(1)
         return [row for row in measured if row["dataset"] == dataset]
 
@@ -196,18 +198,23 @@ class Facts:
         for file in self.files:
             if file.config == config:
                 digest.update(f"{file.path} {file.rows} {file.size}\n".encode())
+            # shards may be absent or large; the index holds `weights_sha256` of every row
             if file.config == ("index" if config == "weights" else config):
                 digest.update((self.folder / file.path).read_bytes())
+        # 64 bits tell versions of one zoo apart; the card stays readable
         return digest.hexdigest()[:16]
 
 
 def _data_files(folder: Path) -> list[DataFile]:
+    # first from `shards.json`, so that a folder without its shards can be described
     shards = read_json(folder / schema.SHARDS) if (folder / schema.SHARDS).is_file() else {}
     files = {name: DataFile(name, entry["rows"], entry["bytes"]) for name, entry in shards.items()}
     for file in folder.glob("*/*.parquet"):
+        # hidden folders are the temporary ones of a config that is being written
         if not file.parent.name.startswith("."):
             name = file.relative_to(folder).as_posix()
             files[name] = DataFile(name, pq.read_metadata(file).num_rows, file.stat().st_size)
+    # folders list files in any order, and the card must not depend on it
     return sorted(files.values(), key=_order)
 
 
@@ -229,6 +236,7 @@ def _index_rows(file: Path, split: str) -> list[Columns]:
         if text not in parsed:
             value = json.loads(text) if text else {}
             parsed[text] = value if isinstance(value, dict) else {}
+        # the index stores class labels as numbers, as `datasets` does
         named = {name: names[row[name]] for name, names in CLASSES.items() if isinstance(row[name], int)}
         row |= named | {"provenance": parsed[text], "split": split}
     return rows
@@ -237,4 +245,5 @@ def _index_rows(file: Path, split: str) -> list[Columns]:
 def value_counts(rows: Iterable[Columns], column: str) -> list[tuple[Any, int]]:
     """Count the values of a column, ascending, None last."""
     counts = Counter(row[column] for row in rows)
+    # None does not compare with numbers or text
     return sorted(counts.items(), key=lambda entry: (entry[0] is None, 0 if entry[0] is None else entry[0]))

@@ -23,6 +23,7 @@ def accuracy(facts: Facts, manifest: Manifest) -> dict[str, str] | None:
     lines = [["all", "all", *measures(row["test_accuracy"] for row in rows)]]
     for factor in manifest["factors"]:
         values = [value for value, _ in value_counts(rows, f"factor_{factor}")]
+        # a factor with one value says nothing, one with many makes a long table
         if 1 < len(values) <= MOST_VALUES:
             for value in values:
                 accuracies = (row["test_accuracy"] for row in rows if row[f"factor_{factor}"] == value)
@@ -45,6 +46,7 @@ def measures(values: Iterable[float | None]) -> list[str]:
 
 def present(values: Iterable[float | None]) -> list[float]:
     """List the values that are neither None nor NaN."""
+    # NaN is the one value that differs from itself
     return [value for value in values if value is not None and value == value]
 
 

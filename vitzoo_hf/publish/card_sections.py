@@ -114,6 +114,7 @@ def recipe(facts: Facts) -> str | None:
 def _values(values: Iterable[object]) -> str:
     """List the distinct values of a setting, or count them where there are many."""
     texts = {shown(value): value for value in values}
+    # as text, 1e-05 would stand behind 0.1
     ordered = sorted(texts, key=lambda text: _size_then_text(texts[text], text))
     return listing(ordered) if len(ordered) <= MOST_VALUES else f"{number(len(ordered))} values"
 
@@ -212,6 +213,7 @@ def splits(facts: Facts, manifest: Manifest) -> dict[str, str]:
     for row in facts.rows:
         members.setdefault(row["split"], []).append(row)
     runs = {split: {row["run_id"] for row in rows} for split, rows in members.items()}
+    # a run counts once in every split that has a row of it
     torn = sum(map(len, runs.values())) - len(facts.runs)
     groups = Counter(
         parent for _, parent in {(row["split"], row["parent_id"]) for row in facts.rows if row["parent_id"]}
@@ -253,6 +255,7 @@ def traps(facts: Facts, manifest: Manifest) -> list[str]:
             " contrastive model is a projection without classes, and a source may not have recorded it."
         )
     ends = [row["num_parameters"] for row in facts.rows]
+    # heads of other sizes give vectors of other lengths
     if min(ends) < max(ends):
         sentences.append(
             "Heads differ in size: compare weights of different heads over the trunk only (see `layouts.json`)."

@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
@@ -24,10 +24,12 @@ from vitzoo_hf.format.shards import ROW_GROUP_BYTES, write_parquet
 from vitzoo_hf.models.architecture import Architecture
 from vitzoo_hf.progress import progress_bar
 from vitzoo_hf.publish.card import card_text
+from vitzoo_hf.publish.card_facts import Manifest
 
 if TYPE_CHECKING:
     import datasets
 
+# in bytes of weights, before compression
 SHARD_BYTES = 500_000_000
 
 
@@ -82,6 +84,7 @@ class Storage:
     @property
     def shard_rows(self) -> int:
         """Number of rows in a file of about `SHARD_BYTES`."""
+        # whole row groups, so that only the last group of a split is short
         return max(1, SHARD_BYTES // self.row_bytes // self.group_rows) * self.group_rows
 
 
@@ -95,14 +98,14 @@ class Shard:
         layouts: fingerprint -> layout of the rows' weights.
     """
 
-    entry: dict[str, Any]
-    light: list[dict[str, Any]]
+    entry: dict[str, object]
+    light: list[dict[str, object]]
     layouts: dict[str, Layout]
 
 
 def write_zoo(
     folder: Path,
-    manifest: Mapping[str, Any],
+    manifest: Manifest,
     splits: Mapping[str, Rows],
     probes: Mapping[str, Sequence[Mapping[str, object]]],
     blueprint_text: str,
@@ -128,7 +131,9 @@ def write_zoo(
     storage = Storage(dtype, max(part.largest for part in splits.values()))
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
+        # a killed process left its temporary folder, as large as the zoo
         _sweep(folder)
+        # beside the zoo: a rename across file systems would not be atomic
         temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-", suffix=".tmp"))
     except OSError as error:
         raise ZooError(f"cannot write into {folder.parent}: {error.strerror}") from None
@@ -137,6 +142,7 @@ def write_zoo(
         shards: dict[str, Shard] = {}
         with progress_bar("packing", "row", shown=progress, total=sum(part.count for part in splits.values())) as bar:
             for split, part in splits.items():
+                # rounded up; file names carry the number of shards, which is needed before the first is written
                 num_shards = -(-part.count // storage.shard_rows)
                 for name in [shard_name(split, number, num_shards) for number in range(num_shards)]:
                     file, count = temporary / name, storage.shard_rows
@@ -151,7 +157,7 @@ def write_zoo(
 
 def assemble(
     folder: Path,
-    manifest: Mapping[str, Any],
+    manifest: Manifest,
     shards: Mapping[str, Shard],
     probes: Mapping[str, Sequence[Mapping[str, object]]],
     blueprint_text: str,
@@ -166,7 +172,7 @@ def assemble(
         blueprint_text: the YAML that the zoo was made from.
     """
     features = schema.row_features(manifest["factors"], weights=None)
-    light: dict[str, list[dict[str, Any]]] = {}
+    light: dict[str, list[dict[str, object]]] = {}
     layouts: dict[str, Layout] = {}
     for name, shard in shards.items():
         light.setdefault(_split_of(name), []).extend(shard.light)
@@ -200,12 +206,17 @@ def write_shard(
         storage: how the whole zoo stores its weights.
         bar: advances by every row.
     """
-    light: list[dict[str, Any]] = []
+    light: list[dict[str, object]] = []
     layouts: dict[str, Layout] = {}
     features = schema.row_features(factors, weights=storage.encoding)
     groups = _row_groups(itertools.islice(rows, count), storage.group_rows, light, layouts, bar)
     ends = write_parquet(file, features, groups, layouts)
-    entry = {"rows": len(light), **_file_entry(file), "gap": storage.gap, "groups": [list(pair) for pair in ends]}
+    entry: dict[str, object] = {
+        "rows": len(light),
+        **_file_entry(file),
+        "gap": storage.gap,
+        "groups": [list(pair) for pair in ends],
+    }
     return Shard(entry, light, layouts)
 
 
@@ -239,7 +250,7 @@ def _only_shard(folder: Path, config: str, split: str) -> Path:
 def _row_groups(
     rows: Iterator[Mapping[str, object]],
     size: int,
-    light: list[dict[str, Any]],
+    light: list[dict[str, object]],
     layouts: dict[str, Layout],
     bar: tqdm | None,
 ) -> Iterator[list[Mapping[str, object]]]:
@@ -247,6 +258,7 @@ def _row_groups(
     while group := list(itertools.islice(rows, size)):
         for row in group:
             layouts.setdefault(str(row["layout"]), Architecture.of(row).layout)
+            # without weights: the light rows of a whole zoo stay in memory until the index is written
             light.append({name: value for name, value in row.items() if name != "weights"})
         yield group
         if bar is not None:
@@ -281,6 +293,7 @@ def write_config(
             unchanged = {
                 name: entry for name, entry in manifest["files"].items() if not name.startswith(f"{config}/")
             }
+            # before the exchange: a manifest never lists files that may be half gone
             write_json(folder / schema.MANIFEST, manifest | {"files": unchanged})
             swap(fresh, folder / config)
         finally:
@@ -308,13 +321,14 @@ def swap(fresh: Path, place: Path) -> None:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def _finish(folder: Path, manifest: dict[str, Any]) -> None:
+def _finish(folder: Path, manifest: dict[str, object]) -> None:
     """Write the card, then the manifest with size and hash of every file but weight shards and the card.
 
     The manifest comes last: a folder without it does not open as a zoo.
     """
     files = sorted(file for file in folder.glob("*/*.parquet") if not file.parent.name.startswith("."))
     (folder / "README.md").write_text(card_text(folder, manifest), encoding="utf-8")
+    # hashes of shards stand in `shards.json`, and the card may be edited by hand
     listed = [file for file in files if file.parent.name != "weights" or not (folder / schema.SHARDS).is_file()]
     listed += [folder / name for name in (schema.LAYOUTS, schema.SHARDS, "blueprint.yaml")]
     manifest["files"] = {file.relative_to(folder).as_posix(): _file_entry(file) for file in listed if file.is_file()}
@@ -323,4 +337,5 @@ def _finish(folder: Path, manifest: dict[str, Any]) -> None:
 
 def _file_entry(file: Path) -> dict[str, int | str]:
     with file.open("rb") as opened:
+        # streamed: a shard is not read into memory at once
         return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(opened, "sha256").hexdigest()}

@@ -4,6 +4,7 @@ import html
 import re
 from collections.abc import Iterable, Sequence
 
+# characters of the longest bar
 BAR = 24
 
 
@@ -22,6 +23,7 @@ def plain(text: object) -> str:
     >>> plain("<b>*a*|b</b>")
     '&lt;b&gt;\\\\*a\\\\*\\\\|b&lt;/b&gt;'
     """
+    # HTML before Markdown: the escapes of HTML contain no character that Markdown escapes
     escaped = html.escape(one_line(text), quote=False)
     return re.sub(r"([\\`*_\[\]#|~$!{}])", r"\\\1", escaped)
 
@@ -33,7 +35,9 @@ def code(text: object) -> str:
     '`a\\\\|b`'
     """
     line = one_line(text).replace("|", "\\|")
+    # CommonMark: a code span ends at a run of backticks of its own length, so none inside may match
     fence = "`" * (_longest_run(line) + 1)
+    # CommonMark strips one space at each end, which sets a backtick there off the fence
     padding = " " if line.startswith("`") or line.endswith("`") or not line else ""
     return f"{fence}{padding}{line}{padding}{fence}"
 
@@ -76,6 +80,7 @@ def size(count: int) -> str:
     """
     scaled = float(count)
     for unit in ("B", "kB", "MB", "GB"):
+        # from 999.5 on, three digits would round to 1e+03
         if scaled < 999.5:
             return f"{scaled:.3g} {unit}"
         scaled /= 1000
@@ -93,6 +98,7 @@ def bar(count: int, largest: int) -> str:
     >>> bar(6, 24), bar(0, 24)
     ('██████', '')
     """
+    # rounded up, so that one model among thousands is still drawn
     return "█" * -(-BAR * count // max(1, largest))
 
 

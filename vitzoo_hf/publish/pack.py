@@ -23,7 +23,9 @@ from vitzoo_hf.publish.folder import Rows, write_zoo
 from vitzoo_hf.training.checkpoint import RunFolder
 from vitzoo_hf.training.run import architecture_of, is_finished
 
+# a larger set is left out: the zoo would be a copy of the data set
 MAX_PROBES = 20_000
+# images decoded at once, so that a large set is never whole in memory
 PROBES_AT_ONCE = 256
 TRAINED_ON = {
     "trained_images": "int",
@@ -58,6 +60,7 @@ def pack(blueprint: Blueprint, runs: Path, folder: Path, *, dtype: str = "float3
     packable, missing = _runs_to_pack(blueprint, runs)
     prepared = PreparedBlueprint(blueprint)
     for run in packable:
+        # before anything is written: images that changed since training would make wrong probes
         RunFolder(runs / run.run_id).check_images(prepared.images_of(run).begun_with, record=False)
     members = {split: [run for run in packable if run.split == split] for split in schema.SPLITS}
     image_sets = _image_sets(prepared)
@@ -86,6 +89,7 @@ def is_packed(blueprint: Blueprint, folder: Path) -> bool:
         manifest = read_json(folder / schema.MANIFEST)
         same = manifest["blueprint_fingerprint"] == blueprint.fingerprint
         files = manifest["files"] | read_json(folder / schema.SHARDS)
+        # sizes only: hashes would mean reading the whole zoo
         sizes = {name: (folder / name).stat().st_size for name in files}
         return same and all(sizes[name] == entry["bytes"] for name, entry in files.items())
     except (ZooError, OSError, KeyError, TypeError):
@@ -99,6 +103,7 @@ def _runs_to_pack(blueprint: Blueprint, runs: Path) -> tuple[list[Run], dict[str
         divergence = RunFolder(runs / run.run_id).divergence
         if divergence:
             missing[run.run_id] = f"diverged in epoch {divergence['epoch']}"
+        # parents come before their children in a blueprint, so one pass is enough
         elif run.parent_run in missing:
             missing[run.run_id] = f"its parent {run.parent_run} is missing"
         elif is_finished(blueprint, run, runs):
@@ -122,13 +127,14 @@ def _rows(prepared: PreparedBlueprint, members: Iterable[Run], runs: Path, dtype
         place = RunFolder(runs / run.run_id)
         architecture = architecture_of(prepared, run)
         args = schema.canonical_json(dict(architecture.args))
-        provenance = _provenance(prepared, run, place.spec)
+        provenance = _provenance(prepared, run, place)
         drawn = _drawn(prepared, run)
         for epoch in run.keep_epochs:
             tensors, results = place.load_epoch(epoch)
             layout = Layout.of(tensors)
             model_id, weights = schema.model_id(run.run_id, epoch), flatten(tensors)
             check_finite([weights], [model_id])
+            # hashed after rounding: `weights_sha256` is of what a reader gets
             vector = rounded(weights.numpy(), dtype)
             yield {
                 "model_id": model_id,
@@ -182,9 +188,9 @@ def _training_record(run: Run, results: Mapping[str, Any]) -> dict[str, int | fl
     return {"factor_trained_steps": int(results["steps"]), "factor_trained_epsilon": results.get("epsilon")}
 
 
-def _provenance(prepared: PreparedBlueprint, run: Run, spec: Mapping[str, Any]) -> str:
+def _provenance(prepared: PreparedBlueprint, run: Run, place: RunFolder) -> str:
     """Return the column `provenance` of a run's rows, as JSON."""
-    blueprint, hashes = prepared.blueprint, prepared.images_of(run).sha256
+    blueprint, hashes, spec = prepared.blueprint, prepared.images_of(run).sha256, place.spec
     return schema.canonical_json(
         {
             "blueprint": blueprint.name,
@@ -233,6 +239,7 @@ def _is_flipped(blueprint: Blueprint, images: ImageSet) -> bool:
 def _probe_rows(images: ImageSet, role: str) -> Iterator[dict[str, object]]:
     from PIL import Image
 
+    # in the order of `batches`, which are zipped with it below
     positions = iter(images.positions(role).tolist())
     for batch, labels in images.batches(role, PROBES_AT_ONCE):
         for image, label in zip(batch.numpy(), labels.tolist(), strict=True):

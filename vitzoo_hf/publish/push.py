@@ -27,7 +27,9 @@ Operation = Union["huggingface_hub.CommitOperationAdd", "huggingface_hub.CommitO
 
 COMMIT_OPERATIONS = 1000
 """Largest number of changes in a commit. With more there are several: shards first; card and manifest last."""
+# a group is hashed, then uploaded: hashing every shard first would delay the first byte
 UPLOAD_FILES = 50
+# readers open a zoo by these two: until they are replaced, the earlier zoo stays the visible one
 LAST = (CARD, schema.MANIFEST)
 
 OWN_FILES = re.compile(rf"({'|'.join(schema.CONFIGS)})/[a-z]+-\d{{5}}-of-\d{{5}}\.parquet")
@@ -157,7 +159,9 @@ class _Change:
     @classmethod
     def between(cls, local: Contents, remote: _Remote) -> "_Change":
         changed = [path for path, file in local.files.items() if not _is_same(file, remote.files.get(path))]
+        # other files in the dataset may be the owner's, and are never deleted
         zoo_files = [path for path in remote.files if path in OWN_NAMES or OWN_FILES.fullmatch(path)]
+        # shards first, card and manifest last: nothing refers to a file that is not there yet
         changed.sort(key=lambda path: (path in LAST, not path.startswith("weights/")))
         return cls(changed, sorted(path for path in zoo_files if path not in local.files))
 
@@ -188,6 +192,7 @@ def _check_tag(tag: str | None) -> None:
         return
     if not re.fullmatch(r"(?!.*(\.\.|\.lock$|\.$))[A-Za-z0-9][A-Za-z0-9._-]*", tag):
         raise ZooError(f"{tag!r} cannot be a tag: expected letters, digits, ., _ and -, such as v1.0")
+    # names of the branch, of the moving tag and of commits
     if re.fullmatch(r"main|format-\d+|[0-9a-f]{40}", tag):
         raise ZooError(f"{tag!r} cannot be a tag: it means something else already; choose one such as v1.0")
 
@@ -199,9 +204,11 @@ def _check_tag_is_free(repository: str, tag: str | None, remote: _Remote, change
 
 
 def _check_remote(repository: str, remote: _Remote, *, private: bool) -> None:
+    # the visibility of a public dataset is its owner's to change
     if private and remote.exists and not remote.private:
         raise ZooError(f"{repository} is public already, nothing was uploaded: make it private in its settings first")
     script = f"{repository.split('/')[1]}.py"
+    # `datasets` takes a file with the name of the dataset for its loading script, and refuses those
     if script in remote.files:
         raise ZooError(f"{repository} holds {script}, which keeps everybody from loading it: delete that file first")
     foreign = [path for path in remote.files if path not in (*UNLISTED, *OWN_NAMES) and not OWN_FILES.fullmatch(path)]
@@ -257,6 +264,7 @@ def _publish(
     deletions = [CommitOperationDelete(path, is_folder=False) for path in change.deleted]
     last = [path for path in change.changed if path in LAST]
     early: list[str | CommitOperationDelete] = [*(path for path in change.changed if path not in LAST), *deletions]
+    # room for card and manifest, which go with the last group
     *groups, end = list(_batches(early, COMMIT_OPERATIONS - len(LAST))) or [[]]
     groups += [[*end, *last]] if end or last else []
     head = remote.head
@@ -272,6 +280,7 @@ def _publish(
             operations += prepared
         title = message if len(groups) == 1 else f"{message} ({number} of {len(groups)})"
         head = _commit(api, repository, operations, title, head)
+    # read back: the Hub drops paths of a .gitignore without an error
     remainder = _Change.between(local, _read_remote(api, repository)) if groups else change
     if differing := remainder.changed + remainder.deleted:
         raise ZooError(
@@ -286,6 +295,7 @@ def _addition(path: str, file: LocalFile) -> "huggingface_hub.CommitOperationAdd
     from huggingface_hub import CommitOperationAdd
 
     addition = CommitOperationAdd(path, file.source if file.content is None else file.content)
+    # computed by the client while it reads the file: no second reading for the check
     if addition.upload_info.sha256.hex() != file.sha256:
         raise ZooError(f"{file.source} does not match its hash: it is damaged; {REPAIR}")
     return addition
@@ -306,6 +316,7 @@ def _commit(
                 repository, operations, commit_message=message, repo_type="dataset", parent_commit=head
             ).oid
         except HfHubHTTPError as error:
+            # 412: `parent_commit` is no longer the last commit
             if status_code(error) != 412:
                 raise
             if first:

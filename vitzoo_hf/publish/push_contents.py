@@ -50,6 +50,7 @@ class LocalFile:
     def git_id(self) -> str:
         """Compute the id that git gives to the content, by which the Hub names small files."""
         content = self.source.read_bytes() if self.content is None else self.content
+        # git's format of a blob: type, length, a zero byte, then the content
         return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
@@ -92,6 +93,7 @@ def read_contents(folder: Path, repository: str) -> Contents:
         if not source.is_file():
             raise ZooError(f"{path} of {folder} is missing; {REPAIR}")
         size = source.stat().st_size
+        # the cheap half of the check; the hash is compared at the upload
         if size != entry["bytes"]:
             raise ZooError(
                 f"{path} of {folder} has {size} bytes, not {entry['bytes']}: it was cut or changed; {REPAIR}"
@@ -114,6 +116,7 @@ def read_contents(folder: Path, repository: str) -> Contents:
 
 
 def _with_id(card: bytes, placeholder: str, repository: str) -> bytes:
+    # whole ids only: a placeholder may be the beginning of a longer name
     return re.sub(rb"(?<![\w-])" + re.escape(placeholder.encode()) + rb"(?![\w-])", repository.encode(), card)
 
 
@@ -132,6 +135,7 @@ def listed_files(folder: Path) -> dict[str, Listed]:
     for path, entry in listed.items():
         if not isinstance(entry, dict) or not {"bytes", "sha256"} <= entry.keys():
             raise ZooError(f"{folder} is damaged: size or hash of {path} is not listed; {REPAIR}")
+        # a damaged or hostile manifest must not name files outside the folder, or hidden ones
         if not re.fullmatch(r"(?!\.)[^/\\]+(/(?!\.)[^/\\]+)*", path):
             raise ZooError(f"{folder} is damaged: it lists {path!r}, which is no file of a zoo; {REPAIR}")
     return {path: {"bytes": entry["bytes"], "sha256": entry["sha256"]} for path, entry in listed.items()}
@@ -139,6 +143,7 @@ def listed_files(folder: Path) -> dict[str, Listed]:
 
 def _check_card(folder: Path, files: Mapping[str, LocalFile]) -> None:
     """Refuse a card without `configs`: `load_dataset` would guess the layout of the folder."""
+    # the card with the dataset's id in it, which is what readers get
     content = files[CARD].content or b"" if CARD in files else b""
     header = re.match(rb"---\r?\n(.*?)\n---", content, re.DOTALL)
     try:

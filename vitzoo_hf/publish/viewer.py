@@ -37,5 +37,6 @@ def default_config(row_parameters: int, encoding: str, dtype: str) -> str:
         raise ZooError(f"unknown encoding {encoding!r}: {did_you_mean(encoding, ('list', 'binary'))}")
     if encoding == "list" and dtype != "float32":
         raise ZooError(f"a list of {dtype} was given: lists hold float32, store {dtype} as binary")
+    # counted without compression, by which float weights hardly shrink
     page = PAGE_ROWS * row_parameters * ITEM_BYTES[dtype]
     return "weights" if page <= MOST_BYTES_IN_MEMORY else "index"

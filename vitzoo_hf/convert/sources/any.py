@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from vitzoo_hf.convert.rows import SourcePlan
 from vitzoo_hf.convert.sources.checkpoints import plan_checkpoints
@@ -12,12 +12,20 @@ from vitzoo_hf.convert.sources.release import is_release, plan_release
 from vitzoo_hf.format.schema import ZooError
 
 
+class _Options(TypedDict, total=False):
+    """Keyword arguments that every kind of source takes; `name` is left out for the default of the source."""
+
+    architecture: str | None
+    architecture_args: Mapping[str, object] | None
+    name: str
+
+
 def plan_source(
     source: str,
     *,
     table: Path | None = None,
     architecture: str | None = None,
-    architecture_args: Mapping[str, Any] | None = None,
+    architecture_args: Mapping[str, object] | None = None,
     first_epoch: int | None = None,
     name: str | None = None,
 ) -> SourcePlan:
@@ -35,7 +43,7 @@ def plan_source(
     Raises:
         ZooError: if there is no such source, or it is none of these.
     """
-    options: dict[str, Any] = {"architecture": architecture, "architecture_args": architecture_args}
+    options = _Options(architecture=architecture, architecture_args=architecture_args)
     if name is not None:
         options["name"] = name
     if source.startswith(("http://", "https://")):
@@ -46,6 +54,7 @@ def plan_source(
                 " vit_cifar100_finetuned, listed as JSON"
             )
         return plan_release(web, first_epoch=first_epoch, **options)
+    # before checkpoints: the files of a release are checkpoints too, but without their lineage
     if _is_release_folder(Path(source)):
         return plan_release(FolderPlace(Path(source)), first_epoch=first_epoch, **options)
     if first_epoch is not None:

@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from torch import Tensor
 
@@ -35,7 +34,9 @@ BESIDE = ("optimizer.pt", "optimizer.bin", "scheduler.pt", "scaler.pt", "trainin
 """Files that trainers write beside a model's weights."""
 
 LINK = "it is a link that leaves the folder, or leads nowhere: copy what it means"
+# deep enough for run/epoch/model; a mistaken home folder ends soon
 MAX_LEVELS = 3
+# a config of a ViT has a few kilobytes
 MAX_CONFIG_BYTES = 10_000_000
 SMALLEST = 1000
 """Bytes below which the size of a file does not estimate its parameters."""
@@ -46,7 +47,7 @@ def plan_checkpoints(
     *,
     table: Path | None = None,
     architecture: str | None = None,
-    architecture_args: Mapping[str, Any] | None = None,
+    architecture_args: Mapping[str, object] | None = None,
     name: str | None = None,
 ) -> SourcePlan:
     """Plan a checkpoint file, a model folder, or a folder of both, up to three levels deep.
@@ -67,6 +68,7 @@ def plan_checkpoints(
     folder = _folder_of(place, source)
     if place.is_dir() and table is None and (place / TABLE).is_file():
         table = place / TABLE
+        # a table that leaves the folder would read a file elsewhere without being named
         if TABLE in folder.refused:
             raise ZooError(f"{table} is a link that leaves the folder: give the table itself")
     factors = None if table is None else folder.matched(read_table(table, "file"))
@@ -143,6 +145,7 @@ class _Folder:
         for entry in entries:
             if entry.name in leaving or not entry.is_dir():
                 continue
+            # a link to a folder could lead into a circle, or list its checkpoints twice
             if entry.is_symlink():
                 self.refused[self.path(entry)] = "it is a link to a folder: put the folder itself there"
             elif level == MAX_LEVELS:
@@ -154,6 +157,7 @@ class _Folder:
         """Return whether an entry is a link that leads out of the folder, or nowhere."""
         if not entry.is_symlink():
             return False
+        # realpath, not resolve: it gives an answer for links in a circle too
         target = Path(os.path.realpath(entry))
         return not (target.is_relative_to(os.path.realpath(self.place)) and target.exists())
 
@@ -169,6 +173,7 @@ class _Folder:
             with contextlib.suppress(ZooError):  # reported when the model is loaded
                 belonging |= set(_weight_map(files[index], index).values())
         if weights:
+            # a folder that is itself a model has no name below itself
             path = weights[0] if folder == self.place else self.path(folder)
             self.models[path] = _Model(files[weights[0]], config)
         for name, file in files.items():
@@ -195,6 +200,7 @@ class _Folder:
     def matched(self, table: Table) -> Table:
         """Put the lines of a table under the paths of the checkpoints; refuse lines about anything else."""
         aliases = {path: path for path in self.models}
+        # a table may name the weights of a model folder instead of the folder
         aliases |= {self.path(model.weights): path for path, model in self.models.items()}
         if len(self.models) == 1 and (self.place / CONFIG).is_file():
             aliases["."] = next(iter(self.models))
@@ -225,7 +231,7 @@ def _is_checkpoint(name: str) -> bool:
 
 
 def _load(
-    place: Path, model: _Model, path: str, architecture: str | None, architecture_args: dict[str, Any] | None
+    place: Path, model: _Model, path: str, architecture: str | None, architecture_args: Mapping[str, object] | None
 ) -> LoadedModel:
     """Read a checkpoint from one file, or from the files of its index."""
     file = model.weights
@@ -233,13 +239,14 @@ def _load(
         tensors = _sharded(file, path) if file.name in INDEXES else read_state_dict(file, path)
         config = None if model.config is None else read_config(model.config, path)
     except ZooError:
+        # a disk that was unplugged must not refuse all remaining checkpoints one by one
         if not place.is_dir():
             raise SourceError(f"{place} is gone: is its disk still there? The same command continues later") from None
         raise
     return to_timm(tensors, name=path, architecture=architecture, architecture_args=architecture_args, config=config)
 
 
-def read_config(file: Path, name: str) -> dict[str, Any]:
+def read_config(file: Path, name: str) -> dict[str, object]:
     """Read the config.json beside a checkpoint.
 
     Args:
@@ -252,7 +259,7 @@ def read_config(file: Path, name: str) -> dict[str, Any]:
     return _json_object(file, f"{file.name} of {name}")
 
 
-def _json_object(file: Path, what: str) -> dict[str, Any]:
+def _json_object(file: Path, what: str) -> dict[str, object]:
     try:
         if file.stat().st_size > MAX_CONFIG_BYTES:
             raise ZooError(f"{what} has {file.stat().st_size} bytes: it is no description of a model")
@@ -274,12 +281,14 @@ def _weight_map(index: Path, name: str) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise ZooError(f"{index.name} of {name} is damaged: it has no weight_map")
     for file in weight_map.values():
+        # an index must not name files outside its folder
         if not isinstance(file, str) or not _is_checkpoint(file) or PurePosixPath(file).name != file:
             raise ZooError(f"{index.name} of {name} names {file!r}, which is no checkpoint file beside it")
     return weight_map
 
 
 def _shard_files(index: Path, name: str) -> Iterator[Path]:
+    # each file once, in the order of the index: many tensors share a file
     for file in dict.fromkeys(_weight_map(index, name).values()):
         shard = index.parent / file
         if not shard.is_file():
@@ -307,6 +316,7 @@ def _sharded(index: Path, name: str) -> dict[str, Tensor]:
     for shard in _shard_files(index, name):
         part = read_state_dict(shard, f"{shard.name} of {name}")
         expected = {tensor for tensor, file in weight_map.items() if file == shard.name}
+        # a tensor in two files would silently be that of the last one read
         if part.keys() != expected:
             odd = sorted(part.keys() ^ expected)[0]
             raise ZooError(f"{shard.name} of {name} does not have the tensors that {index.name} says: {odd} differs")

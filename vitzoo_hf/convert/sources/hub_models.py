@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from vitzoo_hf.convert.factor_table import Table, read_table
 from vitzoo_hf.convert.names import to_timm
@@ -61,7 +61,7 @@ def plan_hub_models(
     *,
     table: Path | None = None,
     architecture: str | None = None,
-    architecture_args: Mapping[str, Any] | None = None,
+    architecture_args: Mapping[str, object] | None = None,
     name: str = "hub-models",
 ) -> SourcePlan:
     """Plan models of the Hub, each with model.safetensors or pytorch_model.bin, and maybe a config.json.
@@ -117,7 +117,7 @@ class _HubModel:
     has_config: bool
     downloads: threading.Lock = field(compare=False)
 
-    def load(self, architecture: str | None, architecture_args: dict[str, Any] | None) -> LoadedModel:
+    def load(self, architecture: str | None, architecture_args: Mapping[str, object] | None) -> LoadedModel:
         """Download and read the model."""
         config = read_config(self._file(CONFIG), self.source) if self.has_config else None
         tensors = read_state_dict(self._file(self.weights), self.source)

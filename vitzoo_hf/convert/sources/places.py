@@ -22,8 +22,10 @@ from vitzoo_hf.format.hub_errors import ATTEMPTS, FIRST_WAIT, LONGEST_WAIT, TRAN
 from vitzoo_hf.format.messages import one_line
 from vitzoo_hf.format.schema import ZooError
 
+# limits on what an untrusted server or folder may put into memory
 MAX_LISTING_BYTES = 32_000_000
 MAX_ENTRIES = 200_000
+# the longest name that common file systems hold
 MAX_NAME = 255
 MOST_TRANSFERS = 200  # of one file: a server that sends a byte a time would never end
 LONGEST_ASKED_WAIT = 120
@@ -59,6 +61,7 @@ def unsafe(name: object) -> str | None:
         return "it is no plain name"
     if len(name) > MAX_NAME:
         return f"it has {len(name)} characters"
+    # percent escapes too: a server may decode them to a path that leads out
     if re.search(r"[/\\]|%2e|%2f|%5c", name, re.IGNORECASE) or not is_shown(name):
         return "it is no plain name"
     return None
@@ -66,6 +69,7 @@ def unsafe(name: object) -> str | None:
 
 def is_shown(name: str) -> bool:
     """Return whether a name is free of control and formatting characters, line breaks, and invalid UTF-8."""
+    # control and format characters can rewrite a line of a terminal, or hide a part of a name
     return not any(unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp") for character in name)
 
 
@@ -78,16 +82,17 @@ def shown(name: object) -> str:
     return name if isinstance(name, str) and unsafe(name) is None else ascii(name)[:80]
 
 
-def parsed(data: bytes) -> Any:
+def parsed(data: bytes) -> object:
     """Parse untrusted JSON; None if it is not JSON, or nested too deep to be read.
 
     >>> parsed(b'{"a": 1}'), parsed(b"{"), parsed(b"[" * 100_000)
     ({'a': 1}, None, None)
     """
     try:
-        return json.loads(data)
+        content: object = json.loads(data)
     except (ValueError, RecursionError):
         return None
+    return content
 
 
 class FolderPlace:
@@ -106,6 +111,7 @@ class FolderPlace:
         """
         folder = self.root / path
         try:
+            # by name: the order of a directory differs between file systems, and decides the order of rows
             files = sorted(folder.iterdir(), key=lambda file: file.name)
         except OSError as error:
             raise ZooError(f"{path or self.name} cannot be listed: {error.strerror}") from None
@@ -136,7 +142,9 @@ class FolderPlace:
 
     def _is_inside(self, file: Path) -> bool:
         try:
+            # resolved: a link may lead anywhere, whatever its own path is
             return file.resolve(strict=True).is_relative_to(self.root)
+        # older Pythons raise RuntimeError for a loop of links
         except (OSError, RuntimeError):
             return False
 
@@ -200,6 +208,7 @@ class _Download:
 
     def begin(self, answer: Any) -> None:
         """Prepare for the body of an answer; begin anew if it does not continue this very version."""
+        # a server may ignore the range and send the file from its start, with status 200
         part = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", answer.headers.get("Content-Range", ""), re.ASCII)
         continues = answer.status == 206 and part is not None and int(part[1]) == len(self.data)
         if self.data and not (continues and part is not None and self.total in (None, int(part[2]))):
@@ -227,6 +236,7 @@ class WebPlace:
     def __init__(self, address: str) -> None:
         try:
             parts = urlsplit(address)
+            # `port` raises ValueError for a number that is none, which is why it is read here
             plain = parts.scheme in ("http", "https") and parts.hostname and (parts.port or 1)
         except ValueError:
             plain = False
@@ -256,8 +266,10 @@ class WebPlace:
                 self.refused[_join(path, shown(name))] = str(reason)
             elif not name.startswith("."):
                 size = item.get("size")
+                # True is an int in Python
                 is_size = isinstance(size, int) and not isinstance(size, bool) and size >= 0
                 entries[name] = Entry(name, item.get("type") == "directory", size if is_size else None)
+        # a dictionary first: a server may list a name twice
         return [entries[name] for name in sorted(entries)]
 
     def read(self, path: str, limit: int) -> bytes:
@@ -308,6 +320,7 @@ class WebPlace:
             failures = 1 if len(download.data) > before else failures + 1
             if failures >= self.attempts:
                 break
+            # the wait doubles with every failure in a row
             time.sleep(max(requested_wait, min(FIRST_WAIT * 2 ** (failures - 1), LONGEST_WAIT)))
         raise SourceError(f"{self.address}/{path} cannot be read: {reason}; the same command continues later")
 
@@ -326,14 +339,17 @@ class WebPlace:
 
     def _transfer(self, path: str, limit: int, download: _Download) -> None:
         """Add the bytes of one request to a download."""
+        # identity: a compressed answer could not resume, and its length would not be that of the file
         headers = {"User-Agent": "vitzoo-hf", "Accept-Encoding": "identity"}
         if download.data:
             headers["Range"] = f"bytes={len(download.data)}-"
             if download.version is not None:
+                # the server then sends the whole file if it has changed since the first part
                 headers["If-Range"] = download.version
         request = urllib.request.Request(f"{self.address}/{quote(path)}", headers=headers)
         with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
             download.begin(answer)
+            # checked by the header and again while reading: a header may be missing or wrong
             too_long = f"{path or self.address} has more than {limit} bytes, which is not expected"
             if download.total is not None and download.total > limit:
                 raise ZooError(too_long)

@@ -8,7 +8,6 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -62,7 +61,7 @@ def plan_release(
     *,
     first_epoch: int | None = None,
     architecture: str | None = None,
-    architecture_args: Mapping[str, Any] | None = None,
+    architecture_args: Mapping[str, object] | None = None,
     name: str = "vit-model-zoo",
 ) -> SourcePlan:
     """Plan every checkpoint of a release, with lineage, factors and results; few checkpoints are read.
@@ -124,7 +123,7 @@ class _Run:
 class _Planner:
     """Reads the folders of a release and plans their rows."""
 
-    def __init__(self, place: FolderPlace | WebPlace, architecture: str | None, args: dict[str, Any]) -> None:
+    def __init__(self, place: FolderPlace | WebPlace, architecture: str | None, args: dict[str, object]) -> None:
         self.place, self.architecture, self.args = place, architecture, args
         self.refused: dict[str, str] = {}
         self.notes: list[str] = []
@@ -204,6 +203,7 @@ class _Planner:
             return
         for stage in schema.STAGES:
             members = [run for run in runs if run.stage == stage]
+            # the most frequent offset: a single run may have been stopped early
             votes = Counter(vote for run in members if (vote := _vote(run.files)) is not None)
             self.offsets[stage] = votes.most_common(1)[0][0] if votes else 1
             if members and not votes:
@@ -215,6 +215,7 @@ class _Planner:
 
     def _probe(self, tuned: list[_Run]) -> None:
         """Correct the offset of fine-tuned runs by the weights of one of them."""
+        # each probe reads up to three checkpoints, so only a few runs are tried
         for run in tuned[:PROBED_RUNS]:
             untrained = self._has_trunk_of_parent(run)
             if untrained is None:
@@ -271,6 +272,7 @@ class _Planner:
     def _offset(self, run: _Run) -> int:
         """Return the epochs completed at checkpoint 0 of a run."""
         offset, last, epochs = self.offsets[run.stage], run.files.last, run.files.epochs
+        # a run that would end after its planned epochs counts from 0, unlike its stage
         if self.is_given or epochs is None or last + offset <= epochs:
             return offset
         return 0 if last == epochs else offset
@@ -314,6 +316,7 @@ class _Planner:
 
     def _columns(self, run: _Run, epoch: int, *, is_final: bool, parent_epoch: int) -> dict[str, object]:
         """Return the light columns of a row that follow from the run's folder."""
+        # a contrastive head projects and has no classes, so its accuracies mean nothing
         is_projection = run.parent is None and run.regime == "contrastive"
         results, notes = results_of(run.files, epoch, has_accuracy=not is_projection)
         self._note(run, notes)
@@ -336,7 +339,7 @@ def _load(
     place: FolderPlace | WebPlace,
     path: str,
     architecture: str,
-    args: Mapping[str, Any],
+    args: Mapping[str, object],
     *,
     outputs: int | None,
     head: str | None,

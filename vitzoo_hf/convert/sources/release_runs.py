@@ -8,21 +8,24 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypedDict
 
 from vitzoo_hf.convert.sources.places import FolderPlace, WebPlace, parsed
 from vitzoo_hf.format.schema import ZooError
 
-Json = dict[str, Any]
+Json = dict[str, object]
 """A JSON object of the release, untrusted."""
 
 Results = dict[int, Json]
 """Epochs completed -> entry of `result.json`."""
 
+# limits on untrusted files; above them a file is no config or result of this release
 MAX_CONFIG_BYTES = 1_000_000
 MAX_RESULT_BYTES = 64_000_000
 MAX_EPOCHS = 100_000
+# ASCII only: `\d` of text also matches digits of other scripts
 CHECKPOINT = re.compile(r"checkpoint_0*([0-9]{1,6})", re.ASCII)
+# a config may be nested without end, and is published
 MAX_DEPTH = 8
 MAX_TEXT = 500
 LARGEST = 1e300
@@ -30,6 +33,7 @@ PRIVATE = re.compile(
     r"host|node|pid|user|login|mail|path|dump|dir|root|cwd|home|cluster|address|trial_id|date|timestamp",
     re.IGNORECASE,
 )
+# paths, network addresses and mail addresses in values, whatever the name of their entry
 LOCATED = re.compile(
     r"(^|[\s=:,;\"'(])([/~]|[A-Za-z]:[\\/]|\\\\)|[\\/].*[\\/]|\d{1,3}(\.\d{1,3}){3}|@|([0-9a-f]{0,4}:){3,}",
     re.IGNORECASE,
@@ -113,6 +117,7 @@ def _results(place: FolderPlace | WebPlace, path: str, epochs: int | None) -> tu
     try:
         return parse_results(place.read(f"{path}/result.json", MAX_RESULT_BYTES), epochs)
     except ZooError as error:
+        # a `SourceError` ends the conversion instead: the place is gone
         if type(error) is not ZooError:
             raise
         return {}, ["its result.json cannot be read: it has no results"]
@@ -129,7 +134,9 @@ def parse_results(data: bytes, epochs: int | None) -> tuple[Results, list[str]]:
     >>> parse_results(b'{"training_iteration": 2, "test_acc": 0.5}', None)[0][2]["test_acc"]
     0.5
     """
+    # JSON lines do not parse as one document, unless there is one line
     document = parsed(data)
+    items: list[object]
     if document is None:
         items = [parsed(line) for line in data.split(b"\n") if line.strip()]
     else:
@@ -140,6 +147,7 @@ def parse_results(data: bytes, epochs: int | None) -> tuple[Results, list[str]]:
         notes.append(f"{len(items) - len(entries)} of {len(items)} entries of its result.json cannot be read")
     results, unnumbered = {}, 0
     for position, entry in enumerate(entries):
+        # position counts only for a complete file: a gap would shift every later epoch
         epoch = entry.get("training_iteration", position + 1 if len(items) == epochs else None)
         if isinstance(epoch, int) and not isinstance(epoch, bool) and 0 <= epoch <= MAX_EPOCHS:
             results[epoch] = entry
@@ -150,7 +158,7 @@ def parse_results(data: bytes, epochs: int | None) -> tuple[Results, list[str]]:
     return results, notes
 
 
-def public(value: Any, depth: int = 0) -> Any:
+def public(value: object, depth: int = 0) -> object:
     """Remove paths, hosts and people from a config before it is published.
 
     >>> public({"optim::lr": 0.1, "dataset::dump": "/home/me/data.pt", "seed": 7})
@@ -172,6 +180,7 @@ def public(value: Any, depth: int = 0) -> Any:
         return None if LOCATED.search(value) or len(value) > MAX_TEXT else value
     if isinstance(value, bool):
         return value
+    # JSON has neither NaN nor infinity
     return value if isinstance(value, int | float) and abs(value) < LARGEST and math.isfinite(value) else None
 
 
@@ -196,6 +205,7 @@ FACTORS = {
 DECLARED = ("mixup", "cutmix", "randerase", "label_smoothing")
 REGIMES = {"sl": "supervised", "cl": "contrastive"}
 LARGEST_INT = 2**63
+# results are stored as float32
 LARGEST_FLOAT32 = 3.4028234e38
 IMAGENET_STATISTICS = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 IMAGES = {
@@ -213,13 +223,27 @@ def regime_of(files: RunFiles) -> str | None:
     return REGIMES.get(mode) or REGIMES.get(files.folder[:2].lower())
 
 
-def factors_of(files: RunFiles, parent: RunFiles | None) -> dict[str, Any]:
+class Factors(TypedDict):
+    """The generating factors of a run; None where the release does not give a value that a column can hold."""
+
+    regime: str | None
+    ddp: bool
+    seed: int | None
+    parent_seed: int | None
+    lr: float | None
+    optimizer: str | None
+    weight_decay: float | None
+    head: str | None
+
+
+def factors_of(files: RunFiles, parent: RunFiles | None) -> Factors:
     """Read the generating factors of a run; a fine-tuned run inherits factors of its parent."""
     root = files if parent is None else parent
     config = files.config
     head_seed = None if parent is None else whole_number(config.get("model::head::seed"))
     return {
         "regime": regime_of(root),
+        # the name decides where the config does not say true
         "ddp": root.config.get("training::ddp") is True or "ddp" in root.folder.lower(),
         "seed": _seed(files) if head_seed is None else head_seed,
         "parent_seed": None if parent is None else _seed(parent),
@@ -251,6 +275,7 @@ def results_of(files: RunFiles, epoch: int, *, has_accuracy: bool) -> tuple[dict
             notes.append("it records accuracies outside 0 to 1, which are left out")
             accuracies[name] = None
     train, test = accuracies.values()
+    # train minus test, both at this epoch
     gap = None if train is None or test is None else train - test
     return losses | accuracies | {"generalization_gap": gap}, notes
 
@@ -289,6 +314,7 @@ def number(value: object) -> float | None:
             value = float(value)
         except ValueError:
             return None
+    # `not … <=` refuses NaN as well
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= LARGEST_FLOAT32:
         return None
     return float(value)
@@ -313,6 +339,7 @@ def _head(files: RunFiles) -> str | None:
 
 
 def _seed(files: RunFiles) -> int | None:
+    # the name of the folder counts only where the config has no seed
     seed = whole_number(files.config.get("seed"))
     match = re.search(r"seed_([0-9]{1,18})(?![0-9])", files.folder)
     return int(match[1]) if seed is None and match is not None else seed
