@@ -22,6 +22,8 @@ from vitzoo_hf.metrics.gram_products import Products, linear_products, median_di
 Kernel = Literal["linear", "rbf"]
 LEAST_IMAGES = {True: 4, False: 2}  # debiased HSIC divides by N - 3, biased HSIC by N - 1
 FLOAT64_EPS = torch.finfo(torch.float64).eps
+LARGEST_EXPONENT = 16
+"""Squared lengths in units of the kernel, above which float32 distances err by more than 1e-6 of such a unit."""
 ESCALATE = 1e4
 """An own HSIC below this times its rounding is computed again in float64."""
 
@@ -213,7 +215,19 @@ def _products(
     if kernel == "linear":
         return linear_products(centred)
     medians = median_distances(centred)
-    return rbf_products(centred, torch.where(medians > 0, 0.5 / bandwidth**2 / medians, 0), medians)
+    rates = torch.where(medians > 0, 0.5 / bandwidth**2 / medians, 0)
+    if _distances_cancel(centred, rates):
+        return _products(features, kernel, bandwidth, debiased, True, device)
+    return rbf_products(centred, rates, medians)
+
+
+def _distances_cancel(centred: CentredFeatures, rates: Float64[Tensor, " P"]) -> bool:
+    """Whether squared distances would lose digits that the kernel sees: most images are far from their mean.
+
+    One image far from all others moves the mean away from them.
+    """
+    exponents = rates * centred.squares.median(1).values
+    return centred.dtype != torch.float64 and bool((exponents > LARGEST_EXPONENT).any())
 
 
 STATE = {"kernel", "bandwidth", "num_images", "num_batches", "hsic", "rounding"}
@@ -348,4 +362,6 @@ class MinibatchCKA:
             return linear_products(centred)
         width = torch.tensor(self.bandwidth, dtype=torch.float64, device=centred.device)
         rates = (centred.scales / width).square() / 2
+        if _distances_cancel(centred, rates):
+            return self._products(centred.in_float64())
         return rbf_products(centred, rates, 2 * centred.squares.mean(1))

@@ -132,6 +132,10 @@ class CentredFeatures:
     def __len__(self) -> int:
         return len(self.widths)
 
+    def in_float64(self) -> "CentredFeatures":
+        """The same features, centred anew in float64."""
+        return CentredFeatures(self._features, 1, device=self.device, dtype=torch.float64)
+
     def blocks(self) -> list[slice]:
         """Ranges of images that are in memory together."""
         row = sum(self.widths) * self.dtype.itemsize
