@@ -18,6 +18,7 @@ from vitzoo_hf.metrics.weight_distances import (
 )
 
 gram = importlib.import_module("vitzoo_hf.metrics.squared_distances")
+blocks = importlib.import_module("vitzoo_hf.metrics.blocks")
 
 
 @pytest.fixture
@@ -124,7 +125,8 @@ def test_half_precision_is_exact_on_the_stored_values(generator, dtype):
 def test_blocks_of_columns_change_nothing(monkeypatch, generator, columns):
     weights = torch.randn(6, 1000, generator=generator)
     weights[1] = weights[0] + 1e-5
-    monkeypatch.setattr(gram, "BLOCK_ELEMENTS", 6 * columns)
+    monkeypatch.setattr(gram, "GRAM_ELEMENTS", 6 * columns)
+    monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", 6 * columns)
     assert_accurate(weights)
     np.testing.assert_allclose(norms(weights), np.linalg.norm(weights.double(), axis=1), rtol=1e-12)
 

@@ -12,6 +12,7 @@ from vitzoo_hf.format.layout import Layout
 from vitzoo_hf.metrics.weight_statistics import Moments, statistics_of, weight_quantiles, weight_statistics
 
 gram = importlib.import_module("vitzoo_hf.metrics.squared_distances")
+blocks = importlib.import_module("vitzoo_hf.metrics.blocks")
 LAYOUT = Layout(("a", "b.weight", "c"), ((7,), (30, 20), (1,)))
 
 
@@ -61,7 +62,7 @@ def test_other_dtypes(dtype):
 
 @pytest.mark.parametrize("cuts", [[1, 2, 300], [599], [256, 512], []])
 def test_moments_of_pieces_are_those_of_the_whole(cuts, monkeypatch):
-    monkeypatch.setattr(gram, "BLOCK_ELEMENTS", 1)
+    monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", 1)
     weights = (draw() * torch.logspace(-2, 3, 608))[:, LAYOUT.place("b.weight")]
     moments = Moments(5, weights.device)
     for start, stop in zip([0, *cuts], [*cuts, 600], strict=True):

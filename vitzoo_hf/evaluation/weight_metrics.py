@@ -22,7 +22,8 @@ from torch import Tensor
 from vitzoo_hf.format.layout import Layout
 from vitzoo_hf.format.messages import did_you_mean
 from vitzoo_hf.format.schema import ZooError
-from vitzoo_hf.metrics.squared_distances import Scratch, SquaredDistances, column_pieces
+from vitzoo_hf.metrics.blocks import Scratch, column_pieces
+from vitzoo_hf.metrics.squared_distances import GRAM_ELEMENTS, SquaredDistances
 from vitzoo_hf.metrics.weight_distances import Metric, distances_of
 from vitzoo_hf.metrics.weight_statistics import Moments, matrices_of, singular_values, statistics_of, weight_quantiles
 from vitzoo_hf.progress import progress_bar
@@ -261,7 +262,7 @@ class _Sums:
         for number, place in enumerate(self.places):
             first, last = max(place.start, columns.start), min(place.stop, columns.stop)
             if first < last:
-                for piece in column_pieces(block[:, first - columns.start : last - columns.start]):
+                for piece in column_pieces(block[:, first - columns.start : last - columns.start], GRAM_ELEMENTS):
                     yield number, piece
 
     def _not_finite(self) -> str:

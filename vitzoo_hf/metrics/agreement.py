@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Float64, Int64, Integer, Num
 from torch import Tensor
 
-from vitzoo_hf.metrics.block_sizes import block_bytes
+from vitzoo_hf.metrics.blocks import block_bytes
 from vitzoo_hf.metrics.inputs import check_logits, check_predictions, checked_labels, softmax_blocks
 from vitzoo_hf.metrics.mixture_kernel import has_triton, mixture_sums
 

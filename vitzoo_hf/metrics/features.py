@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
-from vitzoo_hf.metrics.block_sizes import block_bytes, fits
+from vitzoo_hf.metrics.blocks import block_bytes, fits
 
 
 class FeatureFile:

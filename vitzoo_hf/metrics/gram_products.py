@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
-from vitzoo_hf.metrics.block_sizes import block_bytes
+from vitzoo_hf.metrics.blocks import block_bytes
 from vitzoo_hf.metrics.features import CentredFeatures
 
 TILE_ELEMENTS = 2**23

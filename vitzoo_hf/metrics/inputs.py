@@ -8,7 +8,7 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 from vitzoo_hf.format.messages import describe
-from vitzoo_hf.metrics.block_sizes import block_bytes
+from vitzoo_hf.metrics.blocks import block_bytes
 
 BLOCK_ELEMENTS = 2**20
 

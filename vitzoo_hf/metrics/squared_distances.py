@@ -1,9 +1,10 @@
 """Squared distances and lengths of many vectors that arrive in blocks of columns, in as few passes as accuracy takes.
 
 `d_ij^2 = G_ii + G_jj - 2 G_ij` of the Gram matrix G of the vectors less their mean costs one matrix product, and
-loses digits where two vectors are much closer to each other than to the mean. So a first pass takes the Gram matrix
-of all vectors. Where its error bound is not met, another pass takes groups of close vectors, each less its mean.
-A group that does not fall apart is subtracted pair by pair. float32 products obey
+loses digits where two vectors are much closer to each other than to the mean. The product is taken in float32, and
+in float64 from the first piece on of which float32 would not meet the error bound. Vectors that are closer than
+float64 tells are compared with one of them, as copies are common; other ones form groups, each less its mean, and
+a group that does not fall apart is subtracted pair by pair. float32 products obey
 `torch.set_float32_matmul_precision`. P vectors, c columns of a block, K pairs.
 """
 
@@ -11,58 +12,94 @@ from collections.abc import Iterator
 from copy import copy
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Float64
+from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
 from vitzoo_hf.format.layout import Layout
+from vitzoo_hf.metrics.blocks import MAX_COLUMNS, Scratch, column_pieces, working
 
 RELATIVE_ERROR = 5e-7
-BLOCK_ELEMENTS = 2**18  # values of a piece: 1 MB, which stays in a core's cache
-MAX_COLUMNS = 4096  # longer float32 sums would lose a digit
-TILE = 64  # rows of a product that are taken at a time, of its lower triangle only
+GRAM_ELEMENTS = 2**20  # values of a piece of a product, which reads each of them many times
+TILE = 128  # rows of a product that are taken at a time, of its lower triangle only
 CANCELLED = 0.1  # share of two summands below which their difference has lost a digit
 COMMON_SHARE = 0.25  # share of the mean in the squares of vectors, from which on the mean is subtracted
 SAMPLED_COLUMNS = 32
 SAFE_SQUARES = (1e-24, 1e30)  # float32 sums of squares outside of this may have lost digits or overflown
+PIECES_A_LOOK = 16
+"""Pieces on the CPU between two looks at the accuracy so far: a look costs about an eighth of a piece."""
+COPIES = 64  # a squared distance of two equal vectors stays below this many of its float64 rounding errors
 
 
-class Scratch:
-    """Memory of temporaries that is taken once: fresh memory of their size costs more than filling it."""
-
-    def __init__(self) -> None:
-        self._buffers: dict[int, Tensor] = {}
-
-    def like(self, piece: Float[Tensor, "P c"], number: int = 0) -> Float[Tensor, "P c"]:
-        """Uninitialised memory of the shape of `piece`; the next call with this number overwrites it."""
-        size, kind = piece.numel(), (piece.dtype, piece.device)
-        buffer = self._buffers.get(number)
-        if buffer is None or buffer.numel() < size or (buffer.dtype, buffer.device) != kind:
-            buffer = self._buffers[number] = torch.empty(size, dtype=piece.dtype, device=piece.device)
-        return buffer[:size].view(piece.shape)
-
-
-@dataclass(frozen=True)
+@dataclass
 class _Group:
-    """Models that share a centred Gram matrix."""
+    """Models that share a centred Gram matrix.
+
+    Attributes:
+        models: positions of the models.
+        gram: sums of products so far, the lower triangle.
+        errors: bound on the rounding error of `gram`: of a squared distance by the sum of both models' bounds.
+        in_float64: whether the next piece is multiplied in float64.
+        is_exact: whether all pieces were, so that nothing can have under- or overflown.
+        pieces: number of pieces so far.
+    """
 
     models: Tensor
-    sums: Float64[Tensor, "P P"]
+    gram: Float64[Tensor, "P P"]
+    errors: Float64[Tensor, " P"]
+    in_float64: bool
+    is_exact: bool = True
+    pieces: int = 0
 
     def empty(self) -> "_Group":
-        return _Group(self.models, torch.zeros_like(self.sums))
+        return _Group(self.models, torch.zeros_like(self.gram), torch.zeros_like(self.errors), self.in_float64)
+
+    def clear(self) -> None:
+        """Forget all pieces so far."""
+        self.gram.zero_()
+        self.errors.zero_()
+        self.is_exact, self.pieces = True, 0
+
+    def join(self, twin: "_Group") -> None:
+        self.gram += twin.gram
+        self.errors += twin.errors
+        self.is_exact &= twin.is_exact
+
+    def squared(self) -> Float64[Tensor, "P P"]:
+        """Squared distances so far."""
+        gram = self.gram.tril() + self.gram.tril(-1).T
+        return (gram.diagonal()[:, None] + gram.diagonal() - 2 * gram).fill_diagonal_(0)
+
+    def close(self, squared: Float64[Tensor, "P P"], relative_error: float) -> Bool[Tensor, "P P"]:
+        """Pairs whose squared distance misses the bound on its relative error."""
+        accurate = (squared * relative_error >= self.errors[:, None] + self.errors) & squared.isfinite()
+        if not self.is_exact:
+            lengths = self.gram.diagonal()
+            accurate &= lengths[:, None] + lengths > SAFE_SQUARES[0]
+        return (~accurate).fill_diagonal_(False)
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Direct:
-    """Pairs of models that are subtracted."""
+    """Pairs of models that are subtracted.
+
+    Attributes:
+        comparisons: pairs that compare the first model of a group with all others of it, because some seem to be
+            equal; and the pairs of the group that are not accurate yet.
+    """
 
     first: Tensor
     second: Tensor
     sums: Float64[Tensor, " K"]
+    comparisons: list[tuple[slice, Bool[Tensor, "_ _"]]]
 
     def empty(self) -> "_Direct":
-        return _Direct(self.first, self.second, torch.zeros_like(self.sums))
+        return _Direct(self.first, self.second, torch.zeros_like(self.sums), self.comparisons)
+
+    def join(self, twin: "_Direct") -> None:
+        self.sums += twin.sums
 
 
 class SquaredDistances:
@@ -99,31 +136,56 @@ class SquaredDistances:
         scratch: Scratch | None = None,
     ) -> None:
         self.scratch = scratch or Scratch()
-        self.dtype, self.device = working(dtype), device
-        self.tolerance = torch.finfo(self.dtype).eps / relative_error
+        self.dtype, self.device, self.relative_error = working(dtype), device, relative_error
         self.squared = torch.zeros(count, count, dtype=torch.float64, device=device)
-        self._pending: list[_Group | _Direct] = [self._group(torch.arange(count, device=device))]
+        self._pending: list[_Group | _Direct] = [
+            self._group(torch.arange(count, device=device), dtype == torch.float64)
+        ]
 
     @torch.no_grad()
     def add(self, block: Float[Tensor, "P c"], lengths: Float64[Tensor, " P"] | None = None) -> None:
         """Take in these columns of all vectors; add their squared lengths, to six digits, to `lengths` if given."""
         with torch.autocast(block.device.type, enabled=False):
-            for piece in column_pieces(block):
+            for piece in column_pieces(block, GRAM_ELEMENTS):
                 squares = None
                 for task in self._pending:
                     if isinstance(task, _Direct):
                         _add_direct(task, piece)
-                        continue
-                    of_all = len(task.models) == len(piece)
-                    members = piece if of_all else piece[task.models]
-                    mean = _mean_model(members) if _has_common_part(members) else None
-                    vectors = members if mean is None else torch.sub(members, mean, out=self.scratch.like(members))
-                    diagonal = _add_gram(task.sums, vectors)
-                    if of_all and lengths is not None:
-                        # the product has the lengths on its diagonal already
-                        squares = _lengths_of(diagonal, vectors, mean)
+                    else:
+                        of_piece = self._add_to(task, piece)
+                        squares = of_piece if len(task.models) == len(piece) else squares
                 if lengths is not None:
                     lengths += squared_lengths_of_piece(piece) if squares is None else squares
+
+    def _add_to(self, group: _Group, piece: Float[Tensor, "R c"]) -> Float64[Tensor, " P"] | None:
+        """Add the products of a piece of all R vectors; returns lengths of the group's P where they follow."""
+        members = piece if len(group.models) == len(piece) else piece[group.models]
+        if group.in_float64:
+            return self._add_products(group, members, torch.float64)
+        squares = self._add_products(group, members, torch.float32)
+        is_first = group.pieces == 1
+        if is_first or (group.pieces % PIECES_A_LOOK == 0 and piece.device.type == "cpu"):  # a look takes a sync
+            group.in_float64 = bool(group.close(group.squared(), self.relative_error).any())
+            if group.in_float64 and is_first:  # nothing of the first piece was of use: it is taken again
+                group.clear()
+                return self._add_products(group, members, torch.float64)
+        return squares
+
+    def _add_products(
+        self, group: _Group, members: Float[Tensor, "P c"], dtype: torch.dtype
+    ) -> Float64[Tensor, " P"] | None:
+        vectors = members
+        if members.dtype != dtype:
+            vectors = self.scratch.like(members, 3, dtype).copy_(members)
+        mean = _mean_model(vectors) if _has_common_part(vectors) else None
+        if mean is not None:
+            vectors = torch.sub(vectors, mean, out=self.scratch.like(vectors, 0 if vectors is members else 3))
+        diagonal = _add_gram(group.gram, vectors)
+        group.errors += torch.finfo(dtype).eps * diagonal
+        group.is_exact &= dtype == torch.float64
+        group.pieces += 1
+        # the product has the lengths on its diagonal already; on CUDA, looking whether they are accurate takes a sync
+        return _lengths_of(diagonal, vectors, mean) if members.device.type == "cpu" else None
 
     def fork(self, scratch: Scratch) -> "SquaredDistances":
         """Sums of other columns of the same pass, for another thread, to be joined to these."""
@@ -135,7 +197,7 @@ class SquaredDistances:
     def join(self, twin: "SquaredDistances") -> None:
         """Add the sums of a fork of this pass."""
         for task, twin_task in zip(self._pending, twin._pending, strict=True):
-            task.sums.add_(twin_task.sums)
+            task.join(twin_task)  # type: ignore[arg-type]  # a fork has the tasks of its origin
 
     @property
     def is_pending(self) -> bool:
@@ -145,31 +207,57 @@ class SquaredDistances:
     def finish_pass(self) -> None:
         """Put what is accurate into `squared`, and leave pairs that are too close to another pass."""
         finished, self._pending = self._pending, []
+        pairs: list[_Direct] = []
         for task in finished:
-            if isinstance(task, _Direct):
-                self.squared[task.first, task.second] = self.squared[task.second, task.first] = task.sums
-            else:
-                self._settle(task)
+            if isinstance(task, _Group):
+                pairs += self._settle(task)
+                continue
+            self.squared[task.first, task.second] = self.squared[task.second, task.first] = task.sums
+            for part, close in task.comparisons:
+                self._settle_copies(task.first[part], task.second[part], task.sums[part], close)
+        if pairs:
+            self._pending.append(_joined(pairs))
 
-    def _group(self, models: Tensor) -> _Group:
-        return _Group(models, torch.zeros(len(models), len(models), dtype=torch.float64, device=self.device))
+    def _group(self, models: Tensor, in_float64: bool) -> _Group:
+        zeros = torch.zeros(len(models), len(models), dtype=torch.float64, device=self.device)
+        return _Group(models, zeros, zeros[0].clone(), in_float64)
 
-    def _settle(self, group: _Group) -> None:
-        models, gram = group.models, group.sums.tril() + group.sums.tril(-1).T
-        scale = gram.diagonal()[:, None] + gram.diagonal()
-        squared = (scale - 2 * gram).fill_diagonal_(0)
-        self.squared[models[:, None], models] = squared
-        accurate = (squared >= self.tolerance * scale) & squared.isfinite()
-        if self.dtype != torch.float64:
-            accurate &= scale > SAFE_SQUARES[0]
-        close = (~accurate).fill_diagonal_(False)
+    def _settle(self, group: _Group) -> Iterator[_Direct]:
+        """Put the distances of a group into place; leaves groups to the next pass, and gives pairs to subtract."""
+        squared = group.squared()
+        self.squared[group.models[:, None], group.models] = squared
+        close = group.close(squared, self.relative_error)
+        like_copies = close & (squared <= COPIES * (group.errors[:, None] + group.errors))
         for members in _connected(close):
-            if len(members) < len(models):
-                self._pending.append(self._group(models[members]))
+            models, pairs = group.models[members], close[members[:, None], members]
+            if group.is_exact and bool(like_copies[members].any()):
+                first, second = models[:1].expand(len(models) - 1), models[1:]
+                yield _Direct(first, second, squared.new_zeros(len(second)), [(slice(0, len(second)), pairs)])
+            elif len(members) < len(close) or not group.is_exact:
+                self._pending.append(self._group(models, True))
             else:
-                first, second = close.triu().nonzero().T
-                zeros = torch.zeros(len(first), dtype=torch.float64, device=self.device)
-                self._pending.append(_Direct(models[first], models[second], zeros))
+                first, second = models[pairs.triu().nonzero().T]
+                yield _Direct(first, second, squared.new_zeros(len(second)), [])
+
+    def _settle_copies(self, first: Tensor, second: Tensor, sums: Tensor, close: Bool[Tensor, "P P"]) -> None:
+        """Give models that are equal to the first its distances; leave close pairs of the others to another pass."""
+        models = torch.cat([first[:1], second])
+        equal = torch.cat([sums.new_zeros(1), sums]) == 0
+        copies, others = models[equal], models[~equal]
+        row = self.squared[copies[0]].clone()
+        self.squared[copies], self.squared[:, copies] = row, row[:, None]
+        if bool(close[~equal][:, ~equal].any()):
+            self._pending.append(self._group(others, True))
+
+
+def _joined(pairs: list[_Direct]) -> _Direct:
+    """All pairs as one task, as each task costs time with every piece."""
+    comparisons, start = [], 0
+    for task in pairs:
+        comparisons += [(slice(start + part.start, start + part.stop), close) for part, close in task.comparisons]
+        start += len(task.first)
+    first, second, sums = (torch.cat([getattr(task, name) for task in pairs]) for name in ("first", "second", "sums"))
+    return _Direct(first, second, sums, comparisons)
 
 
 def check_weights(weights: Tensor, layout: Layout | None = None) -> None:
@@ -203,22 +291,12 @@ def squared_lengths(block: Float[Tensor, "P c"]) -> Float64[Tensor, " P"]:
 @torch.no_grad()
 def squared_lengths_of_piece(piece: Float[Tensor, "P c"]) -> Float64[Tensor, " P"]:
     """Sums of squares of the rows of a piece of `column_pieces`, to six digits, several times faster."""
+    if piece.device.type == "cuda":  # as fast as its memory, and looking at the quick ones would take a sync
+        return squared_lengths(piece)
     quick = torch.linalg.vecdot(piece, piece).double()
     if ((quick > SAFE_SQUARES[0]) & (quick < SAFE_SQUARES[1])).all():
         return quick
     return squared_lengths(piece)
-
-
-def column_pieces(block: Float[Tensor, "P c"]) -> Iterator[Tensor]:
-    """The block in pieces of columns that fit the cache, in the working precision."""
-    width = max(256, min(MAX_COLUMNS, BLOCK_ELEMENTS // len(block)))
-    for piece in block.split(width, dim=1):
-        yield piece.to(working(block.dtype))
-
-
-def working(dtype: torch.dtype) -> torch.dtype:
-    """The precision that weights of this dtype are computed in."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _has_common_part(piece: Float[Tensor, "P c"]) -> bool:
@@ -239,7 +317,11 @@ def _mean_model(piece: Float[Tensor, "P c"]) -> Float[Tensor, " c"]:
 
 
 def _add_gram(gram: Float64[Tensor, "P P"], vectors: Float[Tensor, "P c"]) -> Float[Tensor, " P"]:
-    """Add the lower triangle, by tiles, of the product of vectors with themselves; returns its diagonal."""
+    """Add the product of vectors with themselves, of which the lower triangle counts; returns its diagonal."""
+    if vectors.device.type == "cuda":
+        product = _chunked_product(vectors)
+        gram += product
+        return product.diagonal()
     diagonals = []
     for start in range(0, len(vectors), TILE):
         stop = start + TILE
@@ -247,6 +329,14 @@ def _add_gram(gram: Float64[Tensor, "P P"], vectors: Float[Tensor, "P c"]) -> Fl
         gram[start:stop, :stop] += product
         diagonals.append(product[:, start:].diagonal())
     return torch.cat(diagonals)
+
+
+def _chunked_product(vectors: Float[Tensor, "P c"]) -> Float64[Tensor, "P P"]:
+    """`vectors @ vectors.T`, with sums of at most MAX_COLUMNS terms in the precision of the vectors."""
+    whole = vectors.shape[1] // MAX_COLUMNS * MAX_COLUMNS
+    parts = vectors[:, :whole].unflatten(1, (-1, MAX_COLUMNS)).transpose(0, 1)
+    product = torch.bmm(parts, parts.transpose(1, 2)).sum(0, dtype=torch.float64)
+    return product + (vectors[:, whole:] @ vectors[:, whole:].T).double() if whole < vectors.shape[1] else product
 
 
 def _lengths_of(
@@ -264,18 +354,16 @@ def _lengths_of(
 def _add_direct(task: _Direct, piece: Float[Tensor, "P c"]) -> None:
     for start in range(0, len(task.first), len(piece)):
         part = slice(start, start + len(piece))
-        differences = piece[task.first[part]].double() - piece[task.second[part]].double()
-        task.sums[part] += differences.square().sum(1)
+        first, second = piece.index_select(0, task.first[part]), piece.index_select(0, task.second[part])
+        # most pairs are copies, and comparing them costs a third of subtracting them in float64
+        if piece.device.type != "cpu" or not torch.equal(first, second):
+            task.sums[part] += torch.sub(first.double(), second).square_().sum(1)
 
 
 def _connected(close: Bool[Tensor, "P P"]) -> Iterator[Tensor]:
-    """Connected components, of two models or more, of the graph of close pairs."""
-    labels = torch.arange(len(close), device=close.device)
-    while True:  # each model takes the smallest label among its neighbours, until none changes
-        spread = torch.minimum(labels, labels.expand_as(close).where(close, len(close)).amin(1))
-        if torch.equal(spread, labels):
-            break
-        labels = spread
-    for label, size in zip(*labels.unique(return_counts=True), strict=True):
-        if size > 1:
-            yield (labels == label).nonzero().flatten()
+    """Connected components, of two models or more, of the graph of close pairs; the host waits once."""
+    _, labels = connected_components(close.cpu().numpy(), directed=False)
+    order, starts = np.argsort(labels, kind="stable"), np.flatnonzero(np.diff(np.sort(labels))) + 1
+    for members in np.split(order, starts):
+        if len(members) > 1:
+            yield torch.from_numpy(members).to(close.device)

@@ -12,7 +12,8 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 from vitzoo_hf.format.layout import Layout
-from vitzoo_hf.metrics.squared_distances import SquaredDistances, check_weights, squared_lengths, working
+from vitzoo_hf.metrics.blocks import working
+from vitzoo_hf.metrics.squared_distances import SquaredDistances, check_weights, squared_lengths
 
 Metric = Literal["l2", "normalized_l2", "cosine"]
 

@@ -17,7 +17,8 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 from vitzoo_hf.format.layout import Layout
-from vitzoo_hf.metrics.squared_distances import Scratch, check_weights, column_pieces
+from vitzoo_hf.metrics.blocks import Scratch, column_pieces
+from vitzoo_hf.metrics.squared_distances import check_weights
 
 
 @dataclass(frozen=True)

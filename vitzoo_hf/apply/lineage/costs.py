@@ -16,7 +16,8 @@ from torch import Tensor
 
 from vitzoo_hf.format.layout import Layout, is_head
 from vitzoo_hf.format.schema import ZooError
-from vitzoo_hf.metrics.squared_distances import Scratch, SquaredDistances, column_pieces
+from vitzoo_hf.metrics.blocks import Scratch, column_pieces
+from vitzoo_hf.metrics.squared_distances import SquaredDistances
 from vitzoo_hf.metrics.weight_statistics import Moments, statistics_of
 from vitzoo_hf.progress import progress_bar
 from vitzoo_hf.zoo.weight_columns import WeightColumns
