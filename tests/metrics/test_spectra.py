@@ -108,3 +108,16 @@ def test_cpu_and_cuda_agree():
     matrices = draw(3, 20, 9)
     torch.testing.assert_close(singular_values(matrices.cuda()).cpu(), singular_values(matrices))
     torch.testing.assert_close(stable_rank(matrices.cuda()).cpu(), stable_rank(matrices))
+
+
+@pytest.mark.parametrize("scale", [1e-300, 1e-200, 1, 1e200, 1e300])
+def test_singular_values_of_any_scale(scale):
+    """Squares over- or underflow in float64 long before the values themselves do."""
+    matrices = torch.randn(3, 5, 4, generator=torch.Generator().manual_seed(0)).double()
+    expected = torch.linalg.svdvals(matrices)
+    torch.testing.assert_close(singular_values(matrices * scale) / scale, expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(stable_rank(matrices * scale), stable_rank(matrices), rtol=1e-12, atol=0)
+    mixed = matrices * torch.tensor([1, scale, 0], dtype=torch.float64)[:, None, None]
+    assert singular_values(mixed)[2].tolist() == [0, 0, 0, 0]
+    scales = torch.tensor([[1], [scale]], dtype=torch.float64)
+    torch.testing.assert_close(singular_values(mixed)[:2], expected[:2] * scales, rtol=1e-6, atol=0)

@@ -16,6 +16,7 @@ from vitzoo_hf.metrics.weight_distances import (
     task_vectors,
     weight_distances,
 )
+from vitzoo_hf.metrics.weight_statistics import weight_quantiles
 
 gram = importlib.import_module("vitzoo_hf.metrics.squared_distances")
 blocks = importlib.import_module("vitzoo_hf.metrics.blocks")
@@ -296,3 +297,10 @@ def test_cosine_of_parallel_opposite_and_zero_vectors(generator):
 def test_refusals(unchecked, call, message):
     with pytest.raises(ValueError, match=message):
         call(torch.randn(5, 9))
+
+
+def test_no_result_keeps_the_graph_of_the_weights(generator):
+    weights = torch.randn(3, 20, generator=generator, requires_grad=True)
+    layout = Layout.of({"w": torch.zeros(20)})
+    results = (task_vectors(weights, weights), weight_quantiles(weights, layout, [0.5]), weight_distances(weights))
+    assert not any(result.requires_grad for result in results)

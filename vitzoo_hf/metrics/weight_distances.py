@@ -145,6 +145,7 @@ def cosine_similarity(weights: Float[Tensor, "P D"]) -> Float64[Tensor, "P P"]:
     return 1 - weight_distances(weights, "cosine")
 
 
+@torch.no_grad()
 def task_vectors(children: Float[Tensor, "P D"], parents: Float[Tensor, "P D"]) -> Float[Tensor, "P D"]:
     """The change by training: child less parent, row by row ("Editing models with task arithmetic", Ilharco et al.).
 

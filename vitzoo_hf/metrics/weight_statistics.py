@@ -17,7 +17,7 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 from vitzoo_hf.format.layout import Layout
-from vitzoo_hf.metrics.blocks import Scratch, column_pieces
+from vitzoo_hf.metrics.blocks import Scratch, block_bytes, column_pieces
 from vitzoo_hf.metrics.squared_distances import check_weights
 
 
@@ -66,6 +66,7 @@ def weight_statistics(weights: Float[Tensor, "P D"], layout: Layout, *, threshol
     return statistics_of(moments)
 
 
+@torch.no_grad()
 def weight_quantiles(
     weights: Float[Tensor, "P D"], layout: Layout, quantiles: Sequence[float | int]
 ) -> Float64[Tensor, "P G Q"]:
@@ -91,11 +92,14 @@ def weight_quantiles(
         raise ValueError(f"quantiles={list(quantiles)}; expected numbers between 0 and 1")
     values_at = weights.new_empty(len(weights), len(layout.names), len(shares), dtype=torch.float64)
     for tensor, (_, place) in enumerate(layout.items()):
-        for model, values in enumerate(weights[:, place]):
-            ordered = values.sort().values
-            below = shares * (len(values) - 1)
-            low, high = ordered[below.floor().long()].double(), ordered[below.ceil().long()].double()
-            values_at[model, tensor] = low + (high - low) * (below - below.floor())
+        size = place.stop - place.start
+        below = shares * (size - 1)
+        # a sort of some models at a time: values and positions of all of them would take three times the weights
+        step = max(1, block_bytes(weights.device, 1) // (16 * size))
+        for first in range(0, len(weights), step):
+            ordered = weights[first : first + step, place].sort(dim=1).values
+            low, high = (ordered[:, index.long()].double() for index in (below.floor(), below.ceil()))
+            values_at[first : first + step, tensor] = low + (high - low) * (below - below.floor())
     return values_at
 
 
@@ -217,12 +221,20 @@ def singular_values(matrices: Float[Tensor, "*B m n"], top: int | None = None) -
         raise ValueError(f"top={top} of matrices {list(matrices.shape)}; expected 1 to {rank}")
     if not matrices.isfinite().all():
         raise ValueError("NaN or infinite values in a matrix: drop this model, or look for a diverged run")
-    double = matrices.double()
+    double, scale = _scaled(matrices)
     gram = double.mT @ double if double.shape[-2] > double.shape[-1] else double @ double.mT
     squares = torch.linalg.eigvalsh(gram).flip(-1)[..., :top]
     if (squares >= GRAM_SHARE * squares[..., :1]).all():
-        return squares.sqrt()
-    return torch.linalg.svdvals(double)[..., :top]
+        return squares.sqrt() * scale
+    return torch.linalg.svdvals(double)[..., :top] * scale
+
+
+def _scaled(matrices: Float[Tensor, "*B m n"]) -> tuple[Float64[Tensor, "*B m n"], Float64[Tensor, "*B 1"]]:
+    """Matrices in float64 with largest values of 1 to 2, and the powers of two that they were divided by."""
+    double = matrices.double()
+    # squares of 1e200 overflow, and those of 1e-200 are 0; a power of two changes no digit
+    scale = double.abs().amax((-2, -1)).log2().floor().clamp(-1000, 1000).exp2()
+    return double / scale[..., None, None], scale[..., None]
 
 
 def spectral_norm(matrices: Float[Tensor, "*B m n"]) -> Float64[Tensor, "*B"]:
@@ -247,7 +259,9 @@ def stable_rank(matrices: Float[Tensor, "*B m n"]) -> Float64[Tensor, "*B"]:
         >>> stable_rank(torch.eye(3))
         tensor(3., dtype=torch.float64)
     """
-    return matrices.double().square().sum((-2, -1)) / spectral_norm(matrices).square()
+    largest = spectral_norm(matrices)[..., None, None]
+    # divided first, as squares of large values overflow
+    return (matrices.double() / largest).square().sum((-2, -1))
 
 
 def matrices_of(weights: Float[Tensor, "P D"], layout: Layout) -> dict[str, Float[Tensor, "P m n"]]:
