@@ -19,15 +19,41 @@ import pytest
 import torch
 from simulated_kernels import CPU, CUDA, DeviceTensor, SimulatedKernels, is_pinned, pinned
 from torch import Tensor
-from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-LOWER = frozenset("linear matmul __matmul__ __rmatmul__ mm bmm addmm baddbmm conv2d einsum".split()) | {
-    "scaled_dot_product_attention"
-}
+LOWER = frozenset(
+    [
+        "linear",
+        "matmul",
+        "__matmul__",
+        "__rmatmul__",
+        "mm",
+        "bmm",
+        "addmm",
+        "baddbmm",
+        "conv2d",
+        "einsum",
+        "scaled_dot_product_attention",
+    ]
+)
 """Functions that autocast computes in its lower precision."""
-FLOAT32 = frozenset("softmax log_softmax layer_norm cross_entropy nll_loss mse_loss exp log pow sum prod norm".split())
+FLOAT32 = frozenset(
+    [
+        "softmax",
+        "log_softmax",
+        "layer_norm",
+        "cross_entropy",
+        "nll_loss",
+        "mse_loss",
+        "exp",
+        "log",
+        "pow",
+        "sum",
+        "prod",
+        "norm",
+    ]
+)
 """Functions that autocast computes in float32."""
 
 
@@ -53,18 +79,16 @@ class Calls(TorchFunctionMode):
         return func(*args, **kwargs) if replacement is None else replacement(func, *args, **kwargs)
 
     def _to(self, func: Any, tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        device = kwargs.get("device", args[0] if args and isinstance(args[0], str | torch.device) else None)
-        if not on_device(device):
+        is_device_first = bool(args) and isinstance(args[0], str | torch.device)
+        if not on_device(args[0] if is_device_first else kwargs.get("device")):
             return func(tensor, *args, **kwargs)
-        if "device" not in kwargs:
-            args = args[1:]
+        kwargs |= zip(("dtype", "non_blocking", "copy"), args[is_device_first:], strict=False)
         kwargs.pop("device", None)
-        if args and args[0] is None:
-            args = (tensor.dtype, *args[1:])
         if isinstance(tensor, DeviceTensor):
-            return func(tensor, *args, **kwargs) if args or kwargs else tensor
+            # not with the device, which C++ would take for another than the shell's
+            return func(tensor, kwargs.pop("dtype", None) or tensor.dtype, **kwargs)
         # with an index, so that C++ does not ask the missing device guard for one
-        return func(tensor, CUDA, *(args or (tensor.dtype,)), **kwargs)
+        return func(tensor, CUDA, **kwargs)
 
     def _cuda(self, func: Any, tensor: Tensor, device: Any = None, non_blocking: bool = False) -> Tensor:
         return self._to(torch.Tensor.to, tensor, CUDA, non_blocking=non_blocking)
@@ -97,7 +121,9 @@ class Calls(TorchFunctionMode):
         if not isinstance(tensor, DeviceTensor):
             raise RuntimeError("record_stream takes a tensor of the device")
 
-    def _scaled_dot_product_attention(self, func: Any, query: Tensor, key: Tensor, value: Tensor, **kwargs: Any) -> Tensor:
+    def _scaled_dot_product_attention(
+        self, func: Any, query: Tensor, key: Tensor, value: Tensor, **kwargs: Any
+    ) -> Tensor:
         if not isinstance(query, DeviceTensor) or query.dim() != 4 or kwargs.keys() - {"scale"}:
             return func(query, key, value, **kwargs)
         # one kernel, as on a GPU; C++ would choose products and a softmax for a device that it does not know
@@ -198,9 +224,11 @@ def compiled(model: Any = None, *, mode: str | None = None, **_: Any) -> Any:
 
     def run(*args: Any, **kwargs: Any) -> Any:
         for tensor in outputs:
-            tensor.fill_(torch.nan if tensor.is_floating_point() else 0)
+            tensor.values.fill_(torch.nan if tensor.is_floating_point() else 0)
         result = model(*args, **kwargs)
-        outputs[:] = [leaf for leaf in tree_leaves(result) if isinstance(leaf, DeviceTensor) and not leaf.requires_grad]
+        outputs[:] = [
+            leaf for leaf in tree_leaves(result) if isinstance(leaf, DeviceTensor) and not leaf.requires_grad
+        ]
         return result
 
     return run
@@ -252,9 +280,7 @@ class SimulatedCuda(SimulatedKernels):
     def _runtime(self) -> dict[str, Any]:
         """Stand-ins of `torch.cuda`."""
         total = 141 * 2**30
-        properties = SimpleNamespace(
-            name="simulated", major=9, minor=0, total_memory=total, multi_processor_count=132, L2_cache_size=50 * 2**20
-        )
+        properties = SimpleNamespace(name="simulated", total_memory=total, multi_processor_count=132)
         constants: dict[str, object] = {
             "is_available": True,
             "is_initialized": True,
@@ -271,14 +297,19 @@ class SimulatedCuda(SimulatedKernels):
             "is_current_stream_capturing": False,
         }
         nothing = ("_lazy_init", "_lazy_call", "set_device", "empty_cache", "reset_peak_memory_stats")
-        more: dict[str, Any] = {name: lambda *_, **__: None for name in (*nothing, "manual_seed_all", "manual_seed")}
-        more |= {"Stream": type("Stream", (Stream,), {"kernels": self})}
-        more |= {"Event": type("Event", (Event,), {"kernels": self})}
-        more |= {"synchronize": lambda *_: self.sync("synchronize"), "current_stream": lambda *_: more["Stream"]()}
-        more |= {"stream": lambda *_: nullcontext(), "device": lambda *_: nullcontext()}
-        # the device draws the numbers of the CPU
-        more |= {"get_rng_state": lambda *_: torch.get_rng_state(), "set_rng_state": lambda state, *_: torch.set_rng_state(state)}
-        return more | {name: constant(value) for name, value in constants.items()}
+        constants |= dict.fromkeys((*nothing, "manual_seed", "manual_seed_all"))
+        stream = type("Stream", (Stream,), {"kernels": self})
+        return {name: constant(value) for name, value in constants.items()} | {
+            "Stream": stream,
+            "Event": type("Event", (Event,), {"kernels": self}),
+            "synchronize": lambda *_: self.sync("synchronize"),
+            "current_stream": lambda *_: stream(),
+            "stream": lambda *_: nullcontext(),
+            "device": lambda *_: nullcontext(),
+            # the device draws the numbers of the CPU
+            "get_rng_state": lambda *_: torch.get_rng_state(),
+            "set_rng_state": lambda state, *_: torch.set_rng_state(state),
+        }
 
 
 def constant(value: object) -> Callable[..., object]:

@@ -19,17 +19,41 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 CUDA, CPU, META = torch.device("cuda", 0), torch.device("cpu"), torch.device("meta")
 
 READS = frozenset(
-    "_local_scalar_dense nonzero masked_select equal _unique2 unique_dim unique_consecutive bincount histc "
-    "_linalg_check_errors _linalg_eigh _linalg_svd linalg_eig linalg_lstsq".split()
+    [
+        "_local_scalar_dense",
+        "nonzero",
+        "masked_select",
+        "equal",
+        "_unique2",
+        "unique_dim",
+        "unique_consecutive",
+        "bincount",
+        "histc",
+        "_linalg_check_errors",
+        "_linalg_eigh",
+        "_linalg_svd",
+        "linalg_eig",
+        "linalg_lstsq",
+    ]
 )
 """Operators after which the host waits for a value, or for the size of the result."""
-NO_KERNEL = frozenset("empty empty_strided empty_like new_empty new_empty_strided detach alias lift_fresh".split()) | {
-    "_unsafe_view",
-    "_reshape_alias",
-    "_local_scalar_dense",
-    "_linalg_check_errors",
-    "resize_",
-}
+NO_KERNEL = frozenset(
+    [
+        "empty",
+        "empty_strided",
+        "empty_like",
+        "new_empty",
+        "new_empty_strided",
+        "resize_",
+        "detach",
+        "alias",
+        "lift_fresh",
+        "_unsafe_view",
+        "_reshape_alias",
+        "_local_scalar_dense",
+        "_linalg_check_errors",
+    ]
+)
 INDEXING = frozenset({"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index"})
 
 
@@ -91,6 +115,10 @@ def caller() -> tuple[str, str]:
             return f"{name.rpartition('/vitzoo_hf/')[2]}:{frame.f_lineno}", frame.f_code.co_name
         frame = frame.f_back  # type: ignore[assignment]
     return "?", "?"
+
+
+def tensors_in(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
 def size_of(tensors: Sequence[Tensor]) -> int:
@@ -163,7 +191,7 @@ class SimulatedKernels(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
         name = func._schema.name.removeprefix("aten::")
-        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        tensors = tensors_in((args, kwargs))
         ours = [tensor for tensor in tensors if isinstance(tensor, DeviceTensor)]
         wanted = kwargs.get("device")
         if wanted is None:
@@ -188,7 +216,7 @@ class SimulatedKernels(TorchDispatchMode):
             for tensor in host:
                 if tensor.dim() and not any(tensor is other for other in refused):
                     self._count("h2d", name, h2d=1, blocking_copies=1)
-        elif torch.Tag.pointwise in func.tags:
+        elif torch.Tag.pointwise in func.tags or name == "fill_":
             is_written = func._schema.is_mutable and name != "fill_"
             refused = [tensor for tensor in host if tensor.dim() or (is_written and tensor is args[0])]
         if refused:
@@ -197,17 +225,19 @@ class SimulatedKernels(TorchDispatchMode):
                 f"cpu! ({name} of {[list(tensor.shape) for tensor in refused]} on the CPU, at {caller()[0]})"
             )
 
-    def _run(self, func: Any, name: str, args: Any, kwargs: Any, ours: Sequence[DeviceTensor], makes_ours: bool) -> Any:
+    def _run(
+        self, func: Any, name: str, args: Any, kwargs: Any, ours: Sequence[DeviceTensor], makes_ours: bool
+    ) -> Any:
         has_values = self.has_values and all(tensor.values.device == CPU for tensor in ours)
-        masks = [tensor for tensor in tree_leaves(args[1:2]) if isinstance(tensor, Tensor) and tensor.dtype == torch.bool]
         fills = name.startswith("index_put") and args[2].numel() == 1  # becomes masked_fill
+        masks = name in INDEXING and not fills and any(index.dtype == torch.bool for index in tensors_in(args[1]))
         if name in READS or (name == "repeat_interleave" and "output_size" not in kwargs):
             self.sync(name)
-        elif name in INDEXING and masks and not fills:
+        elif masks:
             self.sync(f"{name} by a mask")
         if name not in NO_KERNEL and not is_view(func):
             self._count("kernel", name, kernels=1, bytes=size_of(ours))
-        if not has_values and (name in READS or (name in INDEXING and masks and not fills)):
+        if not has_values and (name in READS or masks):
             return self._result_without_values(name, args)
         given = {key: value for key, value in kwargs.items() if key not in ("device", "pin_memory")}
         if not has_values:
@@ -223,7 +253,7 @@ class SimulatedKernels(TorchDispatchMode):
             wrapped = tree_map_only(Tensor, DeviceTensor, result)
             return return_and_correct_aliasing(func, args, kwargs, wrapped)
         if name not in NO_KERNEL and not is_view(func):
-            self.bytes += size_of([leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)])
+            self.bytes += size_of(tensors_in(result))
         return tree_map_only(Tensor, DeviceTensor, result)
 
     def _without(self, tensor: Tensor) -> Tensor:
