@@ -15,6 +15,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any, Self
 
+import numpy as np
 import pytest
 import torch
 from simulated_kernels import CPU, CUDA, DeviceTensor, SimulatedKernels, is_pinned, pinned
@@ -22,39 +23,18 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-LOWER = frozenset(
-    [
-        "linear",
-        "matmul",
-        "__matmul__",
-        "__rmatmul__",
-        "mm",
-        "bmm",
-        "addmm",
-        "baddbmm",
-        "conv2d",
-        "einsum",
-        "scaled_dot_product_attention",
-    ]
-)
+# fmt: off
+LOWER = frozenset([
+    "linear", "matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "addmm", "baddbmm", "conv2d", "einsum",
+    "scaled_dot_product_attention",
+])
 """Functions that autocast computes in its lower precision."""
-FLOAT32 = frozenset(
-    [
-        "softmax",
-        "log_softmax",
-        "layer_norm",
-        "cross_entropy",
-        "nll_loss",
-        "mse_loss",
-        "exp",
-        "log",
-        "pow",
-        "sum",
-        "prod",
-        "norm",
-    ]
-)
+FLOAT32 = frozenset([
+    "softmax", "log_softmax", "layer_norm", "cross_entropy", "nll_loss", "mse_loss", "exp", "log", "pow", "sum",
+    "prod", "norm",
+])
 """Functions that autocast computes in float32."""
+# fmt: on
 
 
 def on_device(device: object) -> bool:
@@ -75,6 +55,8 @@ class Calls(TorchFunctionMode):
         if torch.is_autocast_enabled("cuda") and (name in LOWER or name in FLOAT32):
             dtype = torch.get_autocast_dtype("cuda") if name in LOWER else torch.float32
             args, kwargs = tree_map_only(DeviceTensor, lambda tensor: cast(tensor, dtype), (args, kwargs))
+        if name in ("__getitem__", "__setitem__"):
+            args = (args[0], index_of(args[1]), *args[2:])
         replacement = getattr(self, f"_{name}", None) if name in REPLACED else None
         return func(*args, **kwargs) if replacement is None else replacement(func, *args, **kwargs)
 
@@ -132,6 +114,13 @@ class Calls(TorchFunctionMode):
 
 
 REPLACED = frozenset(name[1:] for name in vars(Calls) if name.startswith("_") and not name.startswith("__"))
+
+
+def index_of(index: Any) -> Any:
+    """An index with tensors of the CPU for lists, which C++ would put on the shell's device, where they are lost."""
+    if isinstance(index, tuple):
+        return tuple(index_of(part) for part in index)
+    return torch.as_tensor(index) if isinstance(index, list | range | np.ndarray) else index
 
 
 def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:

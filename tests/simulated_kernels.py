@@ -18,47 +18,28 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 CUDA, CPU, META = torch.device("cuda", 0), torch.device("cpu"), torch.device("meta")
 
-READS = frozenset(
-    [
-        "_local_scalar_dense",
-        "nonzero",
-        "masked_select",
-        "equal",
-        "_unique2",
-        "unique_dim",
-        "unique_consecutive",
-        "bincount",
-        "histc",
-        "_linalg_check_errors",
-        "_linalg_eigh",
-        "_linalg_svd",
-        "linalg_eig",
-        "linalg_lstsq",
-    ]
-)
-"""Operators after which the host waits for a value, or for the size of the result."""
-NO_KERNEL = frozenset(
-    [
-        "empty",
-        "empty_strided",
-        "empty_like",
-        "new_empty",
-        "new_empty_strided",
-        "resize_",
-        "detach",
-        "alias",
-        "lift_fresh",
-        "_unsafe_view",
-        "_reshape_alias",
-        "_local_scalar_dense",
-        "_linalg_check_errors",
-    ]
-)
+# fmt: off
+SIZES = frozenset([
+    "nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive", "bincount", "repeat_interleave",
+])
+"""Operators whose results have a size that depends on values, which the host waits for."""
+VALUES = frozenset(["_local_scalar_dense", "equal", "_linalg_check_errors"])
+READS = SIZES | VALUES | frozenset(["histc", "_linalg_eigh", "_linalg_svd", "linalg_eig", "linalg_lstsq"])
+"""Operators after which the host waits for a value or a size."""
+NO_KERNEL = frozenset([
+    "empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided", "resize_", "detach", "alias",
+    "lift_fresh", "_unsafe_view", "_reshape_alias", "_local_scalar_dense", "_linalg_check_errors",
+])
+# fmt: on
 INDEXING = frozenset({"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index"})
 
 
 class NoValuesError(RuntimeError):
     """A value was read from tensors that have none."""
+
+
+class OverBudgetError(AssertionError):
+    """More kernels or more syncs than a budget allows."""
 
 
 class DeviceTensor(torch.Tensor):
@@ -142,6 +123,7 @@ class SimulatedKernels(TorchDispatchMode):
         self.placeholder: float | None = None
         self.placeholders: Mapping[str, float] = {}
         self.has_values = True
+        self._budget: dict[str, int] = {}
         self._lock = threading.Lock()
         self.reset()
 
@@ -161,8 +143,8 @@ class SimulatedKernels(TorchDispatchMode):
         """Tensors made inside have shapes and no values, so counting costs nothing.
 
         Args:
-            placeholder: what a read gives; without one a read raises `NoValuesError`. Sizes that depend on values
-                are 0 then.
+            placeholder: what a read gives; without one a read raises `NoValuesError`. With one, sizes that depend
+                on values are those of zeros.
             by_function: what reads in functions of the package give, by the name of the function.
         """
         before = self.has_values, self.placeholder, self.placeholders
@@ -172,6 +154,20 @@ class SimulatedKernels(TorchDispatchMode):
         finally:
             self.has_values, self.placeholder, self.placeholders = before
 
+    @contextmanager
+    def budget(self, **most: int) -> Iterator[None]:
+        """Count from 0, and stop what runs inside with `OverBudgetError` once a count is above `most`.
+
+        Args:
+            most: by the name of a count: `kernels=500, syncs=0`.
+        """
+        self.reset()
+        self._budget = most
+        try:
+            yield
+        finally:
+            self._budget = {}
+
     def sync(self, operator: str) -> None:
         self._count("sync", operator, syncs=1)
 
@@ -180,6 +176,9 @@ class SimulatedKernels(TorchDispatchMode):
             self.where[kind, caller()[0], operator] += 1
             for name, count in counts.items():
                 setattr(self, name, getattr(self, name) + count)
+        for name, most in self._budget.items():
+            if getattr(self, name) > most:
+                raise OverBudgetError(f"more than {most} {name}, most of them by {self.lines(name.rstrip('s'))[:4]}")
 
     def _read(self, operator: str) -> float:
         """The placeholder of a read."""
@@ -212,14 +211,15 @@ class SimulatedKernels(TorchDispatchMode):
         host = [tensor for tensor in tensors if not isinstance(tensor, DeviceTensor)]
         refused = host
         if name in INDEXING:  # indices of the CPU are copied over, and a single value is read
-            refused = [tensor for tensor in host if tensor is args[0] or (tensor is args[-1] and tensor.dim())]
+            values = args[2] if len(args) > 2 else None
+            refused = [tensor for tensor in host if tensor is args[0] or (tensor is values and tensor.dim())]
             for tensor in host:
                 if tensor.dim() and not any(tensor is other for other in refused):
                     self._count("h2d", name, h2d=1, blocking_copies=1)
         elif torch.Tag.pointwise in func.tags or name == "fill_":
             is_written = func._schema.is_mutable and name != "fill_"
             refused = [tensor for tensor in host if tensor.dim() or (is_written and tensor is args[0])]
-        if refused:
+        if refused or any(tensor.is_meta for tensor in host):
             raise RuntimeError(
                 "Expected all tensors to be on the same device, but found at least two devices, cuda:0 and "
                 f"cpu! ({name} of {[list(tensor.shape) for tensor in refused]} on the CPU, at {caller()[0]})"
@@ -231,14 +231,14 @@ class SimulatedKernels(TorchDispatchMode):
         has_values = self.has_values and all(tensor.values.device == CPU for tensor in ours)
         fills = name.startswith("index_put") and args[2].numel() == 1  # becomes masked_fill
         masks = name in INDEXING and not fills and any(index.dtype == torch.bool for index in tensors_in(args[1]))
-        if name in READS or (name == "repeat_interleave" and "output_size" not in kwargs):
+        if name in READS:
             self.sync(name)
         elif masks:
             self.sync(f"{name} by a mask")
         if name not in NO_KERNEL and not is_view(func):
             self._count("kernel", name, kernels=1, bytes=size_of(ours))
-        if not has_values and (name in READS or masks):
-            return self._result_without_values(name, args)
+        if not has_values and (masks or name in SIZES or name in VALUES):
+            return self._result_without_values(func, name, args, kwargs)
         given = {key: value for key, value in kwargs.items() if key not in ("device", "pin_memory")}
         if not has_values:
             given = {key: value for key, value in given.items() if key != "generator"}
@@ -264,17 +264,17 @@ class SimulatedKernels(TorchDispatchMode):
             tensor.values = tensor.values.to(META)
         return tensor
 
-    def _result_without_values(self, name: str, args: Any) -> Any:
-        value, source = self._read(name), args[0]
-        if name in ("_local_scalar_dense", "equal"):
-            return torch.tensor(value, dtype=torch.bool if name == "equal" else source.dtype).item()
+    def _result_without_values(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
+        """What depends on values: the placeholder for a value, and for a size that of zeros."""
+        value = self._read(name)
         if name == "_linalg_check_errors":
             return None
-        if name == "nonzero":
-            return DeviceTensor(torch.empty(0, source.dim(), dtype=torch.int64, device=META))
-        if name == "masked_select":
-            return DeviceTensor(torch.empty(0, dtype=source.dtype, device=META))
-        raise NoValuesError(f"{name} at {caller()[0]} has no result without values: count it on values")
+        if name in ("_local_scalar_dense", "equal"):
+            return torch.tensor(value, dtype=torch.bool if name == "equal" else args[0].dtype).item()
+        if name in INDEXING and func._schema.is_mutable:
+            return args[0]
+        result = func(*tree_map_only(DeviceTensor, zeros, args), **tree_map_only(DeviceTensor, zeros, kwargs))
+        return tree_map_only(Tensor, lambda tensor: DeviceTensor(tensor.to(META)), result)
 
     def _copied(self, func: Any, source: Tensor, makes_ours: bool, kwargs: dict[str, Any]) -> Tensor:
         """`_to_copy`: a change of device, of dtype or of both."""
@@ -323,6 +323,11 @@ class SimulatedKernels(TorchDispatchMode):
 def is_view(func: Any) -> bool:
     arguments = func._schema.arguments
     return any(argument.alias_info is not None and not argument.alias_info.is_write for argument in arguments)
+
+
+def zeros(tensor: Tensor) -> Tensor:
+    """Zeros of the shape, in the memory of one."""
+    return torch.zeros((), dtype=tensor.dtype).expand(tensor.shape)
 
 
 def values_of(tensor: Tensor) -> Tensor:

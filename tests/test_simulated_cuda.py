@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from simulated_cuda import SimulatedCuda
-from simulated_kernels import DeviceTensor, NoValuesError
+from simulated_kernels import DeviceTensor, NoValuesError, OverBudgetError
 from torch import nn
 from torch.nn import functional
 
@@ -49,6 +49,7 @@ COMPUTED = {
     "slices": lambda x: x[1:, ::2] + x[-4:, :3],
     "indices": lambda x: x[torch.tensor([2, 0], device=x.device), 1],
     "indices of the CPU": lambda x: x[torch.tensor([2, 0])],
+    "lists": lambda x: x[[0, -1]] + x[:2, [5, 1, 2, 3, 4, 0]],
     "mask": lambda x: x[x > 0],
     "where": lambda x: torch.where(x > 0, x, torch.tensor(0.5)),
     "written": lambda x: x.clone().index_fill_(0, torch.tensor([1], device=x.device), 3.0),
@@ -238,6 +239,18 @@ def test_counting_without_values(simulated_cuda):
         assert (big.sum().item(), bool(big.any()), big[:2, 0, 0].tolist()) == (3, True, [3, 3])
         assert big[0].nonzero().shape == (0, 2)
         assert (big[0] + on("cuda", 384)).shape == (10_000, 384)
+
+
+def test_a_budget_stops_at_the_first_kernel_or_sync_beyond(simulated_cuda):
+    x = on("cuda", 5, 6)
+    x + x
+    with simulated_cuda.budget(kernels=2, syncs=1):
+        (x + x + x)[0, 0].item()
+    with pytest.raises(OverBudgetError, match="more than 2 kernels"), simulated_cuda.budget(kernels=2):
+        x + x + x + x
+    with pytest.raises(OverBudgetError, match="more than 0 syncs"), simulated_cuda.budget(syncs=0):
+        x.tolist()
+    x + x + x + x  # no budget any more
 
 
 def test_everything_is_put_back():
