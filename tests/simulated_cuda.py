@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from types import SimpleNamespace
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import pytest
@@ -99,10 +99,6 @@ class Calls(TorchFunctionMode):
     def _is_pinned(self, func: Any, tensor: Tensor, device: Any = None) -> bool:
         return is_pinned(tensor)
 
-    def _record_stream(self, func: Any, tensor: Tensor, stream: Any) -> None:
-        if not isinstance(tensor, DeviceTensor):
-            raise RuntimeError("record_stream takes a tensor of the device")
-
     def _scaled_dot_product_attention(
         self, func: Any, query: Tensor, key: Tensor, value: Tensor, **kwargs: Any
     ) -> Tensor:
@@ -157,10 +153,11 @@ class Generator(torch._C.Generator, metaclass=_AnyGenerator):
         pass
 
 
-class Event:
+class Event(torch.cuda.Event):
     """An event, which has always come."""
 
-    kernels: SimulatedKernels
+    def __new__(cls, *_: Any, **__: Any) -> Self:
+        return object.__new__(cls)
 
     def __init__(self, *_: Any, **__: Any) -> None:
         pass
@@ -174,33 +171,35 @@ class Event:
     def query(self) -> bool:
         return True
 
-    def elapsed_time(self, other: "Event") -> float:
+    def elapsed_time(self, other: Any) -> float:
         return 0.0
 
     def synchronize(self) -> None:
-        self.kernels.sync("event.synchronize")
+        SimulatedCuda.active[-1].sync("event.synchronize")
 
 
-class Stream:
+class Stream(torch.cuda.Stream):
     """A stream; what is put on it runs at once."""
 
-    kernels: SimulatedKernels
     device = CUDA
+
+    def __new__(cls, *_: Any, **__: Any) -> Self:
+        return object.__new__(cls)
 
     def __init__(self, *_: Any, **__: Any) -> None:
         pass
 
-    def wait_event(self, event: Event) -> None:
+    def wait_event(self, event: Any) -> None:
         pass
 
-    def wait_stream(self, stream: "Stream") -> None:
+    def wait_stream(self, stream: Any) -> None:
         pass
 
     def record_event(self, event: Any = None) -> Any:
-        return event or torch.cuda.Event()
+        return event or Event()
 
     def synchronize(self) -> None:
-        self.kernels.sync("stream.synchronize")
+        SimulatedCuda.active[-1].sync("stream.synchronize")
 
 
 def compiled(model: Any = None, *, mode: str | None = None, **_: Any) -> Any:
@@ -230,12 +229,16 @@ class SimulatedCuda(SimulatedKernels):
         memory: bytes that `torch.cuda.mem_get_info` calls free; 141 GiB are there in all.
     """
 
+    active: ClassVar[list["SimulatedCuda"]] = []
+
     def __init__(self, memory: int = 130 * 2**30) -> None:
         super().__init__()
         self.memory = memory
 
     def __enter__(self) -> Self:
         self._stack = ExitStack()
+        self.active.append(self)
+        self._stack.callback(self.active.pop)
         patch = self._stack.enter_context(pytest.MonkeyPatch.context())
         for name, value in self._runtime().items():
             patch.setattr(f"torch.cuda.{name}", value)
@@ -287,12 +290,11 @@ class SimulatedCuda(SimulatedKernels):
         }
         nothing = ("_lazy_init", "_lazy_call", "set_device", "empty_cache", "reset_peak_memory_stats")
         constants |= dict.fromkeys((*nothing, "manual_seed", "manual_seed_all"))
-        stream = type("Stream", (Stream,), {"kernels": self})
         return {name: constant(value) for name, value in constants.items()} | {
-            "Stream": stream,
-            "Event": type("Event", (Event,), {"kernels": self}),
+            "Stream": Stream,
+            "Event": Event,
             "synchronize": lambda *_: self.sync("synchronize"),
-            "current_stream": lambda *_: stream(),
+            "current_stream": lambda *_: Stream(),
             "stream": lambda *_: nullcontext(),
             "device": lambda *_: nullcontext(),
             # the device draws the numbers of the CPU

@@ -54,8 +54,9 @@ class DeviceTensor(torch.Tensor):
     @staticmethod
     def __new__(cls, values: Tensor) -> "DeviceTensor":
         # C++ sees a meta tensor: a CPU build has no device guard for CUDA, which autograd would ask
-        shell = torch.empty_strided(values.shape, values.stride(), dtype=values.dtype, device=META)
-        tensor = torch.Tensor._make_subclass(cls, shell, False, dispatch_device=False, device_for_backend_keys=CUDA)
+        with torch.inference_mode(False):  # C++ refuses views of another kind than their base
+            shell = torch.empty_strided(values.shape, values.stride(), dtype=values.dtype, device=META)
+            tensor = torch.Tensor._make_subclass(cls, shell, False, device_for_backend_keys=CUDA)
         tensor.values = values
         return tensor
 
@@ -72,6 +73,9 @@ class DeviceTensor(torch.Tensor):
         raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() to copy it first.")
 
     __array__ = numpy
+
+    def record_stream(self, stream: Any) -> None:
+        pass
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         if id(self) not in memo:
@@ -189,6 +193,8 @@ class SimulatedKernels(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
+        if func.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd):
+            return self._decomposed(func, args, kwargs)
         name = func._schema.name.removeprefix("aten::")
         tensors = tensors_in((args, kwargs))
         ours = [tensor for tensor in tensors if isinstance(tensor, DeviceTensor)]
@@ -206,6 +212,14 @@ class SimulatedKernels(TorchDispatchMode):
             return self._copy(func, *args, **kwargs)
         self._check_devices(func, name, args, tensors)
         return self._run(func, name, args, kwargs, ours, makes_ours)
+
+    def _decomposed(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """An operator made of others, which reaches this place whole where no gradient is recorded."""
+        TorchDispatchMode.__enter__(self)
+        try:
+            return func.decompose(*args, **kwargs)
+        finally:
+            TorchDispatchMode.__exit__(self, None, None, None)
 
     def _check_devices(self, func: Any, name: str, args: Any, tensors: Sequence[Tensor]) -> None:
         host = [tensor for tensor in tensors if not isinstance(tensor, DeviceTensor)]
