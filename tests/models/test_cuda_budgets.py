@@ -47,24 +47,42 @@ def test_lower_precisions(simulated_cuda, rows, images, precision):
     torch.testing.assert_close(result.cpu(), expected, rtol=0.05, atol=0.05)
 
 
-def test_weights_that_stay_on_the_cpu_are_copied_while_a_model_runs(rows, images):
+@pytest.fixture
+def small_device():
+    """Too small for the weights, which stay on the CPU."""
     with SimulatedCuda(memory=1000) as device:
-        population = vz.Population.from_rows(rows, device="cuda")
-        device.reset()
-        result = population(images)
-        assert device.blocking_copies == 1  # the images, which are not pinned
-        assert device.syncs == 0
-        torch.testing.assert_close(result.cpu(), vz.Population.from_rows(rows)(images), rtol=1e-5, atol=1e-5)
+        yield device
+
+
+def test_weights_that_stay_on_the_cpu_are_copied_while_a_model_runs(small_device, rows, images):
+    population = vz.Population.from_rows(rows, device="cuda")
+    small_device.reset()
+    result = population(images)
+    assert small_device.h2d - small_device.blocking_copies == len(rows)
+    assert small_device.syncs == 0
+    torch.testing.assert_close(result.cpu(), vz.Population.from_rows(rows)(images), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.xfail(
+    reason="images are copied once a group: population.py:285; positions once a tile: population.py:224",
+    raises=AssertionError,
+    strict=True,
+)
+def test_only_the_images_are_waited_for(small_device, rows, images):
+    population = vz.Population.from_rows(rows, device="cuda")
+    small_device.reset()
+    population(images)
+    assert small_device.blocking_copies <= 1
 
 
 def test_a_forward_costs_kernels_of_a_tile_and_no_sync(simulated_cuda, rows, images):
-    populations = [vz.Population.from_rows(some, device="cuda") for some in (rows[:2], rows)]
     costs = []
-    for population in populations:
+    for some in (rows, rows * 2):
+        population = vz.Population.from_rows(some, device="cuda")
         with simulated_cuda.budget(syncs=0):
             population(images.to("cuda"))
-            costs.append(simulated_cuda.kernels)
-    assert costs[0] == costs[1]
+        costs.append(simulated_cuda.kernels)
+    assert costs[0] == costs[1] <= 80  # two architectures of two blocks
 
 
 @pytest.mark.xfail(

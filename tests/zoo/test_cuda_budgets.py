@@ -14,7 +14,11 @@ def zoo(tmp_path_factory):
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-@pytest.mark.parametrize("options", [{}, {"tensors": ["head.*"]}, {"shuffle": True}, {"reuse": True}], ids=["all", "head", "shuffled", "reused"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"tensors": ["head.*"]}, {"shuffle": True}, {"reuse": True}],
+    ids=["all", "head", "shuffled", "reused"],
+)
 def test_batches_are_those_of_the_cpu(simulated_cuda, zoo, num_workers, options):
     streams = [
         zoo.stream(batch_size=2, device=device, num_workers=num_workers, **options) for device in ("cuda", "cpu")

@@ -1,0 +1,100 @@
+"""Training on a CUDA device: the CPU's weights by every objective, in steps that wait for nothing."""
+
+import pytest
+import torch
+from simulated_kernels import DeviceTensor
+
+from vitzoo_hf.blueprint.blueprint import Blueprint
+from vitzoo_hf.images.prepared import PreparedBlueprint
+from vitzoo_hf.images.sources import load_images
+from vitzoo_hf.training.loop import train_epoch
+from vitzoo_hf.training.run import initial_model
+from vitzoo_hf.training.stacked_trainer import StackedTrainer
+from vitzoo_hf.training.world_trainer import WorldTrainer
+
+TEXT = """\
+name: on-cuda
+architecture:
+  name: vit_tiny_patch16_224
+  args: {img_size: 8, patch_size: 4, in_chans: CHANNELS, embed_dim: 8, depth: 1, num_heads: 2}
+images:
+  digits: {size: 8, IMAGES}
+stages:
+  pretrain: {images: digits, epochs: 1, keep_epochs: [0, 1], SETTINGS}
+splits: {by: run, seed: 3, train: 0.6, validation: 0.2, test: 0.2}
+"""
+RECIPES = {
+    "adamw": "factors: {seed: [1, 2], lr: [1e-3, 3e-3], batch_size: 100}",
+    "sgd": "factors: {seed: [1, 2], optimizer: sgd, momentum: [0, 0.9], batch_size: 100}",
+    "cropped": "factors: {seed: [1, 2], schedule: cosine, augmentation: crop-flip, batch_size: 100}",
+    "contrastive": "factors: {seed: [1, 2], regime: contrastive, augmentation: simclr, batch_size: 100}",
+    "contrastive, erased": "factors: {seed: [1, 2], regime: contrastive, augmentation: simclr-no-flip,"
+    " random_erase: 0.5, batch_size: 100}",
+    "smoothed, erased": "factors: {seed: [1, 2], label_smoothing: [0, 0.2], random_erase: 0.25, batch_size: 100}",
+    "mixed": "factors: {seed: [1, 2], mixup: 0.8, cutmix: 1.0, label_smoothing: [0, 0.1], batch_size: 90}",
+}
+LEARNERS = {
+    "erm": "",
+    "causal": "learner: causal, ",
+    "colour-randomised": "learner: colour-randomised, ",
+    "irm": "learner: irm, penalty_weight: 100, penalty_from: 1, ",
+    "irm-product": "learner: irm-product, penalty_weight: 10, ",
+    "v-rex": "learner: v-rex, penalty_weight: 10, ",
+    "group-dro": "learner: group-dro, group_rate: 0.5, ",
+    "resample": "learner: resample, resample_by: agreement, resample_to: 0.75, ",
+    "stopped": "stop_loss: 0.68, ",
+    "shifted": "augmentation: shift, ",
+}
+WORLD = (
+    "settings: {lr: 0.003, batch_size: 24, epoch_steps: 2, LEARNERenvironments: [0.9, 0.6], num_images: 96},"
+    " factors: {label_ratio: [0.3, 0.7]}, replicas: 1"
+)
+
+
+@pytest.fixture
+def make(tmp_path):
+    def make(settings, images="selection: 0.4, test: 0.4", channels=1):
+        text = TEXT.replace("SETTINGS", settings).replace("IMAGES", images).replace("CHANNELS", str(channels))
+        file = tmp_path / "zoo.yaml"
+        file.write_text(text)
+        return Blueprint.load(file)
+
+    return make
+
+
+@pytest.fixture
+def make_world(make):
+    return lambda learner: make(
+        WORLD.replace("LEARNER", LEARNERS[learner]), "selection: 0.4, world: two-colour, queries: 40, tests: 60", 3
+    )
+
+
+def trainer_of(zoo, device):
+    images = load_images("digits", zoo.images["digits"])
+    models = [initial_model(PreparedBlueprint(zoo), run, None) for run in zoo.runs]
+    if zoo.runs[0].recipe.num_images is not None:
+        return WorldTrainer(zoo.runs, images, models, device)
+    return StackedTrainer([run.recipe for run in zoo.runs], images, models, 1, device)
+
+
+def assert_trains_as_on_the_cpu(make_trainer, tolerance=1e-4):
+    trainers = {device: make_trainer(device) for device in ("cuda", "cpu")}
+    for trainer in trainers.values():
+        assert train_epoch(trainer, 1) == []
+    weights = {device: trainer.weights.detach() for device, trainer in trainers.items()}
+    assert isinstance(weights["cuda"], DeviceTensor)
+    torch.testing.assert_close(weights["cuda"].cpu(), weights["cpu"], rtol=0, atol=tolerance)
+    for result, expected in zip(*(trainer.results() for trainer in trainers.values()), strict=True):
+        assert result == pytest.approx(expected, abs=1e-3)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_stacks_train_as_on_the_cpu(simulated_cuda, make, recipe):
+    zoo = make(RECIPES[recipe])
+    assert_trains_as_on_the_cpu(lambda device: trainer_of(zoo, device))
+
+
+@pytest.mark.parametrize("learner", LEARNERS)
+def test_worlds_train_as_on_the_cpu(simulated_cuda, make_world, learner):
+    zoo = make_world(learner)
+    assert_trains_as_on_the_cpu(lambda device: trainer_of(zoo, device))
