@@ -244,7 +244,8 @@ class SimulatedKernels(TorchDispatchMode):
     ) -> Any:
         has_values = self.has_values and all(tensor.values.device == CPU for tensor in ours)
         fills = name.startswith("index_put") and args[2].numel() == 1  # becomes masked_fill
-        masks = name in INDEXING and not fills and any(index.dtype == torch.bool for index in tensors_in(args[1]))
+        # the positions of a mask of the CPU are taken there
+        masks = name in INDEXING and not fills and any(is_mask(index) for index in tensors_in(args[1]))
         if name in READS:
             self.sync(name)
         elif masks:
@@ -337,6 +338,10 @@ class SimulatedKernels(TorchDispatchMode):
 def is_view(func: Any) -> bool:
     arguments = func._schema.arguments
     return any(argument.alias_info is not None and not argument.alias_info.is_write for argument in arguments)
+
+
+def is_mask(index: Tensor) -> bool:
+    return isinstance(index, DeviceTensor) and index.dtype == torch.bool
 
 
 def zeros(tensor: Tensor) -> Tensor:

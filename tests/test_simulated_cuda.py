@@ -166,6 +166,7 @@ COUNTED = {  # kernels, syncs
     "CPU": (lambda x: x.cpu(), 0, 1),
     "nonzero": (lambda x: x.nonzero(), 1, 1),
     "mask": (lambda x: x[x > 0], 2, 1),
+    "mask of the CPU": (lambda x: x[torch.arange(5) > 2], 1, 0),
     "masked fill": (lambda x: x.masked_fill_(x > 0, 1), 2, 0),
     "number at a mask": (lambda x: x.__setitem__(x > 0, 1.0), 3, 0),
     "equal": (lambda x: torch.equal(x, x), 1, 1),
