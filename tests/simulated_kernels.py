@@ -263,7 +263,8 @@ class SimulatedKernels(TorchDispatchMode):
         if not makes_ours:
             return result
         if func._schema.is_mutable:
-            if any(tensor.shape != tensor.values.shape for tensor in ours):
+            follows = torch.Tag.inplace_view in func.tags
+            if not follows and any(tensor.shape != tensor.values.shape for tensor in ours):
                 raise NotImplementedError(f"{name} changes a shape in place, which a simulated device cannot follow")
             wrapped = tree_map_only(Tensor, DeviceTensor, result)
             return return_and_correct_aliasing(func, args, kwargs, wrapped)
@@ -336,6 +337,8 @@ class SimulatedKernels(TorchDispatchMode):
 
 
 def is_view(func: Any) -> bool:
+    if torch.Tag.inplace_view in func.tags:
+        return True
     arguments = func._schema.arguments
     return any(argument.alias_info is not None and not argument.alias_info.is_write for argument in arguments)
 

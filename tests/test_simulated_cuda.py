@@ -45,6 +45,8 @@ def test_every_way_to_make_a_tensor(simulated_cuda, maker):
 
 COMPUTED = {
     "product": lambda x: x @ x.T,
+    "vector times matrix": lambda x: x[0] @ x.T.double().float(),
+    "views in place": lambda x: x.clone().t_().unsqueeze_(0).squeeze_(),
     "softmax": lambda x: x.softmax(-1),
     "slices": lambda x: x[1:, ::2] + x[-4:, :3],
     "indices": lambda x: x[torch.tensor([2, 0], device=x.device), 1],

@@ -74,11 +74,18 @@ def test_precision_effect_is_that_of_the_cpu(simulated_cuda, models):
         np.testing.assert_allclose(effects[0][name], value, rtol=0.2, atol=0.02)
 
 
-@pytest.mark.parametrize("per", ["model", "tensor"])
-def test_weight_metrics_are_those_of_the_cpu(simulated_cuda, family, per):
+OPTIONS = {
+    "statistics": {},
+    "tensors": {"per": "tensor", "statistics": False},
+    "quantiles": {"quantiles": [0.5], "statistics": False},
+    "spectra": {"spectra": 2, "statistics": False},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_weight_metrics_are_those_of_the_cpu(simulated_cuda, family, options):
     metrics, expected = (
-        zoo_weight_metrics(family, per=per, device=device, quantiles=[0.5], spectra=2, progress=False)
-        for device in ("cuda", "cpu")
+        zoo_weight_metrics(family, device=device, progress=False, **options) for device in ("cuda", "cpu")
     )
     for name in ("l2", "normalized_l2", "cosine", "norms"):
         assert_same(getattr(metrics, name), getattr(expected, name))
