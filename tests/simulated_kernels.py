@@ -60,6 +60,15 @@ class DeviceTensor(torch.Tensor):
         tensor.values = values
         return tensor
 
+    @property
+    def data(self) -> Tensor:  # type: ignore[override]
+        return self.detach()
+
+    @data.setter
+    def data(self, tensor: "DeviceTensor") -> None:
+        torch.Tensor.data.__set__(self, tensor)  # type: ignore[attr-defined]
+        self.values = tensor.values
+
     def get_device(self) -> int:
         return 0
 

@@ -47,6 +47,7 @@ COMPUTED = {
     "product": lambda x: x @ x.T,
     "vector times matrix": lambda x: x[0] @ x.T.double().float(),
     "views in place": lambda x: x.clone().t_().unsqueeze_(0).squeeze_(),
+    "data replaced": lambda x: replaced(x.clone().requires_grad_()),
     "softmax": lambda x: x.softmax(-1),
     "slices": lambda x: x[1:, ::2] + x[-4:, :3],
     "indices": lambda x: x[torch.tensor([2, 0], device=x.device), 1],
@@ -78,6 +79,12 @@ def assigned(x):
     x[2, :2] = torch.tensor([3.0, 4.0], device=x.device)
     x[x > 2] = 0
     return x
+
+
+def replaced(x):
+    x.data = x.data * 2
+    x.data += 1
+    return x.detach()
 
 
 @torch.inference_mode()
