@@ -38,8 +38,8 @@ class NoValuesError(RuntimeError):
     """A value was read from tensors that have none."""
 
 
-class OverBudgetError(AssertionError):
-    """More kernels or more syncs than a budget allows."""
+class OverBudgetError(Exception):
+    """More kernels or more syncs than a budget allows; no error that the package would catch."""
 
 
 class DeviceTensor(torch.Tensor):

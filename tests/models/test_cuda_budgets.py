@@ -119,18 +119,17 @@ VIT_S = {"img_size": 224, "patch_size": 16, "in_chans": 3, "embed_dim": 384, "de
 
 
 @pytest.mark.xfail(
-    reason="tiles of 55 or 110 images: 6.1 and 3.2 million kernels: population.py:83-87",
+    reason="tiles of 110 images, 55 in float32: 3.2 million kernels, 6.1 in float32: population.py:83-87",
     raises=OverBudgetError,
     strict=True,
 )
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_a_forward_of_250_vit_s_on_10_000_images_is_1_2_million_kernels(simulated_cuda, precision):
+def test_a_forward_of_250_vit_s_on_10_000_images_is_1_2_million_kernels(simulated_cuda):
     architecture = Architecture("vit_small_patch16_224", VIT_S | {"num_classes": 100}, "linear", None)
     place = torch.device("cuda", 0)
     with simulated_cuda.without_values():
         vectors = list(enumerate(torch.empty(2, architecture.layout.num_parameters, device=place)))
         group = population_module._group(architecture, vectors, place, False, place)
-        population = vz.Population(["one", "two"], [group], place, precision)
+        population = vz.Population(["one", "two"], [group], place, "bfloat16")
         images = torch.empty(1000, 3, 224, 224, device=place)
         with simulated_cuda.budget(kernels=1_200_000 // (125 * 10), syncs=0):  # 250 models are 125 pairs
             population(images)
