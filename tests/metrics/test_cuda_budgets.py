@@ -73,8 +73,8 @@ def of_unequal_widths(at):
 
 
 def statistics(at):
-    found = vz.weight_statistics(at.weights, LAYOUT)
-    return torch.stack([found.norm, found.mean, found.std, found.sparsity, found.excess_kurtosis])
+    measured = vz.weight_statistics(at.weights, LAYOUT)
+    return torch.stack([measured.norm, measured.mean, measured.std, measured.sparsity, measured.excess_kurtosis])
 
 
 def with_duplicates(at):
