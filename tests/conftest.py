@@ -12,6 +12,7 @@ import pytest
 import torch
 from places import TINY
 from shared_folders import SharedFolders, root_of
+from simulated_cuda import SimulatedCuda
 
 from vitzoo_hf.blueprint.blueprint import Blueprint
 
@@ -90,3 +91,12 @@ def runs_copy(tiny_runs: Path, tmp_path: Path) -> Path:
 def zoo_copy(tiny_zoo: Path, tmp_path: Path) -> Path:
     """A zoo of one's own, to damage."""
     return Path(shutil.copytree(tiny_zoo, tmp_path / "zoo"))
+
+
+@pytest.fixture
+def simulated_cuda() -> Iterator[SimulatedCuda]:
+    """A simulated CUDA device, on while the test runs; it counts kernels, copies and syncs."""
+    if torch.backends.cuda.is_built():
+        pytest.skip("this torch may have a real device, which must not meet a simulated one: simulated on CPU builds")
+    with SimulatedCuda() as device:
+        yield device

@@ -81,17 +81,21 @@ def test_pickles_are_read_in_one_place_and_only_as_plain_tensors():
 
 
 TOPICS = {
-    "apply/autoencoder": ["memory"],
-    "apply/distribution_inference": ["membership_memory", "memory", "reliance_memory"],
+    "apply": ["cuda_budgets"],
+    "apply/autoencoder": ["cuda_budgets", "memory"],
+    "apply/distribution_inference": ["cuda_budgets", "membership_memory", "memory", "reliance_memory"],
     "apply/soup": ["memory"],
     "blueprint": ["paper", "world_blueprints"],
     "convert": ["hostile"],
+    "evaluation": ["cuda_budgets"],
     "experiments": ["results", "smoke"],
     "launch": ["faults", "relative_folders"],
-    "metrics": ["cka_batches", "feature_file", "spectra"],
+    "metrics": ["cka_batches", "cuda_budgets", "feature_file", "spectra"],
+    "models": ["cuda_budgets"],
     "publish": ["hub"],
     "report": ["plot_modes"],
-    "zoo": ["memory", "olah", "remote"],
+    "training": ["cuda_budgets"],
+    "zoo": ["cuda_budgets", "memory", "olah", "remote"],
 }
 """Folder of tests -> what its files are about that are named after no module or folder of the package."""
 
