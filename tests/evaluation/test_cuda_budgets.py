@@ -52,13 +52,11 @@ def test_pairs_are_measured_on_the_device(simulated_cuda, models):
     assert used >= {"metrics/agreement.py", "metrics/squared_distances.py"}
 
 
-@pytest.mark.xfail(reason="CKA stays on the CPU: pairs.py:93", raises=AssertionError, strict=True)
 def test_cka_is_measured_on_the_device(simulated_cuda, models):
     vz.evaluate(models, device="cuda", progress=False)
     assert any(line.startswith("metrics/gram_products.py") for line, _ in simulated_cuda.lines("kernel"))
 
 
-@pytest.mark.xfail(reason="behaviour is measured on the CPU: evaluate.py:261", raises=AssertionError, strict=True)
 def test_behaviour_is_measured_on_the_device(simulated_cuda, models):
     vz.evaluate(models, device="cuda", progress=False)
     assert any(line.startswith("metrics/behavior.py:1") for line, _ in simulated_cuda.lines("kernel"))

@@ -183,7 +183,7 @@ def test_where_memory_runs_out_tiles_are_halved_and_nothing_is_lost(monkeypatch,
     rows, models = zip(*[row_of("vit_tiny_patch16_224", args, seed) for seed in range(2)], strict=True)
     images = torch.randn(50, 1, 8, 8)
     population = vz.Population.from_rows(rows)
-    whole, sizes = population_module._forward, []
+    whole, sizes = population_module.forward, []
 
     def cramped(group, tensors, inputs, readout):
         sizes.append(len(inputs))
@@ -191,7 +191,7 @@ def test_where_memory_runs_out_tiles_are_halved_and_nothing_is_lost(monkeypatch,
             raise torch.OutOfMemoryError("CUDA out of memory")
         return whole(group, tensors, inputs, readout)
 
-    monkeypatch.setattr(population_module, "_forward", cramped)
+    monkeypatch.setattr(population_module, "forward", cramped)
     logits = population(images)
     assert max(size for size in sizes if size <= 7) in (4, 6)
     with torch.inference_mode():
@@ -204,7 +204,7 @@ def test_an_image_that_does_not_fit_at_all_is_said(monkeypatch):
     def full(*given):
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(population_module, "_forward", full)
+    monkeypatch.setattr(population_module, "forward", full)
     with pytest.raises(ZooError, match="a single image does not fit into the memory of cpu"):
         population(torch.randn(9, 1, 8, 8))
 

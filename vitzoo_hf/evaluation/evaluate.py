@@ -8,7 +8,7 @@ between weights.
 """
 
 import json
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -39,6 +39,7 @@ from vitzoo_hf.metrics.behavior import (
 from vitzoo_hf.metrics.cka import cka
 from vitzoo_hf.models.architecture import Architecture
 from vitzoo_hf.models.population import Population
+from vitzoo_hf.models.rebuild import usable_device
 from vitzoo_hf.publish.folder import write_config
 from vitzoo_hf.zoo import Zoo
 
@@ -152,6 +153,7 @@ def evaluate(
         >>> len(report.evaluations), len(report.pairs)
         (6, 15)
     """
+    place = usable_device(device)
     index = zoo.to_pandas()
     sets = _image_sets(zoo, index, images, labels)
     dataset = common_dataset(index)
@@ -167,10 +169,10 @@ def evaluate(
         )
         _verify(zoo, [row.model_id for row in final_rows if row.model_id not in verified])
         failed = _overflowing(final_rows, outputs, test)
-        metrics = [_measure(row, sets[row["dataset"]], zoo.manifest, outputs, failed) for row in rows]
+        metrics = [_measure(row, sets[row["dataset"]], zoo.manifest, outputs, failed, place) for row in rows]
         classifier_ids = {row.model_id for row in _classifiers(zoo, final_rows, dataset)} - failed.keys()
         classifiers = [number for number, row in enumerate(final_rows) if row.model_id in classifier_ids]
-        measure = partial(measure_pairs, dataset=dataset, left_out=failed, device=device, progress=progress)
+        measure = partial(measure_pairs, dataset=dataset, left_out=failed, device=place, progress=progress)
         pairs = measure(zoo.filter(is_final=True), final_rows, classifiers, outputs, test)
     evaluations = pd.concat([index[[*COLUMNS, *zoo.factors]], pd.DataFrame(metrics)], axis=1)
     effect = _effect(zoo, [final_rows[number].model_id for number in classifiers], test, precision, device)
@@ -238,9 +240,16 @@ def is_classifier(row: RowLike, manifest: Mapping[str, Any]) -> bool:
     return recipe.get("regime", "supervised") == "supervised" and outputs == classes
 
 
-def _names_for(logits: Tensor) -> Collection[str]:
-    """Names of the measures that are defined for so many classes: among five, every class is in the top 5."""
-    return [name for name in MEASURES if name != "top5_accuracy" or logits.shape[-1] > TOP]
+def _values(logits: Float[Tensor, "N C"], labels: Int64[Tensor, " N"], device: torch.device) -> dict[str, float]:
+    """The measures that are defined for so many classes, on the device and read in one go.
+
+    Raises:
+        ValueError: for logits that are not finite.
+    """
+    # among five classes or fewer, every class is in the top 5
+    names = [name for name in MEASURES if name != "top5_accuracy" or logits.shape[-1] > TOP]
+    logits, labels = logits[None].to(device), labels.to(device)
+    return dict(zip(names, torch.cat([MEASURES[name](logits, labels) for name in names]).tolist(), strict=True))
 
 
 def _measure(
@@ -249,6 +258,7 @@ def _measure(
     manifest: Mapping[str, Any],
     cache: OutputsCache,
     failed: dict[str, str],
+    device: torch.device,
 ) -> dict[str, float | None]:
     """Metrics of one model from its outputs; None for a model without metrics, with the reason in `failed`."""
     sizes = {f"num_{role}_images": len(sets[role].labels) if role in sets else 0 for role in ("selection", "test")}
@@ -258,10 +268,8 @@ def _measure(
     metrics: dict[str, float | None] = {}
     try:
         for role, batch in sets.items():
-            logits = cache.read(row, batch.digest, "logits")[None]
-            for name in _names_for(logits):
-                if f"{role}_{name}" in empty:
-                    metrics[f"{role}_{name}"] = float(MEASURES[name](logits, batch.labels))
+            values = _values(cache.read(row, batch.digest, "logits"), batch.labels, device)
+            metrics |= {f"{role}_{name}": value for name, value in values.items() if f"{role}_{name}" in empty}
     except ValueError as error:  # logits that are not finite
         failed[row.model_id] = str(error)
         return empty
@@ -315,6 +323,7 @@ def evaluate_on(
         >>> bool(by_set["digits"] > by_set["digits, contrast 5"])
         True
     """
+    place = usable_device(device)
     rows = [row for row in map(Row, records(zoo.to_pandas())) if is_classifier(row, zoo.manifest)]
     if not rows:
         raise ZooError("no model of this zoo classifies: filter another part of it")
@@ -327,12 +336,9 @@ def evaluate_on(
         run_models(zoo, rows, every_batch, outputs, device=device, precision=precision, ray=ray, progress=progress)
         for row in rows:
             for name, batch in batches.items():
-                logits = outputs.read(row, batch.digest, "logits")[None]
                 metrics = {}
                 with suppress(ValueError):  # logits that are not finite: the line stays NaN
-                    metrics = {
-                        measure: float(MEASURES[measure](logits, batch.labels)) for measure in _names_for(logits)
-                    }
+                    metrics = _values(outputs.read(row, batch.digest, "logits"), batch.labels, place)
                 about = {"model_id": row.model_id, "images": name, "num_images": len(batch.labels)}
                 lines.append(about | dict.fromkeys(MEASURES, float("nan")) | metrics)
     return pd.DataFrame(lines)

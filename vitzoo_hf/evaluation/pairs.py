@@ -20,6 +20,7 @@ from vitzoo_hf.format.row import Row
 from vitzoo_hf.format.schema import ZooError
 from vitzoo_hf.metrics.agreement import agreement, cohen_kappa, error_consistency, error_overlap, jensen_shannon
 from vitzoo_hf.metrics.behavior import predictions
+from vitzoo_hf.metrics.blocks import block_bytes
 from vitzoo_hf.metrics.cka import both_cka
 from vitzoo_hf.metrics.features import FeatureFile
 from vitzoo_hf.zoo import Zoo
@@ -38,7 +39,7 @@ def measure_pairs(
     *,
     dataset: str,
     left_out: Collection[str] = (),
-    device: str | torch.device = "cpu",
+    device: torch.device,
     progress: bool = True,
 ) -> pd.DataFrame:
     """One row a pair of models, the columns of `schema.pair_features`.
@@ -82,21 +83,21 @@ def measure_pairs(
 
 
 def _of_features(
-    rows: Sequence[Row], left_out: Collection[str], cache: OutputsCache, digest: str, device: str | torch.device
+    rows: Sequence[Row], left_out: Collection[str], cache: OutputsCache, digest: str, device: torch.device
 ) -> dict[str, Float64[Tensor, "P P"]]:
     """CKA of models whose features are finite."""
     positions = [position for position, row in enumerate(rows) if row.model_id not in left_out]
     features = [FeatureFile(cache.place(rows[position], digest) / "features.npy") for position in positions]
     matrices = {"cka": _nan(len(rows)), "cka_biased": _nan(len(rows))}
     if positions:
-        debiased, biased = both_cka(features, device=torch.device(device))
+        debiased, biased = both_cka(features, device=device)
         _fill(matrices["cka"], positions, debiased)
         _fill(matrices["cka_biased"], positions, biased)
     return matrices
 
 
 def _of_weights(
-    zoo: Zoo, rows: Sequence[Row], device: str | torch.device, progress: bool
+    zoo: Zoo, rows: Sequence[Row], device: torch.device, progress: bool
 ) -> dict[str, Float64[Tensor, "P P"]]:
     """Distances between trunks, for models whose trunks have one layout."""
     members: dict[str, list[int]] = {}
@@ -119,7 +120,7 @@ def _of_predictions(
     cache: OutputsCache,
     digest: str,
     labels: Tensor,
-    device: str | torch.device,
+    device: torch.device,
 ) -> dict[str, Float64[Tensor, "P P"]]:
     """Similarity of the predictions of classifiers; NaN for every other pair of the `count` models."""
     names = ("agreement", "cohen_kappa", "error_consistency", "error_overlap", "jensen_shannon")
@@ -146,15 +147,15 @@ def _fill(matrix: Float64[Tensor, "P P"], positions: Sequence[int], values: Floa
 
 
 def _divergence(
-    rows: Sequence[Row], cache: OutputsCache, digest: str, num_images: int, device: str | torch.device
+    rows: Sequence[Row], cache: OutputsCache, digest: str, num_images: int, device: torch.device
 ) -> Float64[Tensor, "P P"]:
     """Mean Jensen-Shannon divergence, over blocks of images whose logits fit into memory."""
     classes = cache.read(rows[0], digest, "logits").shape[1]
-    step = max(1, BLOCK_BYTES // (len(rows) * classes * 4))
-    total = torch.zeros(len(rows), len(rows), dtype=torch.float64)
+    step = max(1, block_bytes(device, BLOCK_BYTES) // (len(rows) * classes * 4))
+    total = torch.zeros(len(rows), len(rows), dtype=torch.float64, device=device)
     for start in range(0, num_images, step):
         block = torch.stack([cache.read(row, digest, "logits")[start : start + step] for row in rows])
-        total += jensen_shannon(block.to(device)).cpu() * block.shape[1]
+        total += jensen_shannon(block.to(device)) * block.shape[1]
     return total / num_images
 
 

@@ -8,84 +8,24 @@ alone, so that the same call gives the same numbers; `Population.describe` says 
 Cost: float32 weights on the device, or on the CPU where they would fill half of it, and a tile of activations.
 """
 
-import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
-from vitzoo_hf.format.layout import Layout, unflatten
 from vitzoo_hf.format.messages import did_you_mean
 from vitzoo_hf.format.row import Row, RowLike
 from vitzoo_hf.format.schema import ZooError
 from vitzoo_hf.models.architecture import Architecture
-from vitzoo_hf.models.batched import READOUTS, BatchedViT, Outputs, outputs_of_module
+from vitzoo_hf.models.batched import READOUTS, Outputs
 from vitzoo_hf.models.rebuild import usable_device
+from vitzoo_hf.models.tiles import PRECISIONS, Group, forward, group_of, weights_of_tiles
 
-TILE_BYTES = {"cpu": 2**22, "cuda": 2**26}
-"""Size of the widest activation of a tile: fits the processor's cache beside weights and other activations."""
-LEAST_IMAGES, MOST_MODEL_IMAGES = 8, {"cpu": 64, "cuda": 8192}
-"""Bounds of the images, and of the models times images, of a tile."""
-MODULE_IMAGES = 256
-ACTIVATIONS = 16  # bound on the memory of a forward at its peak, in units of the widest activation
 SHARE_OF_MEMORY = 0.5
-STACKED_PARAMETERS = 2_000_000
-"""Smaller models are copied into one matrix, so that tiles are views of it; larger models are not copied."""
-PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-@dataclass(frozen=True)
-class Group:
-    """The models of one architecture: their positions in the population and their weights.
-
-    Attributes:
-        positions: positions of the models in the population.
-        layout: the layout of every vector.
-        vectors: flat weights, `[P, D]` of small models or one `[D]` a model; on the device, or on the CPU where
-            they would fill half of it.
-        model: the module, without weights.
-        batched: the batched forward; None for an architecture that it does not know.
-        forward: the batched forward, compiled on request.
-        num_outputs: number of outputs of the head.
-        views: named views of `vectors`, cached: making the views takes as long as a small forward.
-    """
-
-    positions: list[int]
-    layout: Layout
-    vectors: Float[Tensor, "P D"] | list[Float[Tensor, " D"]]
-    model: nn.Module
-    batched: BatchedViT | None
-    forward: Callable[..., Outputs] | None
-    num_outputs: int
-    views: dict[tuple[int, int], dict[str, Tensor]] = field(default_factory=dict, repr=False)
-
-    def named(self, first: int, vectors: Float[Tensor, "P D"]) -> dict[str, Tensor]:
-        """The tensors of the models from `first` on; `vectors` are their weights, stored or copied."""
-        key, rows = (first, len(vectors)), self.vectors
-        if (
-            not isinstance(rows, Tensor)
-            or rows.dtype != vectors.dtype
-            or rows[first].data_ptr() != vectors.data_ptr()
-        ):
-            return unflatten(vectors, self.layout)  # cached views of a copy would keep the copy alive
-        if key not in self.views:
-            self.views[key] = unflatten(vectors, self.layout)
-        return self.views[key]
-
-    def tile(self, device: torch.device, num_images: int, precision: str, scale: float = 1.0) -> tuple[int, int]:
-        """Models and images that run together; `scale` below 1 for a smaller tile."""
-        if self.batched is None:
-            return 1, max(1, int(min(num_images, MODULE_IMAGES) * scale))
-        width = PRECISIONS[precision].itemsize
-        kind = device.type if device.type in TILE_BYTES else "cuda"
-        cached = TILE_BYTES[kind] // (self.batched.widest * width)
-        fitting = _free_memory(device) // (self.batched.widest * width * ACTIVATIONS)
-        most = max(1, int(min(max(cached, LEAST_IMAGES), MOST_MODEL_IMAGES[kind], fitting) * scale))
-        images = min(num_images, most)
-        return max(1, min(len(self.positions), most // images)), images
+"""Share of the memory that is free beyond which weights stay on the CPU."""
 
 
 @dataclass(frozen=True)
@@ -145,9 +85,9 @@ class Population:
         if not model_ids:
             raise ZooError("a population needs at least one row; the filter or dataset gave none")
         total = sum(vector.numel() for entries in members.values() for _, vector in entries)
-        stays = total * 4 > SHARE_OF_MEMORY * _free_memory(place)
+        stays = place.type == "cuda" and total * 4 > SHARE_OF_MEMORY * torch.cuda.mem_get_info(place)[0]
         home = torch.device("cpu") if stays else place
-        groups = [_group(architecture, entries, home, compiled, place) for architecture, entries in members.items()]
+        groups = [group_of(architecture, entries, home, compiled, place) for architecture, entries in members.items()]
         return cls(model_ids, groups, place, precision)
 
     def __len__(self) -> int:
@@ -207,25 +147,25 @@ class Population:
             ZooError: for images that a model cannot take, or another readout.
         """
         by_position: dict[int, Outputs] = {}
-        for positions, outputs in self._tiles(images, readout):
+        for positions, _, outputs in self._tiles(images, readout):
             for number, position in enumerate(positions):
                 by_position[position] = outputs.of(number)
         return [by_position[position] for position in range(len(self))]
 
-    def _gathered(self, outputs: Iterable[tuple[list[int], Outputs]], part: str) -> Tensor:
+    def _gathered(self, outputs: Iterable[tuple[list[int], Tensor, Outputs]], part: str) -> Tensor:
         """One part of the outputs of all models, as one tensor."""
-        tiles = [(positions, getattr(tile, part)) for positions, tile in outputs]
+        tiles = [(places, getattr(tile, part)) for _, places, tile in outputs]
         if len({values.shape[1:] for _, values in tiles}) > 1:
             raise ZooError("these models differ in feature width or depth: filter by `architecture`")
         if len(tiles) == 1:
             return tiles[0][1]
         gathered = torch.empty(len(self), *tiles[0][1].shape[1:], device=tiles[0][1].device)
-        for positions, values in tiles:
-            gathered[positions] = values
+        for places, values in tiles:
+            gathered[places] = values
         return gathered
 
-    def _tiles(self, images: Tensor, readout: str | None) -> Iterator[tuple[list[int], Outputs]]:
-        """Positions and outputs of some models at a time."""
+    def _tiles(self, images: Tensor, readout: str | None) -> Iterator[tuple[list[int], Tensor, Outputs]]:
+        """Positions, on the host and on the device, and outputs of some models at a time."""
         if images.ndim != 4 or len(images) == 0:
             raise ZooError(f"images have shape {tuple(images.shape)}; expected [N, C, H, W] with N of at least 1")
         if images.dtype != torch.float32:
@@ -233,6 +173,7 @@ class Population:
         if readout is not None and readout not in READOUTS:
             raise ZooError(f"unknown readout {readout!r}: {did_you_mean(readout, READOUTS)}")
         with torch.inference_mode():
+            images = images.to(self.device, PRECISIONS[self.precision])
             for group in self.groups:
                 self._check_images(group, images)
                 model: Any = group.model
@@ -240,7 +181,8 @@ class Population:
                     name = self.model_ids[group.positions[0]]
                     raise ZooError(f"{name} has no class token: take readout='mean'")
                 for first, outputs in self._run(group, images, readout):
-                    yield group.positions[first : first + len(outputs.features)], outputs
+                    part = slice(first, first + len(outputs.features))
+                    yield group.positions[part], group.places[part], outputs
 
     def trunks(self) -> Float[Tensor, "P D"]:
         """Weights of every model without its head.
@@ -282,17 +224,16 @@ class Population:
     def _run(self, group: Group, images: Tensor, readout: str | None) -> Iterator[tuple[int, Outputs]]:
         """Outputs of tiles of models on all images: number of the first model, and the outputs of the tile."""
         dtype = PRECISIONS[self.precision]
-        inputs = images.to(self.device, dtype)
-        inputs = group.batched.patches(inputs) if group.batched is not None else inputs
+        inputs = group.batched.patches(images) if group.batched is not None else images
         models, _ = group.tile(self.device, len(images), self.precision, self._scale[0])
-        for first, tensors in _weights(group, models, self.device, dtype):
+        for first, tensors in weights_of_tiles(group, models, self.device, dtype):
             names = [self.model_ids[position] for position in group.positions[first : first + models]]
             outputs: Outputs | None = None
             start = 0
             while start < len(inputs):
                 _, step = group.tile(self.device, len(images), self.precision, self._scale[0])
                 try:
-                    part = _forward(group, tensors, inputs[start : start + step], readout)
+                    part = forward(group, tensors, inputs[start : start + step], readout)
                 except torch.OutOfMemoryError:
                     self._smaller(step)
                     continue
@@ -300,8 +241,11 @@ class Population:
                     if _is_out_of_memory(error):
                         self._smaller(step)
                         continue
+                    if group.batched is not None:
+                        raise  # its images were checked before: the fault is not in them
                     raise ZooError(f"{names[0]} cannot take images of shape {tuple(images.shape)}: {error}") from None
-                if step >= len(inputs) and self.precision == "float32":
+                # the next replay of a compiled graph overwrites its outputs: they are copied
+                if step >= len(inputs) and self.precision == "float32" and group.forward is group.batched:
                     outputs = part  # nothing to join or to widen
                     break
                 outputs = part.room_for(len(inputs)) if outputs is None else outputs
@@ -317,83 +261,6 @@ class Population:
         self._scale[0] /= 2
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-
-
-def _group(
-    architecture: Architecture,
-    entries: list[tuple[int, Tensor]],
-    home: torch.device,
-    compiled: bool,
-    place: torch.device,
-) -> Group:
-    vectors = [vector.to(home) for _, vector in entries]
-    layout, batched = architecture.layout, architecture.batched
-    return Group(
-        positions=[position for position, _ in entries],
-        layout=layout,
-        vectors=torch.stack(vectors) if layout.num_parameters <= STACKED_PARAMETERS else vectors,
-        model=architecture.skeleton,
-        batched=batched,
-        forward=_compiled(batched, place) if compiled and batched is not None else batched,
-        num_outputs=architecture.num_outputs,
-    )
-
-
-def _compiled(batched: BatchedViT, place: torch.device) -> Callable[..., Outputs]:
-    """The forward compiled for each shape; more shapes than fit are an error, never a silent return to eager."""
-    from torch._dynamo import config as dynamo_config
-
-    mode = "reduce-overhead" if place.type == "cuda" else "default"
-    forward = torch.compile(batched.__call__, dynamic=False, mode=mode)
-
-    def run(*arguments: Any) -> Outputs:
-        with dynamo_config.patch(recompile_limit=64, fail_on_recompile_limit_hit=True):
-            return forward(*arguments)
-
-    return run
-
-
-def _weights(
-    group: Group, models: int, device: torch.device, dtype: torch.dtype
-) -> Iterator[tuple[int, dict[str, Tensor]]]:
-    """Tensors of tiles of models on the device; those of the next tile are copied while one is in use."""
-    starts = range(0, len(group.positions), models)
-    stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-    ahead = _copied(group, 0, models, device, dtype, stream)
-    for first in starts:
-        vectors, copy_event = ahead
-        if first + models < len(group.positions):
-            ahead = _copied(group, first + models, models, device, dtype, stream)
-        if copy_event is not None:
-            torch.cuda.current_stream(device).wait_event(copy_event)
-            # without this the allocator may hand the memory out while the forward still reads it
-            vectors.record_stream(torch.cuda.current_stream(device))
-        yield first, group.named(first, vectors)
-
-
-def _copied(
-    group: Group, first: int, models: int, device: torch.device, dtype: torch.dtype, stream: torch.cuda.Stream | None
-) -> tuple[Tensor, torch.cuda.Event | None]:
-    """Vectors of a tile of models in `dtype`, and the event that marks the end of their copy."""
-    part = group.vectors[first : first + models]
-    vectors = part if isinstance(part, Tensor) else part[0][None] if len(part) == 1 else torch.stack(part)
-    if stream is None or vectors.is_cuda:
-        return vectors.to(device, dtype), None
-    pinned = vectors.to(dtype).pin_memory()
-    with torch.cuda.stream(stream):
-        return pinned.to(device, non_blocking=True), stream.record_event()
-
-
-def _forward(group: Group, tensors: dict[str, Tensor], inputs: Tensor, readout: str | None) -> Outputs:
-    """Outputs of a tile."""
-    if group.forward is not None:
-        return group.forward(tensors, inputs, readout)
-    return outputs_of_module(group.model, {name: value[0] for name, value in tensors.items()}, inputs, readout)
-
-
-def _free_memory(device: torch.device) -> int:
-    """Free bytes of the device; no bound on the CPU, where tiles are small and the weights already are."""
-    return int(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else sys.maxsize
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

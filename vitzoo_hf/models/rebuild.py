@@ -43,7 +43,7 @@ def reconstruct(
 
 
 def usable_device(device: str | torch.device) -> torch.device:
-    """The device, if this machine has it.
+    """The device, if this machine has it; `cuda` with the index of the current one.
 
     Raises:
         ZooError: for an unknown device, or a device that this machine lacks.
@@ -58,7 +58,8 @@ def usable_device(device: str | torch.device) -> torch.device:
         raise ZooError(
             f"device {str(device)!r} is not here: this torch sees {torch.cuda.device_count()} CUDA devices"
         )
-    return target
+    # the current device is one of the thread: another thread would take "cuda" for another GPU
+    return torch.device("cuda", torch.cuda.current_device()) if target == torch.device("cuda") else target
 
 
 def weights_of(row: RowLike) -> np.ndarray:

@@ -191,13 +191,14 @@ def _training_record(run: Run, results: Mapping[str, Any]) -> dict[str, int | fl
 def _provenance(prepared: PreparedBlueprint, run: Run, place: RunFolder) -> str:
     """Return the column `provenance` of a run's rows, as JSON."""
     blueprint, hashes, spec = prepared.blueprint, prepared.images_of(run).sha256, place.spec
+    world: dict[str, object] = {name: spec[name] for name in ("world", "learner") if name in spec}
     return schema.canonical_json(
         {
             "blueprint": blueprint.name,
             "blueprint_fingerprint": blueprint.fingerprint,
             "run_fingerprint": spec["fingerprint"],
             "recipe": spec["recipe"],
-            **{name: spec[name] for name in ("world", "learner") if name in spec},
+            **world,
             "images": spec["images"] | ({"sha256": hashes} if hashes else {}),
             "epochs": spec["epochs"],
             "versions": spec["versions"],
