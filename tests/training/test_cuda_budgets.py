@@ -175,11 +175,6 @@ def test_a_step_of_a_world_reads_nothing(simulated_cuda, make_world, learner):
     assert kernels <= 200
 
 
-@pytest.mark.xfail(
-    reason="rows of stopped models by a mask of the CPU, whose size may change: world_trainer.py:140 and 143",
-    raises=AssertionError,
-    strict=True,
-)
 def test_a_step_of_a_world_can_be_captured(simulated_cuda, make_world):
     _, _, copies = cost_of_a_step(simulated_cuda, trainer_of(make_world("erm"), "cuda"))
     assert copies == 0, simulated_cuda.lines("h2d")

@@ -38,9 +38,6 @@ def test_batches_are_those_of_the_cpu(simulated_cuda, zoo, num_workers, options)
     assert batches == 3
 
 
-@pytest.mark.xfail(
-    reason="every column is a blocking copy of its own: stream.py:229", raises=AssertionError, strict=True
-)
 def test_a_batch_is_one_copy_and_no_wait(simulated_cuda, zoo):
     simulated_cuda.reset()
     batches = sum(1 for _ in zoo.stream(batch_size=2, device="cuda", num_workers=0))
@@ -56,7 +53,6 @@ def test_weights_are_copied_without_a_wait(simulated_cuda, zoo):
     assert simulated_cuda.kernels == 0
 
 
-@pytest.mark.xfail(reason="a stream of the device for every batch: stream.py:284", raises=AssertionError, strict=True)
 def test_one_stream_copies_all_batches(simulated_cuda, zoo, monkeypatch):
     made = []
     stream = torch.cuda.Stream

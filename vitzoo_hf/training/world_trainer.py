@@ -110,7 +110,7 @@ class WorldTrainer(StackedTrainer):
         self.counts = [len(draw) for draw in draws]
         self.drawn_labels = _padded([draw.labels for draw in draws]).to(device)
         self.shares = even_shares(len(runs), self.blocks).to(device)
-        self.stopped = torch.zeros(len(runs), dtype=torch.int64)
+        self._set_stopped(torch.zeros(len(runs), dtype=torch.int64))
         self._forget_colour()
 
     def batches(self, epoch: int) -> Sequence[Positions]:
@@ -136,11 +136,12 @@ class WorldTrainer(StackedTrainer):
         targets = self._softened(labels)
         losses = cross_entropy(logits.flatten(0, 1), targets.flatten(0, 1), reduction="none").view(labels.shape)
         # the optimizer moves all rows at once, also of models that have stopped: put them back
-        is_stopped = self.stopped > 0
-        final_weights = self.weights.detach()[is_stopped].clone()
+        before = None if self.is_stopped is None else self.weights.detach().clone()
         self._update(self._objective(losses, logits, labels), changing, position)
         self._forget_colour()
-        self.weights[is_stopped] = final_weights
+        if before is not None and self.is_stopped is not None:
+            with torch.no_grad():
+                torch.where(self.is_stopped[:, None], before, self.weights, out=self.weights)
         return losses.detach().mean(1)
 
     def _objective(
@@ -158,6 +159,12 @@ class WorldTrainer(StackedTrainer):
             self.learner, by_environment, logits.unflatten(1, split), labels.unflatten(1, split), self.optimizer.steps
         )
 
+    def _set_stopped(self, stopped: Int64[Tensor, " P"]) -> None:
+        """Note the epochs after which models stopped, 0 for models that train, and which these are on the device."""
+        self.stopped = stopped
+        # a mask with as many rows as models: picking the stopped ones would make shapes of a step depend on values
+        self.is_stopped = (stopped > 0).to(self.device) if bool((stopped > 0).any()) else None
+
     @torch.no_grad()
     def _forget_colour(self) -> None:
         """Give both colours their mean weights where the learner sees no colour, so that its models see none."""
@@ -168,7 +175,7 @@ class WorldTrainer(StackedTrainer):
     def end_epoch(self, losses: Float[Tensor, " P"], epoch: int) -> Bool[Tensor, " P"]:
         """Stop models whose mean loss of this epoch was low enough; returns which models are finite."""
         is_low = (losses < self.stop_losses).cpu()
-        self.stopped = torch.where(is_low & (self.stopped == 0), epoch, self.stopped)
+        self._set_stopped(torch.where(is_low & (self.stopped == 0), epoch, self.stopped))
         return super().end_epoch(losses, epoch)
 
     @torch.no_grad()
@@ -206,7 +213,7 @@ class WorldTrainer(StackedTrainer):
     def resume(self, resumes: Sequence[Mapping[str, Tensor]], epoch: int) -> None:
         """Put every model where its resume file, written after `epoch`, has it."""
         super().resume(resumes, epoch)
-        self.stopped = torch.stack([tensors["world.stopped"] for tensors in resumes])
+        self._set_stopped(torch.stack([tensors["world.stopped"] for tensors in resumes]))
         self.shares = torch.stack([tensors["world.shares"] for tensors in resumes]).to(self.device)
 
     def keep(self, models: Sequence[int]) -> None:
@@ -214,8 +221,9 @@ class WorldTrainer(StackedTrainer):
         super().keep(models)
         self.feed.keep(models)
         self.counts = [self.counts[model] for model in models]
-        for name in ("stop_losses", "drawn_labels", "shares", "stopped"):
+        for name in ("stop_losses", "drawn_labels", "shares"):
             setattr(self, name, getattr(self, name)[list(models)])
+        self._set_stopped(self.stopped[list(models)])
 
 
 def _draw(pool: WorldPool, run: Run) -> Draw:

@@ -25,6 +25,7 @@ from vitzoo_hf.format.weight_reader import WeightReader
 from vitzoo_hf.models.rebuild import usable_device
 from vitzoo_hf.read_ahead import mapped_ahead
 
+ALIGNMENT = 256  # of memory of a device
 WINDOW_BYTES = 256_000_000
 """Weights among which rows are shuffled: row groups of a window are read in one go, wherever its rows end up."""
 
@@ -117,8 +118,16 @@ class Stream(IterableDataset[Batch]):
         self.rank, self.world_size = rank, world_size
         self.epoch = 0
         self.batches_done = 0
+        self._copy_stream: torch.cuda.Stream | None = None
+
+    def __getstate__(self) -> dict[str, object]:
+        return self.__dict__ | {"_copy_stream": None}  # a stream of the device belongs to its process
 
     def __iter__(self) -> Iterator[Batch]:
+        if self.device.type == "cuda" and self._copy_stream is None:
+            self._copy_stream = torch.cuda.Stream(
+                self.device
+            )  # one for all batches: each has a memory pool of its own
         for loaded in self._read_ahead(self._batches()[self.batches_done :]):
             if loaded.copy_event is not None:
                 cuda_stream = torch.cuda.current_stream(self.device)
@@ -214,40 +223,66 @@ class Stream(IterableDataset[Batch]):
 
     def _load(self, job: tuple[list[int], _Slot]) -> _Loaded:
         batch, slot = job
-        host = self._host_memory(batch, slot)
-        rows, reader = host.numpy(), self.source.reader
-        selection = self.selections.get(self.source.layout_ids[batch[0]])
+        layout_id = self.source.layout_ids[batch[0]]
+        selection = self.selections.get(layout_id)
+        layout = self.source.layouts[layout_id] if selection is None else selection.layout
+        numbers = {name: values[batch] for name, values in self.source.columns.items() if isinstance(values, Tensor)}
+        weights = self._host_memory(len(batch), layout.num_parameters, slot, numbers)
+        rows, reader = weights.numpy(), self.source.reader
         for row, position in zip(rows, batch, strict=True):
             if selection is None:
                 reader.read_into(position, row, verify=self.verify)
             else:
                 reader.read_parts(position, selection.parts, row, verify=self.verify)
-        weights, slot.copy_event = _sent(host, self.device)
-        columns: Batch = {}
-        for name, values in self.source.columns.items():
-            if isinstance(values, Tensor):
-                columns[name] = values[batch].to(self.device)
-            else:
-                columns[name] = [values[position] for position in batch]
+        if self._copy_stream is not None:
+            weights, numbers = self._sent(slot, weights, numbers)
+        columns: Batch = {
+            name: numbers[name] if name in numbers else [values[position] for position in batch]
+            for name, values in self.source.columns.items()
+        }
         columns["weights"] = weights
         if selection is not None:
             columns["tensors"] = unflatten(weights, selection.layout)
         return _Loaded(columns, slot.copy_event)
 
-    def _host_memory(self, batch: Sequence[int], slot: _Slot) -> Tensor:
-        """Memory for a batch `[B, D]`: fresh, or that of the slot where it is reused or only staged for a device."""
-        layout_id = self.source.layout_ids[batch[0]]
-        selection = self.selections.get(layout_id)
-        layout = self.source.layouts[layout_id] if selection is None else selection.layout
-        shape = (len(batch), layout.num_parameters)
-        staged = self.device.type == "cuda"
+    def _host_memory(self, rows: int, width: int, slot: _Slot, numbers: Mapping[str, Tensor]) -> Tensor:
+        """Memory for weights `[B, D]`: fresh, or that of the slot where it is reused or only staged for a device.
+
+        Staged memory begins with the numeric columns, so that one copy takes all of a batch.
+        """
+        staged = self._copy_stream is not None
         if not (staged or self.reuse):
-            return torch.from_numpy(np.empty(shape, np.float32))  # numpy asks for huge pages, torch does not
+            return torch.from_numpy(np.empty((rows, width), np.float32))  # numpy asks for huge pages, torch does not
         if slot.copy_event is not None:
             slot.copy_event.synchronize()
-        if slot.buffer is None or slot.buffer.numel() < shape[0] * shape[1]:
-            slot.buffer = torch.empty(shape[0] * shape[1], pin_memory=staged)
-        return slot.buffer[: shape[0] * shape[1]].view(shape)
+        start = sum(map(_padded_bytes, numbers.values())) if staged else 0
+        size = start + 4 * rows * width
+        if slot.buffer is None or slot.buffer.numel() < size:
+            slot.buffer = torch.empty(size, dtype=torch.uint8, pin_memory=staged)
+        return slot.buffer[start:size].view(torch.float32).view(rows, width)
+
+    def _sent(self, slot: _Slot, weights: Tensor, numbers: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The batch on the device, by one copy that nothing waits for; the slot has the event of its end."""
+        assert slot.buffer is not None
+        start = 0
+        for values in numbers.values():
+            slot.buffer[start : start + values.nbytes].copy_(values.view(torch.uint8))
+            start += _padded_bytes(values)
+        # a stream of its own: on the caller's stream the copy would wait for the kernels that use the batch before
+        with torch.cuda.stream(self._copy_stream):
+            sent = slot.buffer[: start + weights.nbytes].to(self.device, non_blocking=True)
+            slot.copy_event = torch.cuda.Event()
+            slot.copy_event.record(self._copy_stream)
+        columns, position = {}, 0
+        for name, values in numbers.items():
+            columns[name] = sent[position : position + values.nbytes].view(values.dtype)
+            position += _padded_bytes(values)
+        return sent[start:].view(torch.float32).view_as(weights), columns
+
+
+def _padded_bytes(values: Tensor) -> int:
+    """Bytes of a column with its padding: what comes next starts where any dtype may."""
+    return -(-values.nbytes // ALIGNMENT) * ALIGNMENT
 
 
 def check_names(what: str, names: object) -> None:
@@ -274,19 +309,6 @@ def _share(groups: Sequence[list[int]], part: int, parts: int) -> list[list[int]
         if piece:
             share.append(piece)
     return share
-
-
-def _sent(host: Tensor, device: torch.device) -> tuple[Tensor, torch.cuda.Event | None]:
-    """The batch on the device, with the event that marks the end of the copy; the host memory itself for the CPU."""
-    if device.type != "cuda":
-        return host.to(device), None
-    # a stream of its own: on the caller's stream the copy would wait for the kernels that use the batch before
-    copy_stream = torch.cuda.Stream(device)
-    with torch.cuda.stream(copy_stream):
-        weights = host.to(device, non_blocking=True)
-        copy_event = torch.cuda.Event()
-        copy_event.record(copy_stream)
-    return weights, copy_event
 
 
 def _selections(source: RowSource, patterns: list[str]) -> dict[str, Selection]:
