@@ -106,11 +106,11 @@ OF_PREDICTIONS = {
 SHAPES = {"P": st.integers(1, 5), "N": st.integers(1, 80), "C": st.integers(1, 9), "seed": st.integers(0, 99)}
 
 
-@pytest.mark.parametrize("block", [1, 64, 2**20])
+@pytest.mark.parametrize("block", [7, 64, 2**20])
 @pytest.mark.parametrize("N", [1, 63, 64, 65, 1000])
-@pytest.mark.parametrize("C", [1, 2, 100, 1000])
+@pytest.mark.parametrize("C", [1, 2, 256, 257, 1000])
 def test_agreement_is_exact(monkeypatch, block, N, C):
-    monkeypatch.setattr(behavior_pairs, "BLOCK_ELEMENTS", block)
+    monkeypatch.setattr(behavior_pairs, "EXACT_IMAGES", block)
     _, labels = random_logits(1, N, C)
     noise = torch.randint(C, (5, N), generator=torch.Generator().manual_seed(N))
     predicted = torch.where(torch.rand(5, N) < 0.6, labels, noise)
@@ -391,3 +391,14 @@ def test_refusals(unchecked, call, message):
     logits, _ = random_logits(2, 20, 5)
     with pytest.raises(ValueError, match=message):
         call(logits, torch.arange(20) % 5)
+
+
+@pytest.mark.parametrize("classes", [3, 2**16, 2**17])
+def test_agreement_counts_every_one_of_many_images(classes):
+    """A share of a million images must not be rounded to another count."""
+    generator = torch.Generator().manual_seed(0)
+    predicted = torch.randint(classes, (1, 1_200_000), generator=generator).repeat(3, 1)
+    predicted[1, 7] += 1
+    predicted[2, [0, 1_100_000]] += 1
+    shares = agreement(predicted)
+    assert ((1 - shares) * 1_200_000).round().tolist() == [[0, 1, 2], [1, 0, 3], [2, 3, 0]]

@@ -1,10 +1,10 @@
 """Similarity of the predictions of all pairs of models: agreement, kappa, shared errors, divergence.
 
 Pure functions of tensors. P models, N images, C classes; results are symmetric float64 `[P, P]` on the input's
-device, and inputs are never written to. Counts of images are exact integers. On the CPU each image is one bit of
-`log2(C)` bit planes; two models differ where the OR of the XORed planes is set, and a population count adds up.
+device, and inputs are never written to. Counts of images are exact integers.
 
-Cost: P^2 N log2(C) / 128 operations on words of 64 bits; `jensen_shannon` takes P^2 N C / 2 logarithms.
+Cost: P^2 N comparisons of codes of one byte, two where there are more than 256 classes; `jensen_shannon` takes
+P^2 N C / 2 logarithms.
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 from jaxtyping import Float, Float64, Int64, Integer, Num
+from numkong import cdist
 from torch import Tensor
 
 from vitzoo_hf.metrics.blocks import block_bytes
@@ -19,6 +20,7 @@ from vitzoo_hf.metrics.inputs import check_logits, check_predictions, checked_la
 from vitzoo_hf.metrics.mixture_kernel import has_triton, mixture_sums
 
 BLOCK_ELEMENTS = 2**20
+EXACT_IMAGES = 2**20  # a share of so many images, kept in float32, still tells one image
 COMPARISONS_AT_ONCE = 2**26  # one byte each
 CACHED_ELEMENTS = 2**17  # two such buffers fit in a core's cache
 MIXTURE_BYTES = 2**24
@@ -178,30 +180,27 @@ def jensen_shannon(logits: Float[Tensor, "P N C"]) -> Float64[Tensor, "P P"]:
 
 def _matches(codes: Integer[Tensor, "P N"]) -> Int64[Tensor, "P P"]:
     """Number of images on which two models have the same code."""
-    return _matches_by_bit_planes(codes) if codes.device.type == "cpu" else _matches_by_comparison(codes)
+    return _matches_by_bytes(codes) if codes.device.type == "cpu" else _matches_by_comparison(codes)
 
 
-def _matches_by_bit_planes(predicted: Integer[Tensor, "P N"]) -> Int64[Tensor, "P P"]:
+def _matches_by_bytes(predicted: Integer[Tensor, "P N"]) -> Int64[Tensor, "P P"]:
+    """Compare codes of one, two or four bytes by NumKong, which compares 64 bytes in an instruction."""
     P, N = predicted.shape
     codes = predicted.numpy()
     lowest, highest = int(codes.min()), int(codes.max())
     if highest - lowest >= 2**16:
         codes = np.unique(codes, return_inverse=True)[1].reshape(P, N)
         lowest, highest = 0, int(codes.max())
-    width = (highest - lowest).bit_length()  # integers of such a range differ in their `width` lowest bits
-    code_type = np.min_scalar_type(highest - lowest)  # the smallest unsigned integer
-    matches = np.full((P, P), N, np.int64)
-    step = max(64, 4 * BLOCK_ELEMENTS // P // 64 * 64)
-    for start in range(0, N, step):
-        block = codes[:, start : start + step].astype(code_type, order="C")
-        block = np.pad(block, ((0, 0), (0, -block.shape[1] % 64)))
-        planes = [np.packbits(block & (1 << bit), axis=1).view(np.uint64) for bit in range(width)]
-        for row in range(P if planes else 0):
-            differ = planes[0][row] ^ planes[0][row:]
-            for plane in planes[1:]:
-                differ |= plane[row] ^ plane[row:]
-            matches[row, row:] -= np.bitwise_count(differ).sum(1, dtype=np.uint32)
-    return torch.from_numpy(np.triu(matches) + np.triu(matches, 1).T)
+    kind = np.min_scalar_type(highest - lowest)  # codes of such a range differ in their lowest bits
+    matches = np.zeros((P, P), np.int64)
+    for start in range(0, N, EXACT_IMAGES):
+        block = codes[:, start : start + EXACT_IMAGES].astype(kind, order="C")
+        if kind == np.uint8:
+            differ = np.asarray(cdist(block, block, "hamming"))
+        else:  # NumKong's Jaccard distance of integers is the share of places that differ
+            differ = np.rint(np.asarray(cdist(block, block, "jaccard")) * block.shape[1])
+        matches += block.shape[1] - differ.astype(np.int64)
+    return torch.from_numpy(matches)
 
 
 def _matches_by_comparison(predicted: Integer[Tensor, "P N"]) -> Int64[Tensor, "P P"]:
