@@ -8,6 +8,8 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+import numkong
+import numpy as np
 import side_by_side
 import torch
 from scipy.spatial.distance import pdist
@@ -24,10 +26,11 @@ SLOW_MODELS = 60
 ROUNDS = 3
 STREAMED_ROWS = 40
 LARGE_ROWS = 250
+CLOSE_WEIGHTS, COPIES = 200_000, 25
 STREAMED = side_by_side.VIT_S
 EXACT = "donot_use_mm_for_euclid_dist"
 SMOKE = {"MODELS": 6, "WEIGHTS": 1000, "LOOP_PAIRS": 3, "SLOW_MODELS": 3, "ROUNDS": 1, "ERROR_WEIGHTS": 1000}
-SMOKE |= {"STREAMED_ROWS": 2, "STREAMED": side_by_side.MICRO}
+SMOKE |= {"CLOSE_WEIGHTS": 1000, "COPIES": 2, "STREAMED_ROWS": 2, "STREAMED": side_by_side.MICRO}
 
 
 def main() -> None:
@@ -37,7 +40,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         rows = streamed(Path(folder), LARGE_ROWS if given.large else STREAMED_ROWS)
     torch.set_num_threads(1)
-    rows += errors() + in_memory()
+    rows += errors() + in_memory() + close_models()
     side_by_side.report("distances", rows, given)
 
 
@@ -113,6 +116,58 @@ def in_memory() -> list[dict]:
         )
         for name, (_, scale) in ways.items()
     ]
+
+
+def close_models() -> list[dict]:
+    """Models that are far apart, and populations whose Gram matrix cancels: ours beside a float64 Gram matrix."""
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    apart = drawn(MODELS, CLOSE_WEIGHTS)
+    families = drawn(MODELS // COPIES, 1, CLOSE_WEIGHTS).expand(-1, COPIES, -1).flatten(0, 1)
+    children = families.clone()
+    children[:, -CLOSE_WEIGHTS // 20 :] = drawn(len(children), CLOSE_WEIGHTS // 20)
+    populations = {
+        "independent": apart,
+        "half are duplicates": apart[: MODELS // 2].repeat(2, 1),
+        f"{MODELS // COPIES} x {COPIES} copies": families.contiguous(),
+        "a chain of epochs": apart[:1] + 1e-3 * drawn(MODELS, CLOSE_WEIGHTS).cumsum(0),
+        "children at epoch 0, other heads": children,
+        "geometric, 0.9 from one to the next": apart[:1]
+        + drawn(1, CLOSE_WEIGHTS) * 0.9 ** torch.arange(MODELS)[:, None],
+    }
+    rows, best = [], 0.0
+    for name, weights in populations.items():
+        ways = {
+            "ours": lambda weights=weights: weight_distances(weights),
+            "float64 Gram of w - w.mean(0): (g_ii + g_jj - 2 g_ij).sqrt()": lambda weights=weights: by_gram(weights),
+            "numkong.cdist(w, w, 'euclidean')": lambda weights=weights: numkong.cdist(
+                weights.numpy(), weights.numpy(), "euclidean"
+            ),
+        }
+        taken = side_by_side.interleaved(ways, ROUNDS)
+        ours = taken["ours"]["cpu_s"]
+        best = best or ours
+        some = torch.randint(len(weights), (2, 300), generator=generator)
+        exact = (weights[some[0]].double() - weights[some[1]].double()).norm(dim=1)
+        for way, measure in ways.items():
+            distances = torch.as_tensor(np.asarray(measure()))[some[0], some[1]].double()
+            error = ((distances - exact).abs() / exact.where(exact > 0, 1)).max().item()
+            note = f"{taken[way]['cpu_s'] / best:.2f} times ours of independent models"
+            what = f"{len(weights)} x {CLOSE_WEIGHTS / 1e6:g}M, {name}"
+            cpu_s, wall_s = taken[way]["cpu_s"], taken[way]["wall_s"]
+            ratio = {"cpu_s": cpu_s, "wall_s": wall_s, "over_ours_cpu": cpu_s / ours}
+            rows.append(figure(what, way, relative_error=error, note=note, **ratio))
+    return rows
+
+
+def by_gram(weights: torch.Tensor) -> torch.Tensor:
+    centred = weights.double() - weights.double().mean(0)
+    gram = centred @ centred.T
+    squares = gram.diagonal()
+    return (squares[:, None] + squares - 2 * gram).clamp(min=0).sqrt()
 
 
 def streamed(folder: Path, count: int) -> list[dict]:

@@ -48,7 +48,7 @@ def table() -> str:
 
 
 MEASURES = (
-    ("agreement of 250 models on 10,000 images of 100 classes, over a numpy loop", "agreement", {"task": "agreement", "way": "numpy, loop over pairs"}, "times_ours", "{:.0f} ×"),
+    ("agreement of 250 models on 10,000 images of 100 classes, over a loop of `np.count_nonzero(a == b)` on uint8", "agreement", {"task": "agreement", "way": "np.count_nonzero(a == b) of uint8, loop over pairs"}, "times_ours", "{:.0f} ×"),
     ("the same over a float32 one-hot product", "agreement", {"task": "agreement", "way": "one-hot GEMM, float32"}, "times_ours", "{:.0f} ×"),
     ("the same over `torchmetrics` per pair", "agreement", {"task": "agreement", "way": "torchmetrics multiclass_accuracy"}, "times_ours", "{:.0f} ×"),
     ("debiased CKA of 50 models, 2048 images, 192 features, over `pytorch-cka`", "cka_pairs", {"way": "pytorch-cka cka_from_features"}, "times_cka", "{:.1f} ×"),
