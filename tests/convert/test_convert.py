@@ -8,8 +8,8 @@ import torch
 
 from vitzoo_hf.convert.convert import NothingTakenError, convert
 from vitzoo_hf.convert.rows import LoadedModel, PlannedRow, SourceError, SourcePlan
-from vitzoo_hf.convert.sources.any import plan_source
 from vitzoo_hf.convert.sources.checkpoints import plan_checkpoints
+from vitzoo_hf.convert.sources.plan import plan_source
 from vitzoo_hf.format.schema import ZooError
 from vitzoo_hf.models.vit import create
 from vitzoo_hf.publish import folder as zoo_folder

@@ -185,7 +185,7 @@ def convert(
         replace: Replace another zoo that is in the folder.
     """
     from vitzoo_hf.convert.convert import convert as write
-    from vitzoo_hf.convert.sources.any import plan_source
+    from vitzoo_hf.convert.sources.plan import plan_source
 
     plan = plan_source(
         source,
