@@ -20,7 +20,6 @@ from vitzoo_hf.metrics.inputs import check_logits, check_predictions, checked_la
 from vitzoo_hf.metrics.mixture_kernel import has_triton, mixture_sums
 
 BLOCK_ELEMENTS = 2**20
-ROWS = 32
 EXACT_IMAGES = 2**20  # a share of so many images, kept in float32, still tells one image
 COMPARISONS_AT_ONCE = 2**26  # one byte each
 CACHED_ELEMENTS = 2**17  # two such buffers fit in a core's cache
@@ -188,7 +187,10 @@ def _matches_by_bytes(predicted: Integer[Tensor, "P N"]) -> Int64[Tensor, "P P"]
     """Compare codes of one, two or four bytes by NumKong, which compares 64 bytes in an instruction."""
     P, N = predicted.shape
     codes = predicted.numpy()
-    lowest, highest = int(codes.min()), int(codes.max())
+    # one pass where codes are small, as classes are: a negative one looks large without its sign
+    lowest, highest = 0, int(codes.view(codes.dtype.str.replace("i", "u")).max())
+    if highest >= 2**16:
+        lowest, highest = int(codes.min()), int(codes.max())
     if highest - lowest >= 2**16:
         codes = np.unique(codes, return_inverse=True)[1].reshape(P, N)
         lowest, highest = 0, int(codes.max())
@@ -197,14 +199,12 @@ def _matches_by_bytes(predicted: Integer[Tensor, "P N"]) -> Int64[Tensor, "P P"]
     for start in range(0, N, EXACT_IMAGES):
         # codes of such a range differ in their lowest bits, which are all that is left of them
         block = codes[:, start : start + EXACT_IMAGES].astype(kind, order="C")
-        for row in range(0, P, ROWS):  # the rest is the transpose
-            rows, others = block[row : row + ROWS], block[row:]
-            if kind == np.uint8:
-                differ = np.asarray(cdist(rows, others, "hamming"))
-            else:  # NumKong's Jaccard distance of integers is the share of places that differ
-                differ = np.rint(np.asarray(cdist(rows, others, "jaccard")) * block.shape[1])
-            matches[row : row + ROWS, row:] += block.shape[1] - differ.astype(np.int64)
-    return torch.from_numpy(np.triu(matches) + np.triu(matches, 1).T)
+        if kind == np.uint8:  # of an array with itself, half of the pairs are compared
+            differ = np.asarray(cdist(block, block, "hamming"))
+        else:  # NumKong's Jaccard distance of integers is the share of places that differ
+            differ = np.rint(np.asarray(cdist(block, block, "jaccard")) * block.shape[1])
+        matches += block.shape[1] - differ.astype(np.int64)
+    return torch.from_numpy(matches)
 
 
 def _matches_by_comparison(predicted: Integer[Tensor, "P N"]) -> Int64[Tensor, "P P"]:
