@@ -18,6 +18,7 @@ from harness import (
     parser,
     provenance,
     provenance_text,
+    run_main,
     write_provenance,
     write_table,
 )
@@ -230,4 +231,4 @@ def write_readme() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -10,7 +10,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from io import StringIO
 from pathlib import Path
 
@@ -41,6 +41,25 @@ WORLDS.add_argument("--smoke", action="store_true", help="one cell of few models
 def parser(docstring: str, *parents: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Make the parser of a script: the first line of its docstring, and the options of parents."""
     return argparse.ArgumentParser(description=docstring.splitlines()[0], parents=parents)
+
+
+def run_main(main: Callable[[], None]) -> None:
+    """Run the `main` of a script, and end the process with one line on stderr where a fault is its caller's to mend.
+
+    A `ZooError`, an `OSError` and an interrupt exit with status 1. Any other exception is a fault of the code, and
+    keeps its traceback.
+    """
+    script = Path(sys.argv[0]).name
+    try:
+        main()
+    except ZooError as error:
+        sys.exit(f"{script}: {error}")
+    except OSError as error:
+        # An OSError of a library may carry a text alone, without a file and a reason.
+        sys.exit(f"{script}: {f'{error.filename}: {error.strerror}' if error.filename else error}")
+    except KeyboardInterrupt:
+        # The terminal has just printed ^C into the line of a progress bar.
+        sys.exit(f"\n{script}: interrupted")
 
 
 def commit() -> str:

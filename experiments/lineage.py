@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from harness import RESULTS, markdown, parser, provenance_line, save_figure, write_table
+from harness import RESULTS, markdown, parser, provenance_line, run_main, save_figure, write_table
 
 from vitzoo_hf.apply.lineage.costs import TrunkMeasures, measure_trunks
 from vitzoo_hf.apply.lineage.epochs import order_epochs, random_taus
@@ -269,4 +269,4 @@ def tau_table(epochs: pd.DataFrame) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

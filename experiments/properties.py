@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import pandas as pd
-from harness import RESULTS, markdown, parser, provenance, save_figure, write_provenance, write_table
+from harness import RESULTS, markdown, parser, provenance, run_main, save_figure, write_provenance, write_table
 
 from vitzoo_hf.apply.properties.plot import plot_properties
 from vitzoo_hf.apply.properties.properties import predict_properties
@@ -156,4 +156,4 @@ def provenance_note(about: dict) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 
 import pandas as pd
-from harness import RESULTS, ZOO_AND_NAME, markdown, parser, provenance, write_provenance, write_table
+from harness import RESULTS, ZOO_AND_NAME, markdown, parser, provenance, run_main, write_provenance, write_table
 
 from vitzoo_hf.report.html import write_zoo_report
 from vitzoo_hf.zoo import Zoo
@@ -33,8 +33,8 @@ def main() -> None:
     options.add_argument("--training-note", default="")
     arguments = options.parse_args()
     folder = RESULTS / arguments.name
+    zoo = Zoo(arguments.zoo)  # before the folder is made: a mistyped zoo leaves nothing behind
     folder.mkdir(exist_ok=True)
-    zoo = Zoo(arguments.zoo)
     index, evaluations, pairs = (zoo.to_pandas(config) for config in ("index", "evaluations", "pairs"))
     shutil.copy(arguments.zoo / "README.md", folder / "CARD.md")
     shutil.copy(arguments.zoo / "blueprint.yaml", folder / "blueprint.yaml")
@@ -147,4 +147,4 @@ def same_and_other(levels: pd.DataFrame) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

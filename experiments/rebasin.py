@@ -22,6 +22,7 @@ from harness import (
     parser,
     provenance,
     row,
+    run_main,
     save_figure,
     write_provenance,
     write_table,
@@ -337,4 +338,4 @@ def curve_table(table: pd.DataFrame) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

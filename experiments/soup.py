@@ -19,6 +19,7 @@ from harness import (
     points,
     provenance,
     provenance_text,
+    run_main,
     save_figure,
     write_provenance,
     write_table,
@@ -228,4 +229,4 @@ def write_readme() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

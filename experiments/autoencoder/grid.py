@@ -13,6 +13,7 @@ import multiprocessing
 import sys
 import time
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -20,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import harness
 import pandas as pd
 import torch
-from harness import RESULTS, ZOO_AND_NAME, merge, provenance, save_figure, write_provenance, write_table
+from harness import RESULTS, ZOO_AND_NAME, merge, provenance, run_main, save_figure, write_provenance, write_table
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
@@ -51,13 +52,13 @@ TOLD_EVERY = 100
 
 def main() -> None:
     arguments = parser().parse_args()
+    zoo = Zoo(arguments.zoo)  # before processes start, each of which takes seconds to say that there is none
     if not arguments.draw_only:
-        jobs = [(cell, arguments.runs) for cell in planned(arguments)]
-        started = (prepare, (arguments.zoo,))
-        with multiprocessing.get_context("spawn").Pool(arguments.processes, *started) as pool:
+        jobs = [(cell, arguments.runs, arguments.zoo) for cell in planned(arguments)]
+        with multiprocessing.get_context("spawn").Pool(arguments.processes) as pool:
             for name, seconds in pool.imap_unordered(run, jobs, chunksize=1):
                 print(f"{name}: done after {seconds:.0f} s", flush=True)
-    write(arguments.name, arguments.runs, Zoo(arguments.zoo))
+    write(arguments.name, arguments.runs, zoo)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -83,16 +84,20 @@ def planned(arguments: argparse.Namespace) -> list[Cell]:
     return list(cells(recipe, arguments.arms, arguments.rates, arguments.seeds))
 
 
-def prepare(zoo: Path) -> None:
-    """Each process has a judge of its own, which measures the baselines once."""
-    global judge
+@cache
+def judge_of(zoo: Path) -> Judge:
+    """Make the judge of a process, which measures the baselines once.
+
+    Jobs call this, not the initializer of the pool: a pool starts a process whose initializer fails again, for ever.
+    """
     torch.set_num_threads(1)
-    judge = Judge(population(zoo))
+    return Judge(population(zoo))
 
 
-def run(job: tuple[Cell, Path]) -> tuple[str, float]:
+def run(job: tuple[Cell, Path, Path]) -> tuple[str, float]:
     """Train and measure one cell in one thread."""
-    cell, folder = job
+    cell, folder, zoo = job
+    judge = judge_of(zoo)
     start = time.perf_counter()
 
     def tell(step: int, losses: dict[str, float]) -> None:
@@ -218,4 +223,4 @@ def draw_losses(history: pd.DataFrame) -> Figure:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -7,7 +7,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import pandas as pd
-from harness import RESULTS, header, row
+from harness import RESULTS, header, row, run_main
 
 HERE = RESULTS / "autoencoder"
 ARMS = ("S", "B", "S+B", "C+S", "C+B", "C+S+B")
@@ -244,4 +244,4 @@ def share(values: pd.Series) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

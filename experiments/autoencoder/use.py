@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import harness
 import pandas as pd
 import torch
-from harness import ZOO_AND_NAME, provenance, save_figure, write_provenance, write_table
+from harness import ZOO_AND_NAME, provenance, run_main, save_figure, write_provenance, write_table
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
@@ -164,4 +164,4 @@ def draw(table: pd.DataFrame) -> Figure:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import harness
 import pandas as pd
 import torch
-from harness import RESULTS, provenance_line, save_figure, write_table
+from harness import RESULTS, provenance_line, run_main, save_figure, write_table
 
 from distribution_inference.replication import TIERS, cells_of, criteria, gather, run_replication
 from distribution_inference.replication_plot import plot_replication
@@ -39,14 +39,7 @@ def main() -> None:
     parser.add_argument("--stop-after", type=float, default=float("inf"), help="seconds after which no cell begins")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    try:
-        run(given)
-    except ZooError as error:
-        sys.exit(f"{parser.prog}: {error}")
-    except OSError as error:
-        sys.exit(f"{parser.prog}: {error.filename}: {error.strerror}")
-    except KeyboardInterrupt:
-        sys.exit(f"\n{parser.prog}: interrupted; the same command continues")
+    run(given)
 
 
 def run(given: argparse.Namespace) -> None:
@@ -85,4 +78,4 @@ def write(table: pd.DataFrame, given: argparse.Namespace, *, whole: bool) -> Non
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

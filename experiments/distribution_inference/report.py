@@ -11,7 +11,7 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import pandas as pd
-from harness import REPOSITORY, RESULTS, save_figure, splice, write_table
+from harness import REPOSITORY, RESULTS, run_main, save_figure, splice, write_table
 from scipy.stats import spearmanr
 
 from distribution_inference.figures import plot_roc, plot_worlds
@@ -375,4 +375,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

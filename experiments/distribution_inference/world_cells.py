@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import pandas as pd
-from harness import RESULTS, WORLDS, parser, provenance, write_provenance, write_table
+from harness import RESULTS, WORLDS, parser, provenance, run_main, write_provenance, write_table
 from sklearn.metrics import roc_curve
 
 from vitzoo_hf.apply.distribution_inference.membership import membership_attack
@@ -220,4 +220,4 @@ def roc(table: pd.DataFrame, folder: Path) -> pd.DataFrame:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

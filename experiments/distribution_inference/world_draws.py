@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import pandas as pd
 import torch
-from harness import WORLDS, parser, provenance_line, write_table
+from harness import WORLDS, parser, provenance_line, run_main, write_table
 
 from distribution_inference.world_cells import HERE, zoo_of
 from vitzoo_hf.apply.distribution_inference.metrics import nested_interval
@@ -72,4 +72,4 @@ def hits_of(report: Report, attack: str) -> torch.Tensor:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -154,3 +154,31 @@ def test_splicing_replaces_between_marks_or_refuses(tmp_path):
         with pytest.raises(ZooError, match="holds"):
             harness.splice(file, start, end, "newer")
     assert file.read_text() == "before <mark>\nnew\n\nafter"
+
+
+@pytest.mark.parametrize(
+    ("fault", "line"),
+    [
+        (ZooError("no such zoo"), "soup.py: no such zoo"),
+        (PermissionError(13, "Permission denied", "out"), "soup.py: out: Permission denied"),
+        (OSError("broken"), "soup.py: broken"),
+        (KeyboardInterrupt(), "\nsoup.py: interrupted"),
+    ],
+)
+def test_a_fault_of_the_caller_is_told_without_a_traceback(
+    fault: BaseException, line: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def main() -> None:
+        raise fault
+
+    monkeypatch.setattr(sys, "argv", ["experiments/soup.py"])
+    with pytest.raises(SystemExit, match=f"^{line}$"):
+        harness.run_main(main)
+
+
+def test_a_fault_of_the_code_keeps_its_traceback() -> None:
+    def main() -> None:
+        raise KeyError("column")
+
+    with pytest.raises(KeyError):
+        harness.run_main(main)
