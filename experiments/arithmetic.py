@@ -12,6 +12,7 @@ import pandas as pd
 import torch
 from harness import (
     RESULTS,
+    WHOLE,
     ZOO_AND_NAME,
     gain_interval,
     markdown,
@@ -48,12 +49,13 @@ def main() -> None:
     zoo, start = Zoo(arguments.zoo), time.perf_counter()
     seeds = sorted(set(zoo.filter(stage="finetune").to_pandas()["factor_seed"]))
     tuned = zoo.filter(stage="finetune", head="linear", factor_optimizer="adamw", factor_seed=seeds[0])
-    write_table(pd.DataFrame(additions(zoo, tuned)), HERE / f"additions_{arguments.name}.csv")
-    write_table(pd.DataFrame(extensions(zoo, tuned)), HERE / f"extensions_{arguments.name}.csv")
-    write_table(pd.DataFrame(negations(zoo, tuned)), HERE / f"negations_{arguments.name}.csv")
-    write_table(landscape(zoo, tuned, arguments.name), HERE / f"landscape_{arguments.name}.csv")
+    write_table(pd.DataFrame(additions(zoo, tuned)), HERE / f"additions_{arguments.name}.csv", ["one", "two"])
+    write_table(pd.DataFrame(extensions(zoo, tuned)), HERE / f"extensions_{arguments.name}.csv", ["run_id"])
+    write_table(pd.DataFrame(negations(zoo, tuned)), HERE / f"negations_{arguments.name}.csv", ["child"])
+    # One plane is one cell: points of two planes in one grid would be a landscape of neither.
+    write_table(landscape(zoo, tuned, arguments.name), HERE / f"landscape_{arguments.name}.csv", WHOLE)
     record = provenance(zoo) | {"seconds": round(time.perf_counter() - start)}
-    write_provenance(HERE / f"provenance_{arguments.name}.json", record)
+    write_provenance(HERE / f"provenance_{arguments.name}.json", record, merged=True)
     write_readme()
 
 

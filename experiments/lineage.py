@@ -30,6 +30,8 @@ CASES = {
     "adamw children": "children of AdamW alone, all parents left out",
     "epochs": "every kept checkpoint a node",
 }
+ORDERED = ["stage", "factor_optimizer", "factor_lr", "knowledge", "weights", "checkpoints"]
+"""Columns that tell groups of runs apart whose checkpoints are ordered."""
 SHOWN = ("tree_accuracy", "edge_precision", "edge_recall", "direction_accuracy", "root_accuracy")
 
 
@@ -47,15 +49,15 @@ def main() -> None:
             missing += orphans
             print(f"{name}: {case} after {time.perf_counter() - start:.0f} s", flush=True)
         missing += left_out_one_by_one(name, zoo.filter(is_final=True))
-        write(pd.DataFrame(rows), f"{name}.csv")
-        write(pd.DataFrame(missing), f"{name}_missing_parents.csv")
-        write(epoch_table(name, zoo), f"{name}_epochs.csv")
-        write(wrong_edges(name, zoo.filter(is_final=True)), f"{name}_wrong_edges.csv")
+        write(pd.DataFrame(rows), f"{name}.csv", ["zoo", "case"])
+        write(pd.DataFrame(missing), f"{name}_missing_parents.csv", ["zoo", "rule", "case"])
+        write(epoch_table(name, zoo), f"{name}_epochs.csv", ["zoo", *ORDERED])
+        write(wrong_edges(name, zoo.filter(is_final=True)), f"{name}_wrong_edges.csv", ["zoo", "method"])
     (HERE / "README.md").write_text(readme(), encoding="utf-8")
 
 
-def write(table: pd.DataFrame, file: str) -> None:
-    write_table(table.assign(provenance=provenance_line()), HERE / file, digits=5)
+def write(table: pd.DataFrame, file: str, keys: list[str]) -> None:
+    write_table(table.assign(provenance=provenance_line()), HERE / file, keys, digits=5)
 
 
 def cases(zoo: Zoo) -> Iterator[tuple[str, Zoo, str]]:
@@ -160,11 +162,10 @@ def epoch_table(name: str, zoo: Zoo) -> pd.DataFrame:
     found = found.join(runs[["stage", "factor_optimizer", "factor_lr"]], on="run_id")
     found["factor_optimizer"] = found["factor_optimizer"].astype(object).where(found["stage"] == "finetune", "all")
     found["factor_lr"] = found["factor_lr"].astype(float).where(found["stage"] == "finetune", np.nan)
-    keys = ["stage", "factor_optimizer", "factor_lr", "knowledge", "weights", "checkpoints"]
     rows = []
-    for values, group in found.groupby(keys, dropna=False):
+    for values, group in found.groupby(ORDERED, dropna=False):
         low, high = np.quantile(random_taus(int(values[-1]), len(group)), [0.025, 0.975])
-        row = {"zoo": name} | dict(zip(keys, values, strict=True)) | {"runs": len(group)}
+        row = {"zoo": name} | dict(zip(ORDERED, values, strict=True)) | {"runs": len(group)}
         row |= {"kendall_tau": group["kendall_tau"].mean(), "absolute_tau": group["kendall_tau"].abs().mean()}
         rows.append(row | {"chance": 0.0, "chance_low": low, "chance_high": high})
     return pd.DataFrame(rows)

@@ -39,15 +39,15 @@ def main() -> None:
     shutil.copy(arguments.zoo / "README.md", folder / "CARD.md")
     shutil.copy(arguments.zoo / "blueprint.yaml", folder / "blueprint.yaml")
     columns = [name for name in index if name not in ("provenance", "architecture_args", "layout")]
-    write_table(index[columns], folder / "index.csv", digits=DIGITS)
-    write_table(evaluations, folder / "evaluations.csv", digits=DIGITS)
-    write_table(pairs, folder / "pairs.csv", digits=DIGITS)
+    write_table(index[columns], folder / "index.csv", ["model_id"], digits=DIGITS)
+    write_table(evaluations, folder / "evaluations.csv", ["model_id"], digits=DIGITS)
+    write_table(pairs, folder / "pairs.csv", ["model_a", "model_b"], digits=DIGITS)
     write_figures(zoo, folder)
     record = origin(zoo, arguments.zoo) | {
         "training_minutes": arguments.training_minutes,
         "training_note": arguments.training_note,
     }
-    write_provenance(folder / "provenance.json", record)
+    write_provenance(folder / "provenance.json", record, merged=True)
     (folder / "TABLES.md").write_text(tables(index, folder / "data"))
     print(folder)
 

@@ -16,9 +16,9 @@ import pandas as pd
 import torch
 from harness import (
     RESULTS,
+    WHOLE,
     ZOO_AND_NAME,
     header,
-    merge,
     parser,
     provenance,
     row,
@@ -146,20 +146,22 @@ def measure_rung(zoo: Zoo, name: str, rung: str) -> None:
 
 
 def write_barriers(table: pd.DataFrame, name: str) -> None:
-    """Merge barriers into the table and write its medians, the rungs of each pair in their order."""
+    """Merge barriers into the table, then write the medians of all its pairs."""
     file = HERE / f"{name}_barriers.csv"
-    table = merge(table, file, [*PAIR, "families"])
-    keys = list(zip(table["population"], table["model_a"], table["model_b"], strict=True))
-    places = {key: place for place, key in enumerate(dict.fromkeys(keys))}
-    rungs = {key: place for place, key in enumerate(RUNG_OF)}
-    ranks = [(places[key], rungs[families]) for key, families in zip(keys, table["families"], strict=True)]
-    table = table.iloc[sorted(range(len(ranks)), key=ranks.__getitem__)]
-    write_table(table, file)
+    write_table(table, file, [*PAIR, "families"], order=by_pair_and_rung)
     table = pd.read_csv(file, keep_default_na=False)
     groups = table.groupby("population", sort=False)
     medians = pd.concat([summary(group, seed=SEED).assign(population=key) for key, group in groups])
     medians.insert(0, "rung", medians["families"].map(RUNG_OF))
-    write_table(medians, HERE / f"{name}_summary.csv", digits=5)
+    write_table(medians, HERE / f"{name}_summary.csv", WHOLE, digits=5)
+
+
+def by_pair_and_rung(table: pd.DataFrame) -> list[tuple[int, int]]:
+    """Rank rows by pair as they come, then up the ladder: a rung measured later lies beside the rungs of its pair."""
+    pairs = list(zip(*(table[name] for name in PAIR), strict=True))
+    places = {pair: place for place, pair in enumerate(dict.fromkeys(pairs))}
+    rungs = {families: place for place, families in enumerate(RUNG_OF)}
+    return [(places[pair], rungs[families]) for pair, families in zip(pairs, table["families"], strict=True)]
 
 
 def measure_curves(zoo: Zoo, pairs: dict, images: int, name: str) -> None:

@@ -34,6 +34,7 @@ from vitzoo_hf.zoo import Zoo
 
 HERE = RESULTS / "soup"
 FAMILY = ["parent_id", "head"]
+LEVEL = ["stage", "factor_optimizer", "factor_lr"]
 DESIGNS = {
     "one parent and head, all factors": (FAMILY, METHODS),
     "… and seed": ([*FAMILY, "factor_seed"], METHODS[:2]),
@@ -57,13 +58,13 @@ def main() -> None:
         return
     zoo, start = Zoo(arguments.zoo), time.perf_counter()
     if not arguments.epochs_only:
-        write_table(soups(zoo, arguments.cache), HERE / f"soups_{arguments.name}.csv")
+        write_table(soups(zoo, arguments.cache), HERE / f"soups_{arguments.name}.csv", ["design"])
     averages = average_epochs(zoo)
-    write_table(averages.table, HERE / f"epochs_{arguments.name}.csv")
-    parts = [averages.gains(by) for by in ([], ["stage"], ["stage", "factor_optimizer", "factor_lr"])]
-    write_table(pd.concat(parts), HERE / f"epoch_gains_{arguments.name}.csv")
+    write_table(averages.table, HERE / f"epochs_{arguments.name}.csv", ["run_id"])
+    parts = [averages.gains(by) for by in ([], LEVEL[:1], LEVEL)]
+    write_table(pd.concat(parts), HERE / f"epoch_gains_{arguments.name}.csv", [*LEVEL, "average"])
     record = provenance(zoo) | {"seconds": round(time.perf_counter() - start)}
-    write_provenance(HERE / f"provenance_{arguments.name}.json", record)
+    write_provenance(HERE / f"provenance_{arguments.name}.json", record, merged=True)
     write_readme()
 
 

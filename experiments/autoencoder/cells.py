@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from harness import write_cell
 
 from vitzoo_hf.apply.autoencoder.evaluation import HeldOut, Reconstruction, baselines, reconstructed
 from vitzoo_hf.apply.autoencoder.recipe import AutoencoderRecipe
@@ -177,11 +178,11 @@ def measure_cell(
             labels = cell.labels | {"split": split, "method": each.name}
             layers += [labels | {"layer": layer, "r2": value} for layer, value in each.layers.items()]
             models.append(pd.DataFrame(each.models).assign(**labels))
-    pd.DataFrame(trained.history).assign(**cell.labels).to_csv(place / HISTORY, index=False)
-    pd.concat(models).to_csv(place / MODELS, index=False)
-    pd.DataFrame(layers).to_csv(place / LAYERS, index=False)
+    write_cell(pd.DataFrame(trained.history).assign(**cell.labels), place / HISTORY)
+    write_cell(pd.concat(models), place / MODELS)
+    write_cell(pd.DataFrame(layers), place / LAYERS)
     table = pd.DataFrame(measures)
-    table.to_csv(place / MEASURES, index=False)
+    write_cell(table, place / MEASURES)  # last: its being there is what says that the cell is finished
     return table
 
 

@@ -18,7 +18,16 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import harness
 import pandas as pd
 import torch
-from harness import ZOO_AND_NAME, provenance, run_main, save_figure, write_provenance, write_table
+from harness import (
+    ZOO_AND_NAME,
+    cell_files,
+    provenance,
+    run_main,
+    save_figure,
+    write_cell,
+    write_provenance,
+    write_table,
+)
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
@@ -84,13 +93,13 @@ def measure(zoo: Zoo, held: HeldOut, size: int, arm: str, recipe: AutoencoderRec
         about | {"models": name} | reconstructed(models, trained).values
         for name, models in (("held out", held), ("training", seen))
     ]
-    pd.DataFrame(rows).to_csv(file, index=False)
+    write_cell(pd.DataFrame(rows), file)
     told = ", ".join(f"{row['models']} {row['retention']:.3f}" for row in rows)
     print(f"{file.stem}: retention {told}, {time.perf_counter() - start:.0f} s", flush=True)
 
 
 def write(name: str, folder: Path, zoo: Zoo) -> None:
-    table = pd.concat([pd.read_csv(file) for file in sorted(folder.glob("*.csv"))], ignore_index=True)
+    table = pd.concat([pd.read_csv(file) for file in cell_files(folder)], ignore_index=True)
     order = ["arm", "steps", "runs", "seed", "models"]
     write_table(table, HERE / f"{name}_curve.csv", [*order[:-1], "lr"], order=order)
     figure = draw({file.stem.removesuffix("_curve"): pd.read_csv(file) for file in sorted(HERE.glob("*_curve.csv"))})

@@ -14,6 +14,7 @@ import sys
 import time
 from dataclasses import replace
 from functools import cache
+from io import StringIO
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -21,7 +22,17 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import harness
 import pandas as pd
 import torch
-from harness import RESULTS, ZOO_AND_NAME, merge, provenance, run_main, save_figure, write_provenance, write_table
+from harness import (
+    RESULTS,
+    WHOLE,
+    ZOO_AND_NAME,
+    merge,
+    provenance,
+    run_main,
+    save_figure,
+    write_provenance,
+    write_table,
+)
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
@@ -40,7 +51,6 @@ from autoencoder.cells import (
     variants,
 )
 from vitzoo_hf.apply.autoencoder.recipe import ARMS, AutoencoderRecipe
-from vitzoo_hf.format.schema import ZooError
 from vitzoo_hf.report.style import PALETTE, PERCENT, STYLE, heading
 from vitzoo_hf.zoo import Zoo
 
@@ -120,9 +130,10 @@ def write(name: str, runs: Path, zoo: Zoo) -> None:
     rates = chosen_rates(table)
     table["chosen"] = (table["variant"] == "") & (table["lr"] == table["arm"].map(rates))
     table = table.sort_values(["variant", "split", "method", "arm", "lr", "seed"])
-    write_table(table[table["variant"] == ""], HERE / f"{name}_arms.csv")
+    # Whole, as these are merged already: a cell of this run may change which rates of the stored ones are chosen.
+    write_table(table[table["variant"] == ""], HERE / f"{name}_arms.csv", WHOLE)
     if (table["variant"] != "").any():
-        write_table(table[table["variant"] != ""], HERE / f"{name}_variants.csv")
+        write_table(table[table["variant"] != ""], HERE / f"{name}_variants.csv", WHOLE)
     history = write_part(gathered(runs, HISTORY), HERE / f"{name}_history.csv", rates)
     models = gathered(runs, MODELS)
     models = write_part(models[reported(models)], HERE / f"{name}_models.csv", rates)
@@ -139,21 +150,18 @@ def write(name: str, runs: Path, zoo: Zoo) -> None:
 
 def merged_measures(name: str, fresh: pd.DataFrame) -> pd.DataFrame:
     """The measures of these cells and of all others that are stored, which may come from another folder of runs."""
-    stored = [read_table(file) for kind in ("arms", "variants") if (file := HERE / f"{name}_{kind}.csv").is_file()]
-    if not stored:
-        return fresh
-    table = pd.concat(stored).drop(columns="chosen")
-    if set(table) != set(fresh):
-        raise ZooError(f"{HERE}: the columns of {name}_arms.csv differ from those of the cells; move the tables away")
-    keys = pd.MultiIndex.from_frame(fresh[CELL])
-    return pd.concat([table[~pd.MultiIndex.from_frame(table[CELL]).isin(keys)], fresh], ignore_index=True)
+    fresh = fresh.assign(chosen=False)  # a column of the stored tables, which `write` fills for all cells together
+    of_arms = fresh["variant"] == ""
+    parts = {"arms": fresh[of_arms], "variants": fresh[~of_arms]}
+    merged = [merge(part, HERE / f"{name}_{kind}.csv", CELL) for kind, part in parts.items()]
+    return read_table(StringIO(pd.concat(merged).to_csv(index=False)))
 
 
 def write_part(table: pd.DataFrame, file: Path, rates: dict[str, float]) -> pd.DataFrame:
     """Merge the rows of the grid's cells into a table, which then holds those at the chosen learning rates."""
     rows = merge(of_grid(table, rates), file, CELL)
     shown = of_grid(rows.assign(lr=pd.to_numeric(rows["lr"])), rates)
-    write_table(rows.loc[shown.index], file)
+    write_table(rows.loc[shown.index], file, WHOLE)
     return read_table(file)
 
 

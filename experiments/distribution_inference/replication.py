@@ -12,6 +12,7 @@ from zipfile import BadZipFile
 import numpy as np
 import pandas as pd
 import torch
+from harness import write_cell
 from pandas.api.types import is_numeric_dtype
 
 from distribution_inference.replication_cells import Cell, Sizes, run_cell
@@ -100,9 +101,8 @@ def run_replication(
                 rows.append(row | {"provenance": provenance})
                 losses[row["attack"]] = outcome.losses.numpy()
             np.savez_compressed(runs / f"{cell.name}.npz", **losses)
-            unfinished = runs / f"{cell.name}.csv.tmp"
-            pd.DataFrame(rows).to_csv(unfinished, index=False, float_format="%.6g")
-            unfinished.rename(runs / f"{cell.name}.csv")
+            # After the losses, as this file is what says that the cell is finished.
+            write_cell(pd.DataFrame(rows), runs / f"{cell.name}.csv", digits=6)
             left -= 1
             bar.update()
     return left

@@ -11,7 +11,7 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import pandas as pd
-from harness import REPOSITORY, RESULTS, run_main, save_figure, splice, write_table
+from harness import REPOSITORY, RESULTS, WHOLE, run_main, save_figure, splice, write_table
 from scipy.stats import spearmanr
 
 from distribution_inference.figures import plot_roc, plot_worlds
@@ -366,7 +366,7 @@ def report(table: pd.DataFrame, worlds: pd.DataFrame) -> str:
 def main() -> None:
     worlds = read("worlds.csv")
     table = criteria_table(read("replication.csv"), worlds)
-    write_table(table, HERE / "criteria.csv")
+    write_table(table, HERE / "criteria.csv", WHOLE)
     save_figure(plot_worlds(worlds, LEARNERS), HERE / "worlds.png")
     save_figure(plot_roc(read("roc.csv")), HERE / "roc.png")
     (HERE / "README.md").write_text(report(table, worlds), encoding="utf-8")

@@ -17,7 +17,17 @@ from typing import Any, NamedTuple
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import pandas as pd
-from harness import RESULTS, WORLDS, parser, provenance, run_main, write_provenance, write_table
+from harness import (
+    RESULTS,
+    WORLDS,
+    cell_files,
+    parser,
+    provenance,
+    run_main,
+    write_cell,
+    write_provenance,
+    write_table,
+)
 from sklearn.metrics import roc_curve
 
 from vitzoo_hf.apply.distribution_inference.membership import membership_attack
@@ -127,13 +137,13 @@ def measure(cell: Cell, folder: Path, workers: int) -> None:
     about |= {"knowledge": "other architecture" if cell.shadows else "same architecture"}
     about |= {name: reports[0].facts[name] for name in ("targets", "shadows", "prior_risk")}
     about |= {"diverged": diverged(cell, targets)} | facts(targets.filter(factor_role="target"))
-    reports[0].guesses.to_csv(folder / "guesses" / f"{cell.name}.csv", index=False)
+    write_cell(reports[0].guesses, folder / "guesses" / f"{cell.name}.csv")
     tables = [with_r2(report) for report in reports]
     if cell.name in MEMBERSHIP:
         for held_out in (False, True):
             tables.append(membership_attack(targets, cell.secret, held_out=held_out).assign(access="membership"))
-    table = pd.concat(tables)
-    table.assign(**about).to_csv(file_of(cell, folder), index=False)
+    # Last, as this file is what says that the cell is finished.
+    write_cell(pd.concat(tables).assign(**about), file_of(cell, folder))
 
 
 def with_r2(report: Report) -> pd.DataFrame:
@@ -180,8 +190,7 @@ def zoo_of(blueprint: str, folder: Path, workers: int) -> Zoo:
 
 def write(folder: Path, out: Path) -> None:
     """Merge the finished cells of a folder into the tables of results."""
-    files = sorted((folder / "cells").glob("*.csv"))
-    table = pd.concat([read(file) for file in files], ignore_index=True)
+    table = pd.concat([read(file) for file in cell_files(folder / "cells")], ignore_index=True)
     worlds = out / "worlds.csv"
     write_table(with_all_columns(table, worlds), worlds, ["cell"])
     curves = roc(table, folder)
