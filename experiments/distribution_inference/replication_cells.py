@@ -104,11 +104,11 @@ class Trained(NamedTuple):
         flipped_error: the same with the sign of the effect turned; NaN but for DMI.
     """
 
-    vectors: Float[Tensor, "M P"]
+    vectors: Float[Tensor, "P D"]
     secrets: Tensor
     diverged: tuple[float, ...]
-    error: Float[Tensor, " M"]
-    flipped_error: Float[Tensor, " M"]
+    error: Float[Tensor, " P"]
+    flipped_error: Float[Tensor, " P"]
 
 
 class Setting(NamedTuple):
@@ -218,7 +218,7 @@ def _train(cell: Cell, setting: Setting, count: int, role: int, device: str | to
 def _train_environments(
     cell: Cell, setting: Setting, count: int, role: int, label: int, device: str | torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Half of the models, of one class: their weights, and errors `[M, 2]` on new and on flipped data."""
+    """Half of the models, of one class: their weights, and errors `[P, 2]` on new and on flipped data."""
     learner, environments = Learner(cell.learner), 3 + label
     generator = _generator(cell, role, label)
     features = setting.widths.inputs
@@ -261,7 +261,7 @@ def _views(trained: Trained, widths: Widths, inputs: Float[Tensor, "1 I Q"]) -> 
     return Views(mlp_outputs(trained.vectors, widths, inputs)[..., None], "real", features, sets)
 
 
-def _error(vectors: Tensor, widths: Widths, samples: Samples) -> Float[Tensor, " M"]:
+def _error(vectors: Tensor, widths: Widths, samples: Samples) -> Float[Tensor, " P"]:
     held = samples.select(widths.inputs)
     return squared_error(mlp_outputs(vectors, widths, held.inputs), held.targets, 0)
 
@@ -272,7 +272,7 @@ def _world(cell: Cell) -> TeacherWorld:
     return TeacherWorld.conditional(ABIS_EPSILON if cell.experiment == "A-bis" else float(cell.knob), cell.world)
 
 
-def _scalars(secrets: Tensor) -> Float[Tensor, " M"]:
+def _scalars(secrets: Tensor) -> Float[Tensor, " P"]:
     return (secrets if secrets.ndim == 1 else secrets[:, 0]).float()
 
 
