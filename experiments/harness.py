@@ -25,6 +25,7 @@ from vitzoo_hf.zoo import Zoo
 
 REPOSITORY = Path(__file__).parents[1]
 RESULTS = REPOSITORY / "results"
+# float32 holds about seven: the last one would change with every run and fill the diffs.
 DIGITS = 6
 Rank = tuple[object, ...]
 WHOLE: tuple[str, ...] = ()
@@ -129,12 +130,14 @@ def merge(table: pd.DataFrame, file: Path, keys: Sequence[str], *, digits: int =
     Raises:
         ZooError: if the stored table has other columns than `table`, or a key is no column.
     """
+    # As text: stored rows must come back to the byte, and parsed numbers print otherwise.
     fresh = _as_text(table.to_csv(index=False, float_format=f"%.{digits}g", lineterminator="\n"))
     if unknown := [key for key in keys if key not in fresh]:
         raise ZooError(f"{file.name}: {', '.join(unknown)} tell cells apart, but are no columns of this run's table")
     if not file.is_file():
         return fresh
     stored = _as_text(file.read_text(encoding="utf-8"))
+    # Sets, as an order of columns is no difference; the stored one stays.
     if set(stored) != set(fresh):
         lacking = ", ".join(name for name in stored if name not in fresh) or "none"
         added = ", ".join(name for name in fresh if name not in stored) or "none"

@@ -97,7 +97,9 @@ def measure(place: Path, name: str, trees: str, repeats: int, shuffles: int) -> 
         # At once, as trees take most of the time and an interrupted run then loses one set of features.
         write_table(boosted, file, CELL, digits=DIGITS)
     figure = FOLDER / "figures" / f"{name}.png"
+    # Ridge alone: trees predict a few targets and would leave gaps.
     save_figure(plot_properties(table), figure)
+    # The figure is committed.
     assert figure.stat().st_size <= LARGEST_FIGURE
     note_provenance(name, start, repeats, shuffles)
 
@@ -112,6 +114,7 @@ def measure_final(place: Path, name: str, repeats: int, shuffles: int) -> None:
 
 def note_provenance(name: str, start: float, repeats: int, shuffles: int) -> None:
     minutes = (time.perf_counter() - start) / 60
+    # Rounded to 0 minutes, a short run would read as one that was not timed.
     settings = {"minutes": f"{max(minutes, 1):.0f}", "repeats": repeats, "shuffles": shuffles}
     write_provenance(FOLDER / f"{name}.json", provenance() | settings, merged=True)
 

@@ -19,6 +19,7 @@ from vitzoo_hf.zoo import Zoo
 
 LARGEST = 1_000_000
 DIGITS = 5
+# Medians and quartiles, read off a published figure to 0.005.
 PAPER = {
     "supervised": {5: ".71 (.19–.78)", 10: ".77 (.53–.80)", 20: ".80 (.69–.81)", 50: ".804 (.763–.833)"},
     "contrastive": {5: ".65 (.48–.68)", 10: ".70 (.56–.72)", 20: ".73 (.63–.75)", 50: ".771 (.699–.781)"},
@@ -56,6 +57,7 @@ def write_figures(zoo: Zoo, folder: Path) -> None:
     with tempfile.TemporaryDirectory() as drawn:
         write_zoo_report(zoo, Path(drawn))
         for part in ("figures", "data"):
+            # What an earlier report drew and this one does not must not stay beside it.
             shutil.rmtree(folder / part, ignore_errors=True)
             (folder / part).mkdir()
             for file in sorted((Path(drawn) / part).iterdir()):
@@ -130,6 +132,7 @@ def explained(factors: pd.DataFrame) -> str:
     for factor, group in factors.groupby("factor", sort=False):
         found = group.set_index("measure")
         cells = [
+            # With few levels or parents even the least possible p is above 0.05, and a p says nothing.
             f"{row.share:.2f} ({f'p {row.p:.3f}' if row.least_p <= 0.05 else '–'})"
             for row in (found.loc[measure] for measure in measures)
         ]

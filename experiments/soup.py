@@ -141,6 +141,7 @@ def draw_soups(name: str, table: pd.DataFrame) -> None:
         axes = figure.subplots()
         family = table[table["design"] == next(iter(DESIGNS))]
         greedy = family[family["method"] == "greedy"].reset_index()
+        # Positions, which hold for all methods: their groups come in one order.
         order = greedy.sort_values("best_single_test").index
         places = range(len(order))
         for colour, (told, values) in zip(
@@ -156,6 +157,7 @@ def draw_soups(name: str, table: pd.DataFrame) -> None:
             }.items(),
             strict=False,
         ):
+            # A ring, since a greedy soup of one ingredient is the best single model and lies on its mark.
             hollow = told == "best single by selection"
             axes.plot(
                 places,
@@ -177,6 +179,7 @@ def draw_soups(name: str, table: pd.DataFrame) -> None:
 def draw_epochs(name: str, table: pd.DataFrame) -> None:
     table = table[table["stage"] == "finetune"]
     groups = list(table.groupby(["factor_optimizer", "factor_lr"]))
+    # The gain of the last epoch over itself is 0 in every run.
     averages = [average for average in dict.fromkeys(table["average"]) if average != "last epoch"]
     with rc_context(STYLE):
         figure = Figure(figsize=(9, 3.4), layout="constrained")

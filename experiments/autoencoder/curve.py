@@ -76,8 +76,10 @@ def planned(arguments: argparse.Namespace) -> Iterator[tuple[str, int, Autoencod
 
 def subset(zoo: Zoo, size: int, seed: int) -> Zoo:
     """The zoo with so many of its training runs."""
+    # Sorted, as a set of text has another order in every process.
     runs = sorted(set(zoo.filter(split="train").index["run_id"]))
     order = torch.randperm(len(runs), generator=torch.Generator().manual_seed(seed)).tolist()
+    # The first of one order: small subsets lie in large ones, so that points differ by added runs alone.
     return zoo.filter(run_id=[runs[place] for place in order[:size]])
 
 
@@ -118,6 +120,7 @@ def draw(tables: dict[str, pd.DataFrame]) -> Figure:
         axes = figure.subplots(1, 2, sharey=True)
         for number, (name, table) in enumerate(tables.items()):
             table = table[table["arm"] == "S+B"]
+            # Most points have one number of steps; others would mix two effects into the curve over runs.
             by_runs = table[table["steps"] == table["steps"].mode()[0]]
             by_steps = table[table["runs"] == table["runs"].max()]
             for axis, part, column in ((axes[0], by_runs, "runs"), (axes[1], by_steps, "steps")):

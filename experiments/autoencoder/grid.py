@@ -65,7 +65,9 @@ def main() -> None:
     zoo = Zoo(arguments.zoo)  # before processes start, each of which takes seconds to say that there is none
     if not arguments.draw_only:
         jobs = [(cell, arguments.runs, arguments.zoo) for cell in planned(arguments)]
+        # Not fork: it copies locks of torch's threads, which nothing in the new process ever opens.
         with multiprocessing.get_context("spawn").Pool(arguments.processes) as pool:
+            # Cells differ in cost by arm: one at a time, so that no process waits for a batch of dear ones.
             for name, seconds in pool.imap_unordered(run, jobs, chunksize=1):
                 print(f"{name}: done after {seconds:.0f} s", flush=True)
     write(arguments.name, arguments.runs, zoo)
@@ -224,6 +226,7 @@ def draw_losses(history: pd.DataFrame) -> Figure:
                     values = run_[part] if part in run_ else pd.Series(dtype=float)
                     if values.notna().any():
                         label = part if number == 0 else None
+                        # Parts of the loss have different units, so that only their changes share an axis.
                         axis.plot(run_["step"], values / values.iloc[0], color=PALETTE[position], label=label)
             axis.set(title=arm, xlabel="step", yscale="log")
             axis.legend(fontsize=7)

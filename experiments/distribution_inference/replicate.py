@@ -49,6 +49,7 @@ def run(given: argparse.Namespace) -> None:
     if not chosen:
         raise ZooError(f"the {given.tier} tier has no cell of {', '.join(given.only)}: give --tier standard")
     runs = given.runs or HERE / f"runs-{given.tier}"
+    # Before hours of training, which must not end at a folder that cannot be written.
     make_folder(given.out)
     options = {
         "device": given.device,
@@ -66,6 +67,7 @@ def run(given: argparse.Namespace) -> None:
 def write(table: pd.DataFrame, given: argparse.Namespace, *, whole: bool) -> None:
     """Table and figure under the name of the tier, or as partial ones where cells of it are missing."""
     stem = "replication" if given.tier == "standard" else f"replication_{given.tier}"
+    # A figure of some cells must not pass for that of the tier.
     stem += "" if whole else "_partial"
     write_table(table, given.out / f"{stem}.csv", CELL, digits=5)
     save_figure(plot_replication(table), given.out / f"{stem}.png")

@@ -25,7 +25,9 @@ from vitzoo_hf.training.world_losses import (
 
 INPUTS, SPREAD = 4, 2.0
 TEACHER = Widths(INPUTS, 32)
+# Published data have 512 examples an environment, three or four: the number alone tells the secret.
 PUBLISHED_ROWS = (1536, 2048)
+# A multiple of 12 parts equally among three and among four environments.
 EQUAL_ROWS = (2040, 2040)
 RISK_SHARE = 0.1
 ANNEALING_STEPS, INVARIANCE_WEIGHT = 512, 10.0
@@ -72,6 +74,7 @@ class TeacherWorld:
         """A data set of n examples for each secret."""
         noise = torch.randn(len(secrets), INPUTS, n, generator=generator)
         inputs = SPREAD * noise + self.shift * (2 * secrets - 1)[:, None, None]
+        # A secret that is a number moves the inputs alone: both teachers are one there.
         labels = mlp_outputs(self.teachers[(secrets > 0.5).long()], TEACHER, inputs)
         return Samples(inputs, labels)
 

@@ -78,6 +78,7 @@ class Cell(NamedTuple):
 
 def cells() -> Iterator[Cell]:
     yield Cell("null", "nominal")
+    # Controls: an attack that beats chance on these reads the harness and not a model.
     yield Cell("null", "nominal", shuffled=True)
     for kind in ("scratch", "finetuned", "own_heads", "few_images", "resampled"):
         yield Cell(f"label_ratio_{kind}", "label_ratio")
@@ -86,12 +87,14 @@ def cells() -> Iterator[Cell]:
         yield Cell(f"label_ratio_{kind}", "label_ratio", shadows=f"label_ratio_{OTHER[kind]}")
     yield Cell("colour_agreement", "colour_agreement")
     for learner in (*LEARNERS, *CONTROLS):
+        # Early stopping takes as many steps as the loss asks for, which the guard refuses by default.
         yield Cell(f"dmi_{learner}", "last_environment", unequal=learner == "early_stop")
     for rate in (0.02, 0.05, 0.1, 0.2):
         yield Cell("s1_region_rule", "flip_rate", {"factor_flip_rate": [0.0, rate]})
     for level in (0.0, 0.25, 0.35, 0.45):
         yield Cell("s1_bis_early_stop", "flip_rate", {"factor_stop_loss": level}, unequal=level > 0)
     for kind in ("uncontrolled", "equal_steps", "equalised"):
+        # The side channel is the very difference that the guard refuses.
         yield Cell(f"sc_{kind}", "num_images", unequal=kind != "equalised")
     for capacity in ("linear", "narrow", "depth1", "full"):
         yield Cell(f"s2_{capacity}", "group_ratio")
@@ -114,6 +117,7 @@ def main() -> None:
         if not file_of(cell, arguments.folder).is_file():
             measure(cell, arguments.folder, arguments.workers)
             made += 1
+            # At most: finished cells that follow are counted, and cost nothing.
             left = (time.perf_counter() - start) / made * (len(planned) - number - 1)
             print(f"{cell.name}: done; at most {left / 60:.0f} minutes left", flush=True)
     write(arguments.folder, arguments.folder if arguments.smoke else HERE)
@@ -128,6 +132,7 @@ def measure(cell: Cell, folder: Path, workers: int) -> None:
     shadows = zoo_of(cell.shadows, folder, workers) if cell.shadows else None
     game: dict[str, Any] = {"shadows": shadows, "unequal": cell.unequal, "shuffled": cell.shuffled}
     game["cache"] = folder / "outputs"
+    # Shadows of another architecture have weights of another layout.
     seen = "probabilities" if cell.shadows else "weights"
     flat = cell.blueprint.startswith("label_ratio") and not (cell.shadows or cell.shuffled)
     names = [*BY_DEFAULT, "flat_mlp"] if flat else None

@@ -44,6 +44,7 @@ def main() -> None:
                 told = {name: chosen[name] for name in ("value", "low", "high")}
                 rows.append({"cell": cell, "draw": str(draw), "attack": chosen.name} | told)
                 bar.update()
+            # Draws are the outer level: targets of one draw share its pool and are not independent.
             mean, low, high = nested_interval(torch.stack(hits)[:, None])
             rows.append({"cell": cell, "draw": "all", "attack": "", "value": mean, "low": low, "high": high})
     table = pd.DataFrame(rows).assign(provenance=provenance_line())
@@ -58,6 +59,7 @@ def drawn(cell: str, draw: int, folder: Path, workers: int) -> Zoo:
     place = folder / "draws" / f"{cell}-{draw}"
     if not (place / "zoo.json").is_file():
         text = (BLUEPRINTS / "distribution_inference" / f"{cell}.yaml").read_text(encoding="utf-8")
+        # A blueprint in other words would pass unchanged, and be the first draw again.
         assert text.count("world: two-colour") == 1
         blueprint = Blueprint.parse(text.replace("world: two-colour", f"world: two-colour, split_seed: {draw}"))
         launch(blueprint, folder / "runs" / f"{cell}-draw{draw}", workers=workers, progress=False)
