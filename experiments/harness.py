@@ -10,7 +10,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from io import StringIO
 from pathlib import Path
 
@@ -25,7 +25,11 @@ from vitzoo_hf.zoo import Zoo
 
 REPOSITORY = Path(__file__).parents[1]
 RESULTS = REPOSITORY / "results"
+# float32 holds about seven: the last one would change with every run and fill the diffs.
 DIGITS = 6
+Rank = tuple[object, ...]
+WHOLE: tuple[str, ...] = ()
+"""Keys of a table that each run replaces: it is one cell, or is derived from tables that are merged."""
 IN_LINE = ("system", "cores", "python", "torch", "numpy")
 
 ZOO_AND_NAME = argparse.ArgumentParser(add_help=False)
@@ -41,6 +45,25 @@ WORLDS.add_argument("--smoke", action="store_true", help="one cell of few models
 def parser(docstring: str, *parents: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Make the parser of a script: the first line of its docstring, and the options of parents."""
     return argparse.ArgumentParser(description=docstring.splitlines()[0], parents=parents)
+
+
+def run_main(main: Callable[[], None]) -> None:
+    """Run the `main` of a script, and end the process with one line on stderr where a fault is its caller's to mend.
+
+    A `ZooError`, an `OSError` and an interrupt exit with status 1. Any other exception is a fault of the code, and
+    keeps its traceback.
+    """
+    script = Path(sys.argv[0]).name
+    try:
+        main()
+    except ZooError as error:
+        sys.exit(f"{script}: {error}")
+    except OSError as error:
+        # An OSError of a library may carry a text alone, without a file and a reason.
+        sys.exit(f"{script}: {f'{error.filename}: {error.strerror}' if error.filename else error}")
+    except KeyboardInterrupt:
+        # The terminal has just printed ^C into the line of a progress bar.
+        sys.exit(f"\n{script}: interrupted")
 
 
 def commit() -> str:
@@ -107,12 +130,14 @@ def merge(table: pd.DataFrame, file: Path, keys: Sequence[str], *, digits: int =
     Raises:
         ZooError: if the stored table has other columns than `table`, or a key is no column.
     """
+    # As text: stored rows must come back to the byte, and parsed numbers print otherwise.
     fresh = _as_text(table.to_csv(index=False, float_format=f"%.{digits}g", lineterminator="\n"))
     if unknown := [key for key in keys if key not in fresh]:
         raise ZooError(f"{file.name}: {', '.join(unknown)} tell cells apart, but are no columns of this run's table")
     if not file.is_file():
         return fresh
     stored = _as_text(file.read_text(encoding="utf-8"))
+    # Sets, as an order of columns is no difference; the stored one stays.
     if set(stored) != set(fresh):
         lacking = ", ".join(name for name in stored if name not in fresh) or "none"
         added = ", ".join(name for name in fresh if name not in stored) or "none"
@@ -132,17 +157,22 @@ def merge(table: pd.DataFrame, file: Path, keys: Sequence[str], *, digits: int =
 
 
 def write_table(
-    table: pd.DataFrame, file: Path, keys: Sequence[str] = (), *, digits: int = DIGITS, order: Sequence[str] = ()
+    table: pd.DataFrame,
+    file: Path,
+    keys: Sequence[str],
+    *,
+    digits: int = DIGITS,
+    order: Sequence[str] | Callable[[pd.DataFrame], Sequence[Rank]] = (),
 ) -> None:
     """Write a table of a study, whole or not at all.
 
     Args:
         table: rows of this run.
         file: the CSV file.
-        keys: columns that tell cells apart; see `merge`. Without keys, the table replaces the file: only right where
-            every run measures the whole table.
+        keys: columns that tell cells apart; see `merge`. `WHOLE` replaces the file.
         digits: significant digits of floating-point numbers.
-        order: columns by which the merged rows are sorted, numbers as numbers; as they come by default.
+        order: columns by which the merged rows are sorted, numbers as numbers, or a function that gives the rank of
+            each merged row, whose values are text. The order of `merge` by default.
 
     Raises:
         ZooError: if the file has other columns than `table`. Nothing is written then.
@@ -150,17 +180,26 @@ def write_table(
     if keys:
         table = merge(table, file, keys, digits=digits)
     if order:
-        rows = _keys(table, order)
-        # Text and numbers do not compare; a column of either kind does, with the empty cells last.
-        ranks = [tuple((isinstance(value, str), value == "", value) for value in row) for row in rows]
+        ranks = order(table) if callable(order) else _ranks(table, order)
         table = table.iloc[sorted(range(len(ranks)), key=ranks.__getitem__)]
 
     file.parent.mkdir(parents=True, exist_ok=True)
+    write_cell(table, file, digits=digits)
 
-    def write(path: Path) -> None:
-        table.to_csv(path, index=False, float_format=f"%.{digits}g", lineterminator="\n")
 
-    write_atomically(file, write)
+def write_cell(table: pd.DataFrame, file: Path, *, digits: int | None = None) -> None:
+    """Write the table of a cell into a folder of finished cells, with all digits by default.
+
+    The file appears whole or not at all, since its being there is what says that the cell is finished.
+    """
+    style = None if digits is None else f"%.{digits}g"
+    write_atomically(file, lambda path: table.to_csv(path, index=False, float_format=style, lineterminator="\n"))
+
+
+def cell_files(folder: Path) -> list[Path]:
+    """List the tables of the finished cells in a folder, by name."""
+    # Unlike a shell's, this pattern matches hidden files: what a killed process had begun would be read as a cell.
+    return sorted(file for file in folder.glob("*.csv") if not file.name.startswith("."))
 
 
 def _as_text(csv: str) -> pd.DataFrame:
@@ -170,6 +209,11 @@ def _as_text(csv: str) -> pd.DataFrame:
 def _keys(table: pd.DataFrame, names: Sequence[str]) -> list[tuple[object, ...]]:
     """Values of key columns, with 1 and 1.0 alike: a column is printed as integers where no cell of it is empty."""
     return list(zip(*([_value(text) for text in table[name].astype(str)] for name in names), strict=True))
+
+
+def _ranks(table: pd.DataFrame, names: Sequence[str]) -> list[Rank]:
+    # Text and numbers do not compare; a column of either kind does, with the empty cells last.
+    return [tuple((isinstance(value, str), value == "", value) for value in cells) for cells in _keys(table, names)]
 
 
 def _value(text: str) -> object:
@@ -240,5 +284,7 @@ def splice(file: Path, start: str, end: str, text: str) -> None:
 
 
 def provenance_text(file: Path) -> str:
-    """The facts of a provenance file in one line, for a README."""
-    return ", ".join(f"{key} {value}" for key, value in json.loads(file.read_text(encoding="utf-8")).items())
+    """Give the facts of a provenance file in one line, for a README, and how many earlier runs the file keeps."""
+    record = json.loads(file.read_text(encoding="utf-8"))
+    runs = len(record.pop("earlier", []))
+    return ", ".join(f"{key} {value}" for key, value in record.items()) + (f", earlier runs {runs}" if runs else "")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from harness import RESULTS, markdown, parser, provenance_line, save_figure, write_table
+from harness import RESULTS, markdown, parser, provenance_line, run_main, save_figure, write_table
 
 from vitzoo_hf.apply.lineage.costs import TrunkMeasures, measure_trunks
 from vitzoo_hf.apply.lineage.epochs import order_epochs, random_taus
@@ -30,6 +30,8 @@ CASES = {
     "adamw children": "children of AdamW alone, all parents left out",
     "epochs": "every kept checkpoint a node",
 }
+ORDERED = ["stage", "factor_optimizer", "factor_lr", "knowledge", "weights", "checkpoints"]
+"""Columns that tell groups of runs apart whose checkpoints are ordered."""
 SHOWN = ("tree_accuracy", "edge_precision", "edge_recall", "direction_accuracy", "root_accuracy")
 
 
@@ -47,15 +49,15 @@ def main() -> None:
             missing += orphans
             print(f"{name}: {case} after {time.perf_counter() - start:.0f} s", flush=True)
         missing += left_out_one_by_one(name, zoo.filter(is_final=True))
-        write(pd.DataFrame(rows), f"{name}.csv")
-        write(pd.DataFrame(missing), f"{name}_missing_parents.csv")
-        write(epoch_table(name, zoo), f"{name}_epochs.csv")
-        write(wrong_edges(name, zoo.filter(is_final=True)), f"{name}_wrong_edges.csv")
+        write(pd.DataFrame(rows), f"{name}.csv", ["zoo", "case"])
+        write(pd.DataFrame(missing), f"{name}_missing_parents.csv", ["zoo", "rule", "case"])
+        write(epoch_table(name, zoo), f"{name}_epochs.csv", ["zoo", *ORDERED])
+        write(wrong_edges(name, zoo.filter(is_final=True)), f"{name}_wrong_edges.csv", ["zoo", "method"])
     (HERE / "README.md").write_text(readme(), encoding="utf-8")
 
 
-def write(table: pd.DataFrame, file: str) -> None:
-    write_table(table.assign(provenance=provenance_line()), HERE / file, digits=5)
+def write(table: pd.DataFrame, file: str, keys: list[str]) -> None:
+    write_table(table.assign(provenance=provenance_line()), HERE / file, keys, digits=5)
 
 
 def cases(zoo: Zoo) -> Iterator[tuple[str, Zoo, str]]:
@@ -90,6 +92,7 @@ def measure(name: str, case: str, models: Zoo, precision: str) -> tuple[list[dic
             if case == "final" and given == count and method == "mother":
                 picture(name, f"{case} {method}", forest, truth)
     known = (index["stage"] == "pretrain").to_numpy() & index["is_final"].to_numpy()
+    # Cases of children alone hold no candidate for a parent.
     if known.any():
         forest = forest_of(measures, columns, "candidates", roots=known)
         rows += score_rows({"zoo": name, "case": case, "method": "candidates"}, forest, truth, None)
@@ -101,6 +104,7 @@ def score_rows(about: dict, forest: Forest, truth: Truth, given: int | None) -> 
     found = forest.scores(truth)
     rows = []
     for score in SCORES:
+        # Direction is scored on recovered edges, so that chance turns each of these and draws no new ones.
         baseline = "random_direction" if score == "direction_accuracy" else "random_forest"
         row = about | {"trees_given": given is not None, "models": len(forest.model_ids)}
         row |= {"trees_found": forest.num_trees, "true_trees": int(truth.tree.max()) + 1}
@@ -138,6 +142,7 @@ def left_out_one_by_one(name: str, final: Zoo) -> list[dict]:
     refused_wrongly = present = kept_wrongly = missing = 0
     for left_out in np.flatnonzero(known):
         kept = np.arange(len(known)) != left_out
+        # Measured once and cut: leaving a model out changes no distance between the others.
         part = TrunkMeasures(
             [measures.model_ids[row] for row in np.flatnonzero(kept)],
             measures.distance[np.ix_(kept, kept)],
@@ -158,13 +163,13 @@ def epoch_table(name: str, zoo: Zoo) -> pd.DataFrame:
     found = order_epochs(zoo, progress=False)
     runs = zoo.to_pandas().drop_duplicates("run_id").set_index("run_id")
     found = found.join(runs[["stage", "factor_optimizer", "factor_lr"]], on="run_id")
+    # A zoo has few pre-training runs: split by factors, their groups would be of one or two.
     found["factor_optimizer"] = found["factor_optimizer"].astype(object).where(found["stage"] == "finetune", "all")
     found["factor_lr"] = found["factor_lr"].astype(float).where(found["stage"] == "finetune", np.nan)
-    keys = ["stage", "factor_optimizer", "factor_lr", "knowledge", "weights", "checkpoints"]
     rows = []
-    for values, group in found.groupby(keys, dropna=False):
+    for values, group in found.groupby(ORDERED, dropna=False):
         low, high = np.quantile(random_taus(int(values[-1]), len(group)), [0.025, 0.975])
-        row = {"zoo": name} | dict(zip(keys, values, strict=True)) | {"runs": len(group)}
+        row = {"zoo": name} | dict(zip(ORDERED, values, strict=True)) | {"runs": len(group)}
         row |= {"kendall_tau": group["kendall_tau"].mean(), "absolute_tau": group["kendall_tau"].abs().mean()}
         rows.append(row | {"chance": 0.0, "chance_low": low, "chance_high": high})
     return pd.DataFrame(rows)
@@ -182,6 +187,7 @@ def wrong_edges(name: str, final: Zoo) -> pd.DataFrame:
     for method in ("spanning", "mother", "mother-reversed"):
         parent = forest_of(measures, columns, method, trees=int(truth.tree.max()) + 1).parent
         ends = [(node, source) for node, source in enumerate(parent.tolist()) if source >= 0]
+        # Either way, as the direction of an edge has a score of its own.
         wrong = [(a, b) for a, b in ends if truth.parent[a] != b and truth.parent[b] != a]
         siblings = [(a, b) for a, b in wrong if truth.parent[a] >= 0 and truth.parent[a] == truth.parent[b]]
         row = {"zoo": name, "method": method, "edges": len(ends), "true_either_way": len(ends) - len(wrong)}
@@ -200,6 +206,7 @@ def shown(value: float) -> str:
 
 
 def readme() -> str:
+    # An underscore begins the suffix of a zoo's other tables: a zoo with one in its name is not shown.
     names = sorted(file.stem for file in HERE.glob("*.csv") if "_" not in file.stem)
     sections = [(HERE / "about.md").read_text(encoding="utf-8").strip()]
     for name in names:
@@ -269,4 +276,4 @@ def tau_table(epochs: pd.DataFrame) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

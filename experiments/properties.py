@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import pandas as pd
-from harness import RESULTS, markdown, parser, provenance, save_figure, write_provenance, write_table
+from harness import RESULTS, markdown, parser, provenance, run_main, save_figure, write_provenance, write_table
 
 from vitzoo_hf.apply.properties.plot import plot_properties
 from vitzoo_hf.apply.properties.properties import predict_properties
@@ -25,6 +25,8 @@ FINAL_FEATURES = ("constant", "norm", "statistics", "flat")
 TREE_TARGETS = ("test_accuracy", "generalization_gap", "epoch", "factor_optimizer", "factor_lr")
 LARGEST_FIGURE = 300_000
 DIGITS = 5
+CELL = ["target", "rows", "features", "model", "split"]
+"""Columns that tell cells apart; a cell has a row a metric."""
 SHOWN = {"r2": "R²", "balanced_accuracy": "balanced accuracy"}
 INTRODUCTION = """# Predicted properties
 
@@ -88,14 +90,16 @@ def measure(place: Path, name: str, trees: str, repeats: int, shuffles: int) -> 
     start, zoo = time.perf_counter(), Zoo(place)
     file = FOLDER / f"{name}.csv"
     table = predict_properties(zoo, repeats=repeats, shuffles=shuffles, progress=True)
-    write_table(table, file, digits=DIGITS)
-    linear, options = table, {"models": [trees], "repeats": 1, "shuffles": 1, "progress": True}
+    write_table(table, file, CELL, digits=DIGITS)
+    options = {"models": [trees], "repeats": 1, "shuffles": 1, "progress": True}
     for features in TREE_FEATURES:
         boosted = predict_properties(zoo, targets=TREE_TARGETS, features=[features], **options)
-        table = pd.concat([table, boosted], ignore_index=True)
-        write_table(table, file, digits=DIGITS)
+        # At once, as trees take most of the time and an interrupted run then loses one set of features.
+        write_table(boosted, file, CELL, digits=DIGITS)
     figure = FOLDER / "figures" / f"{name}.png"
-    save_figure(plot_properties(linear), figure)
+    # Ridge alone: trees predict a few targets and would leave gaps.
+    save_figure(plot_properties(table), figure)
+    # The figure is committed.
     assert figure.stat().st_size <= LARGEST_FIGURE
     note_provenance(name, start, repeats, shuffles)
 
@@ -104,14 +108,15 @@ def measure_final(place: Path, name: str, repeats: int, shuffles: int) -> None:
     start, zoo = time.perf_counter(), Zoo(place).filter(is_final=True)
     options = {"features": FINAL_FEATURES, "splits": ["lineage"], "repeats": repeats, "shuffles": shuffles}
     table = predict_properties(zoo, **options, progress=True)
-    write_table(table, FOLDER / f"{name}.csv", digits=DIGITS)
+    write_table(table, FOLDER / f"{name}.csv", CELL, digits=DIGITS)
     note_provenance(name, start, repeats, shuffles)
 
 
 def note_provenance(name: str, start: float, repeats: int, shuffles: int) -> None:
     minutes = (time.perf_counter() - start) / 60
+    # Rounded to 0 minutes, a short run would read as one that was not timed.
     settings = {"minutes": f"{max(minutes, 1):.0f}", "repeats": repeats, "shuffles": shuffles}
-    write_provenance(FOLDER / f"{name}.json", provenance() | settings)
+    write_provenance(FOLDER / f"{name}.json", provenance() | settings, merged=True)
 
 
 def readme() -> str:
@@ -156,4 +161,4 @@ def provenance_note(about: dict) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

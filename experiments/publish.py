@@ -12,13 +12,14 @@ import tempfile
 from pathlib import Path
 
 import pandas as pd
-from harness import RESULTS, ZOO_AND_NAME, markdown, parser, provenance, write_provenance, write_table
+from harness import RESULTS, ZOO_AND_NAME, markdown, parser, provenance, run_main, write_provenance, write_table
 
 from vitzoo_hf.report.html import write_zoo_report
 from vitzoo_hf.zoo import Zoo
 
 LARGEST = 1_000_000
 DIGITS = 5
+# Medians and quartiles, read off a published figure to 0.005.
 PAPER = {
     "supervised": {5: ".71 (.19–.78)", 10: ".77 (.53–.80)", 20: ".80 (.69–.81)", 50: ".804 (.763–.833)"},
     "contrastive": {5: ".65 (.48–.68)", 10: ".70 (.56–.72)", 20: ".73 (.63–.75)", 50: ".771 (.699–.781)"},
@@ -33,21 +34,21 @@ def main() -> None:
     options.add_argument("--training-note", default="")
     arguments = options.parse_args()
     folder = RESULTS / arguments.name
+    zoo = Zoo(arguments.zoo)  # before the folder is made: a mistyped zoo leaves nothing behind
     folder.mkdir(exist_ok=True)
-    zoo = Zoo(arguments.zoo)
     index, evaluations, pairs = (zoo.to_pandas(config) for config in ("index", "evaluations", "pairs"))
     shutil.copy(arguments.zoo / "README.md", folder / "CARD.md")
     shutil.copy(arguments.zoo / "blueprint.yaml", folder / "blueprint.yaml")
     columns = [name for name in index if name not in ("provenance", "architecture_args", "layout")]
-    write_table(index[columns], folder / "index.csv", digits=DIGITS)
-    write_table(evaluations, folder / "evaluations.csv", digits=DIGITS)
-    write_table(pairs, folder / "pairs.csv", digits=DIGITS)
+    write_table(index[columns], folder / "index.csv", ["model_id"], digits=DIGITS)
+    write_table(evaluations, folder / "evaluations.csv", ["model_id"], digits=DIGITS)
+    write_table(pairs, folder / "pairs.csv", ["model_a", "model_b"], digits=DIGITS)
     write_figures(zoo, folder)
     record = origin(zoo, arguments.zoo) | {
         "training_minutes": arguments.training_minutes,
         "training_note": arguments.training_note,
     }
-    write_provenance(folder / "provenance.json", record)
+    write_provenance(folder / "provenance.json", record, merged=True)
     (folder / "TABLES.md").write_text(tables(index, folder / "data"))
     print(folder)
 
@@ -56,6 +57,7 @@ def write_figures(zoo: Zoo, folder: Path) -> None:
     with tempfile.TemporaryDirectory() as drawn:
         write_zoo_report(zoo, Path(drawn))
         for part in ("figures", "data"):
+            # What an earlier report drew and this one does not must not stay beside it.
             shutil.rmtree(folder / part, ignore_errors=True)
             (folder / part).mkdir()
             for file in sorted((Path(drawn) / part).iterdir()):
@@ -130,6 +132,7 @@ def explained(factors: pd.DataFrame) -> str:
     for factor, group in factors.groupby("factor", sort=False):
         found = group.set_index("measure")
         cells = [
+            # With few levels or parents even the least possible p is above 0.05, and a p says nothing.
             f"{row.share:.2f} ({f'p {row.p:.3f}' if row.least_p <= 0.05 else '–'})"
             for row in (found.loc[measure] for measure in measures)
         ]
@@ -147,4 +150,4 @@ def same_and_other(levels: pd.DataFrame) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

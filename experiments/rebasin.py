@@ -16,12 +16,13 @@ import pandas as pd
 import torch
 from harness import (
     RESULTS,
+    WHOLE,
     ZOO_AND_NAME,
     header,
-    merge,
     parser,
     provenance,
     row,
+    run_main,
     save_figure,
     write_provenance,
     write_table,
@@ -38,6 +39,7 @@ from vitzoo_hf.report.style import PALETTE, PERCENT, STYLE, heading
 from vitzoo_hf.zoo import Zoo
 
 HERE = RESULTS / "rebasin"
+# Between bad models a barrier says little: the loss is high at its ends already.
 GOOD = 0.9
 POPULATIONS = {
     "pretrained": "pre-trained, supervised, independent initialisations",
@@ -139,26 +141,30 @@ def measure_rung(zoo: Zoo, name: str, rung: str) -> None:
         pairs = list(group[["model_a", "model_b"]].drop_duplicates().itertuples(index=False, name=None))
         images = int(group["images"].iloc[0])
         table = pair_barriers(zoo, pairs, variants, points=9, num_images=images, seed=SEED)
+        # Pairs as stored were measured with the other rungs, and stay as they are.
         aligned = table[table["families"] != "none"]
         write_barriers(aligned.assign(population=population, images=images), name)
     write_provenance(HERE / f"{name}_provenance.json", provenance(zoo), merged=True)
 
 
 def write_barriers(table: pd.DataFrame, name: str) -> None:
-    """Merge barriers into the table and write its medians, the rungs of each pair in their order."""
+    """Merge barriers into the table, then write the medians of all its pairs."""
     file = HERE / f"{name}_barriers.csv"
-    table = merge(table, file, [*PAIR, "families"])
-    keys = list(zip(table["population"], table["model_a"], table["model_b"], strict=True))
-    places = {key: place for place, key in enumerate(dict.fromkeys(keys))}
-    rungs = {key: place for place, key in enumerate(RUNG_OF)}
-    ranks = [(places[key], rungs[families]) for key, families in zip(keys, table["families"], strict=True)]
-    table = table.iloc[sorted(range(len(ranks)), key=ranks.__getitem__)]
-    write_table(table, file)
+    write_table(table, file, [*PAIR, "families"], order=by_pair_and_rung)
+    # From the file: medians are of the pairs of all runs, at the digits that readers have.
     table = pd.read_csv(file, keep_default_na=False)
     groups = table.groupby("population", sort=False)
     medians = pd.concat([summary(group, seed=SEED).assign(population=key) for key, group in groups])
     medians.insert(0, "rung", medians["families"].map(RUNG_OF))
-    write_table(medians, HERE / f"{name}_summary.csv", digits=5)
+    write_table(medians, HERE / f"{name}_summary.csv", WHOLE, digits=5)
+
+
+def by_pair_and_rung(table: pd.DataFrame) -> list[tuple[int, int]]:
+    """Rank rows by pair as they come, then up the ladder: a rung measured later lies beside the rungs of its pair."""
+    pairs = list(zip(*(table[name] for name in PAIR), strict=True))
+    places = {pair: place for place, pair in enumerate(dict.fromkeys(pairs))}
+    rungs = {families: place for place, families in enumerate(RUNG_OF)}
+    return [(places[pair], rungs[families]) for pair, families in zip(pairs, table["families"], strict=True)]
 
 
 def measure_curves(zoo: Zoo, pairs: dict, images: int, name: str) -> None:
@@ -186,6 +192,7 @@ def measure_curves(zoo: Zoo, pairs: dict, images: int, name: str) -> None:
                         about | {"t": t, "loss": loss, "accuracy": accuracy}
                         for t, loss, accuracy in zip(*(part.tolist() for part in scores), strict=True)
                     ]
+        # After each population, so that an interrupted run loses one.
         write_table(pd.DataFrame(points), HERE / f"{name}_curves.csv", PAIR, digits=5)
         write_table(pd.DataFrame(summaries), HERE / f"{name}_paths.csv", PAIR, digits=5)
 
@@ -204,16 +211,19 @@ def measure_exactness(zoo: Zoo, pairs: dict, name: str) -> None:
             matching = matching_images(zoo, one["dataset"], SEED)
             stored = float64_logits(other, torch.from_numpy(other["weights"]), images)
             with torch.inference_mode():
+                # What a change of logits is judged against: float32 moves them by this much anyway.
                 rounding = float((reconstruct(other)(images).double() - stored).abs().max())
             for rung, families in RUNGS.items():
                 found = rebasin(one, other, families=families, by="both", images=matching, seed=SEED)
                 change = float((float64_logits(other, found.aligned, images) - stored).abs().max())
                 about = {"population": population, "model_a": first, "model_b": second, "rung": rung}
                 records.append(about | {"change": change, "rounding_of_a_float32_forward": rounding})
+    # Three digits, as these are sizes of rounding errors.
     write_table(pd.DataFrame(records), HERE / f"{name}_exactness.csv", [*PAIR, "rung"], digits=3)
 
 
 def float64_logits(row: dict, weights: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
+    # In float32 rounding would hide whether a symmetry is exact.
     model = reconstruct({**row, "weights": weights, "weights_sha256": None}, copy=True).double()
     with torch.inference_mode():
         return model(images.double())
@@ -232,6 +242,7 @@ def draw_ladder(name: str) -> None:
             axis.axhline(stored["barrier"], color="#6b7280", linestyle="--", linewidth=1, label="as stored")
             for number, (way, colour) in enumerate(zip(("weights", "activations", "both"), PALETTE, strict=False)):
                 part = group[group["by"] == way]
+                # Side by side, as intervals of the three ways overlap.
                 places = np.array([list(RUNGS).index(rung) for rung in part.index]) + 0.16 * (number - 1)
                 errors = [part["barrier"] - part["barrier_low"], part["barrier_high"] - part["barrier"]]
                 style = {"fmt": "o-", "ms": 4, "color": colour, "linewidth": 1, "capsize": 2}
@@ -315,6 +326,7 @@ def ladder_table(table: pd.DataFrame, title: str) -> str:
     head = ["symmetries", "by", "barrier", "change of a pair", "pairs that fell"]
     head += ["accuracy barrier", "midpoint accuracy"]
     lines = [header(*head)]
+    # A single pair cannot be resampled, and its interval has no width.
     alone = table["pairs"].iloc[0] == 1
     for rung in table.itertuples():
         stored = rung.rung == "none"
@@ -337,4 +349,4 @@ def curve_table(table: pd.DataFrame) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -19,6 +19,7 @@ from harness import (
     points,
     provenance,
     provenance_text,
+    run_main,
     save_figure,
     write_provenance,
     write_table,
@@ -33,6 +34,7 @@ from vitzoo_hf.zoo import Zoo
 
 HERE = RESULTS / "soup"
 FAMILY = ["parent_id", "head"]
+LEVEL = ["stage", "factor_optimizer", "factor_lr"]
 DESIGNS = {
     "one parent and head, all factors": (FAMILY, METHODS),
     "… and seed": ([*FAMILY, "factor_seed"], METHODS[:2]),
@@ -56,13 +58,13 @@ def main() -> None:
         return
     zoo, start = Zoo(arguments.zoo), time.perf_counter()
     if not arguments.epochs_only:
-        write_table(soups(zoo, arguments.cache), HERE / f"soups_{arguments.name}.csv")
+        write_table(soups(zoo, arguments.cache), HERE / f"soups_{arguments.name}.csv", ["design"])
     averages = average_epochs(zoo)
-    write_table(averages.table, HERE / f"epochs_{arguments.name}.csv")
-    parts = [averages.gains(by) for by in ([], ["stage"], ["stage", "factor_optimizer", "factor_lr"])]
-    write_table(pd.concat(parts), HERE / f"epoch_gains_{arguments.name}.csv")
+    write_table(averages.table, HERE / f"epochs_{arguments.name}.csv", ["run_id"])
+    parts = [averages.gains(by) for by in ([], LEVEL[:1], LEVEL)]
+    write_table(pd.concat(parts), HERE / f"epoch_gains_{arguments.name}.csv", [*LEVEL, "average"])
     record = provenance(zoo) | {"seconds": round(time.perf_counter() - start)}
-    write_provenance(HERE / f"provenance_{arguments.name}.json", record)
+    write_provenance(HERE / f"provenance_{arguments.name}.json", record, merged=True)
     write_readme()
 
 
@@ -139,6 +141,7 @@ def draw_soups(name: str, table: pd.DataFrame) -> None:
         axes = figure.subplots()
         family = table[table["design"] == next(iter(DESIGNS))]
         greedy = family[family["method"] == "greedy"].reset_index()
+        # Positions, which hold for all methods: their groups come in one order.
         order = greedy.sort_values("best_single_test").index
         places = range(len(order))
         for colour, (told, values) in zip(
@@ -154,6 +157,7 @@ def draw_soups(name: str, table: pd.DataFrame) -> None:
             }.items(),
             strict=False,
         ):
+            # A ring, since a greedy soup of one ingredient is the best single model and lies on its mark.
             hollow = told == "best single by selection"
             axes.plot(
                 places,
@@ -175,6 +179,7 @@ def draw_soups(name: str, table: pd.DataFrame) -> None:
 def draw_epochs(name: str, table: pd.DataFrame) -> None:
     table = table[table["stage"] == "finetune"]
     groups = list(table.groupby(["factor_optimizer", "factor_lr"]))
+    # The gain of the last epoch over itself is 0 in every run.
     averages = [average for average in dict.fromkeys(table["average"]) if average != "last epoch"]
     with rc_context(STYLE):
         figure = Figure(figsize=(9, 3.4), layout="constrained")
@@ -228,4 +233,4 @@ def write_readme() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

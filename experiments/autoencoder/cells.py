@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from harness import write_cell
 
 from vitzoo_hf.apply.autoencoder.evaluation import HeldOut, Reconstruction, baselines, reconstructed
 from vitzoo_hf.apply.autoencoder.recipe import AutoencoderRecipe
@@ -94,6 +95,7 @@ class Judge:
         if split not in self._held:
             self._held[split] = HeldOut.of(self.zoo, split, self.device)
         held, recipe = self._held[split], trained.recipe
+        # All that baselines depend on: PCA has as many components as there are latent numbers.
         key = (split, recipe.seed, recipe.sizes, recipe.scaling, recipe.token_width, recipe.dense)
         if key not in self._baselines:
             self._baselines[key] = baselines(held, trained, self.device)
@@ -165,6 +167,7 @@ def measure_cell(
         ZooError: as `train_autoencoder` and `HeldOut.of`; or if the folder holds a cell of another recipe.
     """
     place = folder / cell.name
+    # The folder's name holds neither steps nor scaling: only the recipe tells that it is this very cell.
     if (place / MEASURES).is_file() and load_autoencoder(place).recipe == cell.recipe:
         return read_table(place / MEASURES)
     trained = train_autoencoder(judge.zoo, cell.recipe, place, device=judge.device, on_step=on_step)
@@ -177,11 +180,11 @@ def measure_cell(
             labels = cell.labels | {"split": split, "method": each.name}
             layers += [labels | {"layer": layer, "r2": value} for layer, value in each.layers.items()]
             models.append(pd.DataFrame(each.models).assign(**labels))
-    pd.DataFrame(trained.history).assign(**cell.labels).to_csv(place / HISTORY, index=False)
-    pd.concat(models).to_csv(place / MODELS, index=False)
-    pd.DataFrame(layers).to_csv(place / LAYERS, index=False)
+    write_cell(pd.DataFrame(trained.history).assign(**cell.labels), place / HISTORY)
+    write_cell(pd.concat(models), place / MODELS)
+    write_cell(pd.DataFrame(layers), place / LAYERS)
     table = pd.DataFrame(measures)
-    table.to_csv(place / MEASURES, index=False)
+    write_cell(table, place / MEASURES)  # last: its being there is what says that the cell is finished
     return table
 
 
@@ -193,6 +196,7 @@ def read_table(file: Path) -> pd.DataFrame:
 def _rows(found: Sequence[Reconstruction]) -> Iterator[dict[str, Any]]:
     constant = next(each for each in found if each.name == CONSTANT)
     for each in found:
+        # Signs of a prototype are judged against the constant baseline, and say nothing about baselines.
         failures = "; ".join(each.failures(constant)) if each.name == AUTOENCODER else ""
         yield {"method": each.name} | each.values | {"failures": failures}
 
@@ -219,6 +223,7 @@ def chosen_rates(table: pd.DataFrame) -> dict[str, float]:
         raise ZooError("no learning rate can be chosen: the table has no autoencoder on validation models")
     chosen: dict[str, float] = {}
     for arm, part in judged.groupby("arm"):
+        # A rate tried on one lucky seed must not win over the mean of several, so such seeds are dropped.
         agreements = part.pivot_table(index="seed", columns="lr", values="agreement").dropna()
         if agreements.empty:
             raise ZooError(f"no learning rate can be chosen for {arm}: no seed was trained at all of its rates")

@@ -18,7 +18,16 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import harness
 import pandas as pd
 import torch
-from harness import ZOO_AND_NAME, provenance, save_figure, write_provenance, write_table
+from harness import (
+    ZOO_AND_NAME,
+    cell_files,
+    provenance,
+    run_main,
+    save_figure,
+    write_cell,
+    write_provenance,
+    write_table,
+)
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
@@ -67,8 +76,10 @@ def planned(arguments: argparse.Namespace) -> Iterator[tuple[str, int, Autoencod
 
 def subset(zoo: Zoo, size: int, seed: int) -> Zoo:
     """The zoo with so many of its training runs."""
+    # Sorted, as a set of text has another order in every process.
     runs = sorted(set(zoo.filter(split="train").index["run_id"]))
     order = torch.randperm(len(runs), generator=torch.Generator().manual_seed(seed)).tolist()
+    # The first of one order: small subsets lie in large ones, so that points differ by added runs alone.
     return zoo.filter(run_id=[runs[place] for place in order[:size]])
 
 
@@ -84,13 +95,13 @@ def measure(zoo: Zoo, held: HeldOut, size: int, arm: str, recipe: AutoencoderRec
         about | {"models": name} | reconstructed(models, trained).values
         for name, models in (("held out", held), ("training", seen))
     ]
-    pd.DataFrame(rows).to_csv(file, index=False)
+    write_cell(pd.DataFrame(rows), file)
     told = ", ".join(f"{row['models']} {row['retention']:.3f}" for row in rows)
     print(f"{file.stem}: retention {told}, {time.perf_counter() - start:.0f} s", flush=True)
 
 
 def write(name: str, folder: Path, zoo: Zoo) -> None:
-    table = pd.concat([pd.read_csv(file) for file in sorted(folder.glob("*.csv"))], ignore_index=True)
+    table = pd.concat([pd.read_csv(file) for file in cell_files(folder)], ignore_index=True)
     order = ["arm", "steps", "runs", "seed", "models"]
     write_table(table, HERE / f"{name}_curve.csv", [*order[:-1], "lr"], order=order)
     figure = draw({file.stem.removesuffix("_curve"): pd.read_csv(file) for file in sorted(HERE.glob("*_curve.csv"))})
@@ -109,6 +120,7 @@ def draw(tables: dict[str, pd.DataFrame]) -> Figure:
         axes = figure.subplots(1, 2, sharey=True)
         for number, (name, table) in enumerate(tables.items()):
             table = table[table["arm"] == "S+B"]
+            # Most points have one number of steps; others would mix two effects into the curve over runs.
             by_runs = table[table["steps"] == table["steps"].mode()[0]]
             by_steps = table[table["runs"] == table["runs"].max()]
             for axis, part, column in ((axes[0], by_runs, "runs"), (axes[1], by_steps, "steps")):
@@ -124,4 +136,4 @@ def draw(tables: dict[str, pd.DataFrame]) -> Figure:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -13,6 +13,8 @@ import multiprocessing
 import sys
 import time
 from dataclasses import replace
+from functools import cache
+from io import StringIO
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -20,7 +22,17 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import harness
 import pandas as pd
 import torch
-from harness import RESULTS, ZOO_AND_NAME, merge, provenance, save_figure, write_provenance, write_table
+from harness import (
+    RESULTS,
+    WHOLE,
+    ZOO_AND_NAME,
+    merge,
+    provenance,
+    run_main,
+    save_figure,
+    write_provenance,
+    write_table,
+)
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
@@ -39,7 +51,6 @@ from autoencoder.cells import (
     variants,
 )
 from vitzoo_hf.apply.autoencoder.recipe import ARMS, AutoencoderRecipe
-from vitzoo_hf.format.schema import ZooError
 from vitzoo_hf.report.style import PALETTE, PERCENT, STYLE, heading
 from vitzoo_hf.zoo import Zoo
 
@@ -51,13 +62,15 @@ TOLD_EVERY = 100
 
 def main() -> None:
     arguments = parser().parse_args()
+    zoo = Zoo(arguments.zoo)  # before processes start, each of which takes seconds to say that there is none
     if not arguments.draw_only:
-        jobs = [(cell, arguments.runs) for cell in planned(arguments)]
-        started = (prepare, (arguments.zoo,))
-        with multiprocessing.get_context("spawn").Pool(arguments.processes, *started) as pool:
+        jobs = [(cell, arguments.runs, arguments.zoo) for cell in planned(arguments)]
+        # Not fork: it copies locks of torch's threads, which nothing in the new process ever opens.
+        with multiprocessing.get_context("spawn").Pool(arguments.processes) as pool:
+            # Cells differ in cost by arm: one at a time, so that no process waits for a batch of dear ones.
             for name, seconds in pool.imap_unordered(run, jobs, chunksize=1):
                 print(f"{name}: done after {seconds:.0f} s", flush=True)
-    write(arguments.name, arguments.runs, Zoo(arguments.zoo))
+    write(arguments.name, arguments.runs, zoo)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -83,16 +96,20 @@ def planned(arguments: argparse.Namespace) -> list[Cell]:
     return list(cells(recipe, arguments.arms, arguments.rates, arguments.seeds))
 
 
-def prepare(zoo: Path) -> None:
-    """Each process has a judge of its own, which measures the baselines once."""
-    global judge
+@cache
+def judge_of(zoo: Path) -> Judge:
+    """Make the judge of a process, which measures the baselines once.
+
+    Jobs call this, not the initializer of the pool: a pool starts a process whose initializer fails again, for ever.
+    """
     torch.set_num_threads(1)
-    judge = Judge(population(zoo))
+    return Judge(population(zoo))
 
 
-def run(job: tuple[Cell, Path]) -> tuple[str, float]:
+def run(job: tuple[Cell, Path, Path]) -> tuple[str, float]:
     """Train and measure one cell in one thread."""
-    cell, folder = job
+    cell, folder, zoo = job
+    judge = judge_of(zoo)
     start = time.perf_counter()
 
     def tell(step: int, losses: dict[str, float]) -> None:
@@ -115,9 +132,10 @@ def write(name: str, runs: Path, zoo: Zoo) -> None:
     rates = chosen_rates(table)
     table["chosen"] = (table["variant"] == "") & (table["lr"] == table["arm"].map(rates))
     table = table.sort_values(["variant", "split", "method", "arm", "lr", "seed"])
-    write_table(table[table["variant"] == ""], HERE / f"{name}_arms.csv")
+    # Whole, as these are merged already: a cell of this run may change which rates of the stored ones are chosen.
+    write_table(table[table["variant"] == ""], HERE / f"{name}_arms.csv", WHOLE)
     if (table["variant"] != "").any():
-        write_table(table[table["variant"] != ""], HERE / f"{name}_variants.csv")
+        write_table(table[table["variant"] != ""], HERE / f"{name}_variants.csv", WHOLE)
     history = write_part(gathered(runs, HISTORY), HERE / f"{name}_history.csv", rates)
     models = gathered(runs, MODELS)
     models = write_part(models[reported(models)], HERE / f"{name}_models.csv", rates)
@@ -134,21 +152,18 @@ def write(name: str, runs: Path, zoo: Zoo) -> None:
 
 def merged_measures(name: str, fresh: pd.DataFrame) -> pd.DataFrame:
     """The measures of these cells and of all others that are stored, which may come from another folder of runs."""
-    stored = [read_table(file) for kind in ("arms", "variants") if (file := HERE / f"{name}_{kind}.csv").is_file()]
-    if not stored:
-        return fresh
-    table = pd.concat(stored).drop(columns="chosen")
-    if set(table) != set(fresh):
-        raise ZooError(f"{HERE}: the columns of {name}_arms.csv differ from those of the cells; move the tables away")
-    keys = pd.MultiIndex.from_frame(fresh[CELL])
-    return pd.concat([table[~pd.MultiIndex.from_frame(table[CELL]).isin(keys)], fresh], ignore_index=True)
+    fresh = fresh.assign(chosen=False)  # a column of the stored tables, which `write` fills for all cells together
+    of_arms = fresh["variant"] == ""
+    parts = {"arms": fresh[of_arms], "variants": fresh[~of_arms]}
+    merged = [merge(part, HERE / f"{name}_{kind}.csv", CELL) for kind, part in parts.items()]
+    return read_table(StringIO(pd.concat(merged).to_csv(index=False)))
 
 
 def write_part(table: pd.DataFrame, file: Path, rates: dict[str, float]) -> pd.DataFrame:
     """Merge the rows of the grid's cells into a table, which then holds those at the chosen learning rates."""
     rows = merge(of_grid(table, rates), file, CELL)
     shown = of_grid(rows.assign(lr=pd.to_numeric(rows["lr"])), rates)
-    write_table(rows.loc[shown.index], file)
+    write_table(rows.loc[shown.index], file, WHOLE)
     return read_table(file)
 
 
@@ -211,6 +226,7 @@ def draw_losses(history: pd.DataFrame) -> Figure:
                     values = run_[part] if part in run_ else pd.Series(dtype=float)
                     if values.notna().any():
                         label = part if number == 0 else None
+                        # Parts of the loss have different units, so that only their changes share an axis.
                         axis.plot(run_["step"], values / values.iloc[0], color=PALETTE[position], label=label)
             axis.set(title=arm, xlabel="step", yscale="log")
             axis.legend(fontsize=7)
@@ -218,4 +234,4 @@ def draw_losses(history: pd.DataFrame) -> Figure:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

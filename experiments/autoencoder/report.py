@@ -7,7 +7,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import pandas as pd
-from harness import RESULTS, header, row
+from harness import RESULTS, header, row, run_main
 
 HERE = RESULTS / "autoencoder"
 ARMS = ("S", "B", "S+B", "C+S", "C+B", "C+S+B")
@@ -125,6 +125,7 @@ def population(name: str) -> Iterator[str]:
         yield row(
             arm, f"{part['lr'].iloc[0]:g}", len(part), *(spread(part[key]) for key in MEASURES), f"{failed} cells"
         )
+    # Baselines do not depend on the arm: the rows of one arm and seed stand for all.
     first = test[(test["seed"] == test["seed"].min()) & (test["arm"] == ours["arm"].iloc[0])].set_index("method")
     for method in BASELINES:
         yield row(method, "", "", *(f"{first.loc[method, key]:.3f}" for key in MEASURES), "")
@@ -147,10 +148,12 @@ def verdicts(name: str, ours: pd.DataFrame, baselines: pd.DataFrame) -> Iterator
     if "S" in arms and name == "independent":
         S = arms["S"]
         worst = f"R² {S['r2'].min():.3f} or more (beyond the mean {S['r2_beyond_mean'].min():.3f})"
+        # The claim of the paper has two halves: a high R² that goes with networks that do not work.
         met = bool((S["r2"] >= 0.5).all() and (S["retention"] <= 0.4).all())
         yield told(met, f"structure is not enough: S has {worst}, retention {S['retention'].max():.3f} at most")
     if {"S", "S+B"} <= set(arms) and name == "shared":
         S, SB = arms["S"], arms["S+B"]
+        # In disagreements: from an agreement of 0.9 on, even a large improvement is a small difference.
         removed = 1 - (1 - SB["agreement"]) / (1 - S["agreement"])
         yield told(bool((removed >= 0.15).all()), f"S+B removes {share(removed)} of the disagreements of S, by seed")
         yield told(bool((SB["retention"] >= 0.97).all()), f"S+B: retention {spread(SB['retention'])}")
@@ -166,6 +169,7 @@ def verdicts(name: str, ours: pd.DataFrame, baselines: pd.DataFrame) -> Iterator
         above = bool((SB["agreement"] > constant).all())
         yield told(above, f"S+B: agreement {spread(SB['agreement'])}, of a constant {constant:.3f}")
     if "B" in arms:
+        # Published B alone ends as a constant predictor; a margin, as a constant may win by chance.
         escaped = arms["B"]["agreement"] > baselines.loc["constant best", "agreement"] + 0.05
         state = "escaped the plateau" if escaped.all() else "stayed at what a constant gives"
         yield f"- B alone {state}: agreement {spread(arms['B']['agreement'])}."
@@ -201,6 +205,7 @@ def generated(name: str) -> list[str]:
     ]  # fmt: skip
     columns = ["median_all", "median_kept", "best_kept", "diversity", "nearest_distance"]
     columns += ["median_epoch_1", "median_epoch_5", "shared_errors_with_nearest"]
+    # Methods without an autoencoder have no bandwidth, and would be dropped as missing.
     for (method, bandwidth), part in table.groupby(["method", "bandwidth"], dropna=False):
         width = "" if pd.isna(bandwidth) else f"{bandwidth:g}"
         lines.append(row(method, width, *(spread(part[column]) for column in columns)))
@@ -244,4 +249,4 @@ def share(values: pd.Series) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

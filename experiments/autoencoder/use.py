@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import harness
 import pandas as pd
 import torch
-from harness import ZOO_AND_NAME, provenance, save_figure, write_provenance, write_table
+from harness import ZOO_AND_NAME, provenance, run_main, save_figure, write_provenance, write_table
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
@@ -81,6 +81,7 @@ class Prompts:
         self.selection, self.test = zoo.probes(dataset, "selection"), zoo.probes(dataset)
         self.learned = training_images(zoo, dataset)
         right = self.right(self.training, self.selection)
+        # By selection images: samples around these prompts are judged on test images.
         self.vectors = self.training[right >= right.median()]
         held = torch.stack([torch.from_numpy(row["weights"]) for row in zoo.filter(split="test").rows()])
         self.held_accuracy = self.right(held, self.test)
@@ -121,6 +122,7 @@ class Prompts:
             self.vectors[torch.randint(len(self.vectors), (COUNT,), generator=generator)] for _ in range(2)
         )
         noise = torch.randn(first.shape, generator=generator) * self.training.std(0)
+        # Nearer noise would keep its prompt's accuracy for no merit of its own.
         noise *= self.held_distance / noise.norm(dim=1, keepdim=True)
         for name, drawn in (("prompts", first), ("means of two", (first + second) / 2), ("noise", first + noise)):
             yield {"method": name, "seed": seed} | self.judged(drawn, seed)
@@ -136,10 +138,12 @@ def properties(zoo: Zoo, cells: dict[tuple[str, int], Trained]) -> pd.DataFrame:
             given.append(table_features(f"{arm} by {pool}, seed {seed}", table))
         if arm == "S+B":
             start = untrained_model(trained.tokenizer, trained.recipe, trained.components)
+            # In place: tokenizer, scaling and components stay, so that only what was learnt is taken away.
             trained.model.load_state_dict(start.state_dict())
             for pool in POOLS:
                 table = encode_rows(held, trained, pool=pool).embeddings.set_index("model_id")
                 given.append(table_features(f"untrained by {pool}, seed {seed}", table))
+    # By run: epochs of one run are near copies, and all models of `shared` are one lineage.
     found = predict_properties(held, targets=TARGETS, features=given, splits=["run"], shuffles=5)
     parts = found["features"].str.extract(r"^(?P<features>.*?)(?:, seed (?P<seed>\d+))?$")
     return found.assign(features=parts["features"], seed=parts["seed"])
@@ -164,4 +168,4 @@ def draw(table: pd.DataFrame) -> Figure:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

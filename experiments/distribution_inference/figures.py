@@ -45,6 +45,7 @@ def plot_worlds(table: pd.DataFrame, learners: Mapping[str, str]) -> Figure:
         axes[5].set(title="IRMv1 by weight of its penalty", xlabel="weight", xscale="log")
         for axis in axes:
             axis.axhline(0, color=MUTED, linewidth=0.8)
+            # At chance, 128 targets spread the advantage by 0.17 to either side.
             axis.set_ylim(-0.25, 1.08)
         for axis in axes[::3]:
             axis.set_ylabel("advantage over the prior")
@@ -60,10 +61,12 @@ def plot_worlds(table: pd.DataFrame, learners: Mapping[str, str]) -> Figure:
 
 def chosen(table: pd.DataFrame) -> pd.DataFrame:
     """The row of each cell and access that is best on held-out shadows, with the interval of its advantage."""
+    # By held-out shadows: the best by `value` would be chosen on the targets that are shown.
     rows = table[table["shadow_value"].notna() & ~table["shuffled"].astype(bool)].copy()
     rows["error"] = rows["shadow_value"].where(rows["metric"] == "mae", -rows["shadow_value"])
     rows = rows.loc[rows.groupby(["cell", "access"])["error"].idxmin()]
     errors = rows["metric"] == "mae"
+    # Risks are errors: the lower end of an accuracy is the upper end of its risk.
     worst, least = rows["high"].where(errors, 1 - rows["low"]), rows["low"].where(errors, 1 - rows["high"])
     return rows.assign(advantage_low=1 - worst / rows["prior_risk"], advantage_high=1 - least / rows["prior_risk"])
 
@@ -78,6 +81,7 @@ def _lines(axis: Any, best: pd.DataFrame, places: Mapping[str, float], *, line: 
         rows = rows.assign(place=rows["cell"].map(places)).sort_values("place")
         if rows.empty:
             continue
+        # An interval that does not contain its value gives a negative error, which matplotlib refuses.
         spread = [rows["advantage"] - rows["advantage_low"], rows["advantage_high"] - rows["advantage"]]
         axis.errorbar(
             rows["place"],

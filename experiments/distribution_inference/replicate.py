@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import harness
 import pandas as pd
 import torch
-from harness import RESULTS, provenance_line, save_figure, write_table
+from harness import RESULTS, provenance_line, run_main, save_figure, write_table
 
 from distribution_inference.replication import TIERS, cells_of, criteria, gather, run_replication
 from distribution_inference.replication_plot import plot_replication
@@ -39,14 +39,7 @@ def main() -> None:
     parser.add_argument("--stop-after", type=float, default=float("inf"), help="seconds after which no cell begins")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    try:
-        run(given)
-    except ZooError as error:
-        sys.exit(f"{parser.prog}: {error}")
-    except OSError as error:
-        sys.exit(f"{parser.prog}: {error.filename}: {error.strerror}")
-    except KeyboardInterrupt:
-        sys.exit(f"\n{parser.prog}: interrupted; the same command continues")
+    run(given)
 
 
 def run(given: argparse.Namespace) -> None:
@@ -56,6 +49,7 @@ def run(given: argparse.Namespace) -> None:
     if not chosen:
         raise ZooError(f"the {given.tier} tier has no cell of {', '.join(given.only)}: give --tier standard")
     runs = given.runs or HERE / f"runs-{given.tier}"
+    # Before hours of training, which must not end at a folder that cannot be written.
     make_folder(given.out)
     options = {
         "device": given.device,
@@ -73,6 +67,7 @@ def run(given: argparse.Namespace) -> None:
 def write(table: pd.DataFrame, given: argparse.Namespace, *, whole: bool) -> None:
     """Table and figure under the name of the tier, or as partial ones where cells of it are missing."""
     stem = "replication" if given.tier == "standard" else f"replication_{given.tier}"
+    # A figure of some cells must not pass for that of the tier.
     stem += "" if whole else "_partial"
     write_table(table, given.out / f"{stem}.csv", CELL, digits=5)
     save_figure(plot_replication(table), given.out / f"{stem}.png")
@@ -85,4 +80,4 @@ def write(table: pd.DataFrame, given: argparse.Namespace, *, whole: bool) -> Non
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -104,11 +104,11 @@ class Trained(NamedTuple):
         flipped_error: the same with the sign of the effect turned; NaN but for DMI.
     """
 
-    vectors: Float[Tensor, "M P"]
+    vectors: Float[Tensor, "P D"]
     secrets: Tensor
     diverged: tuple[float, ...]
-    error: Float[Tensor, " M"]
-    flipped_error: Float[Tensor, " M"]
+    error: Float[Tensor, " P"]
+    flipped_error: Float[Tensor, " P"]
 
 
 class Setting(NamedTuple):
@@ -127,6 +127,7 @@ def setting_of(cell: Cell) -> Setting:
     training = Training()
     if cell.experiment == "C":
         rows = int(cell.knob)
+        # 1280 steps are the published 20 epochs at n 2048, in batches of 32.
         return Setting(TEACHER, replace(training, steps=1280) if cell.mended else training, (rows, rows))
     if cell.experiment == "B" and cell.mended:
         return Setting(Widths(TEACHER.inputs, int(cell.knob)), training, (ROWS, ROWS))
@@ -199,6 +200,7 @@ def _train(cell: Cell, setting: Setting, count: int, role: int, device: str | to
     _check(cell, setting, secrets)
     if cell.experiment == "DMI":
         parts = [_train_environments(cell, setting, count, role, label, device) for label in (0, 1)]
+        # In turn, as `even` repeats the classes: row and secret must be of one model.
         vectors = torch.stack([part[0] for part in parts], 1).flatten(0, 1)
         errors = torch.stack([part[1] for part in parts], 1).flatten(0, 1)
     else:
@@ -207,10 +209,12 @@ def _train(cell: Cell, setting: Setting, count: int, role: int, device: str | to
         data = world.draw(scalar, setting.rows[0], generator)
         options: dict[str, Any] = {"seed": _seed(cell, role), "device": device}
         vectors = train_mlps(setting.widths, data.inputs, data.targets, setting.training, **options)
+        # Later draws of the generator that made the training data, and so none of these.
         test = world.draw(scalar, TEST_ROWS, generator)
         errors = torch.stack([_error(vectors, setting.widths, test), torch.full((count,), torch.nan)], 1)
     bad = diverged(vectors)
     shares = () if cell.number else tuple(bad[secrets == label].double().mean().item() for label in (0, 1))
+    # Left out and counted: set to zero, a diverged model would be told by its zeros.
     good = ~bad
     return Trained(vectors[good], secrets[good], shares, errors[good, 0], errors[good, 1])
 
@@ -218,7 +222,7 @@ def _train(cell: Cell, setting: Setting, count: int, role: int, device: str | to
 def _train_environments(
     cell: Cell, setting: Setting, count: int, role: int, label: int, device: str | torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Half of the models, of one class: their weights, and errors `[M, 2]` on new and on flipped data."""
+    """Half of the models, of one class: their weights, and errors `[P, 2]` on new and on flipped data."""
     learner, environments = Learner(cell.learner), 3 + label
     generator = _generator(cell, role, label)
     features = setting.widths.inputs
@@ -228,6 +232,7 @@ def _train_environments(
     vectors = train_mlps(
         setting.widths, data.inputs, data.targets, setting.training, loss=loss, seed=seed, device=device
     )
+    # A multiple of 12 parts equally among three and among four environments.
     test = draw_environments(count // 2, environments, TEST_ROWS // 12 * 12, generator)
     return vectors, torch.stack([_error(vectors, setting.widths, each) for each in (test, flipped(test))], 1)
 
@@ -261,7 +266,7 @@ def _views(trained: Trained, widths: Widths, inputs: Float[Tensor, "1 I Q"]) -> 
     return Views(mlp_outputs(trained.vectors, widths, inputs)[..., None], "real", features, sets)
 
 
-def _error(vectors: Tensor, widths: Widths, samples: Samples) -> Float[Tensor, " M"]:
+def _error(vectors: Tensor, widths: Widths, samples: Samples) -> Float[Tensor, " P"]:
     held = samples.select(widths.inputs)
     return squared_error(mlp_outputs(vectors, widths, held.inputs), held.targets, 0)
 
@@ -272,13 +277,15 @@ def _world(cell: Cell) -> TeacherWorld:
     return TeacherWorld.conditional(ABIS_EPSILON if cell.experiment == "A-bis" else float(cell.knob), cell.world)
 
 
-def _scalars(secrets: Tensor) -> Float[Tensor, " M"]:
+def _scalars(secrets: Tensor) -> Float[Tensor, " P"]:
     return (secrets if secrets.ndim == 1 else secrets[:, 0]).float()
 
 
 def _seed(cell: Cell, role: int, label: int = 0) -> int:
+    # Roles are below 100 and classes below 10, so that no two draws share a seed.
     return 1000 * (cell.world + 1) + 10 * role + label
 
 
 def _generator(cell: Cell, role: int, label: int = 0) -> torch.Generator:
+    # Data must not repeat the stream of initial weights, which starts at the seed itself.
     return torch.Generator().manual_seed(_seed(cell, role, label) + 5)

@@ -25,7 +25,9 @@ from vitzoo_hf.training.world_losses import (
 
 INPUTS, SPREAD = 4, 2.0
 TEACHER = Widths(INPUTS, 32)
+# Published data have 512 examples an environment, three or four: the number alone tells the secret.
 PUBLISHED_ROWS = (1536, 2048)
+# A multiple of 12 parts equally among three and among four environments.
 EQUAL_ROWS = (2040, 2040)
 RISK_SHARE = 0.1
 ANNEALING_STEPS, INVARIANCE_WEIGHT = 512, 10.0
@@ -34,10 +36,10 @@ LEARNERS = ("erm", "causal", "irm", "irm_squared")
 
 @dataclass(frozen=True, eq=False)
 class Samples:
-    """Examples of M data sets, `inputs` `[M, I, n]` and `targets` `[M, n]`."""
+    """Examples of P data sets, one a model: `inputs` `[P, I, n]` and `targets` `[P, n]`."""
 
-    inputs: Float[Tensor, "M I n"]
-    targets: Float[Tensor, "M n"]
+    inputs: Float[Tensor, "P I n"]
+    targets: Float[Tensor, "P n"]
 
     def select(self, features: int) -> "Samples":
         """The same examples with the first inputs alone."""
@@ -49,11 +51,11 @@ class TeacherWorld:
     """Inputs `N(mean, 2²)` in each of four dimensions, labelled by a teacher without noise.
 
     Attributes:
-        teachers: of secret 0 and of secret 1, `[2, P]`; equal where the secret is in the inputs.
+        teachers: of secret 0 and of secret 1, `[2, D]`; equal where the secret is in the inputs.
         shift: the mean of inputs is `shift * (2 s - 1)` for secret s in 0 to 1.
     """
 
-    teachers: Float[Tensor, "2 P"]
+    teachers: Float[Tensor, "2 D"]
     shift: float
 
     @classmethod
@@ -68,10 +70,11 @@ class TeacherWorld:
         first, _ = _teachers(seed)
         return cls(first.expand(2, -1).clone(), 1.0)
 
-    def draw(self, secrets: Float[Tensor, " M"], n: int, generator: torch.Generator) -> Samples:
+    def draw(self, secrets: Float[Tensor, " P"], n: int, generator: torch.Generator) -> Samples:
         """A data set of n examples for each secret."""
         noise = torch.randn(len(secrets), INPUTS, n, generator=generator)
         inputs = SPREAD * noise + self.shift * (2 * secrets - 1)[:, None, None]
+        # A secret that is a number moves the inputs alone: both teachers are one there.
         labels = mlp_outputs(self.teachers[(secrets > 0.5).long()], TEACHER, inputs)
         return Samples(inputs, labels)
 
@@ -89,7 +92,7 @@ def draw_environments(count: int, environments: int, rows: int, generator: torch
     X2 an effect.
 
     Args:
-        count: M.
+        count: number of data sets, P.
         environments: E, from 1 to 4.
         rows: of a data set; a multiple of E.
         generator: of the draws.
@@ -129,7 +132,7 @@ class Learner:
         return Training(lr=1e-2, weight_decay=1e-3, epochs=10)
 
     def loss(self, environments: int, seed: int) -> Callable[[Tensor, Tensor, int], Tensor]:
-        """Of outputs and targets `[M, E * n]`, environment by environment."""
+        """Of outputs and targets `[P, E * n]`, environment by environment."""
         if self.name == "irm":
             generator = torch.Generator().manual_seed(seed)
             return partial(_irm_product_loss, environments=environments, generator=generator)

@@ -149,8 +149,10 @@ def _learners(worlds: pd.DataFrame, learners: Mapping[str, str]) -> str:
         rows = seen[seen["cell"] == cell].set_index("attack")
         if rows.empty:
             continue
+        # Measures of the targets stand in the row of every attack.
         first = rows.iloc[0]
         values = [f"{rows.loc[attack, 'value']:.3f}" for attack in ATTACKS]
         values += [f"{first[each]:.3f}" for each in ("accuracy", "flipped_accuracy", "colour_reliance")]
         lines.append("| " + " | ".join([name, *values, str(int(first["diverged"]))]) + " |")
+    # 0.087 = 1.96 · sqrt(0.25 / 128).
     return "\n".join(lines) + "\n\nAccuracy of attacks at chance: 0.5, 95 % of draws within 0.087 at 128 targets.\n"

@@ -17,7 +17,17 @@ from typing import Any, NamedTuple
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import pandas as pd
-from harness import RESULTS, WORLDS, parser, provenance, write_provenance, write_table
+from harness import (
+    RESULTS,
+    WORLDS,
+    cell_files,
+    parser,
+    provenance,
+    run_main,
+    write_cell,
+    write_provenance,
+    write_table,
+)
 from sklearn.metrics import roc_curve
 
 from vitzoo_hf.apply.distribution_inference.membership import membership_attack
@@ -68,6 +78,7 @@ class Cell(NamedTuple):
 
 def cells() -> Iterator[Cell]:
     yield Cell("null", "nominal")
+    # Controls: an attack that beats chance on these reads the harness and not a model.
     yield Cell("null", "nominal", shuffled=True)
     for kind in ("scratch", "finetuned", "own_heads", "few_images", "resampled"):
         yield Cell(f"label_ratio_{kind}", "label_ratio")
@@ -76,12 +87,14 @@ def cells() -> Iterator[Cell]:
         yield Cell(f"label_ratio_{kind}", "label_ratio", shadows=f"label_ratio_{OTHER[kind]}")
     yield Cell("colour_agreement", "colour_agreement")
     for learner in (*LEARNERS, *CONTROLS):
+        # Early stopping takes as many steps as the loss asks for, which the guard refuses by default.
         yield Cell(f"dmi_{learner}", "last_environment", unequal=learner == "early_stop")
     for rate in (0.02, 0.05, 0.1, 0.2):
         yield Cell("s1_region_rule", "flip_rate", {"factor_flip_rate": [0.0, rate]})
     for level in (0.0, 0.25, 0.35, 0.45):
         yield Cell("s1_bis_early_stop", "flip_rate", {"factor_stop_loss": level}, unequal=level > 0)
     for kind in ("uncontrolled", "equal_steps", "equalised"):
+        # The side channel is the very difference that the guard refuses.
         yield Cell(f"sc_{kind}", "num_images", unequal=kind != "equalised")
     for capacity in ("linear", "narrow", "depth1", "full"):
         yield Cell(f"s2_{capacity}", "group_ratio")
@@ -104,6 +117,7 @@ def main() -> None:
         if not file_of(cell, arguments.folder).is_file():
             measure(cell, arguments.folder, arguments.workers)
             made += 1
+            # At most: finished cells that follow are counted, and cost nothing.
             left = (time.perf_counter() - start) / made * (len(planned) - number - 1)
             print(f"{cell.name}: done; at most {left / 60:.0f} minutes left", flush=True)
     write(arguments.folder, arguments.folder if arguments.smoke else HERE)
@@ -118,6 +132,7 @@ def measure(cell: Cell, folder: Path, workers: int) -> None:
     shadows = zoo_of(cell.shadows, folder, workers) if cell.shadows else None
     game: dict[str, Any] = {"shadows": shadows, "unequal": cell.unequal, "shuffled": cell.shuffled}
     game["cache"] = folder / "outputs"
+    # Shadows of another architecture have weights of another layout.
     seen = "probabilities" if cell.shadows else "weights"
     flat = cell.blueprint.startswith("label_ratio") and not (cell.shadows or cell.shuffled)
     names = [*BY_DEFAULT, "flat_mlp"] if flat else None
@@ -127,13 +142,13 @@ def measure(cell: Cell, folder: Path, workers: int) -> None:
     about |= {"knowledge": "other architecture" if cell.shadows else "same architecture"}
     about |= {name: reports[0].facts[name] for name in ("targets", "shadows", "prior_risk")}
     about |= {"diverged": diverged(cell, targets)} | facts(targets.filter(factor_role="target"))
-    reports[0].guesses.to_csv(folder / "guesses" / f"{cell.name}.csv", index=False)
+    write_cell(reports[0].guesses, folder / "guesses" / f"{cell.name}.csv")
     tables = [with_r2(report) for report in reports]
     if cell.name in MEMBERSHIP:
         for held_out in (False, True):
             tables.append(membership_attack(targets, cell.secret, held_out=held_out).assign(access="membership"))
-    table = pd.concat(tables)
-    table.assign(**about).to_csv(file_of(cell, folder), index=False)
+    # Last, as this file is what says that the cell is finished.
+    write_cell(pd.concat(tables).assign(**about), file_of(cell, folder))
 
 
 def with_r2(report: Report) -> pd.DataFrame:
@@ -180,8 +195,7 @@ def zoo_of(blueprint: str, folder: Path, workers: int) -> Zoo:
 
 def write(folder: Path, out: Path) -> None:
     """Merge the finished cells of a folder into the tables of results."""
-    files = sorted((folder / "cells").glob("*.csv"))
-    table = pd.concat([read(file) for file in files], ignore_index=True)
+    table = pd.concat([read(file) for file in cell_files(folder / "cells")], ignore_index=True)
     worlds = out / "worlds.csv"
     write_table(with_all_columns(table, worlds), worlds, ["cell"])
     curves = roc(table, folder)
@@ -220,4 +234,4 @@ def roc(table: pd.DataFrame, folder: Path) -> pd.DataFrame:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import pandas as pd
 import torch
-from harness import WORLDS, parser, provenance_line, write_table
+from harness import WORLDS, parser, provenance_line, run_main, write_table
 
 from distribution_inference.world_cells import HERE, zoo_of
 from vitzoo_hf.apply.distribution_inference.metrics import nested_interval
@@ -44,6 +44,7 @@ def main() -> None:
                 told = {name: chosen[name] for name in ("value", "low", "high")}
                 rows.append({"cell": cell, "draw": str(draw), "attack": chosen.name} | told)
                 bar.update()
+            # Draws are the outer level: targets of one draw share its pool and are not independent.
             mean, low, high = nested_interval(torch.stack(hits)[:, None])
             rows.append({"cell": cell, "draw": "all", "attack": "", "value": mean, "low": low, "high": high})
     table = pd.DataFrame(rows).assign(provenance=provenance_line())
@@ -58,6 +59,7 @@ def drawn(cell: str, draw: int, folder: Path, workers: int) -> Zoo:
     place = folder / "draws" / f"{cell}-{draw}"
     if not (place / "zoo.json").is_file():
         text = (BLUEPRINTS / "distribution_inference" / f"{cell}.yaml").read_text(encoding="utf-8")
+        # A blueprint in other words would pass unchanged, and be the first draw again.
         assert text.count("world: two-colour") == 1
         blueprint = Blueprint.parse(text.replace("world: two-colour", f"world: two-colour, split_seed: {draw}"))
         launch(blueprint, folder / "runs" / f"{cell}-draw{draw}", workers=workers, progress=False)
@@ -72,4 +74,4 @@ def hits_of(report: Report, attack: str) -> torch.Tensor:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

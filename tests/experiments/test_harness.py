@@ -1,7 +1,10 @@
 """A run of one cell replaces its own rows of a table; provenance, Markdown and splicing."""
 
+import ast
+import importlib
 import itertools
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import harness
@@ -12,6 +15,7 @@ from places import REPOSITORY
 
 from vitzoo_hf.format.schema import ZooError
 
+EXPERIMENTS = REPOSITORY / "experiments"
 KEYS = ("cell", "knob")
 
 
@@ -154,3 +158,128 @@ def test_splicing_replaces_between_marks_or_refuses(tmp_path):
         with pytest.raises(ZooError, match="holds"):
             harness.splice(file, start, end, "newer")
     assert file.read_text() == "before <mark>\nnew\n\nafter"
+
+
+@pytest.mark.parametrize(
+    ("fault", "line"),
+    [
+        (ZooError("no such zoo"), "soup.py: no such zoo"),
+        (PermissionError(13, "Permission denied", "out"), "soup.py: out: Permission denied"),
+        (OSError("broken"), "soup.py: broken"),
+        (KeyboardInterrupt(), "\nsoup.py: interrupted"),
+    ],
+)
+def test_a_fault_of_the_caller_is_told_without_a_traceback(
+    fault: BaseException, line: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def main() -> None:
+        raise fault
+
+    monkeypatch.setattr(sys, "argv", ["experiments/soup.py"])
+    with pytest.raises(SystemExit, match=f"^{line}$"):
+        harness.run_main(main)
+
+
+def test_a_fault_of_the_code_keeps_its_traceback() -> None:
+    def main() -> None:
+        raise KeyError("column")
+
+    with pytest.raises(KeyError):
+        harness.run_main(main)
+
+
+def calls(tree: ast.AST) -> Iterator[tuple[str, list[str]]]:
+    """Give the name of each function or method that a source calls, and the source of its positional arguments."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            name = node.func.attr if isinstance(node.func, ast.Attribute) else ast.unparse(node.func)
+            yield name, [ast.unparse(argument) for argument in node.args]
+
+
+REPLACED = {
+    "arithmetic.py": ["landscape(zoo, tuned, arguments.name)"],  # one plane, one cell
+    "rebasin.py": ["medians"],  # of all merged pairs
+    "distribution_inference/report.py": ["table"],  # verdicts on all merged tables
+    "autoencoder/grid.py": [  # merged before: which cells are chosen depends on all of them
+        "rows.loc[shown.index]",
+        "table[table['variant'] != '']",
+        "table[table['variant'] == '']",
+    ],
+}
+"""Script -> the tables that it writes whole, in the order of their names."""
+STUDIES = sorted(file for file in EXPERIMENTS.rglob("*.py") if file.name != "harness.py")
+
+
+@pytest.mark.parametrize("file", STUDIES, ids=lambda file: str(file.relative_to(EXPERIMENTS)))
+def test_experiments_write_tables_through_the_harness_and_merge_them_by_cell(file):
+    whole = []
+    for name, arguments in calls(ast.parse(file.read_text(encoding="utf-8"))):
+        assert name not in {"to_parquet", "to_excel", "savetxt"}, "tables are written by the harness"
+        assert name != "to_csv" or not arguments, "to a file only by write_table and write_cell of the harness"
+        if name == "write_table" and "WHOLE" in arguments:
+            whole.append(arguments[0])
+    assert sorted(whole) == REPLACED.get(str(file.relative_to(EXPERIMENTS)), [])
+
+
+def test_a_table_cannot_be_written_without_saying_what_tells_its_cells_apart(whole, tmp_path):
+    with pytest.raises(TypeError, match="keys"):
+        harness.write_table(whole, tmp_path / "table.csv")
+    file = tmp_path / "table.csv"
+    for part in (whole, whole.iloc[:2]):
+        harness.write_table(part, file, harness.WHOLE)
+    assert len(pd.read_csv(file)) == 2
+
+
+TABLES = {
+    "soup/soups_*": ["design"],
+    "soup/epochs_*": ["run_id"],
+    "soup/epoch_gains_*": ["stage", "factor_optimizer", "factor_lr", "average"],
+    "arithmetic/additions_*": ["one", "two"],
+    "arithmetic/extensions_*": ["run_id"],
+    "arithmetic/negations_*": ["child"],
+    "lineage/????": ["zoo", "case"],
+    "lineage/*_missing_parents": ["zoo", "rule", "case"],
+    "lineage/*_wrong_edges": ["zoo", "method"],
+    "properties/*": ["target", "rows", "features", "model", "split"],
+    "desk/index": ["model_id"],
+    "desk/evaluations": ["model_id"],
+}
+
+
+@pytest.mark.parametrize("pattern", TABLES)
+def test_committed_tables_take_a_run_of_any_cell_at_its_place(pattern, tmp_path):
+    """A run of one cell changes no byte outside it, so that the keys of each experiment tell its own tables apart."""
+    keys = TABLES[pattern]
+    files = list((REPOSITORY / "results").glob(f"{pattern}.csv"))
+    assert files
+    for file in files:
+        table = pd.read_csv(file, dtype=str, keep_default_na=False)
+        cells = list(table.groupby(keys, sort=False))
+        assert len(cells) > 1 or len(table) == 1
+        copy = tmp_path / file.name
+        copy.write_bytes(file.read_bytes())
+        for _, cell in (cells[0], cells[len(cells) // 2], cells[-1]):
+            harness.write_table(cell, copy, keys)
+            assert copy.read_bytes() == file.read_bytes(), file
+
+
+def test_a_rung_measured_later_lies_beside_the_others_of_its_pair(tmp_path):
+    """Rungs of `rebasin` merge by the harness: the table of all rungs comes out whichever is measured last."""
+    rebasin = importlib.import_module("rebasin")
+    stored = REPOSITORY / "results" / "rebasin" / "desk_barriers.csv"
+    table = pd.read_csv(stored, dtype=str, keep_default_na=False)
+    keys, file = [*rebasin.PAIR, "families"], tmp_path / "barriers.csv"
+    later = table["families"] == "mlp"
+    assert later.any()
+    for part in (table[~later], table[later]):
+        harness.write_table(part, file, keys, order=rebasin.by_pair_and_rung)
+    assert file.read_bytes() == stored.read_bytes()
+
+
+def test_what_a_killed_process_had_begun_is_no_finished_cell(tmp_path):
+    harness.write_cell(pd.DataFrame({"value": [1 / 3]}), tmp_path / "b.csv")
+    harness.write_cell(pd.DataFrame({"value": [1 / 3]}), tmp_path / "a.csv", digits=2)
+    (tmp_path / ".tmp-x.csv").write_text("val")
+    assert [file.name for file in harness.cell_files(tmp_path)] == ["a.csv", "b.csv"]
+    assert pd.read_csv(tmp_path / "b.csv")["value"][0] == 1 / 3
+    assert (tmp_path / "a.csv").read_text() == "value\n0.33\n"

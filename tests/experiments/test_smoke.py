@@ -1,10 +1,12 @@
-"""Every benchmark and every experiment runs to its end in its smallest size, and writes nothing but its results."""
+"""Every benchmark and experiment runs to its end in its smallest size, writes only its results, and tells faults."""
 
+import ast
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import CodeType
 from typing import NamedTuple
 
 import pytest
@@ -168,3 +170,48 @@ def test_script_runs_in_its_smallest_size(
     else:
         changed = {name for name, content in state(repository).items() if before.get(name) != content}
         assert {name.split("/")[0] for name in changed} <= {RESULTS, "README.md"}
+
+
+STUDIES = [script for script in scripts() if script.startswith(EXPERIMENTS)]
+OF_ZOOS = [script for script in STUDIES if {"GRID", "NOISY"} & set(SMOKES[script].arguments.split())]
+
+
+def with_fault(script: Path, fault: str) -> CodeType:
+    """Compile a script whose `main` does nothing but raise."""
+    tree = ast.parse(script.read_text(encoding="utf-8"))
+    (main,) = (part for part in tree.body if isinstance(part, ast.FunctionDef) and part.name == "main")
+    main.body = ast.parse(fault).body
+    return compile(tree, str(script), "exec")
+
+
+def run_as_script(code: CodeType, script: Path, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> str:
+    """Run a script in this process, which has the libraries loaded, and give the line with which it exits."""
+    monkeypatch.setattr(sys, "argv", [str(script), *arguments])
+    with pytest.raises(SystemExit) as ended:
+        exec(code, {"__name__": "__main__", "__file__": str(script)})
+    # Python prints a text that is no number to stderr and exits with status 1
+    assert isinstance(ended.value.code, str)
+    return ended.value.code
+
+
+@pytest.mark.parametrize("script", STUDIES)
+def test_every_experiment_ends_in_one_line_at_a_fault(script: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = REPOSITORY / script
+    code = with_fault(file, "from vitzoo_hf.format.schema import ZooError\nraise ZooError('no such zoo')")
+    assert run_as_script(code, file, [], monkeypatch) == f"{file.name}: no such zoo"
+
+
+@pytest.mark.parametrize("script", OF_ZOOS)
+def test_every_experiment_of_a_zoo_refuses_a_folder_that_is_none(
+    script: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    file, absent = REPOSITORY / script, tmp_path / "absent"
+    places = {"GRID": str(absent), "NOISY": str(absent), "grid": "absent", "noisy": "absent"}
+    arguments = [places.get(word, word.replace("OUT", str(tmp_path))) for word in SMOKES[script].arguments.split()]
+    code = compile(file.read_text(encoding="utf-8"), str(file), "exec")
+    line = run_as_script(code, file, arguments, monkeypatch)
+    assert line.startswith(f"{file.name}: ")
+    assert str(absent) in line
+    assert "\n" not in line
+    assert not list((REPOSITORY / "results").rglob("*absent*"))
+    assert not list(tmp_path.iterdir())
