@@ -98,6 +98,7 @@ def _spaces(pairs: pd.DataFrame, index: pd.DataFrame) -> list[Space]:
 
 
 def _explained(measure: str, rows: pd.DataFrame, inner: Float64[np.ndarray, "M M"]) -> list[dict[str, object]]:
+    # a fixed seed: the same zoo gives the same p-values
     rng = np.random.default_rng(0)
     rows = rows if "parent_id" in rows else rows.assign(parent_id=None)
     factors = levels_and_parent(rows)
@@ -112,6 +113,7 @@ def _explained(measure: str, rows: pd.DataFrame, inner: Float64[np.ndarray, "M M
     for name, own in codes.items():
         shuffled, unit = _exchanged(rows, name, own, PERMUTATIONS, rng)
         shares = one_way_shares(inner, np.concatenate([own[None], shuffled]))
+        # without factors that group the models alike: they would explain the whole share again
         others = [codes[key] for key, level in factors.items() if not same_groups(level, factors[name])]
         rest = float(additive_shares(inner, additive_basis(np.stack(others)), order)[0]) if others else 0.0
         levels = int(factors[name].nunique())
@@ -152,6 +154,7 @@ def separation_table(pairs: pd.DataFrame, index: pd.DataFrame) -> pd.DataFrame:
     """
     found = []
     for space in spaces_of(pairs, index):
+        # seeded anew for each space, so that its figures do not depend on which other spaces there are
         rng = np.random.default_rng(0)
         for name, level in levels_and_parent(space.rows).items():
             codes = level.cat.codes.to_numpy(np.int64)

@@ -61,6 +61,7 @@ def varying_factors(table: pd.DataFrame) -> dict[str, pd.Series]:
     if "parent_id" in table:
         columns.setdefault("parent", table["parent_id"].map(run_of, na_action="ignore"))
     found: dict[str, pd.Series] = {}
+    # declared factors first: `head`, `dataset` and `parent` are compared with them
     for name in sorted(columns, key=lambda name: name not in declared):
         level = levels_of(columns[name])
         repeats = name not in declared and any(same_groups(level, other) for other in found.values())

@@ -239,6 +239,7 @@ def layer_matrix(layers: pd.DataFrame) -> Figure:
         raise NothingToDrawError("table 'layers': no pair of blocks has a CKA")
     wide = layers.pivot(index=["model_a", "block_a"], columns=["model_b", "block_b"], values="cka")
     order = list(layers[["model_a", "block_a"]].drop_duplicates().itertuples(index=False, name=None))
+    # pivot sorts by name; blocks go in the order of the table
     matrix = wide.reindex(index=order, columns=order).to_numpy(float)
     figure = Figure(figsize=(8.2, 6.6), layout="constrained")
     axes = figure.subplots()
