@@ -3,7 +3,7 @@
 import hashlib
 import io
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,7 @@ class OnDemandImages:
 
     def signature(self) -> bytes:
         """Changes with the number and the sizes of the encoded images."""
+        # sizes alone: hashing every byte would read a set that is too large for memory
         sizes = pc.fill_null(pc.binary_length(pc.struct_field(self._files, "bytes")), -1)
         return hashlib.sha256(np.asarray(sizes.combine_chunks()).astype("<i8").tobytes()).digest()
 
@@ -93,7 +94,7 @@ class OnDemandImages:
         pixels = self._read(position, lambda encoded: np.asarray(self._in_mode(_decoded(encoded))))
         return np.atleast_3d(pixels)
 
-    def _gather(self, function: Callable[..., Any], arguments: list[tuple[Any, ...]]) -> Tensor:
+    def _gather(self, function: Callable[..., Tensor], arguments: Sequence[tuple[object, ...]]) -> Tensor:
         size = self.spec.size
         gathered = torch.empty(len(arguments), self.channels, size, size, dtype=torch.uint8)
         images = mapped_ahead(
@@ -115,6 +116,7 @@ class OnDemandImages:
         size = self.spec.size
         image, scale = _reduced(encoded, min(box[2] - box[0], box[3] - box[1]) / (DETAIL * size))
         left, top, right, bottom = (value * scale for value in box)
+        # a draft rounds its size, so that a scaled box may reach past the edge
         inside = (left, top, min(right, image.width), min(bottom, image.height))
         return self._in_mode(image).resize((size, size), FILTERS[self.spec.interpolation], inside)
 
@@ -156,6 +158,7 @@ def _decoded(encoded: Encoded) -> Image.Image:
     """As `datasets` decodes it, turned upright."""
     import datasets
 
+    # `datasets` itself, so that pixels are those of `load_dataset`
     return datasets.Image().decode_example({"bytes": encoded, "path": None})
 
 
@@ -174,6 +177,7 @@ def _reduced(encoded: Encoded, factor: float) -> tuple[Image.Image, float]:
     if factor >= 2:
         image = _opened(encoded)
         width, height = image.size
+        # a draft of an image that is turned would need its box turned too
         if image.format == "JPEG" and _orientation(image) == 1:
             drafted = image.draft(image.mode, (int(width / factor), int(height / factor)))
             return image, (drafted[1][2] / width if drafted else 1.0)

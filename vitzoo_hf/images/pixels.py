@@ -89,6 +89,7 @@ class SmallImages:
 def _digest(images: Tensor) -> bytes:
     """Hash shape and pixels, without another copy of them."""
     sha = hashlib.sha256(f"{tuple(images.shape)}".encode())
+    # in parts: only one part at a time is handled beside the images
     for part in images.contiguous().flatten(1).split(1024):
         sha.update(part.numpy().data)
     return sha.digest()
@@ -142,6 +143,7 @@ def _small(images: OnDemandImages, spec: ImagesSpec) -> SmallImages | None:
     """All images at their own size, if all have the same, no larger than the prepared one, and memory has room."""
     if len(images) == 0:
         return None
+    # about 64 headers rule out most sets of mixed sizes before anything is decoded
     sample = torch.arange(len(images))[:: max(len(images) // 64, 1)]
     height, width = images.sizes(sample[:1])[0].tolist()
     shape = (len(images), images.channels, height, width)
@@ -152,7 +154,9 @@ def _small(images: OnDemandImages, spec: ImagesSpec) -> SmallImages | None:
     threads = images.num_threads
     originals = mapped_ahead(images.original, range(len(images)), threads=threads, ahead=2 * threads)
     for position, image in enumerate(originals):
+        # the sample may have missed the one image of another size
         if image.shape[:2] != (height, width):
             return None
+        # a copy: arrays of Pillow are read-only, which torch warns about
         pixels[position] = torch.from_numpy(image.copy()).permute(2, 0, 1)
     return SmallImages(pixels, spec)

@@ -77,6 +77,7 @@ def make_plan(blueprint: Blueprint, *, workers: int | None = None, device: str =
         notes = [str(error)]
     else:
         total, notes = _estimate(prepared, images, device)
+        # more workers than runs would be idle
         seconds = total / min(count, len(blueprint.runs))
     return Plan(
         name=blueprint.name,
@@ -85,6 +86,7 @@ def make_plan(blueprint: Blueprint, *, workers: int | None = None, device: str =
         stages=dict(Counter(run.stage for run in blueprint.runs)),
         splits={split: sum(run.split == split for run in blueprint.runs) for split in SPLITS},
         parameters=(min(sizes.values()), max(sizes.values())),
+        # four bytes a float32 weight
         disk_bytes=sum(4 * sizes[run.run_id] * len(run.keep_epochs) for run in blueprint.runs),
         workers=count,
         device=device,
@@ -136,6 +138,7 @@ def _timing_images(prepared: PreparedBlueprint, name: str) -> TimingImages:
     except ZooError:
         if spec.classes is None or spec.count is None:
             raise
+    # a step costs the same whatever the pixels show; only shape and dtype matter
     generator = torch.Generator().manual_seed(0)
     side, channels = max(spec.resize or 0, spec.size), spec.channels or 3
     shape = (STAND_IN_IMAGES, channels, side, side)
@@ -156,9 +159,12 @@ def _seconds_per_image(prepared: PreparedBlueprint, run: Run, images: ImageSet, 
     torch.set_num_threads(1)  # as workers train
     try:
         size = min(run.recipe.batch_size, len(trainer.labels))
+        # a large model may take minutes for a full batch: estimate from a few images first
         probed = min(PROBED_IMAGES, size)
+        # the second step: the first one also allocates
         expected = _times(trainer, probed, 2)[-1] * size / probed * (WARMUP_STEPS + TIMED_STEPS)
         if expected > PATIENCE:
+            # full batches would keep the user waiting longer than PATIENCE seconds
             return median(_times(trainer, probed, 2)) / probed
         return median(_times(trainer, size, WARMUP_STEPS + TIMED_STEPS)[WARMUP_STEPS:]) / size
     finally:

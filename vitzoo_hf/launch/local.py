@@ -85,6 +85,7 @@ def launch(
 
         usable_device(device)
     with exclusive(folder) as folder:
+        # under the lock no other process writes here, so these are of a process that died
         for leftover in folder.glob("*/.tmp-*"):
             leftover.unlink(missing_ok=True)
         summary = Summary()
@@ -106,6 +107,7 @@ def default_stack(blueprint: Blueprint, device: str, workers: int) -> int:
 
     if not stackable(blueprint):
         return 1
+    # all workers share the memory of one device
     free, _ = torch.cuda.mem_get_info(device)
     largest = max(memory_of(blueprint, run) for run in blueprint.runs)
     return max(1, min(MOST_STACKED, int(MEMORY_SHARE * free / workers / largest)))
@@ -159,6 +161,7 @@ class _Pool:
                 busy = [worker for worker in self.workers if worker.runs]
                 if not busy:
                     break
+                # the sentinel too: a worker that dies sends nothing
                 ready = set(wait([end for worker in busy for end in (worker.connection, worker.process.sentinel)]))
                 for worker in busy:
                     if worker.connection in ready:

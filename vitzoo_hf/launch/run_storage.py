@@ -52,6 +52,7 @@ class RunStorage:
         # every machine would take a relative path from a directory of its own
         if (not separator or scheme in ("file", "local")) and not Path(path).is_absolute():
             raise ZooError(f"storage {url!r} is neither a URL nor an absolute path: give s3://…, file:///… or /…")
+        # fsspec reads these characters as patterns of many files
         if set(url) & set("*?["):
             raise ZooError(f"storage {url!r} has one of *, ? and [: choose a name without them")
         try:
@@ -153,9 +154,11 @@ class RunStorage:
         """
         place = folder / run_id
         records = sorted(place.glob("epoch-*.json"))
+        # weights before record: an upload cut short leaves no record that names missing weights
         epochs = [file for record in records for file in (record.with_suffix(".safetensors"), record)]
         for file in (place / "run.json", place / "images.json", *epochs, place / "diverged.json", place / RESUME):
             if file.is_file() and self._stored.get(file) != _state(file):
+                # read before the upload, so that a file that changes meanwhile is uploaded again
                 state = _state(file)
                 self._put(file, f"{run_id}/{file.name}")
                 self._stored[file] = state
@@ -168,6 +171,7 @@ class RunStorage:
     def _sizes(self, below: str) -> dict[str, int]:
         """Sizes of all files below a folder of the storage, by their path in it."""
         with self._explained("read", self.url):
+            # other machines write here meanwhile, and fsspec backends remember listings
             self.fs.invalidate_cache()
             try:
                 entries: Mapping[str, Any] = self.fs.find(f"{self.root}/{below}".rstrip("/"), detail=True)
@@ -199,11 +203,13 @@ class RunStorage:
         if not (record.is_file() and record.read_bytes() == text and weights.is_file()) or (
             weights.stat().st_size != size
         ):
+            # weights first: a record must never name weights that are not there
             write_atomically(weights, lambda file: self._get(f"{self.root}/{run_id}/{weights.name}", file))
             write_atomically(record, lambda file: file.write_bytes(text))
             try:
-                RunFolder(place).load_epoch(_epoch(name))
+                RunFolder(place).load_epoch(_epoch(name))  # compares the hash of the record
             except ZooError:
+                # damaged in storage: without the epoch here, training makes it again
                 record.unlink()
                 weights.unlink()
                 return
@@ -268,4 +274,5 @@ def _parsed(text: bytes) -> dict[str, Any] | None:
 
 def _state(file: Path) -> tuple[int, int]:
     status = file.stat()
+    # a checkpoint that is replaced may have the size of the old one: the time tells them apart
     return status.st_size, status.st_mtime_ns

@@ -75,17 +75,17 @@ def variance_table(models: pd.DataFrame, index: pd.DataFrame, pairs: pd.DataFram
     Raises:
         NothingToDrawError: if nothing varies among the models.
     """
-    found: list[dict[str, object]] = []
+    records: list[dict[str, object]] = []
     for value in VALUES:
         if value in models and models[value].notna().any():
             rows = final_models(models, value)
             values = rows[value].to_numpy(float)
-            found += _explained(value, rows, gower_centred((values[:, None] - values) ** 2))
+            records += _explained(value, rows, gower_centred((values[:, None] - values) ** 2))
     for space in _spaces(pairs, index):
-        found += _explained(space.metric, space.rows, gower_centred(space.squared))
-    if not found:
+        records += _explained(space.metric, space.rows, gower_centred(space.squared))
+    if not records:
         raise NothingToDrawError("no factor varies among the final models")
-    table = pd.DataFrame(found, columns=VARIANCE).astype({"levels": "Int64"})
+    table = pd.DataFrame(records, columns=VARIANCE).astype({"levels": "Int64"})
     measure, last = pd.factorize(table["measure"])[0], table["factor"] == ALL_FACTORS
     return table.iloc[np.lexsort((-table["share"], last, measure))].reset_index(drop=True)
 
@@ -98,6 +98,7 @@ def _spaces(pairs: pd.DataFrame, index: pd.DataFrame) -> list[Space]:
 
 
 def _explained(measure: str, rows: pd.DataFrame, inner: Float64[np.ndarray, "M M"]) -> list[dict[str, object]]:
+    # a fixed seed: the same zoo gives the same p-values
     rng = np.random.default_rng(0)
     rows = rows if "parent_id" in rows else rows.assign(parent_id=None)
     factors = levels_and_parent(rows)
@@ -108,22 +109,23 @@ def _explained(measure: str, rows: pd.DataFrame, inner: Float64[np.ndarray, "M M
     whole = additive_basis(np.stack(list(codes.values())))
     joint = float(additive_shares(inner, whole, order)[0])
     about = {"measure": measure, "models": len(rows)}
-    found = []
+    records = []
     for name, own in codes.items():
         shuffled, unit = _exchanged(rows, name, own, PERMUTATIONS, rng)
         shares = one_way_shares(inner, np.concatenate([own[None], shuffled]))
+        # without factors that group the models alike: they would explain the whole share again
         others = [codes[key] for key, level in factors.items() if not same_groups(level, factors[name])]
         rest = float(additive_shares(inner, additive_basis(np.stack(others)), order)[0]) if others else 0.0
         levels = int(factors[name].nunique())
         row = {"factor": name, "levels": levels, "degrees": levels - 1, "share": shares[0], "unique": joint - rest}
         row |= {"chance": shares[1:].mean(), "p": p_value(float(shares[0]), shares[1:])}
-        found.append(about | row | {"least_p": least_p_value(own, shuffled), "permuted": unit})
+        records.append(about | row | {"least_p": least_p_value(own, shuffled), "permuted": unit})
     orders = np.stack([rng.permutation(len(rows)) for _ in range(PERMUTATIONS)])
     shares = additive_shares(inner, whole, orders)
     least = 1.0 if whole.shape[1] == len(rows) - 1 else 1 / (1 + PERMUTATIONS)  # it fits whatever the order
     row = {"factor": ALL_FACTORS, "degrees": whole.shape[1], "share": joint, "chance": shares.mean()}
     row |= {"p": p_value(joint, shares), "least_p": least, "permuted": "models"}
-    return [*found, about | row]
+    return [*records, about | row]
 
 
 def _exchanged(
@@ -150,8 +152,9 @@ def separation_table(pairs: pd.DataFrame, index: pd.DataFrame) -> pd.DataFrame:
     Raises:
         NothingToDrawError: if no factor varies among models with all their distances.
     """
-    found = []
+    records = []
     for space in spaces_of(pairs, index):
+        # seeded anew for each space, so that its figures do not depend on which other spaces there are
         rng = np.random.default_rng(0)
         for name, level in levels_and_parent(space.rows).items():
             codes = level.cat.codes.to_numpy(np.int64)
@@ -161,10 +164,10 @@ def separation_table(pairs: pd.DataFrame, index: pd.DataFrame) -> pd.DataFrame:
             row = {"space": space.metric, "factor": name, "levels": level.nunique(), "silhouette": own}
             row |= {"chance": chance.mean(), "p": p_value(own, chance), "least_p": least_p_value(codes, shuffled)}
             row |= {"chance_5": np.quantile(chance, 0.05), "chance_95": np.quantile(chance, 0.95)}
-            found.append(row | {"permuted": unit})
-    if not found:
+            records.append(row | {"permuted": unit})
+    if not records:
         raise NothingToDrawError("no factor varies among the models with all their distances")
-    table = pd.DataFrame(found, columns=SEPARATION)
+    table = pd.DataFrame(records, columns=SEPARATION)
     order = np.lexsort((-table["silhouette"], table["space"].map(list(SPACES).index)))
     return table.iloc[order].reset_index(drop=True)
 
@@ -172,8 +175,8 @@ def separation_table(pairs: pd.DataFrame, index: pd.DataFrame) -> pd.DataFrame:
 def best_factor(space: Space, most_levels: int) -> str | None:
     """The factor of up to `most_levels` levels with the largest silhouette; None if none varies."""
     few = {name: level for name, level in varying_factors(space.rows).items() if level.nunique() <= most_levels}
-    found = {name: silhouette(space.unlike, level.cat.codes.to_numpy(np.int64)) for name, level in few.items()}
-    return max(found, key=lambda name: found[name]) if found else None
+    silhouettes = {name: silhouette(space.unlike, level.cat.codes.to_numpy(np.int64)) for name, level in few.items()}
+    return max(silhouettes, key=lambda name: silhouettes[name]) if silhouettes else None
 
 
 def level_pairs_table(pairs: pd.DataFrame, index: pd.DataFrame) -> pd.DataFrame:
@@ -197,7 +200,7 @@ def level_pairs_table(pairs: pd.DataFrame, index: pd.DataFrame) -> pd.DataFrame:
     strata, place = strata_of(rows), pd.Series(range(len(rows)), index=rows["model_id"])
     both = pairs[pairs["model_a"].isin(place.index) & pairs["model_b"].isin(place.index)]
     a, b = (place[both[name]].to_numpy() for name in ("model_a", "model_b"))
-    found = []
+    records = []
     for name, level in levels_and_parent(rows).items():
         codes, siblings = level.cat.codes.to_numpy(), strata[a] == strata[b]
         among, allowed = "all", np.ones(len(both), bool)
@@ -213,7 +216,7 @@ def level_pairs_table(pairs: pd.DataFrame, index: pd.DataFrame) -> pd.DataFrame:
                     continue
                 row = {"metric": metric, "factor": name, "among": among, "same_level": same}
                 levels = dict(zip(QUANTILES, np.quantile(part, list(QUANTILES.values())), strict=True))
-                found.append(row | {"pairs": len(part)} | levels)
-    if not found:
+                records.append(row | {"pairs": len(part)} | levels)
+    if not records:
         raise NothingToDrawError("no factor varies among the compared models, or no pair has a value")
-    return pd.DataFrame(found)
+    return pd.DataFrame(records)

@@ -60,13 +60,14 @@ def varying_factors(table: pd.DataFrame) -> dict[str, pd.Series]:
     columns = {name: table[name] for name in ("head", "dataset") if name in table} | columns
     if "parent_id" in table:
         columns.setdefault("parent", table["parent_id"].map(run_of, na_action="ignore"))
-    found: dict[str, pd.Series] = {}
+    levels_by_factor: dict[str, pd.Series] = {}
+    # declared factors first: `head`, `dataset` and `parent` are compared with them
     for name in sorted(columns, key=lambda name: name not in declared):
         level = levels_of(columns[name])
-        repeats = name not in declared and any(same_groups(level, other) for other in found.values())
+        repeats = name not in declared and any(same_groups(level, other) for other in levels_by_factor.values())
         if 1 < level.nunique() < len(table) and not repeats:
-            found[name] = level
-    return found
+            levels_by_factor[name] = level
+    return levels_by_factor
 
 
 def explained_variance(evaluations: pd.DataFrame, value: str = "test_accuracy") -> pd.Series:

@@ -60,8 +60,10 @@ def variance(table: pd.DataFrame) -> Figure:
     axes.spines[:].set_visible(False)
     axes.grid(visible=False)
     figure.colorbar(image, ax=axes, shrink=0.9, aspect=30).set_label("share of the variance")
-    told = f"bold: p ≤ {LEVEL_OF_TEST} by permutation of levels; small: p; – too few parents or levels for a test"
-    heading(figure, "What do factors explain?", told + "\nof values: η²; of distances between models: PERMANOVA R²")
+    subtitle = f"bold: p ≤ {LEVEL_OF_TEST} by permutation of levels; small: p; – too few parents or levels for a test"
+    heading(
+        figure, "What do factors explain?", subtitle + "\nof values: η²; of distances between models: PERMANOVA R²"
+    )
     return figure
 
 
@@ -73,8 +75,8 @@ def _share(axes: Axes, x: int, y: int, cell: pd.Series) -> None:
         return
     weight = "bold" if p <= LEVEL_OF_TEST else "normal"
     axes.text(x, y - 0.12, f"{share:.2f}", ha="center", va="center", color=ink, weight=weight, fontsize=10)
-    told = "–" if cell["least_p"] > LEVEL_OF_TEST else f"p {p:.3f}"
-    axes.text(x, y + 0.26, told, ha="center", va="center", color=ink, fontsize=7)
+    significance = "–" if cell["least_p"] > LEVEL_OF_TEST else f"p {p:.3f}"
+    axes.text(x, y + 0.26, significance, ha="center", va="center", color=ink, fontsize=7)
 
 
 @rc_context(STYLE)
@@ -103,9 +105,11 @@ def separation(table: pd.DataFrame) -> Figure:
         axes.set_title(SPACES[space].replace(": ", "\n"), fontsize=9)
         axes.set_xlabel("mean silhouette")
         axes.xaxis.set_major_locator(MaxNLocator(4))
-    told = "1: levels lie apart; 0: they overlap. Grey bar: 5th to 95th percentile of permuted levels; blue: above"
-    told += "\nhollow: too few parents or levels for a test"
-    heading(figure, "Which factors make modes?", told)
+    subtitle = (
+        "1: levels lie apart; 0: they overlap. Grey bar: 5th to 95th percentile of permuted levels; blue: above"
+    )
+    subtitle += "\nhollow: too few parents or levels for a test"
+    heading(figure, "Which factors make modes?", subtitle)
     return figure
 
 
@@ -135,9 +139,11 @@ def level_pairs(table: pd.DataFrame) -> Figure:
             axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.0f} %"))
     handles = [Patch(color=colour, alpha=0.6, label=label) for _, label, colour in SAME]
     figure.legend(handles=handles, loc="outside lower left", ncols=2)
-    told = "pairs of final models; box: quartiles, line: median, whiskers: 5th and 95th percentile"
-    told += "\n" + ";  ".join(mark.strip() for i, mark in enumerate(AMONG.values()) if mark and (among == i).any())
-    heading(figure, "Are models alike that share a factor?", told)
+    subtitle = "pairs of final models; box: quartiles, line: median, whiskers: 5th and 95th percentile"
+    subtitle += "\n" + ";  ".join(
+        mark.strip() for i, mark in enumerate(AMONG.values()) if mark and (among == i).any()
+    )
+    heading(figure, "Are models alike that share a factor?", subtitle)
     return figure
 
 
@@ -224,8 +230,8 @@ def modes(table: pd.DataFrame) -> Figure:
         axes.set_aspect("equal", adjustable="datalim")
         held = "not defined" if pd.isna(share) else f"{100 * share:.0f} %"
         axes.set_title(f"{SPACES[space]}\n", pad=2)
-        told = f"{points.iloc[:, 0].notna().sum()} models; share of the two axes: {held}"
-        axes.text(0, 1.015, told, transform=axes.transAxes, color=MUTED)
+        subtitle = f"{points.iloc[:, 0].notna().sum()} models; share of the two axes: {held}"
+        axes.text(0, 1.015, subtitle, transform=axes.transAxes, color=MUTED)
         axes.set(xlabel="first axis", ylabel="second axis")
     heading(figure, "Modes of the population", "a point is a final model; classical scaling of all their distances")
     return figure

@@ -100,10 +100,10 @@ def by_factor(evaluations: pd.DataFrame, value: str = "test_accuracy") -> Figure
     for axes in grid[:, 0]:
         axes.set_ylabel(VALUES[value][1])
         axes.yaxis.set_major_formatter(PERCENT)
-    told = f"{len(table)} final models; line: median, box: quartiles"
-    told += "" if len(shares) <= MAX_PANELS else f"; the {MAX_PANELS} strongest of {len(shares)} factors"
-    told += "\nη²: share of the variance between models that the factor explains" if len(shares) else ""
-    heading(figure, VALUES[value][0], told)
+    subtitle = f"{len(table)} final models; line: median, box: quartiles"
+    subtitle += "" if len(shares) <= MAX_PANELS else f"; the {MAX_PANELS} strongest of {len(shares)} factors"
+    subtitle += "\nη²: share of the variance between models that the factor explains" if len(shares) else ""
+    heading(figure, VALUES[value][0], subtitle)
     return figure
 
 
@@ -140,8 +140,8 @@ def learning_curves(index: pd.DataFrame) -> Figure:
         grid[0, column].legend(title=title, handlelength=1.4, **where)
         grid[0, column].set_title(f"{stages[stage]} ({len(runs)} run{'s' * (len(runs) > 1)})")
         grid[-1, column].set_xlabel("epoch (points: kept checkpoints)")
-    told = "thin: one run; thick: median; shaded: the middle half of the runs"
-    heading(figure, "How the population learns", told)
+    subtitle = "thin: one run; thick: median; shaded: the middle half of the runs"
+    heading(figure, "How the population learns", subtitle)
     return figure
 
 
@@ -167,8 +167,8 @@ def _strip_panel(axes: Axes, y: pd.Series, level: pd.Series, share: float | None
     axes.grid(axis="x", visible=False)
     axes.tick_params(axis="x", length=0)
     if share is not None:
-        told = "η² not defined" if math.isnan(share) else f"η² = {share:.2f}"
-        axes.text(0, 1.055, told, transform=axes.transAxes, color=MUTED)
+        subtitle = "η² not defined" if math.isnan(share) else f"η² = {share:.2f}"
+        axes.text(0, 1.055, subtitle, transform=axes.transAxes, color=MUTED)
         for width, colour in ((1.0, FAINT), (0.0 if math.isnan(share) else share, INK)):
             where: dict[str, Any] = {"transform": axes.transAxes, "clip_on": False}
             axes.add_patch(Rectangle((0, 1.02), width, 0.018, color=colour, lw=0, **where))

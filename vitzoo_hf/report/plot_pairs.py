@@ -87,9 +87,9 @@ def draw_matrix(table: pd.DataFrame, value: str) -> Figure:
     for text in legend.get_texts():
         text.set_fontweight("bold" if text.get_text().endswith(":") else "normal")
     left_out = len(table) - size
-    told = f"{size} final models in the same order on both axes, grouped by the run at the root of their lineage"
-    told += f"\nleft out, without a value: {left_out}" if left_out else ""
-    heading(figure, f"Who resembles whom: {NAMES.get(value, value).split(' (')[0]}", told)
+    subtitle = f"{size} final models in the same order on both axes, grouped by the run at the root of their lineage"
+    subtitle += f"\nleft out, without a value: {left_out}" if left_out else ""
+    heading(figure, f"Who resembles whom: {NAMES.get(value, value).split(' (')[0]}", subtitle)
     return figure
 
 
@@ -117,8 +117,8 @@ def distance_against_agreement(pairs: pd.DataFrame) -> Figure:
         defined = len(x) > 2 and x.nunique() > 1 and y.nunique() > 1
         rho = f"{x.rank().corr(y.rank()):+.2f}" if defined else "not defined"
         axes.scatter(x, y, s=14, color=colour, alpha=alpha, linewidths=0, rasterized=True)
-        told = f"{label}: {len(x):,} pairs, Spearman {rho}" if len(x) else None
-        axes.scatter([], [], s=26, color=colour, label=told)
+        legend_label = f"{label}: {len(x):,} pairs, Spearman {rho}" if len(x) else None
+        axes.scatter([], [], s=26, color=colour, label=legend_label)
         for margin, column, way in margins if len(x) else ():
             bins = np.histogram_bin_edges(known[column].astype(float), bins=40)
             margin.hist(part[column], bins=bins, color=colour, alpha=0.55, orientation=way, density=True)
@@ -221,8 +221,8 @@ def agreement_against_accuracy(table: pd.DataFrame) -> Figure:
             panels[0].scatter([], [], s=60, marker="_", color=colour, label=label)
     panels[0].yaxis.set_major_formatter(PERCENT)
     figure.legend(loc="outside lower left", ncols=2, handletextpad=0.3)
-    told = "a point is a pair of models; dashes: what its two accuracies allow and suggest, see the legend"
-    heading(figure, "More alike than their accuracies explain?", told)
+    subtitle = "a point is a pair of models; dashes: what its two accuracies allow and suggest, see the legend"
+    heading(figure, "More alike than their accuracies explain?", subtitle)
     return figure
 
 
@@ -239,6 +239,7 @@ def layer_matrix(layers: pd.DataFrame) -> Figure:
         raise NothingToDrawError("table 'layers': no pair of blocks has a CKA")
     wide = layers.pivot(index=["model_a", "block_a"], columns=["model_b", "block_b"], values="cka")
     order = list(layers[["model_a", "block_a"]].drop_duplicates().itertuples(index=False, name=None))
+    # pivot sorts by name; blocks go in the order of the table
     matrix = wide.reindex(index=order, columns=order).to_numpy(float)
     figure = Figure(figsize=(8.2, 6.6), layout="constrained")
     axes = figure.subplots()
@@ -258,8 +259,8 @@ def layer_matrix(layers: pd.DataFrame) -> Figure:
     axes.set(xlabel="block", ylabel="block (models in the same order)", xlim=(0, len(order)), ylim=(len(order), 0))
     figure.colorbar(image, ax=axes, shrink=0.8).set_label("CKA (debiased)")
     figure.legend(loc="outside lower left", handlelength=0, handletextpad=0)
-    told = "class token after each block; brighter: more alike, whatever the rotation and scale"
-    heading(figure, "Layer by layer: which blocks compute alike?", told)
+    subtitle = "class token after each block; brighter: more alike, whatever the rotation and scale"
+    heading(figure, "Layer by layer: which blocks compute alike?", subtitle)
     return figure
 
 

@@ -39,9 +39,9 @@ def colours_of(level: pd.Series, shift: int = 0) -> dict[str, Any]:
     return {name: PALETTE[(i + 2 * shift) % len(PALETTE)] for i, name in enumerate(names)}
 
 
-def heading(figure: Figure, title: str, told: str) -> None:
+def heading(figure: Figure, title: str, subtitle: str) -> None:
     """A bold title and grey lines below it; blank lines in the title keep their place in the layout."""
     width, height = map(float, figure.get_size_inches())
-    title += "\n" * (told.count("\n") + 1)
+    title += "\n" * (subtitle.count("\n") + 1)
     figure.suptitle(title, x=0.08 / width, ha="left", fontsize=12.5, weight="bold")
-    figure.text(0.08 / width, 1 - 0.3 / height, told, va="top", color=MUTED, linespacing=1.35)
+    figure.text(0.08 / width, 1 - 0.3 / height, subtitle, va="top", color=MUTED, linespacing=1.35)
