@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import torch
 from safetensors import SafetensorError
@@ -90,7 +90,7 @@ class RunFolder:
             )
 
     @property
-    def spec(self) -> dict[str, object]:
+    def spec(self) -> dict[str, Any]:
         """The specification that `open` recorded when the run began."""
         return read_json(self.path / "run.json")
 
