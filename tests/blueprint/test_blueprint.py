@@ -383,7 +383,7 @@ def test_pretraining_alone_is_a_zoo(load):
 
 
 def test_ids_unsafe_as_a_file_name_are_refused(load, monkeypatch):
-    monkeypatch.setitem(module.ID_PARTS, "seed", lambda value: f"../s{value}")
+    monkeypatch.setitem(module.ID_PREFIXES, "seed", "../s")
     with pytest.raises(ZooError, match=r"line 12: the run id 'sl-\.\./s1' would not be safe as a file name"):
         load()
 

@@ -8,28 +8,25 @@ becomes the parent of one run for each fine-tuning combination. A fine-tuned mod
 """
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from vitzoo_hf.blueprint.images_spec import ImagesSpec, check_images
-from vitzoo_hf.blueprint.located_yaml import Located, load_located, parse_located
+from vitzoo_hf.blueprint.located_yaml import Located, parse_located, read_text
 from vitzoo_hf.blueprint.recipe import Recipe
 from vitzoo_hf.blueprint.settings import SETTING_TYPES, Settings, built, known_setting, setting, settings_of
 from vitzoo_hf.blueprint.world import Learner, World
 from vitzoo_hf.format.messages import did_you_mean
 from vitzoo_hf.format.schema import RUN_ID, SPLITS, STAGES, ZooError, fingerprint, model_id, split_of
 
-ID_PARTS: dict[str, Callable[[Any], str]] = {
-    "regime": lambda value: {"supervised": "sl", "contrastive": "cl"}[value],
-    "seed": lambda value: f"s{value}",
-    "lr": lambda value: f"lr{value:g}",
-    "weight_decay": lambda value: f"wd{value:g}",
-    "optimizer": str,
-    "head": str,
-}
+ID_PREFIXES = {"regime": "", "seed": "s", "lr": "lr", "weight_decay": "wd", "optimizer": "", "head": ""}
+REGIMES = {"supervised": "sl", "contrastive": "cl"}
+
+
+Splits = dict[str, str | int | float]
+"""How runs are split: `by`, `seed` and the share of every split."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +43,7 @@ class Run:
     epochs: int
     keep_epochs: tuple[int, ...]
     recipe: Recipe
-    factors: dict[str, Any]
+    factors: dict[str, object]
     split: str
     world: World | None = None
     learner: Learner | None = None
@@ -69,11 +66,11 @@ class Blueprint:
 
     name: str
     architecture: str
-    architecture_args: dict[str, Any]
+    architecture_args: dict[str, object]
     images: dict[str, ImagesSpec]
     runs: tuple[Run, ...]
     factor_types: dict[str, str]
-    splits: dict[str, Any]
+    splits: Splits
     text: str = field(repr=False)
 
     @classmethod
@@ -91,7 +88,9 @@ class Blueprint:
                 raise ZooError(
                     f"unknown blueprint {str(source)!r}: {did_you_mean(str(source), names)}, or a .yaml file"
                 )
-        return _parse(load_located(path), path.read_text(encoding="utf-8"))
+        # read once: the text that is published is the one that was parsed
+        text = read_text(path)
+        return _parse(parse_located(text, path), text)
 
     @classmethod
     def parse(cls, text: str) -> "Blueprint":
@@ -106,10 +105,12 @@ class Blueprint:
     def fingerprint(self) -> str:
         """Changes with anything that changes a weight, an id or a split."""
         decides = asdict(self)
+        # comments and descriptions change no weight
         del decides["text"]
         decides["images"] = {name: spec.decides() for name, spec in self.images.items()}
         for run, entry in zip(self.runs, decides["runs"], strict=True):
             entry["recipe"] = run.recipe.decides
+            # blueprints had no worlds at first: without one, old fingerprints hold
             if run.world is None:
                 del entry["world"], entry["learner"]
         return fingerprint(decides)
@@ -128,7 +129,7 @@ class Blueprint:
 
 
 MOST_EPOCHS = 100_000
-FACTOR_KINDS = {str: "string", float: "float", int: "int", bool: "bool"}
+FACTOR_KINDS: dict[object, str] = {str: "string", float: "float", int: "int", bool: "bool"}
 BLUEPRINTS = Path(__file__).parents[1] / "blueprints"
 
 
@@ -138,7 +139,7 @@ def _parse(root: Located, text: str) -> Blueprint:
     architecture.only("name", "args")
     if "num_classes" in architecture.get("args"):
         raise architecture.get("args").error("num_classes follows from the images: leave it out")
-    images = {key: _record(ImagesSpec, node, source=key) for key, node in root.get("images").items()}
+    images = {key: _images_spec(key, node) for key, node in root.get("images").items()}
     for key, spec in images.items():
         check_images(spec, root.get("images").get(key))
     published = _without_paths(text, images)
@@ -172,7 +173,7 @@ def _parse(root: Located, text: str) -> Blueprint:
 
 
 def _stage_runs(
-    stage: str, node: Located, images: Mapping[str, ImagesSpec], parents: list[Run], splits: dict[str, Any]
+    stage: str, node: Located, images: Mapping[str, ImagesSpec], parents: list[Run], splits: Splits
 ) -> Iterator[Run]:
     node.only("images", "epochs", "keep_epochs", "settings", "factors", "variants", "replicas")
     dataset = node.get("images").typed(str)
@@ -180,7 +181,7 @@ def _stage_runs(
         raise node.get("images").error(f"unknown images {dataset!r}: {did_you_mean(dataset, images)}")
     epochs = node.get("epochs").typed(int)
     keep = _kept(node, epochs)
-    shares = {split: splits[split] for split in SPLITS}
+    shares = {split: float(splits[split]) for split in SPLITS}
     combinations = list(_combinations(stage, node, images[dataset].is_world))
     varied = list(dict.fromkeys(name for combination in combinations for name in combination[0]))
     run_ids: set[str] = set()
@@ -193,6 +194,7 @@ def _stage_runs(
             stage_id = "-".join(_id_part(name, value) for name, value in factors.items())
             run_id = f"{parent.run_id}--{stage_id}" if parent else stage_id
             _check_id(run_id, run_ids, place)
+            # the parent's id, so that a parent and its children are in one split
             group = run_id.partition("--")[0] if splits["by"] == "lineage" else run_id
             yield Run(
                 run_id=run_id,
@@ -209,13 +211,13 @@ def _stage_runs(
                     },
                     parent,
                 ),
-                split=split_of(run_id, group, fractions=shares, seed=splits["seed"]),
+                split=split_of(run_id, group, fractions=shares, seed=int(splits["seed"])),
                 world=world,
                 learner=learner,
             )
 
 
-def _value_of(name: str, *holders: Any) -> Any:
+def _value_of(name: str, *holders: object) -> object:
     """The value of a setting, from the recipe, world or learner that has it."""
     return next((getattr(holder, name) for holder in holders if hasattr(holder, name)), None)
 
@@ -223,18 +225,20 @@ def _value_of(name: str, *holders: Any) -> Any:
 def _with_worlds(name: str, spec: ImagesSpec, runs: tuple[Run, ...]) -> ImagesSpec:
     """Add the distributions that runs on a world draw from, whatever their role and number of images."""
     worlds = (run.world for run in runs if run.images == name and run.world is not None)
+    # a dict rather than a set: the order of worlds decides which images they draw
     plain = dict.fromkeys(replace(world, role="target", num_images=0, nominal=0) for world in worlds)
     return replace(spec, worlds=tuple(plain))
 
 
-def _combinations(stage: str, node: Located, is_world: bool) -> Iterator[tuple[dict[str, Any], Settings, Located]]:
+def _combinations(stage: str, node: Located, is_world: bool) -> Iterator[tuple[dict[str, object], Settings, Located]]:
     """Factors, settings and place in the file of every combination of a stage."""
     if "variants" in node and "factors" in node:
         raise node.get("variants").error("a stage has either factors or variants, not both")
     common = settings_of(node.get("settings")) if "settings" in node else {}
+    # one count for all variants: two replicas of a stage never share a seed
     seeds = itertools.count()
     for variant in node.get("variants").sequence() if "variants" in node else [node]:
-        settings: dict[str, Any] = {}
+        settings: dict[str, object] = {}
         if variant is not node:
             variant.only("factors", "settings", "replicas")
             settings = settings_of(variant.get("settings")) if "settings" in variant else {}
@@ -248,8 +252,8 @@ def _combinations(stage: str, node: Located, is_world: bool) -> Iterator[tuple[d
 
 
 def _replicated(
-    combinations: Iterator[dict[str, Any]], node: Located, seeds: Iterator[int]
-) -> Iterator[dict[str, Any]]:
+    combinations: Iterator[dict[str, object]], node: Located, seeds: Iterator[int]
+) -> Iterator[dict[str, object]]:
     """Each combination as often as `replicas` says, with the next seeds of the stage."""
     count = node.get("replicas").typed(int)
     if count < 1:
@@ -261,7 +265,7 @@ def _replicated(
             yield factors | {"seed": next(seeds)}
 
 
-def _inherit(factors: dict[str, Any], parent: Run | None) -> dict[str, Any]:
+def _inherit(factors: dict[str, object], parent: Run | None) -> dict[str, object]:
     """A child has its parent's factors too; one that both vary is kept twice, the parent's as `parent_<factor>`."""
     if parent is None:
         return dict(factors)
@@ -283,8 +287,8 @@ def _fill_factors(runs: tuple[Run, ...]) -> tuple[Run, ...]:
     )
 
 
-def _expand(grid: Located) -> Iterator[dict[str, Any]]:
-    values: dict[str, list[Any]] = {}
+def _expand(grid: Located) -> Iterator[dict[str, object]]:
+    values: dict[str, list[object]] = {}
     for name, node in grid.items():
         known_setting(name, node)
         values[name] = [setting(name, entry) for entry in (node.sequence() if node.is_sequence else [node])]
@@ -312,26 +316,29 @@ def _kept(node: Located, epochs: int) -> tuple[int, ...]:
     return tuple(keep_epochs)
 
 
-def _parse_splits(root: Located) -> dict[str, Any]:
+def _parse_splits(root: Located) -> Splits:
     node = root.get("splits")
     node.only("by", "seed", *SPLITS)
     by = node.get("by").typed(str)
     if by not in ("run", "lineage"):
         raise node.get("by").error(f"splits are by 'run' or by 'lineage', not by {by!r}")
     shares = {split: node.get(split).typed(float) for split in SPLITS}
+    # 0.7 + 0.2 + 0.1 is below 1 in floats
     if abs(sum(shares.values()) - 1) > 1e-9 or min(shares.values()) < 0:
         raise node.error(f"the shares of {', '.join(SPLITS)} are {list(shares.values())}; they must sum to 1")
     return {"by": by, "seed": node.get("seed").typed(int)} | shares
 
 
-def _record(kind: type, node: Located, **defaults: Any) -> Any:
-    types = {entry.name: entry.type for entry in fields(kind) if not entry.metadata}
+def _images_spec(key: str, node: Located) -> ImagesSpec:
+    # fields with metadata are filled in from the runs, not by a blueprint
+    types = {entry.name: entry.type for entry in fields(ImagesSpec) if not entry.metadata}
     node.only(*types)
-    values = defaults | {name: entry.typed(types[name]) for name, entry in node.items()}
-    for entry in fields(kind):
+    values = {name: entry.typed(types[name]) for name, entry in node.items()}
+    values.setdefault("source", key)
+    for entry in fields(ImagesSpec):
         if entry.default is MISSING and entry.name not in values:
             raise node.error(f"{node.key} lacks {entry.name!r}")
-    return kind(**values)
+    return ImagesSpec(**values)
 
 
 def _without_paths(text: str, images: Mapping[str, ImagesSpec]) -> str:
@@ -342,12 +349,12 @@ def _without_paths(text: str, images: Mapping[str, ImagesSpec]) -> str:
     return text
 
 
-def _id_part(name: str, value: Any) -> str:
-    if name in ID_PARTS:
-        return ID_PARTS[name](value)
+def _id_part(name: str, value: object) -> str:
     if isinstance(value, bool):
         return name if value else f"no-{name}"
-    return f"{name}{value:g}" if isinstance(value, float) else f"{name}{value}"
+    # floats that agree to six digits give one id, which `_check_id` refuses
+    text = f"{value:g}" if isinstance(value, float) else str(value)
+    return ID_PREFIXES.get(name, name) + (REGIMES[text] if name == "regime" else text)
 
 
 def _check_id(run_id: str, run_ids: set[str], node: Located) -> None:

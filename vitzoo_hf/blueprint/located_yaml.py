@@ -74,12 +74,14 @@ class Located:
                 return tuple(entry.typed(kind) for entry in self.value)
         value = self.value
         if kind is float:
+            # by float(), as YAML 1.1 reads 3e-3 as text; OverflowError comes from whole numbers above 1.8e308
             try:
                 number = float(value) if not isinstance(value, bool | list | dict) else math.nan
             except (TypeError, ValueError, OverflowError):
                 number = math.nan
             if math.isfinite(number):
                 return number
+        # a bool is an int to Python, but `seed: true` is a mistake
         elif isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
             return value
         raise self.error(f"{self.key} is {self.plain()!r}; expected {KINDS[kind]}")
@@ -99,17 +101,25 @@ class Located:
 KINDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
 
 
+def read_text(path: Path) -> str:
+    """The text of a YAML file.
+
+    Raises:
+        ZooError: if it cannot be read.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ZooError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
+
+
 def load_located(path: Path, kind: str = "the blueprint") -> Located:
     """Read a YAML file; messages call it what it should be.
 
     Raises:
         ZooError: if it cannot be read, is not YAML, or repeats a key.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ZooError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
-    return parse_located(text, path, kind)
+    return parse_located(read_text(path), path, kind)
 
 
 def parse_located(text: str, path: Path, kind: str = "the blueprint") -> Located:
@@ -124,6 +134,7 @@ def parse_located(text: str, path: Path, kind: str = "the blueprint") -> Located
         raise ZooError(f"{path.name} is not valid YAML: {' '.join(str(error).split())}") from None
     if node is None:
         raise ZooError(f"{path.name} is empty; expected {kind.replace('the ', 'a ')}")
+    # an anchor whose value refers to itself composes to a node without end
     try:
         return _locate(node, path, kind, 1)
     except RecursionError:
@@ -138,6 +149,7 @@ def _locate(node: yaml.Node, path: Path, key: str, line: int) -> Located:
             where = name.start_mark.line + 1
             if not isinstance(name, yaml.ScalarNode):
                 raise ZooError(f"{path.name}, line {where}: a key must be a plain name")
+            # PyYAML keeps the last of two equal keys without a word
             if name.value in mapping:
                 raise ZooError(f"{path.name}, line {where}: {name.value!r} is given twice")
             mapping[name.value] = _locate(value, path, name.value, where)

@@ -55,6 +55,7 @@ class Architecture:
         return cls(name, args, row.head, row.head_hidden)
 
     def __hash__(self) -> int:
+        # args are a dict, which has no hash
         return hash(self.key)
 
     @cached_property
@@ -132,6 +133,7 @@ class Architecture:
 
 def _verify(vector: Tensor, sha256: str | None, name: str) -> None:
     values = vector.cpu().numpy()
+    # 6 ms for a ViT-S; isfinite().sum() of torch took 150
     finite = np.isfinite(values)
     if not finite.all():
         raise ZooError(f"{name} has {(~finite).sum()} weights that are not finite: it cannot be rebuilt")

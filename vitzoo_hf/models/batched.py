@@ -44,6 +44,7 @@ class Outputs(NamedTuple):
             if values is None:
                 return None
             shape = [*values.shape[:-2], num_images, values.shape[-1]]
+            # results are float32 whatever the precision of the forward
             return torch.empty(shape, dtype=torch.float32, device=values.device)
 
         return Outputs(*map(room, self))  # type: ignore[arg-type]
@@ -110,6 +111,7 @@ class BatchedViT:
             return None
         vit: Any = model
         paths = [path for block in vit.blocks for path in (block.drop_path1, block.drop_path2)]
+        # timm puts an identity where stochastic depth is off
         return sizes if all(type(path) is nn.Identity for path in paths) else None
 
     def patches(self, images: Float[Tensor, "*P B channels H W"]) -> Float[Tensor, "*P B t values"]:
@@ -189,9 +191,11 @@ class BatchedViT:
         """Attention and MLP, added to the stream."""
         P, n, d = stream.shape
         T, heads = self.tokens, self.heads
+        # the gradient of a norm needs the stream as it entered
         add = Tensor.add_ if in_place else Tensor.add
         inner = batched_norm(stream, tensors, f"{prefix}norm1", self.eps)
         projected = batched_linear(inner, tensors, f"{prefix}attn.qkv")
+        # timm's qkv gives all queries, then all keys, then all values, head by head
         query, key, value = projected.view(P * n // T, T, 3, heads, -1).permute(2, 0, 3, 1, 4)
         attention = functional.scaled_dot_product_attention(query, key, value).transpose(1, 2).reshape(P, n, d)
         stream = add(stream, batched_linear(attention, tensors, f"{prefix}attn.proj"))
@@ -213,6 +217,7 @@ def outputs_of_module(
         named = {f"model.{name}": value for name, value in tensors.items()}
         features, logits = functional_call(_FeaturesAndLogits(model), named, (images,))
     finally:
+        # the module is shared by every caller: a hook that stays would fire in their forwards
         for handle in handles:
             handle.remove()
     prefix = model.num_prefix_tokens
@@ -256,4 +261,5 @@ def batched_norm(
     weight, bias = tensors[f"{name}.weight"], tensors[f"{name}.bias"]
     if len(inputs) == 1:
         return functional.layer_norm(inputs, inputs.shape[-1:], weight[0], bias[0], eps)
+    # layer_norm takes one weight and one bias, not those of every model
     return torch.addcmul(bias[:, None], functional.layer_norm(inputs, inputs.shape[-1:], eps=eps), weight[:, None])

@@ -10,7 +10,6 @@ Cost: float32 weights on the device, or on the CPU where they would fill half of
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -85,6 +84,7 @@ class Population:
         if not model_ids:
             raise ZooError("a population needs at least one row; the filter or dataset gave none")
         total = sum(vector.numel() for entries in members.values() for _, vector in entries)
+        # weights are float32, 4 bytes each, whatever the precision of the forward
         stays = place.type == "cuda" and total * 4 > SHARE_OF_MEMORY * torch.cuda.mem_get_info(place)[0]
         home = torch.device("cpu") if stays else place
         groups = [group_of(architecture, entries, home, compiled, place) for architecture, entries in members.items()]
@@ -176,8 +176,7 @@ class Population:
             images = images.to(self.device, PRECISIONS[self.precision])
             for group in self.groups:
                 self._check_images(group, images)
-                model: Any = group.model
-                if readout == "token" and model.cls_token is None:
+                if readout == "token" and group.model.cls_token is None:
                     name = self.model_ids[group.positions[0]]
                     raise ZooError(f"{name} has no class token: take readout='mean'")
                 for first, outputs in self._run(group, images, readout):
@@ -231,12 +230,14 @@ class Population:
             outputs: Outputs | None = None
             start = 0
             while start < len(inputs):
+                # again for each part: tiles may have been halved since the last one
                 _, step = group.tile(self.device, len(images), self.precision, self._scale[0])
                 try:
                     part = forward(group, tensors, inputs[start : start + step], readout)
                 except torch.OutOfMemoryError:
                     self._smaller(step)
                     continue
+                # the CPU's allocator raises no error of its own class; timm asserts the size of images
                 except (RuntimeError, AssertionError) as error:
                     if _is_out_of_memory(error):
                         self._smaller(step)
@@ -264,4 +265,5 @@ class Population:
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
+    # torch's CPU allocator says so on Linux, and on Windows
     return "can't allocate memory" in str(error) or "not enough memory" in str(error)

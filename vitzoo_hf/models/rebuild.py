@@ -38,6 +38,7 @@ def reconstruct(
     vector = architecture.vector_of(row, verify=verify)
     if not copy:
         row.lend()  # training the model changes the row
+    # a copy to another device is a copy already
     vector = vector.to(target) if target.type != "cpu" or not copy else vector.clone()
     return architecture.module(unflatten(vector, architecture.layout))
 

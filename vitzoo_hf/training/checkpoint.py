@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from safetensors import SafetensorError
@@ -22,6 +22,13 @@ from vitzoo_hf.format.schema import ZooError, weights_sha256
 
 Results = dict[str, float | None]
 """Results of a kept epoch by name, such as `test_accuracy`; None where a run has no such result."""
+
+
+class Divergence(TypedDict):
+    """Where and why a run diverged."""
+
+    epoch: int
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -40,11 +47,13 @@ class RunFolder:
             ZooError: if the folder holds another training, or cannot be made.
         """
         try:
+            # a folder that a kill left without its run.json is taken over
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ZooError(f"cannot make {self.path}: {error.strerror}") from None
         file = self.path / "run.json"
         if file.is_file():
+            # not the whole record: versions of torch and timm may differ from those that began the run
             recorded = self._recorded(file, "fingerprint")
             if recorded != spec["fingerprint"]:
                 raise ZooError(
@@ -54,7 +63,7 @@ class RunFolder:
             return
         write_json(file, spec)
 
-    def _recorded(self, file: Path, name: str) -> Any:
+    def _recorded(self, file: Path, name: str) -> object:
         try:
             return read_json(file)[name]
         except (KeyError, TypeError):
@@ -102,11 +111,14 @@ class RunFolder:
 
     def save_epoch(self, epoch: int, state_dict: Mapping[str, Tensor], results: Mapping[str, float | None]) -> None:
         """Keep the weights of `epoch` with its results."""
+        # safetensors refuses tensors that are not contiguous
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state_dict.items()}
         order = {"order": json.dumps(list(tensors))}
         write_atomically(self._weights(epoch), lambda file: save_file(tensors, file, metadata=order))
+        # over the flat vector: the hash that a row of the zoo has
         sha256 = weights_sha256(flatten(tensors).numpy())
         record = {"epoch": epoch, "results": dict(results), "weights_sha256": sha256}
+        # after the weights: an epoch counts once this file is there. The size tells a short file without reading it
         write_json(self._record(epoch), record | {"file_size": self._weights(epoch).stat().st_size})
 
     def load_epoch(self, epoch: int) -> tuple[dict[str, Tensor], dict[str, float | None]]:
@@ -137,6 +149,7 @@ class RunFolder:
         contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         write_atomically(
             self.path / "resume.safetensors",
+            # epoch and hash in the same file: two files could be of different epochs after a kill
             lambda file: save_file(contiguous, file, metadata={"epoch": str(epoch), "sha256": _digest(contiguous)}),
         )
 
@@ -149,6 +162,7 @@ class RunFolder:
                 epoch, sha256 = int(metadata["epoch"]), metadata["sha256"]
             tensors = load_file(file)
             return (epoch, tensors) if _digest(tensors) == sha256 else None
+        # a damaged file costs a few epochs, which train again: no reason to stop
         except (OSError, SafetensorError, KeyError, TypeError, ValueError):
             return None
 
@@ -161,7 +175,7 @@ class RunFolder:
         write_json(self.path / "diverged.json", {"epoch": epoch, "reason": reason})
 
     @property
-    def divergence(self) -> dict[str, Any] | None:
+    def divergence(self) -> Divergence | None:
         """Epoch and reason if the run diverged."""
         file = self.path / "diverged.json"
         return read_json(file) if file.is_file() else None
@@ -175,6 +189,7 @@ class RunFolder:
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
+    # by name: safetensors gives tensors back in another order
     for name in sorted(tensors):
         digest.update(name.encode() + tensors[name].numpy().tobytes())
     return digest.hexdigest()
@@ -186,6 +201,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
         f"optimizer.{index}.{name}": torch.as_tensor(value)
         for index, state in optimizer.state_dict()["state"].items()
         for name, value in state.items()
+        # SGD without momentum remembers None
         if value is not None
     }
 
@@ -197,4 +213,5 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: Mapping[st
         if key.startswith("optimizer."):
             _, index, name = key.split(".", 2)
             state.setdefault(int(index), {})[name] = value
+    # groups come from the recipe; the learning rate is set anew at each step
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -46,6 +46,7 @@ class Draws:
     def of(cls, seeds: Sequence[int], epoch: int, device: str, *, mixes: bool = False) -> "Draws":
         """The generators of runs with these seeds in one epoch; `mixes` adds states of the global generators."""
         return cls(
+            # a seed for each purpose: a policy that draws more views moves neither crops nor mixing
             views=[torch.Generator(device).manual_seed(derive_seed(seed, "views", epoch)) for seed in seeds],
             crops=[torch.Generator().manual_seed(derive_seed(seed, "crops", epoch)) for seed in seeds],
             mixing=[GlobalDraws(derive_seed(seed, "mix", epoch), device) for seed in seeds if mixes],
@@ -102,6 +103,7 @@ class Feed(ABC):
         # one thread, so that batches draw in their order
         all_images = mapped_ahead(make, batches) if self.ahead else map(make, batches)
         for positions, images in zip(batches, all_images, strict=True):
+            # as uint8, a quarter of the bytes of floats
             pixels = images.to(positions.device)
             pixels = pixels if pixels.is_floating_point() else pixels.float() / 255
             views = [self._view(view, draws).unflatten(0, positions.shape) for view in pixels]
@@ -173,6 +175,7 @@ class CroppingFeed(Feed):
         if isinstance(pixels, SmallImages):
             pixels = SmallImages(pixels.images.to(device), pixels.spec)
         self._pixels, self._positions = pixels, positions
+        # small images are cut on the device, where a thread has nothing to hide
         self.ahead = isinstance(pixels, OnDemandImages)
 
     def _images(self, positions: Positions, draws: Draws) -> UInt8[Tensor, "V PB C S S"]:

@@ -94,6 +94,7 @@ def train_epoch(trainer: Trainer, epoch: int) -> list[int]:
     accumulated = trainer.recipe.accumulate
     starts = range(0, len(batches), accumulated)
     fed = trainer.feed.batches(batches, draws)
+    # on the device: reading a loss at every step would wait for the GPU
     losses = torch.zeros(trainer.num_models, device=trainer.device)
     # timm's mixing and erasing, and dropout, draw from the global generators
     with seeded_globals(derive_seed(trainer.recipe.seed, "mix", epoch)):
@@ -119,6 +120,7 @@ def train_members(
         Run id -> message, for every run that diverged.
     """
     members, diverged = list(members), {}
+    # a clock that is set back must not delay resume files
     saved = time.monotonic()
     if completed == 0:
         _save(trainer, members, 0, saved)
@@ -148,6 +150,7 @@ def divergence_message(run: Run, epoch: int, reason: str) -> str:
 
 def _save(trainer: Trainer, members: Sequence[Member], epoch: int, saved: float) -> float:
     """Save a kept epoch, and the resume file where it is due; returns when the last resume file was written."""
+    # first: `usable_resume` takes a resume file only where all kept epochs before it are there
     is_kept = epoch in members[0].run.keep_epochs
     if is_kept:
         for model, (member, results) in enumerate(zip(members, trainer.results(), strict=True)):

@@ -23,6 +23,7 @@ def make_mix(recipe: Recipe, num_classes: int) -> Callable[[Tensor, Tensor], tup
         )
 
         def mix(inputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+            # timm's Mixup pairs an image with its mirror in the batch, and refuses an odd number
             even = len(labels) // 2 * 2
             if even == 0:
                 return inputs, soften(labels, num_classes, recipe.label_smoothing)
@@ -38,6 +39,7 @@ def soften(labels: Tensor, num_classes: int, smoothing: float) -> Float[Tensor, 
     >>> soften(torch.tensor([1]), 2, 0.2)
     tensor([[0.1000, 0.9000]])
     """
+    # timm's share too: all classes get smoothing / C, the true one among them
     return one_hot(labels, num_classes).float() * (1 - smoothing) + smoothing / num_classes
 
 
@@ -56,6 +58,7 @@ def info_nce(outputs: Float[Tensor, "B2 K"], temperature: float) -> Tensor:
     """
     embedded = normalize(outputs, dim=1)
     similarity = embedded @ embedded.T / temperature
+    # SimCLR's denominator leaves out the image itself
     similarity.fill_diagonal_(-math.inf)
     half = len(outputs) // 2
     positives = torch.arange(2 * half, device=outputs.device).roll(half)

@@ -56,23 +56,27 @@ class PrivateTrainer(WorldTrainer):
 
         None without noise, where there is no privacy to count.
         """
+        # opacus is an optional extra
         from opacus.accountants import RDPAccountant
 
         noise, steps = self.learner.noise_multiplier, self.steps_made()[0]
         if noise == 0 or steps == 0:
             return None if steps else 0.0
         accountant = RDPAccountant()
+        # one entry for all steps: noise and rate never change
         accountant.history = [(noise, self.sample_rate, steps)]
         return float(accountant.get_epsilon(1 / self.counts[0], alphas=[*accountant.DEFAULT_ALPHAS, *MORE_ALPHAS]))
 
     def batches(self, epoch: int) -> list[Positions]:
         """Poisson samples of the images `[1, B]`, of any size, as the accountant of privacy assumes."""
+        # on the CPU, so that samples are equal on every device
         generator = torch.Generator().manual_seed(derive_seed(self.recipe.seed, "poisson", epoch))
         samples = [torch.rand(self.counts[0], generator=generator) < self.sample_rate for _ in range(self.steps)]
         return [sample.nonzero()[:, 0][None].to(self.device) for sample in samples]
 
     def draws(self, epoch: int) -> Draws:
         """The generators of this epoch, the generator of noise among them."""
+        # anew in each epoch, so that a resumed run adds the noise it would have added
         self.private.generator.manual_seed(derive_seed(self.recipe.seed, "noise", epoch))
         return super().draws(epoch)
 
@@ -87,6 +91,7 @@ class PrivateTrainer(WorldTrainer):
         if not int(self.stopped):
             self.optimizer.step(self._trained_weights, parameter.grad[None], share)
         else:
+            # `steps_made` tells epochs by this count, also after the model has stopped
             self.optimizer.steps += 1
         self.private.zero_grad(set_to_none=True)
         return losses.sum()[None] / self.recipe.batch_size

@@ -19,6 +19,7 @@ def derive_seed(seed: int, purpose: str, epoch: int = 0) -> int:
     True
     """
     digest = hashlib.sha256(f"{seed}:{purpose}:{epoch}".encode()).digest()
+    # 63 bits: torch's generators take seeds as signed 64-bit integers
     return int.from_bytes(digest[:8], "big") >> 1
 
 
@@ -44,9 +45,11 @@ class GlobalDraws:
         try:
             yield
         finally:
+            # first: the next turn goes on where this one stops, also after an error
             self._state = self._global_state()
             self._set_global_state(before)
 
+    # Any: random and numpy promise no type for their states, only that the setter takes them
     def _global_state(self) -> tuple[Any, Any, Tensor, Tensor | None]:
         on_cuda = torch.cuda.get_rng_state(self.device) if self.device.startswith("cuda") else None
         return random.getstate(), np.random.get_state(), torch.get_rng_state(), on_cuda
@@ -64,7 +67,9 @@ def seeded_globals(seed: int) -> Iterator[None]:
     """Seed the global generators that timm's Mixup and RandomErasing draw from; put them back afterwards."""
     before = random.getstate(), np.random.get_state()
     random.seed(seed)
+    # numpy's legacy generator refuses larger seeds
     np.random.seed(seed % 2**32)
+    # torch's generators too, of every CUDA device, as manual_seed seeds them all
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         try:

@@ -14,6 +14,7 @@ from torch import Tensor
 from vitzoo_hf.blueprint.blueprint import Recipe
 from vitzoo_hf.format.schema import ZooError
 
+# torch's defaults, by which a run alone trains
 BETAS = (0.9, 0.999)
 EPS = 1e-8
 STATE = {"adamw": ("exp_avg", "exp_avg_sq"), "sgd": ("momentum_buffer",)}
@@ -53,6 +54,7 @@ class StackedOptimizer:
         if len(kinds) != 1:
             raise ZooError(f"models with optimizers {', '.join(kinds)} cannot be updated together: group them by it")
         settings = {
+            # float64: torch computes rates in Python's floats and rounds once, when a weight is updated
             name: torch.tensor([[getattr(recipe, name)] for recipe in recipes], dtype=torch.float64)
             for name in ("lr", "weight_decay", "momentum")
         }
@@ -60,6 +62,7 @@ class StackedOptimizer:
         return cls(
             kind=kinds[0],
             settings={name: value.to(weights.device) for name, value in settings.items()},
+            # a buffer of zeros gives torch's first step of momentum, which takes the gradient itself
             state={name: torch.zeros_like(weights) for name in STATE[kinds[0]] if remembers},
         )
 
@@ -87,6 +90,7 @@ class StackedOptimizer:
 
     def of_model(self, model: int) -> dict[str, Float[Tensor, " D"]]:
         """The optimizer state of one model, by torch's names."""
+        # torch keeps no buffer without momentum, and a run may continue alone
         if self.kind == "sgd" and not self.settings["momentum"][model]:
             return {}
         return {name: value[model] for name, value in self.state.items()}

@@ -72,6 +72,7 @@ class StackedTrainer:
         self.labels = images.labels[images.positions("train")].to(device)
         self.steps = len(batches_of(self.recipe, len(self.labels), 1, "cpu"))
         self.mix = [make_mix(recipe, len(images.class_names)) for recipe in recipes]
+        # float64, as Python's floats that smooth the labels of a run alone
         self.smoothing = torch.tensor([recipe.label_smoothing for recipe in recipes], dtype=torch.float64).to(device)
         self.erase = make_erase(self.recipe, device)
 
@@ -179,6 +180,7 @@ class StackedTrainer:
             labels.append(classes.to(self.device))
         logits, targets = torch.cat(batches, 1), torch.cat(labels)
         accuracies = (logits.argmax(2) == targets).double().mean(1).tolist()
+        # float64: a mean over tens of thousands of images loses digits in float32
         mean_losses = stacked_cross_entropy(logits.double(), targets.expand(len(logits), -1)).tolist()
         return [Measured(loss, accuracy) for loss, accuracy in zip(mean_losses, accuracies, strict=True)]
 
@@ -197,8 +199,10 @@ class StackedTrainer:
             for name, value in self.optimizer.of_model(model).items()
         }
         for index in range(len(self.trained.names)):
+            # torch's names and shapes: a run begun in a group can continue alone
             tensors |= {f"optimizer.{index}.{name}": values[index] for name, values in state.items()}
             if self.recipe.optimizer == "adamw":
+                # torch's fused AdamW counts in a float32 tensor
                 tensors[f"optimizer.{index}.step"] = torch.tensor(float(self.optimizer.steps))
         return tensors
 
@@ -210,6 +214,7 @@ class StackedTrainer:
             for name in self.optimizer.of_model(model):
                 values = [tensors[f"optimizer.{index}.{name}"] for index in range(len(self.trained.names))]
                 self.optimizer.state[name][model] = torch.cat([value.flatten() for value in values]).to(self.device)
+        # a resume file is written between epochs, and a step is never skipped
         self.optimizer.steps = epoch * self.steps
 
     def keep(self, models: Sequence[int]) -> None:

@@ -51,6 +51,7 @@ class SingleTrainer:
             for name, parameter in self.model.named_parameters():
                 parameter.requires_grad_(is_head(name))
         self.optimizer = make_optimizer(self.recipe, self.model)
+        # small gradients vanish in float16 unless they are scaled; bfloat16 has float32's range
         self.scaler = torch.amp.GradScaler(self.device, enabled=self.recipe.precision == "float16")
         self.feed = feed_of(self.images, self.recipe, self.device)
         self.labels = self.images.labels[self.images.positions("train")].to(self.device)
@@ -82,6 +83,7 @@ class SingleTrainer:
             self.scaler.scale(loss).backward()
             total += loss.detach()
         self.scaler.step(self.optimizer)
+        # halves the scale after a step that was skipped for infinite gradients
         self.scaler.update()
         return total
 
@@ -90,6 +92,7 @@ class SingleTrainer:
         kind = torch.device(self.device).type
         with torch.autocast(kind, dtype, enabled=dtype != torch.float32):
             outputs: Tensor = self.model(self.erase(inputs))
+        # losses in float32: half a precision would round their logarithms
         return outputs.float()
 
     def _loss(self, batch: FedBatch) -> Float[Tensor, ""]:
@@ -121,6 +124,7 @@ class SingleTrainer:
         for pixels, labels in self.images.batches(role, EVALUATION_BATCH):
             targets = labels.to(self.device)
             logits = self.model(self.images.normalize(pixels.to(self.device)))
+            # float64 and one mean at the end: the last batch may be smaller
             losses.append(cross_entropy(logits.double(), targets, reduction="none"))
             correct.append(logits.argmax(1) == targets)
         return Measured(float(torch.cat(losses).mean()), float(torch.cat(correct).double().mean()))
@@ -205,6 +209,7 @@ def learning_rate_share(recipe: Recipe, position: float, epochs: int) -> float:
     [0.5, 1.0, 0.5, 0.0]
     """
     warmup = recipe.warmup_epochs
+    # the first step has rate 0: it fills only what the optimizer remembers
     if position < warmup:
         return position / warmup
     if recipe.schedule == "constant":

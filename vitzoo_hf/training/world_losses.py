@@ -47,6 +47,7 @@ def half_scale_gradients(
     halves = torch.zeros(len(order), 2, dtype=outputs.dtype, device=outputs.device)
     for half in (0, 1):
         places = order[half::2].to(outputs.device)
+        # the 2 of the derivative; one product then gives the means of both halves
         halves[places, half] = 2 / len(places)
     return ((outputs * (outputs - targets)) @ halves).movedim(-1, 0)
 
@@ -147,6 +148,7 @@ def group_shares(
         >>> group_shares(torch.tensor([[0.5, 0.5]]), torch.tensor([[0.0, 1.0]]), rate=1.0)
         tensor([[0.2689, 0.7311]])
     """
+    # in logarithms, as exp(rate * risk) can overflow; a risk that is not finite must not reach a share of 0
     logits = shares.log() + rate * risks.detach().masked_fill(shares == 0, 0.0)
     return logits.softmax(1)
 
@@ -159,6 +161,7 @@ def _shares(risks: Float[Tensor, "P E"], present: Bool[Tensor, "P E"] | None) ->
 def _mean(values: Float[Tensor, "P E n"], counted: Bool[Tensor, "P E n"] | None) -> Float[Tensor, "P E"]:
     if counted is None:
         return values.mean(-1)
+    # 0 / 1 rather than 0 / 0 for an environment without examples
     return values.masked_fill(~counted, 0.0).sum(-1) / counted.sum(-1).clamp(min=1)
 
 

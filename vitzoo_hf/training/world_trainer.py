@@ -63,6 +63,7 @@ class WorldFeed(Feed):
         colours = self.colours.gather(1, positions)
         if self._learner == "colour-randomised":
             shape, device = positions.shape[1:], positions.device
+            # from the generator of views, before them: the order decides both
             colours = torch.stack([torch.randint(2, shape, generator=views, device=device) for views in draws.views])
         return self._in_colours(self.places.gather(1, positions), colours).flatten(0, 1)[None]
 
@@ -119,6 +120,7 @@ class WorldTrainer(StackedTrainer):
         return list(torch.stack(entries, 1).to(self.device))
 
     def _entries(self, model: int, epoch: int) -> Int64[Tensor, "steps B"]:
+        # a blueprint is refused unless batches and images divide into environments
         size, seed = self.recipe.batch_size // self.blocks, self.recipes[model].seed
         count = self.counts[model] // self.blocks
         blocks = []
@@ -170,6 +172,7 @@ class WorldTrainer(StackedTrainer):
         """Give both colours their mean weights where the learner sees no colour, so that its models see none."""
         if self.learner.learner == "causal":
             weight = unflatten(self.weights, self.layout)[PATCH_WEIGHT]
+            # the two colours are channels 0 and 1; the third is black
             weight[:, :, :2] = weight[:, :, :2].mean(2, keepdim=True)
 
     def end_epoch(self, losses: Float[Tensor, " P"], epoch: int) -> Bool[Tensor, " P"]:
@@ -234,6 +237,7 @@ def _draw(pool: WorldPool, run: Run) -> Draw:
 
 def _in_blocks(draw: Draw, learner: Learner) -> Draw:
     """Ordered by environment, if batches are made of environments."""
+    # stable: within an environment the draw keeps its order on every machine
     return draw.take(draw.environments.argsort(stable=True)) if learner.by_environment else draw
 
 
@@ -246,6 +250,7 @@ def _endless_order(count: int, seed: int, block: int, start: int, length: int) -
     first, last = start // count, (start + length - 1) // count
     passes = []
     for number in range(first, last + 1):
+        # a seed for every pass, so that a resumed run starts in the middle of one
         generator = torch.Generator().manual_seed(derive_seed(seed, f"order of {block}", number))
         passes.append(torch.randperm(count, generator=generator))
     return torch.cat(passes)[start - first * count :][:length]
