@@ -13,7 +13,6 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import torch
@@ -25,6 +24,7 @@ from vitzoo_hf.evaluation.outputs_cache import ImageBatch, OutputsCache
 from vitzoo_hf.evaluation.pairs import measure_pairs
 from vitzoo_hf.evaluation.precision import precision_effect
 from vitzoo_hf.format import schema
+from vitzoo_hf.format.manifest import Manifest
 from vitzoo_hf.format.messages import did_you_mean
 from vitzoo_hf.format.row import Row, RowLike
 from vitzoo_hf.format.schema import ZooError
@@ -230,7 +230,7 @@ def _held_out(zoo: Zoo, dataset: str) -> dict[str, tuple[Tensor, Tensor]]:
     return images
 
 
-def is_classifier(row: RowLike, manifest: Mapping[str, Any]) -> bool:
+def is_classifier(row: RowLike, manifest: Manifest) -> bool:
     """Whether the outputs of a row's head are classes; the head of a contrastive model is a projection."""
     row = Row.of(row)
     recipe = json.loads(row["provenance"] or "{}").get("recipe", {})
@@ -255,7 +255,7 @@ def _values(logits: Float[Tensor, "N C"], labels: Int64[Tensor, " N"], device: t
 def _measure(
     row: Row,
     sets: Mapping[str, ImageBatch],
-    manifest: Mapping[str, Any],
+    manifest: Manifest,
     cache: OutputsCache,
     failed: dict[str, str],
     device: torch.device,

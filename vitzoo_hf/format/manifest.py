@@ -14,8 +14,11 @@ from vitzoo_hf.format.layout import Layout
 from vitzoo_hf.format.messages import REPAIR
 from vitzoo_hf.format.schema import ZooError
 
+Manifest = Mapping[str, Any]
+"""What `zoo.json` holds, checked by `read_manifest`."""
 
-def read_manifest(file: Path) -> dict[str, Any]:
+
+def read_manifest(file: Path) -> Manifest:
     """What `zoo.json` says, checked for what every reader needs.
 
     Raises:
@@ -52,7 +55,7 @@ def read_layouts(file: Path) -> dict[str, Layout]:
     return layouts
 
 
-def read_shards(files: FolderFiles | HubFiles, manifest: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def read_shards(files: FolderFiles | HubFiles, manifest: Manifest) -> dict[str, Mapping[str, Any]]:
     """Weight shards in the order of the index's rows: path -> bytes, sha256 and, where known, rows and row groups.
 
     Zoos written before `shards.json` list their shards in `zoo.json`, without rows and row groups.
@@ -76,7 +79,7 @@ def read_shards(files: FolderFiles | HubFiles, manifest: Mapping[str, Any]) -> d
     return {name: listed[name] for name in sorted(names, key=lambda name: (order[name.split("-")[0]], name))}
 
 
-def check_sizes(files: FolderFiles | HubFiles, manifest: Mapping[str, Any]) -> None:
+def check_sizes(files: FolderFiles | HubFiles, manifest: Manifest) -> None:
     """Compare the length of every Parquet file of a folder with what the manifest says.
 
     Raises:

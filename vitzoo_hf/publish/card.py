@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from vitzoo_hf.format import schema
+from vitzoo_hf.format.manifest import Manifest
 from vitzoo_hf.format.messages import did_you_mean
 from vitzoo_hf.format.schema import ZooError
 from vitzoo_hf.publish import card_results, card_sections
-from vitzoo_hf.publish.card_facts import Facts, Manifest
+from vitzoo_hf.publish.card_facts import Facts
 from vitzoo_hf.publish.markdown import one_line, plain
 from vitzoo_hf.publish.viewer import default_config
 

@@ -21,9 +21,6 @@ from vitzoo_hf.format.schema import ZooError
 
 CLASSES = {"stage": schema.STAGES, "head": schema.HEADS}
 
-Manifest = Mapping[str, Any]
-"""Content of `zoo.json`."""
-
 Columns = dict[str, Any]
 """Column -> value of a row of a light table."""
 

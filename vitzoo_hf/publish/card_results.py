@@ -4,7 +4,8 @@ from collections.abc import Iterable
 from statistics import fmean
 
 from vitzoo_hf.format import schema
-from vitzoo_hf.publish.card_facts import Facts, Manifest, value_counts
+from vitzoo_hf.format.manifest import Manifest
+from vitzoo_hf.publish.card_facts import Facts, value_counts
 from vitzoo_hf.publish.markdown import bar, block, code, number, shown, table
 
 MOST_VALUES = 12

@@ -5,7 +5,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
 from vitzoo_hf.format import schema
-from vitzoo_hf.publish.card_facts import Columns, Facts, Manifest, value_counts
+from vitzoo_hf.format.manifest import Manifest
+from vitzoo_hf.publish.card_facts import Columns, Facts, value_counts
 from vitzoo_hf.publish.markdown import block, code, listing, number, plain, shown, size, table
 
 MOST_VALUES = 12

@@ -19,12 +19,12 @@ from vitzoo_hf.format import schema
 from vitzoo_hf.format.atomic import read_json, write_json
 from vitzoo_hf.format.encoding import ITEM_BYTES, encoding_of
 from vitzoo_hf.format.layout import Layout
+from vitzoo_hf.format.manifest import Manifest
 from vitzoo_hf.format.schema import ZooError
 from vitzoo_hf.format.shards import ROW_GROUP_BYTES, write_parquet
 from vitzoo_hf.models.architecture import Architecture
 from vitzoo_hf.progress import progress_bar
 from vitzoo_hf.publish.card import card_text
-from vitzoo_hf.publish.card_facts import Manifest
 
 if TYPE_CHECKING:
     import datasets

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from vitzoo_hf.format import schema
 from vitzoo_hf.format.files import FolderFiles, HubFiles
-from vitzoo_hf.format.manifest import open_files, read_manifest, read_shards
+from vitzoo_hf.format.manifest import Manifest, open_files, read_manifest, read_shards
 from vitzoo_hf.format.schema import ZooError
 from vitzoo_hf.format.weight_reader import RowTable, WeightReader
 from vitzoo_hf.progress import progress_bar
@@ -111,9 +111,7 @@ def _damage(files: FolderFiles | HubFiles, name: str, entry: Mapping[str, Any], 
     return None if digest.hexdigest() == entry["sha256"] else "its content does not match its hash"
 
 
-def _lost_rows(
-    files: FolderFiles | HubFiles, manifest: Mapping[str, Any], damaged: Iterable[str]
-) -> dict[str, list[str]]:
+def _lost_rows(files: FolderFiles | HubFiles, manifest: Manifest, damaged: Iterable[str]) -> dict[str, list[str]]:
     """Damaged file of weights -> the models in it that do not match their hash or cannot be read."""
     import pyarrow as pa
     import pyarrow.parquet as pq
