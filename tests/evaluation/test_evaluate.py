@@ -421,3 +421,14 @@ def test_top_5_accuracy_is_of_more_than_five_classes(tmp_path, classes, known):
     measured = evaluate_on(zoo, {"given": (images, labels)}, progress=False)
     for value in (evaluations["test_top5_accuracy"][0], measured["top5_accuracy"][0]):
         assert float("nan" if value is None else value) == pytest.approx(expected, nan_ok=True)
+
+
+@pytest.mark.parametrize("precision", ["tf32", "bfloat16"])
+def test_the_zoo_says_in_which_precision_it_was_measured(zoo_copy, precision):
+    zoo = Zoo(zoo_copy)
+    report = vz.evaluate(zoo, precision=precision, progress=False)
+    report.write(zoo_copy)
+    about = {"precision": precision, "effect": report.precision_effect}
+    assert Zoo(zoo_copy).manifest["measured"] == {"evaluations": about, "pairs": about}
+    vz.evaluate(zoo, progress=False).write(zoo_copy)
+    assert "measured" not in Zoo(zoo_copy).manifest

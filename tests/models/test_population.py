@@ -256,3 +256,23 @@ def test_graphs_on_cuda_give_the_same(zoo, images):
     plain = vz.Population.from_rows(rows, device="cuda")(images)
     for _ in range(3):
         assert torch.allclose(graphed(images), plain, atol=1e-4)
+
+
+@pytest.mark.parametrize(("precision", "expected"), [("float32", "highest"), ("tf32", "high")])
+def test_products_are_taken_as_the_precision_says(zoo, images, monkeypatch, precision, expected):
+    """Whatever the process has set, which is as before afterwards."""
+    whole, settings = population_module.forward, []
+
+    def noted(*arguments):
+        settings.append(torch.get_float32_matmul_precision())
+        return whole(*arguments)
+
+    monkeypatch.setattr(population_module, "forward", noted)
+    rows = zoo.filter(stage="finetune").rows()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        vz.Population.from_rows(rows, precision=precision)(images)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert set(settings) == {expected}

@@ -73,7 +73,7 @@ def evaluate(
             one subfolder per class.
         out: Folder for the tables, as CSV files.
         device: cpu or cuda.
-        precision: float32, bfloat16 or float16.
+        precision: float32, tf32 (on CUDA), bfloat16 or float16; zoo.json then says so, with the measured effect.
         cache: Folder in which outputs of models are kept; by default `.evaluation` in the zoo, or in the folder of
             --out.
         ray: Address of the Ray cluster that runs the models: auto, or local to start a cluster on this machine.

@@ -67,6 +67,7 @@ class Report:
         dataset: images on which the pairs were compared.
         failed: model -> why it has no metrics, such as NaN among its outputs.
         is_own: whether the models were measured on the probe images of the zoo.
+        precision: precision that the models ran in.
         precision_effect: effect of a lower precision than float32, measured on some models; empty for float32.
     """
 
@@ -76,6 +77,7 @@ class Report:
     failed: dict[str, str] = field(default_factory=dict)
     precision_effect: dict[str, float] = field(default_factory=dict)
     is_own: bool = True
+    precision: str = "float32"
 
     def matrix(self, metric: str) -> pd.DataFrame:
         """A pair metric as a symmetric model × model table; the diagonal is 1, or 0 for distances.
@@ -115,8 +117,13 @@ class Report:
             split: [record for record, place in zip(rows, splits, strict=True) if place == split]
             for split in dict.fromkeys(splits)
         }
-        write_config(Path(folder), "evaluations", tables, features)
-        write_config(Path(folder), "pairs", {"full": records(self.pairs)}, schema.pair_features())
+        # a table of float32 says nothing: so did all tables before there was a choice
+        rounded = (
+            None if self.precision == "float32" else {"precision": self.precision, "effect": self.precision_effect}
+        )
+        write_config(Path(folder), "evaluations", tables, features, measured=rounded)
+        pairs = {"full": records(self.pairs)}
+        write_config(Path(folder), "pairs", pairs, schema.pair_features(), measured=rounded)
 
 
 def evaluate(
@@ -138,7 +145,7 @@ def evaluate(
             that know their classes; None for the probe images of the zoo.
         labels: class numbers of `images`.
         device: where the models run.
-        precision: `float32`, or `bfloat16` or `float16`, whose effect is then in the report.
+        precision: `float32`, or `tf32`, `bfloat16` or `float16`, whose effect is then in the report and the zoo.
         cache: folder that keeps logits and features under the hashes of weights and images: an interrupted
             evaluation continues there, and models that were measured before are not run again. None keeps nothing.
         ray: address of a Ray cluster whose workers run the models (`auto`, `local` to start one here); every machine
@@ -176,7 +183,7 @@ def evaluate(
         pairs = measure(zoo.filter(is_final=True), final_rows, classifiers, outputs, test)
     evaluations = pd.concat([index[[*COLUMNS, *zoo.factors]], pd.DataFrame(metrics)], axis=1)
     effect = _effect(zoo, [final_rows[number].model_id for number in classifiers], test, precision, device)
-    return Report(evaluations, pairs, dataset, failed, effect, images is None)
+    return Report(evaluations, pairs, dataset, failed, effect, images is None, precision)
 
 
 def _verify(zoo: Zoo, model_ids: list[str]) -> None:

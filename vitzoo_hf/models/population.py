@@ -21,7 +21,7 @@ from vitzoo_hf.format.schema import ZooError
 from vitzoo_hf.models.architecture import Architecture
 from vitzoo_hf.models.batched import READOUTS, Outputs
 from vitzoo_hf.models.rebuild import usable_device
-from vitzoo_hf.models.tiles import PRECISIONS, Group, forward, group_of, weights_of_tiles
+from vitzoo_hf.models.tiles import PRECISIONS, Group, forward, group_of, products_in, weights_of_tiles
 
 SHARE_OF_MEMORY = 0.5
 """Share of the memory that is free beyond which weights stay on the CPU."""
@@ -66,8 +66,9 @@ class Population:
                 CPU, and the weights of the next model are copied while a model runs.
             compiled: compile the forward of plain ViTs once for each architecture and tile, half a minute each; on
                 CUDA as graphs that are replayed. On a CPU it gained nothing in `benchmarks/LOG.md`.
-            precision: `bfloat16` and `float16` round weights and activations; `precision_effect` of
-                `vitzoo_hf.evaluation.precision` says what it costs.
+            precision: `bfloat16` and `float16` round weights and activations, `tf32` the factors of products on
+                CUDA; `float32` rounds nothing, whatever `torch.set_float32_matmul_precision` says.
+                `precision_effect` of `vitzoo_hf.evaluation.precision` says what it costs.
 
         Raises:
             ZooError: if there is no row, one cannot be rebuilt, or the precision is unknown.
@@ -233,7 +234,8 @@ class Population:
                 # again for each part: tiles may have been halved since the last one
                 _, step = group.tile(self.device, len(images), self.precision, self._scale[0])
                 try:
-                    part = forward(group, tensors, inputs[start : start + step], readout)
+                    with products_in(self.precision):
+                        part = forward(group, tensors, inputs[start : start + step], readout)
                 except torch.OutOfMemoryError:
                     self._smaller(step)
                     continue

@@ -5,6 +5,7 @@ Sizes of tiles follow from sizes of models and the device alone, so that the sam
 
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -24,7 +25,13 @@ MODULE_IMAGES = 256
 ACTIVATIONS = 16  # bound on the memory of a forward at its peak, in units of the widest activation
 STACKED_PARAMETERS = 2_000_000
 """Smaller models are copied into one matrix, so that tiles are views of it; larger models are not copied."""
-PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+PRECISIONS = {
+    "float32": torch.float32,
+    "tf32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+"""Precision -> dtype of weights and activations; `tf32` rounds factors of products alone, to ten bits, on CUDA."""
 SHARE_OF_TILE = 0.25
 
 
@@ -160,6 +167,17 @@ def _copied(
     pinned = vectors.to(dtype).pin_memory()
     with torch.cuda.stream(stream):
         return pinned.to(device, non_blocking=True), stream.record_event()
+
+
+@contextmanager
+def products_in(precision: str) -> Iterator[None]:
+    """Take float32 products as the precision says, whatever the process has set, and put its setting back."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def forward(group: Group, tensors: dict[str, Tensor], inputs: Tensor, readout: str | None) -> Outputs:

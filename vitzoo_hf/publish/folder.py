@@ -266,7 +266,12 @@ def _row_groups(
 
 
 def write_config(
-    folder: Path, config: str, tables: Mapping[str, Sequence[Mapping[str, object]]], features: "datasets.Features"
+    folder: Path,
+    config: str,
+    tables: Mapping[str, Sequence[Mapping[str, object]]],
+    features: "datasets.Features",
+    *,
+    measured: Mapping[str, object] | None = None,
 ) -> None:
     """Add or replace a config of a finished zoo: one file a split, then the manifest and the card's header.
 
@@ -278,11 +283,15 @@ def write_config(
         config: name of the config.
         tables: split -> rows.
         features: column types of the rows.
+        measured: how the rows were measured, for `measured` of the manifest; None for float32.
 
     Raises:
         ZooError: if the folder cannot be written.
     """
     manifest = read_json(folder / schema.MANIFEST)
+    about = {name: entry for name, entry in manifest.pop("measured", {}).items() if name != config}
+    about |= {config: measured} if measured is not None else {}
+    manifest |= {"measured": about} if about else {}
     try:
         _sweep(folder / config)
         fresh = Path(tempfile.mkdtemp(dir=folder, prefix=f".{config}-", suffix=".tmp"))
