@@ -217,6 +217,7 @@ def _train_group(
     except torch.OutOfMemoryError:
         if len(runs) == 1:
             raise
+    # outside of `except`: the error's traceback holds the trainer and its memory
     diverged: dict[str, str] = {}
     for half in (runs[: len(runs) // 2], runs[len(runs) // 2 :]):
         diverged |= train_stacked(prepared, half, folder, device=device, on_epoch=on_epoch)
