@@ -1,6 +1,8 @@
 import itertools
 import json
+import os
 import re
+import threading
 from collections import Counter
 from pathlib import Path
 
@@ -386,6 +388,14 @@ def test_ids_unsafe_as_a_file_name_are_refused(load, monkeypatch):
     monkeypatch.setitem(module.ID_PREFIXES, "seed", "../s")
     with pytest.raises(ZooError, match=r"line 12: the run id 'sl-\.\./s1' would not be safe as a file name"):
         load()
+
+
+def test_a_blueprint_can_come_through_a_pipe(tmp_path):
+    os.mkfifo(pipe := tmp_path / "pipe.yaml")
+    writer = threading.Thread(target=pipe.write_text, args=(TEXT,), daemon=True)
+    writer.start()
+    assert Blueprint.load(pipe).text == TEXT  # a second reading would wait for ever
+    writer.join()
 
 
 def test_unknown_blueprints_are_refused(tmp_path):

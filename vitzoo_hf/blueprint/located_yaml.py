@@ -17,7 +17,7 @@ from vitzoo_hf.format.schema import ZooError
 class Located:
     """A value of a YAML file with its place."""
 
-    value: Any
+    value: object
     path: Path
     line: int
     key: str
@@ -57,7 +57,7 @@ class Located:
 
     def sequence(self) -> list["Located"]:
         """The entries of a list."""
-        if not self.is_sequence:
+        if not isinstance(self.value, list):
             raise self.error(f"{self.key} must be a list")
         return self.value
 
@@ -70,14 +70,14 @@ class Located:
             kind, *alternatives = get_args(kind)
             if self.value is None and NoneType in alternatives:
                 return None
-            if self.is_sequence and tuple[kind, ...] in alternatives:
+            if isinstance(self.value, list) and tuple[kind, ...] in alternatives:
                 return tuple(entry.typed(kind) for entry in self.value)
         value = self.value
         if kind is float:
             # by float(), as YAML 1.1 reads 3e-3 as text; OverflowError comes from whole numbers above 1.8e308
             try:
-                number = float(value) if not isinstance(value, bool | list | dict) else math.nan
-            except (TypeError, ValueError, OverflowError):
+                number = float(value) if isinstance(value, str | bytes | float) or type(value) is int else math.nan
+            except (ValueError, OverflowError):
                 number = math.nan
             if math.isfinite(number):
                 return number
@@ -86,11 +86,11 @@ class Located:
             return value
         raise self.error(f"{self.key} is {self.plain()!r}; expected {KINDS[kind]}")
 
-    def plain(self) -> Any:
+    def plain(self) -> object:
         """The value alone, without its place and the places of everything in it."""
         if isinstance(self.value, dict):
             return {key: node.plain() for key, node in self.value.items()}
-        return [node.plain() for node in self.value] if self.is_sequence else self.value
+        return [node.plain() for node in self.value] if isinstance(self.value, list) else self.value
 
     def _mapping(self) -> dict[str, "Located"]:
         if not isinstance(self.value, dict):

@@ -137,5 +137,6 @@ def _verify(vector: Tensor, sha256: str | None, name: str) -> None:
     finite = np.isfinite(values)
     if not finite.all():
         raise ZooError(f"{name} has {(~finite).sum()} weights that are not finite: it cannot be rebuilt")
+    # a row whose weights were changed on purpose comes without a hash
     if sha256 and weights_sha256(values) != sha256:
         raise ZooError(f"the weights of {name} do not match their hash: they were changed, or belong to another row")

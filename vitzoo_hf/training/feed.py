@@ -175,7 +175,7 @@ class CroppingFeed(Feed):
         if isinstance(pixels, SmallImages):
             pixels = SmallImages(pixels.images.to(device), pixels.spec)
         self._pixels, self._positions = pixels, positions
-        # small images are cut on the device, where a thread has nothing to hide
+        # only decoding is worth a thread: small images are cut on the training device
         self.ahead = isinstance(pixels, OnDemandImages)
 
     def _images(self, positions: Positions, draws: Draws) -> UInt8[Tensor, "V PB C S S"]:

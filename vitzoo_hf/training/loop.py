@@ -128,6 +128,7 @@ def train_members(
     for epoch in range(completed + 1, members[0].run.epochs + 1):
         lost = train_epoch(trainer, epoch)
         for member in (members[model] for model in lost):
+            # on disk at once: after a kill the run is not tried again
             member.folder.record_divergence(epoch, NOT_FINITE)
             diverged[member.run.run_id] = divergence_message(member.run, epoch, NOT_FINITE)
         if lost:
@@ -139,6 +140,7 @@ def train_members(
         saved = _save(trainer, members, epoch, saved)
         _report(members, epoch, on_epoch)
     for member in members:
+        # only after the last epoch is kept: until then a kill continues from it
         member.folder.drop_resume()
     return diverged
 

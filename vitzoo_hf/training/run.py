@@ -66,6 +66,7 @@ def run_spec(blueprint: Blueprint, run: Run) -> dict[str, object]:
         if parent
         else None,
     }
+    # for provenance alone: other versions may continue a run
     timm = import_timm()
     versions = {"vitzoo_hf": VERSION, "torch": torch.__version__, "timm": timm.__version__}
     # readers get every setting; the fingerprint leaves newer ones out at their default
@@ -113,7 +114,7 @@ def initial_model(prepared: PreparedBlueprint, run: Run, folder: Path) -> nn.Mod
     """
     architecture = architecture_of(prepared, run)
     check_fit(architecture, prepared.images_of(run))
-    # weights tell a label ratio by 0.94 from one head for all runs, by 0.59 from a random head each
+    # a label ratio read from heads: 0.94 of runs with one initial head, 0.59 with a random head each
     is_shared = run.learner is not None and run.learner.shared_init
     model = architecture.build(init=run.recipe.init, seed=derive_seed(0 if is_shared else run.recipe.seed, "init"))
     if run.parent_id and run.parent_run:

@@ -89,9 +89,11 @@ def memory_of(blueprint: Blueprint, run: Run) -> int:
     assert vit is not None
     layout = Layout.of(model.state_dict())
     width = layout.shapes[layout.names.index("norm.bias")][0]
+    # from above: fused attention keeps no number for each pair of tokens, which are counted here
     activations = vit.tokens * vit.depth * (12 * width + 3 * vit.hidden + 2 * vit.heads * vit.tokens)
     images = run.recipe.batch_size * (2 if run.recipe.regime == "contrastive" else 1)
     pixels = 8 * math.prod(vit.image)
+    # all of it float32: groups do not autocast
     return 4 * (7 * layout.num_parameters + images * (2 * activations + pixels))
 
 
@@ -167,6 +169,7 @@ def train_stacked(
         if run_folder.divergence:
             diverged[run.run_id] = divergence_message(run, **run_folder.divergence)
         elif holds_all(run_folder, run):
+            # left where a kill came between the last epoch and its removal
             run_folder.drop_resume()
             on_epoch(run.run_id, run.epochs)
         else:
@@ -214,6 +217,7 @@ def _train_group(
     except torch.OutOfMemoryError:
         if len(runs) == 1:
             raise
+    # outside of `except`: the error's traceback holds the trainer and its memory
     diverged: dict[str, str] = {}
     for half in (runs[: len(runs) // 2], runs[len(runs) // 2 :]):
         diverged |= train_stacked(prepared, half, folder, device=device, on_epoch=on_epoch)

@@ -196,6 +196,7 @@ def _penalty(
         return risk_variance(risks)
     if learner.learner == "irm":
         return invariance_penalty(logit_scale_gradients(logits, labels)) / environments
+    # batches are in a random order, so that even and odd places are independent samples
     halves = [logit_scale_gradients(logits[:, :, part::2], labels[:, :, part::2]) for part in (0, 1)]
     return invariance_product(*halves) / environments
 
