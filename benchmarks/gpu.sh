@@ -8,10 +8,10 @@
 set -u
 usage="usage: benchmarks/gpu.sh [--simulate] [--out FOLDER] [PART ...]"
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-out=${OUT:-} simulate=() chosen=()
+out=${OUT:-} simulate=() chosen=() slower=1
 while [ $# -gt 0 ]; do
   case $1 in
-    --simulate) simulate=(--simulate) ;;
+    --simulate) simulate=(--simulate) slower=10 ;; # a slow machine that others share is no fault
     --out) out=${2:-}; shift ;;
     -*) echo "unknown option $1; $usage" >&2; exit 2 ;;
     *) chosen+=("$1") ;;
@@ -34,9 +34,9 @@ export PYTHONPATH=$(dirname "$here")${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED
 status=0 summary=()
 SECONDS=0
 for entry in "${parts[@]}"; do
-  part=${entry%%:*} limit=${entry##*:}
+  part=${entry%%:*} limit=$((${entry##*:} * slower))
   [[ ${#chosen[@]} -eq 0 || " ${chosen[*]} " == *" $part "* ]] || continue
-  left=$((ALL - SECONDS)) began=$SECONDS
+  left=$((ALL * slower - SECONDS)) began=$SECONDS
   [ "$limit" -le "$left" ] || limit=$left
   if [ "$limit" -lt 5 ]; then
     line="$part: not run, no time left"

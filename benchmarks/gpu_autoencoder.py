@@ -3,6 +3,7 @@
 python benchmarks/gpu_autoencoder.py --out FOLDER [--simulate]
 """
 
+import itertools
 import tempfile
 import time
 from dataclasses import replace
@@ -23,25 +24,25 @@ WAYS = {
     "bfloat16": {"precision": "bfloat16"},
     "bfloat16, compiled": {"precision": "bfloat16", "compile": True},
 }
-SMALL = {"RUNS": 2, "STEPS": 4, "CPU_STEPS": 4}
+SMALL = {"RUNS": 2, "STEPS": 2, "CPU_STEPS": 2}
 
 
 def main(figures: gpu_shared.Figures) -> None:
     if figures.simulated:
         globals().update(SMALL)
-    from soup_zoo import noisy_zoo  # of tests/, which is on the path by now
+    # both of tests/, which is on the path by now
+    from small_autoencoder import SMALL as SMALL_RECIPE
+    from soup_zoo import noisy_zoo
 
     with tempfile.TemporaryDirectory() as folder:
         zoo = noisy_zoo(Path(folder) / "zoo", SAMPLE, runs=RUNS, epochs=1)
-        recipe = AutoencoderRecipe(
-            views=("mlp", "heads"), queries=8 if figures.simulated else 64, batch_size=2 * RUNS
-        )
-        recipe = replace(recipe, batch_size=min(24, recipe.batch_size))
+        recipe = AutoencoderRecipe(views=("mlp", "heads"))
+        recipe = SMALL_RECIPE if figures.simulated else recipe
         for arm in ARMS:
             for name, changes in WAYS.items():
-                with figures.row(arm=arm, way=name, device="cuda", batch_size=recipe.batch_size) as row:
+                with figures.row(arm=arm, way=name, trained_on="cuda", batch_size=recipe.batch_size) as row:
                     row |= steps(zoo, replace(recipe.arm(arm), **changes, steps=STEPS), "cuda")
-            with figures.row(arm=arm, way="float32", device="cpu", batch_size=recipe.batch_size) as row:
+            with figures.row(arm=arm, way="float32", trained_on="cpu", batch_size=recipe.batch_size) as row:
                 row |= steps(zoo, replace(recipe.arm(arm), steps=CPU_STEPS), "cpu")
 
 
@@ -57,7 +58,7 @@ def steps(zoo: Zoo, recipe: AutoencoderRecipe, device: str) -> dict[str, object]
 
     start = time.perf_counter()
     train_autoencoder(zoo, recipe, device=device, on_step=on_step)
-    durations = [1e3 * (end - begin) for begin, end in zip(ends, ends[1:], strict=False)]
+    durations = [1e3 * (end - begin) for begin, end in itertools.pairwise(ends)]
     return {
         "ms_a_step": median(durations[min(WARM, len(durations) - 1) :]),
         "s_to_first_step": ends[0] - start,

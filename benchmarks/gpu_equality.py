@@ -1,4 +1,6 @@
-"""Every metric on the GPU beside the CPU: the table of tests/metrics/test_cuda_budgets.py, and a population's outputs.
+"""Every metric on the GPU beside the CPU, and the outputs of a population.
+
+The metrics are those of the table in tests/metrics/test_cuda_budgets.py.
 
 python benchmarks/gpu_equality.py --out FOLDER [--simulate]
 """

@@ -25,7 +25,7 @@ from vitzoo_hf.models.vit import create
 MODELS, IMAGES = 16, 256
 PAPER = 250, 10_000
 ARCHITECTURE = side_by_side.VIT_S
-SMALL = {"MODELS": 2, "IMAGES": 3, "ARCHITECTURE": side_by_side.MICRO}
+SMALL = {"MODELS": 2, "IMAGES": 3, "ARCHITECTURE": side_by_side.NANO}
 WAYS = {"bfloat16": ("bfloat16", "highest"), "TF32": ("float32", "high"), "float32": ("float32", "highest")}
 """Precision of the population, and torch's precision of float32 products; what the paper's size needs comes first."""
 LOOP = "torch.stack([model(images) for model in models])"
@@ -137,7 +137,10 @@ class Tiles:
         """Capture the forward of one model; a replay reads the weights that were copied to the captured place."""
         weights = self.vectors[0].clone()
         if simulated:  # which has no graphs: the same copies and the same forward
-            replay: Callable[[], object] = lambda: place.copy_(self._of(weights))
+
+            def replay() -> object:
+                return place.copy_(self._of(weights))
+
             place = self._of(weights)
         else:
             side = torch.cuda.Stream()

@@ -26,8 +26,8 @@ AGREEMENT = (
 )
 DIVERGENCE = (
     "vz.jensen_shannon(logits)",
-    "(m := torch.stack([torch.special.entr((row + p) / 2).sum((1, 2)) for p in [logits.softmax(-1)] for row in p]) / N)"
-    " - (m.diagonal() + m.diagonal()[:, None]) / 2",
+    "(m := torch.stack([torch.special.entr((row + p) / 2).sum((1, 2)) for p in [logits.softmax(-1)] for row in p])"
+    " / N) - (m.diagonal() + m.diagonal()[:, None]) / 2",
 )
 CALIBRATION = (
     "vz.expected_calibration_error(logits, labels)",

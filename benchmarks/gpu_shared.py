@@ -35,7 +35,7 @@ class Figures:
         self.file, self.simulated = folder / f"{part}.csv", simulated
         self.rows: list[dict[str, object]] = []
         device = "simulated" if simulated else torch.cuda.get_device_name(0)
-        self.about = {"device": device} | side_by_side.machine()
+        self.about = {"gpu": device} | side_by_side.machine()
 
     def add(self, **row: object) -> None:
         self.rows.append(row)
@@ -69,9 +69,7 @@ def main(part: str, description: str, measure: Callable[[Figures], None], on_cpu
     """
     parser = argparse.ArgumentParser(description=description.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help=f"folder in which {part}.csv is written")
-    parser.add_argument(
-        "--simulate", action="store_true", help="tiny sizes on a simulated device; times mean nothing"
-    )
+    parser.add_argument("--simulate", action="store_true", help="tiny sizes on a simulated device, without meaning")
     given = parser.parse_args()
     if not given.simulate and not torch.cuda.is_available():
         sys.exit(f"{part}: torch {torch.__version__} sees no CUDA device; --simulate runs without one")

@@ -22,18 +22,9 @@ def main(figures: gpu_shared.Figures) -> None:
     files = FEW if figures.simulated else files_of_tests()
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-m",
-            "gpu",
-            "-q",
-            "-p",
-            "no:cacheprovider",
-            f"--junitxml={report}",
-        ]
-        done = subprocess.run([*command, *files], cwd=side_by_side.REPOSITORY, env=os.environ, check=False)
+        options = ["-q", "-m", "gpu", "-p", "no:cacheprovider", f"--junitxml={report}"]
+        command = [sys.executable, "-m", "pytest", *options, *files]
+        done = subprocess.run(command, cwd=side_by_side.REPOSITORY, env=os.environ, check=False)
         if not report.exists():
             sys.exit(f"pytest wrote no report and ended with {done.returncode}")
         cases = list(ElementTree.parse(report).iter("testcase"))
