@@ -3,7 +3,9 @@
 import argparse
 import csv
 import json
+import os
 import resource
+import shutil
 import statistics
 import subprocess
 import time
@@ -120,20 +122,33 @@ def parsed(options: argparse.ArgumentParser, sizes: dict[str, Any], smoke: Mappi
     return given
 
 
+def machine() -> dict[str, str]:
+    """Machine, versions, commit and date; the commit is that of COMMIT where the copy has no history."""
+    commit = os.environ.get("COMMIT", "")
+    if not commit and shutil.which("git"):
+        command = ["git", "rev-parse", "--short", "HEAD"]
+        commit = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False).stdout.strip()
+    about = {key: str(value) for key, value in describe().items()}
+    return about | {"commit": commit, "date": time.strftime("%Y-%m-%d")}
+
+
+def write_csv(file: Path, rows: list[dict[str, Any]], about: Mapping[str, str]) -> None:
+    """Rows with the machine behind each; a row need not have every column."""
+    columns = dict.fromkeys(column for row in rows for column in row)
+    with file.open("w", newline="") as opened:
+        writer = csv.DictWriter(opened, [*columns, *about], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(row | about for row in rows)
+
+
 def report(name: str, rows: list[dict[str, Any]], given: argparse.Namespace) -> None:
     """Print the figures, and keep them with machine, versions and commit in results/ and in the file of `--json`.
 
     Figures of a smoke run say nothing of speed: results/ keeps those that were measured.
     """
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=REPOSITORY, capture_output=True, text=True)
-    about = {key: str(value) for key, value in describe().items()}
-    about |= {"commit": commit.stdout.strip(), "date": time.strftime("%Y-%m-%d")}
+    about = machine()
     if not given.smoke:
-        results = Path(__file__).parent / "results" / f"{name}.csv"
-        with results.open("w", newline="") as opened:
-            writer = csv.DictWriter(opened, [*rows[0], *about], lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(row | about for row in rows)
+        write_csv(Path(__file__).parent / "results" / f"{name}.csv", rows, about)
     for row in rows:
         print(
             "  ".join(f"{key}={value:.4g}" if isinstance(value, float) else f"{value}" for key, value in row.items())

@@ -10,6 +10,7 @@ from types import CodeType
 from typing import NamedTuple
 
 import pytest
+from gpu_script import gpu_parts
 from places import REPOSITORY, TESTS
 from soup_zoo import noisy_zoo
 
@@ -46,6 +47,8 @@ SMOKES = {
     f"{BENCHMARKS}/agreement.py": Smoke(prints="times_ours=", slow=True),
     f"{BENCHMARKS}/cka_pairs.py": Smoke("--smoke --large", prints="times_cka="),
     f"{BENCHMARKS}/distances.py": Smoke(prints="ours"),
+    f"{BENCHMARKS}/gpu.sh": Smoke("--simulate --out OUT", prints="autoencoder: done", slow=True),
+    f"{BENCHMARKS}/gpu_wheels.sh": Smoke("--list", prints="datasets"),
     f"{BENCHMARKS}/launch_choices.py": Smoke(prints="over_the_best=", slow=True),
     f"{BENCHMARKS}/on_demand_images.py": Smoke(prints="times_ours_wall="),
     f"{BENCHMARKS}/population_forward.py": Smoke(prints="ours_over_best_other="),
@@ -89,14 +92,23 @@ SMOKES = {
 }
 
 
+PARTS = {f"{BENCHMARKS}/gpu_{part}.py" for part in gpu_parts()}
+"""Scripts that `gpu.sh` runs."""
+
+
 def scripts() -> list[str]:
-    """Python files of both folders that are run, not imported."""
-    files = [file for folder in (BENCHMARKS, EXPERIMENTS) for file in sorted((REPOSITORY / folder).rglob("*.py"))]
-    return [str(file.relative_to(REPOSITORY)) for file in files if "__main__" in file.read_text(encoding="utf-8")]
+    """Files of both folders that are run, not imported."""
+    files = [
+        file
+        for folder in (BENCHMARKS, EXPERIMENTS)
+        for file in (REPOSITORY / folder).rglob("*")
+        if file.suffix == ".sh" or (file.suffix == ".py" and "__main__" in file.read_text(encoding="utf-8"))
+    ]
+    return [str(file.relative_to(REPOSITORY)) for file in files]
 
 
 def test_every_script_has_a_smoke_run_and_no_smoke_run_is_stale() -> None:
-    assert sorted(scripts()) == sorted(SMOKES)
+    assert sorted(scripts()) == sorted([*SMOKES, *PARTS])
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +141,8 @@ def repository(tmp_path: Path) -> Path:
 def run(script: Path, arguments: list[str], folder: Path) -> str:
     """What a script prints, run from an empty folder in a process of its own."""
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(script), *arguments]
+    environment["PYTHON"] = sys.executable  # which scripts of the shell run
+    command = ["bash" if script.suffix == ".sh" else sys.executable, str(script), *arguments]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Traceback" not in done.stdout + done.stderr

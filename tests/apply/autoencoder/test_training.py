@@ -190,6 +190,17 @@ def test_the_model_is_one_graph_for_the_compiler(tiny_zoo):
     subprocess.run([sys.executable, "-c", COMPILED, str(tiny_zoo), str(TESTS)], check=True)
 
 
+def test_bfloat16_trains_every_part_of_the_loss(zoo):
+    """Latents are bfloat16 under autocast, and each loss must take them."""
+    plain, rounded = (
+        train_autoencoder(zoo, replace(SMALL, precision=precision, steps=2).arm("C+S+B"))
+        for precision in ("float32", "bfloat16")
+    )
+    for one, other in zip(plain.history, rounded.history, strict=True):
+        assert other["contrast"] == pytest.approx(one["contrast"], rel=0.05)
+        assert other["loss"] == pytest.approx(one["loss"], rel=0.05)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("changes", [{}, {"precision": "bfloat16", "compile": True}])
 def test_training_on_a_gpu_goes_as_on_the_cpu(zoo, tmp_path, changes):

@@ -294,7 +294,8 @@ def _step(
         parts["behaviour"], dropped = _behaviour(trained, torch.cat(decoded), model_ids * count, queries, generator)
     if trained.loss.contrast:
         window = _window(trained, generator)
-        first, second = (model.project(values[:, window]).float() for values in latents)
+        # float32 first: under autocast latents are bfloat16, and the projection runs outside it
+        first, second = (model.project(values[:, window].float()) for values in latents)
         parts["contrast"] = contrastive_loss(first, second)
     loss = trained.loss(parts)
     # in the warm-up the other parts are computed too, so that they set their scales on the first batch
