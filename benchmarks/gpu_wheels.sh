@@ -15,6 +15,7 @@ wheels=(
   datasets dill==0.4.1 multiprocess==0.70.19
   cyclopts docstring-parser rich-rst
   mlxtend
+  numkong
   beartype
   pytorch-cka==1.1.3
 )
