@@ -10,6 +10,7 @@ from jaxtyping import config
 from scipy.stats import entropy as scipy_entropy
 from sklearn.metrics import brier_score_loss, log_loss, top_k_accuracy_score
 
+import vitzoo_hf as vz
 import vitzoo_hf.metrics.inputs as inputs
 from vitzoo_hf.metrics.behavior import (
     accuracy,
@@ -371,3 +372,23 @@ def test_refusals(unchecked, call, message):
     labels = torch.arange(20) % 5
     with pytest.raises(ValueError, match=message):
         call(logits, labels)
+
+
+NUMPY = np.zeros((2, 5, 3), np.float32)
+OF_NUMPY = {
+    "predictions": lambda: vz.predictions(NUMPY),
+    "accuracy": lambda: vz.accuracy(NUMPY, torch.zeros(5, dtype=torch.int64)),
+    "accuracy of labels": lambda: vz.accuracy(torch.zeros(2, 5, 3), np.zeros(5, np.int64)),
+    "cross_entropy": lambda: vz.cross_entropy(NUMPY, torch.zeros(5, dtype=torch.int64)),
+    "agreement": lambda: vz.agreement(np.zeros((2, 5), np.int64)),
+    "jensen_shannon": lambda: vz.jensen_shannon(NUMPY),
+    "cka": lambda: vz.cka(NUMPY),
+    "weight_distances": lambda: vz.weight_distances(NUMPY[0]),
+}
+
+
+@pytest.mark.parametrize("measure", OF_NUMPY.values(), ids=OF_NUMPY)
+def test_arrays_that_are_no_tensors_are_one_line(unchecked, measure):
+    with pytest.raises(ValueError, match=r"numpy\.ndarray, not torch\.Tensor") as error:
+        measure()
+    assert "\n" not in str(error.value)

@@ -304,3 +304,15 @@ def test_no_result_keeps_the_graph_of_the_weights(generator):
     layout = Layout.of({"w": torch.zeros(20)})
     results = (task_vectors(weights, weights), weight_quantiles(weights, layout, [0.5]), weight_distances(weights))
     assert not any(result.requires_grad for result in results)
+
+
+@pytest.mark.parametrize("metric", ["l2", "normalized_l2", "cosine"])
+@pytest.mark.parametrize("scale", [1e-300, 1e-200, 1e200, 1e300])
+def test_float64_weights_of_any_size(generator, scale, metric):
+    weights = torch.randn(4, 30, generator=generator).double()
+    factor = scale if metric == "l2" else 1
+    torch.testing.assert_close(weight_distances(weights * scale, metric) / factor, weight_distances(weights, metric))
+    torch.testing.assert_close(norms(weights * scale) / scale, norms(weights))
+    layout = Layout.of({"w": torch.zeros(10), "head.bias": torch.zeros(20)})
+    parts = part_distances(weights * scale, layout, metric=metric) / factor
+    torch.testing.assert_close(parts, part_distances(weights, layout, metric=metric))

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    pass
 
 
 def counted(count: int, one: str, many: str) -> str:
@@ -44,6 +44,10 @@ def did_you_mean(given: str, known: Iterable[str]) -> str:
     return f"expected one of: {shown}"
 
 
-def describe(tensor: "Tensor") -> str:
+def describe(tensor: object) -> str:
     """Type and shape, for messages."""
+    import torch
+
+    if not isinstance(tensor, torch.Tensor):
+        return f"of type {type(tensor).__module__}.{type(tensor).__name__}, not torch.Tensor"
     return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"

@@ -1,6 +1,7 @@
 """A row as a value: one checkpoint of a zoo, made once where a row enters and taken by everything after."""
 
 from collections.abc import Callable, Iterator, Mapping
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ from vitzoo_hf.format import schema
 from vitzoo_hf.format.encoding import vector_of
 from vitzoo_hf.format.schema import ZooError
 
-RowLike = Mapping[str, object] | pa.Table
+RowLike = Mapping[str, object] | pa.Table | pa.RecordBatch
 """What users bring: a row of `Zoo.rows()`, of `load_dataset(…)` in any format, or a table of one row."""
 
 Factor = str | float | int | bool | None
@@ -20,8 +21,10 @@ class Row(Mapping[str, Any]):
     """One checkpoint of a zoo: a read-only mapping of its columns, with typed attributes for those of the format.
 
     `row["weights"]` is what is stored, and `row.weights` the decoded vector. The weights of a row of a zoo are read
-    and compared with their hash when they are first asked for. `dict(row)` is a copy that may be changed, and so is
-    `row | {"column": value}`.
+    and compared with their hash when they are first asked for, so the zoo must stay in its place until then.
+    `dict(row)` and `row | {"column": value}` are mappings that may be changed. Their weights are the memory of the
+    row: copy them before writing. Where it is rebuilt, a row whose weights were handed out is compared with its hash
+    again.
 
     Args:
         columns: column -> value; `weights` may be missing.
@@ -34,7 +37,7 @@ class Row(Mapping[str, Any]):
         (3, {'lr': 0.1}, array([0.5, 1. ], dtype=float32))
     """
 
-    __slots__ = ("_columns", "_read", "_vector", "_verified")
+    __slots__ = ("_columns", "_lock", "_read", "_vector", "_verified")
 
     def __init__(
         self, columns: Mapping[str, object], read: Callable[[], np.ndarray] | None = None, *, verified: bool = False
@@ -43,6 +46,7 @@ class Row(Mapping[str, Any]):
         if read is not None:
             self._columns["weights"] = None
         self._read = read
+        self._lock = Lock()  # threads that ask at once must get one array
         self._vector: np.ndarray | None = None
         self._verified = verified
 
@@ -51,22 +55,30 @@ class Row(Mapping[str, Any]):
         """The row that a user brings; a `Row` is handed on as it is.
 
         Raises:
-            ZooError: for a table that has not exactly one row.
+            ZooError: for what is no row, or a table that has not exactly one row.
         """
         # handed on, so that verification and the decoded vector are kept
         if isinstance(row, Row):
             return row
-        if not isinstance(row, pa.Table):
+        if isinstance(row, pa.RecordBatch):
+            row = pa.Table.from_batches([row])
+        if isinstance(row, Mapping):
             return cls(row)
+        if not isinstance(row, pa.Table):
+            raise ZooError(
+                f"a row is of type {type(row).__name__}; expected one of `Zoo.rows()` or `load_dataset(…)`, or a"
+                " mapping of its columns (of pandas: `series.to_dict()`)"
+            )
         if row.num_rows != 1:
             raise ZooError(f"a table of {row.num_rows} rows was given; expected one row, such as `rows[0]`")
         # weights stay an Arrow column: as_py would make a list of Python floats
         return cls({name: row[name] if name == "weights" else row[name][0].as_py() for name in row.column_names})
 
     def __getitem__(self, column: str) -> Any:
-        if column == "weights" and self._read is not None:
-            self._columns["weights"] = self._vector = self._read()
-            self._read = None  # only now: a row that could not be read raises again, and names itself again
+        if column == "weights":
+            stored = self.stored_weights
+            self._verified = False  # whoever has the memory may write into it
+            return stored
         return self._columns[column]
 
     def __iter__(self) -> Iterator[str]:
@@ -91,7 +103,7 @@ class Row(Mapping[str, Any]):
         return self  # two rows over one vector would not know that a model of the other changed it
 
     def __reduce__(self) -> tuple[object, ...]:
-        return _unpickled, (dict(self), self._verified)
+        return Row, (dict(self),)  # not verified: the memory may have been written to before it was copied
 
     @property
     def name(self) -> str:
@@ -178,7 +190,34 @@ class Row(Mapping[str, Any]):
         Raises:
             ZooError: if there are none, not as many as the row says, or not those of its hash when they are read.
         """
-        weights = self.required("weights")
+        vector = self.vector
+        self._verified = False  # whoever has the memory may write into it
+        return vector
+
+    @property
+    def stored_weights(self) -> object:
+        """What `row["weights"]` gives, for code that does not write into it: the row stays verified.
+
+        Raises:
+            KeyError: if there are none.
+            ZooError: if they are not those of the row's hash when they are read.
+        """
+        if self._read is not None:
+            with self._lock:
+                if self._read is not None:
+                    self._columns["weights"] = self._vector = self._read()
+                    self._read = None  # only now: a row that could not be read raises again, and names itself again
+        return self._columns["weights"]
+
+    @property
+    def vector(self) -> np.ndarray:
+        """What `weights` gives, for code that does not write into it: the row stays verified.
+
+        Raises:
+            ZooError: see `weights`.
+        """
+        self._check_column("weights")
+        weights = self.stored_weights
         # decoded once: bytes of bfloat16 would be widened at each access
         if self._vector is None:
             self._vector = vector_of(
@@ -201,9 +240,12 @@ class Row(Mapping[str, Any]):
         Raises:
             ZooError: if the row has no such column.
         """
+        self._check_column(column)
+        return self[column]
+
+    def _check_column(self, column: str) -> None:
         if column not in self:
             raise ZooError(f"the row has no column {column!r}: take whole rows, `load_dataset(id, 'weights')`")
-        return self[column]
 
     def _class_name(self, column: str, names: tuple[str, ...]) -> str | None:
         value = self._columns.get(column)
@@ -213,7 +255,3 @@ class Row(Mapping[str, Any]):
             meaning = " and ".join(f"{number} ({name})" for number, name in enumerate(names))
             raise ZooError(f"unknown {column} {value}: its class labels are {meaning}")
         return names[int(value)]
-
-
-def _unpickled(columns: dict[str, object], verified: bool) -> Row:
-    return Row(columns, verified=verified)

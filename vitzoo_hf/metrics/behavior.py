@@ -35,7 +35,7 @@ def predictions(logits: Float[Tensor, "*P N C"]) -> Int64[Tensor, "*P N"]:
         >>> predictions(torch.tensor([[[0.1, 0.7], [0.5, 0.5]]]))
         tensor([[1, 0]])
     """
-    if logits.ndim < 2 or not logits.is_floating_point() or 0 in logits.shape:
+    if not isinstance(logits, Tensor) or logits.ndim < 2 or not logits.is_floating_point() or 0 in logits.shape:
         raise ValueError(
             f"logits are {describe(logits)}; expected non-empty floating [..., N, C]: "
             "models, then images, then classes"
@@ -230,7 +230,7 @@ def expected_calibration_error(
 
 def _predictions_of(predictions_or_logits: Tensor) -> tuple[Int64[Tensor, "P N"], int | None]:
     """Predictions `[P, N]`, and the number of classes of logits; None for predictions."""
-    if predictions_or_logits.is_floating_point():
+    if isinstance(predictions_or_logits, Tensor) and predictions_or_logits.is_floating_point():
         check_logits(predictions_or_logits)
         return predictions(predictions_or_logits), predictions_or_logits.shape[-1]
     check_predictions(predictions_or_logits)

@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
+from vitzoo_hf.format.messages import describe
 from vitzoo_hf.metrics.blocks import block_bytes, fits
 
 
@@ -242,6 +243,9 @@ def _centre(
 
 
 def _check(features: Features, minimum: int) -> None:
+    for model in features:
+        if not isinstance(model, Tensor | FeatureFile):
+            raise ValueError(f"features of a model are {describe(model)}; expected a tensor [N, F] or a FeatureFile")
     shapes = [tuple(model.shape) for model in features]
     floating = all(model.dtype.is_floating_point for model in features)
     if not shapes or not floating or any(len(shape) != 2 or 0 in shape for shape in shapes):

@@ -59,7 +59,7 @@ def refuse_rows(bad: Tensor, what: str) -> None:
 
 def check_logits(logits: Tensor) -> None:
     """Refuse anything but non-empty floating `[P, N, C]`."""
-    if logits.ndim != 3 or not logits.is_floating_point() or 0 in logits.shape:
+    if not isinstance(logits, Tensor) or logits.ndim != 3 or not logits.is_floating_point() or 0 in logits.shape:
         raise ValueError(
             f"logits are {describe(logits)}; expected non-empty floating [P, N, C]: models, images, classes "
             "(one model: logits[None])"
@@ -68,12 +68,17 @@ def check_logits(logits: Tensor) -> None:
 
 def check_predictions(predicted: Tensor) -> None:
     """Refuse anything but non-empty integers `[P, N]`."""
-    if predicted.is_floating_point():
+    if isinstance(predicted, Tensor) and predicted.is_floating_point():
         raise ValueError(
             f"predictions are {describe(predicted)}; expected integers [P, N]: take the argmax first, "
             "predictions(logits)"
         )
-    if predicted.ndim != 2 or predicted.dtype == torch.bool or 0 in predicted.shape:
+    if (
+        not isinstance(predicted, Tensor)
+        or predicted.ndim != 2
+        or predicted.dtype == torch.bool
+        or 0 in predicted.shape
+    ):
         raise ValueError(
             f"predictions are {describe(predicted)}; expected non-empty integers [P, N] "
             "(one model: predictions[None])"
@@ -82,7 +87,12 @@ def check_predictions(predicted: Tensor) -> None:
 
 def checked_labels(labels: Tensor, predicted: Tensor, classes: int | None) -> Tensor:
     """The labels as int64 on the device of `predicted`."""
-    if labels.is_floating_point() or labels.dtype == torch.bool or labels.shape != predicted.shape[1:]:
+    if (
+        not isinstance(labels, Tensor)
+        or labels.is_floating_point()
+        or labels.dtype == torch.bool
+        or labels.shape != predicted.shape[1:]
+    ):
         raise ValueError(
             f"labels are {describe(labels)}; expected one integer for each of the {predicted.shape[1]} images"
         )

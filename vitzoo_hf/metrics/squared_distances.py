@@ -19,6 +19,7 @@ from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
 from vitzoo_hf.format.layout import Layout
+from vitzoo_hf.format.messages import describe
 from vitzoo_hf.metrics.blocks import MAX_COLUMNS, Scratch, column_pieces, working
 
 RELATIVE_ERROR = 5e-7
@@ -262,9 +263,9 @@ def _joined(pairs: list[_Direct]) -> _Direct:
 
 def check_weights(weights: Tensor, layout: Layout | None = None) -> None:
     """Refuse a tensor that is not a population of flat vectors, or not of this layout."""
-    if weights.ndim != 2 or not weights.is_floating_point() or 0 in weights.shape:
+    if not isinstance(weights, Tensor) or weights.ndim != 2 or not weights.is_floating_point() or 0 in weights.shape:
         raise ValueError(
-            f"weights are {str(weights.dtype).removeprefix('torch.')} {list(weights.shape)}; expected non-empty "
+            f"weights are {describe(weights)}; expected non-empty "
             "floating [P, D]: one flat vector a model (one model: weights[None])"
         )
     if layout is not None and layout.num_parameters != weights.shape[1]:

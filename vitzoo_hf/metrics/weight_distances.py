@@ -5,6 +5,7 @@ written to. Weights are read in blocks of columns, so a memory-mapped population
 temporaries stay near 16 MB whatever D is. float32 products obey `torch.set_float32_matmul_precision`.
 """
 
+import math
 from typing import Literal, get_args
 
 import torch
@@ -29,7 +30,8 @@ def norms(weights: Float[Tensor, "P D"]) -> Float64[Tensor, " P"]:
         tensor([5., 0.], dtype=torch.float64)
     """
     check_weights(weights)
-    squares = squared_lengths(weights)
+    scale = _scale(weights)
+    squares = squared_lengths(weights / scale if scale != 1 else weights)
     if not squares.isfinite().all():
         models = (~squares.isfinite()).nonzero().flatten().tolist()
         shown = ", ".join(map(str, models[:8])) + (", …" if len(models) > 8 else "")
@@ -37,7 +39,20 @@ def norms(weights: Float[Tensor, "P D"]) -> Float64[Tensor, " P"]:
             f"NaN or infinite weights in {len(models)} of {len(weights)} models (positions {shown}): "
             "drop these models, or look for a diverged run"
         )
-    return squares.sqrt()
+    return squares.sqrt() * scale
+
+
+def _scale(weights: Float[Tensor, "P D"]) -> float:
+    """A power of two that float64 weights of extreme size are divided by, as their squares would leave the range.
+
+    Float32 weights need none: their squares are float64 wherever they would leave the range.
+    """
+    if weights.dtype != torch.float64:
+        return 1.0
+    largest = float(weights.abs().amax())
+    if not math.isfinite(largest) or largest == 0 or 1e-100 < largest < 1e100:
+        return 1.0
+    return 2.0 ** min(max(math.floor(math.log2(largest)), -1000), 1000)
 
 
 def weight_distances(weights: Float[Tensor, "P D"], metric: Metric = "l2") -> Float64[Tensor, "P P"]:
@@ -73,6 +88,10 @@ def weight_distances(weights: Float[Tensor, "P D"], metric: Metric = "l2") -> Fl
     """
     _check_metric(metric)
     check_weights(weights)
+    scale = _scale(weights)
+    if scale != 1:
+        distance = weight_distances(weights / scale, metric)
+        return distance * scale if metric == "l2" else distance  # the other two do not change with a common scale
     distances = SquaredDistances(len(weights), weights.dtype, weights.device)
     lengths = None
     while distances.is_pending:
@@ -110,6 +129,10 @@ def part_distances(
     _check_metric(metric)
     check_weights(weights, layout)
     norms(weights)
+    scale = _scale(weights)
+    if scale != 1:
+        distance = part_distances(weights / scale, layout, per=per, metric=metric)
+        return distance * scale if metric == "l2" else distance
     places = dict(layout.items())
     matrices = []
     for names in layout.parts(per).values():

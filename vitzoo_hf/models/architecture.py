@@ -112,12 +112,12 @@ class Architecture:
                 f"{row.name} has layout {row.layout}, but its architecture gives layout {layout.fingerprint}:"
                 " one of the two columns is not of this row"
             )
-        stored = row.required("weights")
+        stored = row.stored_weights if "weights" in row else row.required("weights")
         if isinstance(stored, Tensor):  # stays on its device
             vector = stored.detach().float()
         else:
             # memory that may not be written to, as of a memory-mapped table, is copied: torch cannot mark it
-            vector = torch.from_numpy(row.weights if row.weights.flags.writeable else row.weights.copy())
+            vector = torch.from_numpy(row.vector if row.vector.flags.writeable else row.vector.copy())
         if vector.shape != (layout.num_parameters,):
             raise ZooError(
                 f"{row.name} has weights of shape {tuple(vector.shape)}; its layout wants [{layout.num_parameters}]"

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from vitzoo_hf.format.messages import did_you_mean
+from vitzoo_hf.format.messages import describe, did_you_mean
 from vitzoo_hf.format.row import Row, RowLike
 from vitzoo_hf.format.schema import ZooError
 from vitzoo_hf.models.architecture import Architecture
@@ -167,6 +167,8 @@ class Population:
 
     def _tiles(self, images: Tensor, readout: str | None) -> Iterator[tuple[list[int], Tensor, Outputs]]:
         """Positions, on the host and on the device, and outputs of some models at a time."""
+        if not isinstance(images, Tensor):
+            raise ZooError(f"images are {describe(images)}: give torch.from_numpy(images)")
         if images.ndim != 4 or len(images) == 0:
             raise ZooError(f"images have shape {tuple(images.shape)}; expected [N, C, H, W] with N of at least 1")
         if images.dtype != torch.float32:
@@ -202,7 +204,13 @@ class Population:
         return torch.stack(trunks)
 
     def describe(self, num_images: int) -> list[str]:
-        """One line a group: how its forward runs on this number of images."""
+        """One line a group: how its forward runs on this number of images.
+
+        Raises:
+            ZooError: for less than one image.
+        """
+        if num_images < 1:
+            raise ZooError(f"num_images is {num_images}; expected at least 1")
         lines = []
         for group in self.groups:
             models, images = group.tile(self.device, num_images, self.precision, self._scale[0])
