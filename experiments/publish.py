@@ -12,7 +12,17 @@ import tempfile
 from pathlib import Path
 
 import pandas as pd
-from harness import RESULTS, ZOO_AND_NAME, markdown, parser, provenance, run_main, write_provenance, write_table
+from harness import (
+    RESULTS,
+    WHOLE,
+    ZOO_AND_NAME,
+    markdown,
+    parser,
+    provenance,
+    run_main,
+    write_provenance,
+    write_table,
+)
 
 from vitzoo_hf.report.html import write_zoo_report
 from vitzoo_hf.zoo import Zoo
@@ -40,9 +50,10 @@ def main() -> None:
     shutil.copy(arguments.zoo / "README.md", folder / "CARD.md")
     shutil.copy(arguments.zoo / "blueprint.yaml", folder / "blueprint.yaml")
     columns = [name for name in index if name not in ("provenance", "architecture_args", "layout")]
-    write_table(index[columns], folder / "index.csv", ["model_id"], digits=DIGITS)
-    write_table(evaluations, folder / "evaluations.csv", ["model_id"], digits=DIGITS)
-    write_table(pairs, folder / "pairs.csv", ["model_a", "model_b"], digits=DIGITS)
+    # the tables are of one zoo: rows of a model that left it would not be in TABLES.md
+    write_table(index[columns], folder / "index.csv", WHOLE, digits=DIGITS)
+    write_table(evaluations, folder / "evaluations.csv", WHOLE, digits=DIGITS)
+    write_table(pairs, folder / "pairs.csv", WHOLE, digits=DIGITS)
     write_figures(zoo, folder)
     record = origin(zoo, arguments.zoo) | {
         "training_minutes": arguments.training_minutes,

@@ -198,6 +198,7 @@ def calls(tree: ast.AST) -> Iterator[tuple[str, list[str]]]:
 
 REPLACED = {
     "arithmetic.py": ["landscape(zoo, tuned, arguments.name)"],  # one plane, one cell
+    "publish.py": ["evaluations", "index[columns]", "pairs"],  # of one zoo
     "rebasin.py": ["medians"],  # of all merged pairs
     "distribution_inference/report.py": ["table"],  # verdicts on all merged tables
     "autoencoder/grid.py": [  # merged before: which cells are chosen depends on all of them
