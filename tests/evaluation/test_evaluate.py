@@ -18,6 +18,7 @@ from sklearn.metrics import accuracy_score, cohen_kappa_score, log_loss, top_k_a
 import vitzoo_hf as vz
 from vitzoo_hf.convert.convert import convert
 from vitzoo_hf.convert.sources.checkpoints import plan_checkpoints
+from vitzoo_hf.evaluation import evaluate as evaluate_module
 from vitzoo_hf.evaluation.evaluate import evaluate_on, is_classifier, layer_similarity
 from vitzoo_hf.evaluation.image_sets import image_sets
 from vitzoo_hf.evaluation.outputs_cache import OutputsCache
@@ -432,3 +433,10 @@ def test_the_zoo_says_in_which_precision_it_was_measured(zoo_copy, precision):
     assert Zoo(zoo_copy).manifest["measured"] == {"evaluations": about, "pairs": about}
     vz.evaluate(zoo, progress=False).write(zoo_copy)
     assert "measured" not in Zoo(zoo_copy).manifest
+
+
+def test_a_driver_without_a_gpu_compares_what_workers_with_one_have_run(zoo):
+    assert evaluate_module._place("cuda", "auto") == torch.device("cpu")
+    if not torch.cuda.is_available():
+        with pytest.raises(ZooError, match="device 'cuda' is not here"):
+            vz.evaluate(zoo, device="cuda", progress=False)

@@ -118,9 +118,8 @@ class Report:
             for split in dict.fromkeys(splits)
         }
         # a table of float32 says nothing: so did all tables before there was a choice
-        rounded = (
-            None if self.precision == "float32" else {"precision": self.precision, "effect": self.precision_effect}
-        )
+        about = {"precision": self.precision, "effect": self.precision_effect}
+        rounded = None if self.precision == "float32" else about
         write_config(Path(folder), "evaluations", tables, features, measured=rounded)
         pairs = {"full": records(self.pairs)}
         write_config(Path(folder), "pairs", pairs, schema.pair_features(), measured=rounded)
@@ -144,7 +143,7 @@ def evaluate(
         images: test images, normalised as in training, on which every model is measured, so filter the zoo to models
             that know their classes; None for the probe images of the zoo.
         labels: class numbers of `images`.
-        device: where the models run.
+        device: where the models run and are compared; on a Ray cluster, where the workers run them.
         precision: `float32`, or `tf32`, `bfloat16` or `float16`, whose effect is then in the report and the zoo.
         cache: folder that keeps logits and features under the hashes of weights and images: an interrupted
             evaluation continues there, and models that were measured before are not run again. None keeps nothing.
@@ -160,7 +159,7 @@ def evaluate(
         >>> len(report.evaluations), len(report.pairs)
         (6, 15)
     """
-    place = usable_device(device)
+    place = _place(device, ray)
     index = zoo.to_pandas()
     sets = _image_sets(zoo, index, images, labels)
     dataset = common_dataset(index)
@@ -182,8 +181,17 @@ def evaluate(
         measure = partial(measure_pairs, dataset=dataset, left_out=failed, device=place, progress=progress)
         pairs = measure(zoo.filter(is_final=True), final_rows, classifiers, outputs, test)
     evaluations = pd.concat([index[[*COLUMNS, *zoo.factors]], pd.DataFrame(metrics)], axis=1)
-    effect = _effect(zoo, [final_rows[number].model_id for number in classifiers], test, precision, device)
+    effect = _effect(zoo, [final_rows[number].model_id for number in classifiers], test, precision, place)
     return Report(evaluations, pairs, dataset, failed, effect, images is None, precision)
+
+
+def _place(device: str | torch.device, ray: str | None) -> torch.device:
+    """Where outputs are compared: with the models, or on this machine's CPU where a cluster has run them.
+
+    Raises:
+        ZooError: for a device that this machine lacks, without a cluster.
+    """
+    return usable_device(device) if ray is None else torch.device("cpu")
 
 
 def _verify(zoo: Zoo, model_ids: list[str]) -> None:
@@ -330,7 +338,7 @@ def evaluate_on(
         >>> bool(by_set["digits"] > by_set["digits, contrast 5"])
         True
     """
-    place = usable_device(device)
+    place = _place(device, ray)
     rows = [row for row in map(Row, records(zoo.to_pandas())) if is_classifier(row, zoo.manifest)]
     if not rows:
         raise ZooError("no model of this zoo classifies: filter another part of it")

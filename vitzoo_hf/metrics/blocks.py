@@ -2,7 +2,8 @@
 
 A block holds what stays in a core's cache, or a share of an accelerator's memory.
 
-Sizes depend on the device alone, never on what is free at the moment, so that a call repeated gives the same bits.
+Sizes of blocks depend on the device alone, so a call repeated gives the same bits while the same inputs `fits`: only
+whether they stay on an accelerator depends on what is free when the call begins.
 """
 
 from collections.abc import Iterator

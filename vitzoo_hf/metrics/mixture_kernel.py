@@ -14,7 +14,7 @@ from torch import Tensor
 
 MODELS, COLUMNS = 16, 32
 """Models by models, and values of each, of a tile: 8,192 sums in the registers of one program."""
-MOST_SPLITS = 64
+MOST_SPLITS, MOST_SUMS = 64, 2**25
 """Parts of the columns that run side by side, with sums `[P, P]` each: no atomics, so equal bits each time."""
 LEAST_COLUMNS = 4096
 
@@ -44,7 +44,7 @@ def _kernel():  # type: ignore[no-untyped-def]  # Triton has no types
                 s = a[:, None, :] + b[None, :, :]
                 s = tl.where((k < K)[None, None, :], s, 1.0)  # 1 log 1 adds nothing
                 total += tl.sum(s * tl.log(s), axis=2).to(tl.float64)
-            place = sums + (split * P + first[:, None]) * P + second[None, :]
+            place = sums + (split * P + first[:, None]).to(tl.int64) * P + second[None, :]
             tl.store(place, total, (first[:, None] < P) & (second[None, :] < P))
 
     return mixture
@@ -57,7 +57,8 @@ def mixture_sums(values: Float[Tensor, "P K"]) -> Float64[Tensor, "P P"]:
         values: positive, float32 or float64, contiguous.
     """
     P, K = values.shape
-    splits = min(MOST_SPLITS, max(1, K // LEAST_COLUMNS))
+    # 256 MB of sums at most, however many models there are
+    splits = max(1, min(MOST_SPLITS, K // LEAST_COLUMNS, MOST_SUMS // P**2))
     columns = -(-K // (splits * COLUMNS)) * COLUMNS  # whole steps, or the next part would count their end again
     sums = torch.zeros(splits, P, P, dtype=torch.float64, device=values.device)
     tiles = -(-P // MODELS)

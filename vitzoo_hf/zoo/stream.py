@@ -125,9 +125,8 @@ class Stream(IterableDataset[Batch]):
 
     def __iter__(self) -> Iterator[Batch]:
         if self.device.type == "cuda" and self._copy_stream is None:
-            self._copy_stream = torch.cuda.Stream(
-                self.device
-            )  # one for all batches: each has a memory pool of its own
+            # one for all batches, as each stream of the device has a pool of memory
+            self._copy_stream = torch.cuda.Stream(self.device)
         for loaded in self._read_ahead(self._batches()[self.batches_done :]):
             if loaded.copy_event is not None:
                 cuda_stream = torch.cuda.current_stream(self.device)
