@@ -54,7 +54,8 @@ def _lines(axis: Any, table: pd.DataFrame) -> None:
         rows = table[table["attack"] == attack].sort_values("knob")
         if len(rows):
             middle, low, high = advantages(rows)
-            errors = [middle - low, high - middle]
+            # lists: of a series or array of one value, older matplotlib asks for a float, which is deprecated
+            errors = [(middle - low).tolist(), (high - middle).tolist()]
             axis.errorbar(rows["knob"], middle, errors, color=PALETTE[number], marker="o", markersize=4, label=label)
 
 

@@ -402,3 +402,9 @@ def test_agreement_counts_every_one_of_many_images(classes):
     predicted[2, [0, 1_100_000]] += 1
     shares = agreement(predicted)
     assert ((1 - shares) * 1_200_000).round().tolist() == [[0, 1, 2], [1, 0, 3], [2, 3, 0]]
+
+
+def test_subnormal_numbers_stay():
+    """Old versions of NumKong switch the whole process to flushing them to zero."""
+    agreement(torch.tensor([[0, 1], [0, 300]]))
+    assert np.float32(1e-40) * np.ones(1, np.float32) != 0
