@@ -247,4 +247,4 @@ def test_threads_share_the_columns_and_agree(tiny_zoo):
     for other in found[1:]:
         torch.testing.assert_close(other.l2, found[0].l2, rtol=1e-5, atol=0)
         torch.testing.assert_close(other.norms, found[0].norms, rtol=1e-5, atol=0)
-        pd.testing.assert_frame_equal(other.table, found[0].table, rtol=1e-5, atol=1e-7)
+        pd.testing.assert_frame_equal(other.table, found[0].table, rtol=1e-5, atol=1e-5)  # of kurtosis less 3

@@ -47,7 +47,7 @@ def test_every_way_of_reading_gives_the_same_weights(stored, exact, mapped, monk
     assert reader.places.offset.min() > 0
     assert len(reader.places.files) > 1
     for position, model_id in enumerate(zoo.model_ids):
-        expected = truth(exact, model_id, reader.rows.dtypes[position])
+        expected = truth(exact, model_id, reader.rows.dtype(position))
         assert reader.read(position).tobytes() == expected.tobytes()
         out = np.empty_like(expected)
         reader.read_into(position, out)

@@ -74,7 +74,7 @@ def truth(folder, model_ids=None):
 
 def stored_bytes(folder, model_ids):
     reader = Zoo(folder)._reader
-    return sum(reader.row_bytes(reader.rows.model_ids.index(model_id)) for model_id in model_ids)
+    return sum(reader.row_bytes(reader.rows.model_ids.to_pylist().index(model_id)) for model_id in model_ids)
 
 
 def damage(hub, folder, position):

@@ -61,7 +61,7 @@ def test_small_zoos_are_permuted_across_row_groups(zoo, monkeypatch):
 
 @pytest.mark.parametrize("window", [1, 60_000, 256_000_000])
 def test_resuming_after_any_batch_loses_and_repeats_nothing(zoo, window, monkeypatch):
-    monkeypatch.setattr("vitzoo_hf.zoo.stream.WINDOW_BYTES", window)
+    monkeypatch.setattr("vitzoo_hf.zoo.plan.WINDOW_BYTES", window)
     whole = zoo.stream(batch_size=2, shuffle=True, seed=3)
     expected = [batch["model_id"] for batch in whole] + [batch["model_id"] for batch in whole]
     for cut in range(len(expected)):
@@ -112,26 +112,39 @@ def test_resuming_reads_only_what_is_left(zoo, monkeypatch):
 
 
 @pytest.mark.parametrize("shuffle", [False, True])
-def test_ranks_share_the_row_groups(zoo, shuffle):
-    parts = [ids(zoo.stream(batch_size=2, shuffle=shuffle, rank=rank, world_size=3)) for rank in range(3)]
-    assert all(parts)
-    assert sorted(itertools.chain(*parts)) == sorted(zoo.model_ids)
+@pytest.mark.parametrize("drop_last", [False, True])
+@pytest.mark.parametrize("world_size", [2, 3, 8])
+def test_ranks_have_equally_many_batches_and_share_the_rows(zoo, shuffle, drop_last, world_size):
+    streams = [
+        zoo.stream(batch_size=2, shuffle=shuffle, drop_last=drop_last, rank=rank, world_size=world_size)
+        for rank in range(world_size)
+    ]
+    parts = [list(stream) for stream in streams]
+    assert {len(part) for part in parts} == {len(streams[0])}
+    alone = list(zoo.stream(batch_size=2, shuffle=shuffle, drop_last=drop_last))
+    rounds = [parts[rank][number] for number in range(len(parts[0])) for rank in range(world_size)]
+    first = [batch["model_id"] for batch in rounds if not batch["repeated"].any()]
+    assert first == [batch["model_id"] for batch in alone][: len(first)]
+    if drop_last:
+        assert len(alone) - len(first) < world_size
+        assert all(len(ids) == 2 for ids in first)
+    else:
+        assert len(first) == len(alone)
+        again = [batch["model_id"] for batch in rounds if batch["repeated"].all()]
+        assert len(again) == -len(alone) % world_size
+        assert again == (first * world_size)[: len(again)]
 
 
-@pytest.mark.parametrize("shuffle", [False, True])
-def test_ranks_have_work_however_few_row_groups_there_are(shuffle):
-    sample = Zoo.sample()
-    for world_size in (2, 3, 8):
-        parts = [
-            ids(sample.stream(batch_size=2, shuffle=shuffle, rank=rank, world_size=world_size))
-            for rank in range(world_size)
-        ]
-        sizes = [len(part) for part in parts]
-        assert max(sizes) - min(sizes) <= 1
-        assert sorted(itertools.chain(*parts)) == sorted(sample.model_ids)
-
-
-@pytest.mark.parametrize("state", [{}, {"epoch": 0}, {"epoch": -1, "batches_done": 0, "order": ""}])
+@pytest.mark.parametrize(
+    "state",
+    [
+        {},
+        {"epoch": 0},
+        {"version": 2, "epoch": -1, "batches": 0},
+        {"version": 2, "epoch": 0, "batches": "1"},
+        3,
+    ],
+)
 def test_what_is_no_state_is_refused(zoo, state):
     with pytest.raises(ZooError, match="this is no state of a stream"):
         zoo.stream().load_state_dict(state)
@@ -182,7 +195,7 @@ def test_fresh_batches_stay_as_they_are_and_reused_memory_is_reused(zoo):
 
 def test_only_the_chosen_columns_are_handed_out(zoo):
     batch = next(iter(zoo.stream(batch_size=2, columns=["factor_lr", "model_id"])))
-    assert list(batch) == ["factor_lr", "model_id", "weights"]
+    assert list(batch) == ["weights", "factor_lr", "model_id", "repeated", "place"]
     with pytest.raises(ZooError, match=r"unknown column 'factor_lrr': did you mean 'factor_lr'\?"):
         zoo.stream(columns=["factor_lrr"])
 
@@ -198,12 +211,13 @@ def test_tensors_by_name(zoo, patterns, verify):
 
     seen = 0
     for batch in zoo.stream(batch_size=4, tensors=patterns, verify=verify):
-        layout = zoo.layouts[batch["layout"][0]]
+        layouts = [zoo.layouts[layout_id] for layout_id in batch["layout"]]
+        layout = layouts[0]
         names = [name for name in layout.names if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
         assert list(batch["tensors"]) == names
         assert batch["weights"].shape[1] == sum(tensor[0].numel() for tensor in batch["tensors"].values())
         for number, model_id in enumerate(batch["model_id"]):
-            whole = unflatten(torch.from_numpy(zoo.row(model_id)["weights"]), layout)
+            whole = unflatten(torch.from_numpy(zoo.row(model_id)["weights"]), layouts[number])
             for name in names:
                 assert torch.equal(batch["tensors"][name][number], whole[name])
             seen += 1

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, TypedDict
 
@@ -183,7 +183,7 @@ def zoo_task_vectors(
         (6, (1, 6))
     """
     source = zoo.weight_columns().source
-    place = {model_id: position for position, model_id in enumerate(source.reader.rows.model_ids)}
+    place = dict(zip(source.table["model_id"].to_pylist(), range(source.table.num_rows), strict=True))
     index = zoo.to_pandas()
     family = {
         child: parent
@@ -197,7 +197,7 @@ def zoo_task_vectors(
         child, parent = orphans[0]
         raise ZooError(f"{zoo.name} does not hold {parent}, the parent of {child}: leave {child} out by a filter")
     positions = sorted({place[model_id] for model_id in (*family, *family.values())})
-    columns = WeightColumns(replace(source, positions=np.array(positions)), device=device, num_workers=num_workers)
+    columns = WeightColumns(source.selected(np.array(positions)), device=device, num_workers=num_workers)
     row = {model_id: number for number, model_id in enumerate(columns.model_ids)}
     children = torch.tensor([row[child] for child in family], device=columns.device)
     parents = torch.tensor([row[parent] for parent in family.values()], device=columns.device)

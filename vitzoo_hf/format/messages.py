@@ -37,7 +37,7 @@ def did_you_mean(given: str, known: Iterable[str]) -> str:
     """
     names = [str(name) for name in known]
     holding = [name for name in names if len(given) > 1 and f"_{given}" in f"_{name}"]
-    close = holding or difflib.get_close_matches(given, names, n=1)
+    close = holding or difflib.get_close_matches(given, names[:10_000], n=1)  # 1 s; a zoo may have a million
     if close:
         return f"did you mean {close[0]!r}?"
     shown = ", ".join(names[:12]) + (f", … ({len(names)} in all)" if len(names) > 12 else "")

@@ -4,6 +4,7 @@
 or one range of a URL, and no Parquet is decoded. Shards of zoos without that list are read through pyarrow.
 """
 
+import copy
 import mmap
 import os
 import weakref
@@ -38,12 +39,60 @@ OPEN_FILES = 64
 
 @dataclass(frozen=True)
 class RowTable:
-    """What the reader needs of the index, one entry a row, in the index's order."""
+    """What the reader needs of the index, one entry a row, in the index's order.
 
-    model_ids: Sequence[str]
+    Attributes:
+        model_ids: Arrow array of texts.
+        num_parameters: int64 `[rows]`.
+        dtype_codes: place of each row's dtype in `dtype_names`: int64 `[rows]`.
+        dtype_names: number formats that occur.
+        sha256: Arrow array of texts.
+    """
+
+    model_ids: pa.Array
     num_parameters: np.ndarray
-    dtypes: Sequence[str]
-    sha256: Sequence[str]
+    dtype_codes: np.ndarray
+    dtype_names: list[str]
+    sha256: pa.Array
+
+    @classmethod
+    def of(cls, table: pa.Table) -> "RowTable":
+        """The columns of an index."""
+        # one chunk each: a position is then found without a search
+        ids, dtypes, sha256 = (
+            pa.concat_arrays([pa.array([], pa.string()), *table[name].cast(pa.string()).chunks])
+            for name in ("model_id", "dtype", "weights_sha256")
+        )
+        coded = dtypes.dictionary_encode()
+        sizes = np.array(table["num_parameters"], dtype=np.int64)
+        return cls(ids, sizes, np.asarray(coded.indices, dtype=np.int64), coded.dictionary.to_pylist(), sha256)
+
+    def __len__(self) -> int:
+        return len(self.num_parameters)
+
+    def take(self, positions: np.ndarray) -> "RowTable":
+        """Only these rows."""
+        return RowTable(
+            self.model_ids.take(pa.array(positions)),
+            self.num_parameters[positions],
+            self.dtype_codes[positions],
+            self.dtype_names,
+            self.sha256.take(pa.array(positions)),
+        )
+
+    def model_id(self, position: int) -> str:
+        """The id of a row."""
+        return str(self.model_ids[position].as_py())
+
+    def dtype(self, position: int) -> str:
+        """The number format that the weights of a row are stored in."""
+        return self.dtype_names[self.dtype_codes[position]]
+
+    @property
+    def row_bytes(self) -> np.ndarray:
+        """Bytes that the weights of each row take in its shard: int64 `[rows]`."""
+        item = np.array([ITEM_BYTES[name] for name in self.dtype_names], np.int64)
+        return self.num_parameters * item[self.dtype_codes]
 
 
 @dataclass(frozen=True)
@@ -55,6 +104,12 @@ class Places:
     group: np.ndarray
     row: np.ndarray
     offset: np.ndarray
+
+    def take(self, positions: np.ndarray) -> "Places":
+        """The places of these rows, with the files that hold them."""
+        used, file = np.unique(self.file[positions], return_inverse=True)
+        rest = (self.group[positions], self.row[positions], self.offset[positions])
+        return Places([self.files[number] for number in used.tolist()], file, *rest)
 
     def groups(self) -> np.ndarray:
         """Number of the row group of each row, counted over all shards: ascending `[rows]`."""
@@ -91,11 +146,10 @@ class WeightReader:
     ) -> None:
         self.files, self.rows, self.keep = files, rows, keep
         self.places = _places(files, shards, rows)
-        self._shard_bytes = {name: entry["bytes"] for name, entry in shards.items()}
-        self._shard_sha256 = {name: entry["sha256"] for name, entry in shards.items()}
+        self._shards = {name: (entry["bytes"], entry["sha256"]) for name, entry in shards.items()}
         self._local_files: dict[str, Path] = {}
         # shared by all filters of a zoo: a row is hashed once a process
-        self._verified = np.zeros(len(rows.model_ids), dtype=bool)
+        self._verified = np.zeros(len(rows), dtype=bool)
         self._unpickled()
 
     def _unpickled(self) -> None:
@@ -111,9 +165,19 @@ class WeightReader:
         self.__dict__ |= state
         self._unpickled()
 
+    def of_rows(self, positions: np.ndarray) -> "WeightReader":
+        """A reader of these rows alone, by their place in `positions`; what was verified stays so."""
+        reader = copy.copy(self)
+        reader.rows, reader.places = self.rows.take(positions), self.places.take(positions)
+        reader._shards = {name: self._shards[name] for name in reader.places.files}
+        reader._local_files = {}
+        reader._verified = self._verified[positions]
+        reader._unpickled()
+        return reader
+
     def row_bytes(self, position: int) -> int:
         """Bytes that the weights of a row take in its shard."""
-        return int(self.rows.num_parameters[position]) * ITEM_BYTES[self.rows.dtypes[position]]
+        return int(self.rows.num_parameters[position]) * ITEM_BYTES[self.rows.dtype(position)]
 
     def read(self, position: int, *, verify: bool = True) -> np.ndarray:
         """The vector of a row, float32 `[D]`: one's own, writable, whatever is written into it stays in memory.
@@ -121,7 +185,7 @@ class WeightReader:
         A large one is a private mapping of its file, which takes memory only where it is written to.
         """
         local = self._local(position)
-        mappable = self.rows.dtypes[position] == "float32" and self.row_bytes(position) >= MAPPED_BYTES
+        mappable = self.rows.dtype(position) == "float32" and self.row_bytes(position) >= MAPPED_BYTES
         if local is not None and mappable and self.places.offset[position] >= 0:
             vector = self._mapped(position, local)
             self._check(position, vector, verify)
@@ -135,12 +199,12 @@ class WeightReader:
         size = int(self.rows.num_parameters[position])
         if self.places.offset[position] < 0:
             np.copyto(out, self._decode(position))
-        elif self.rows.dtypes[position] == "float32":
+        elif self.rows.dtype(position) == "float32":
             self._read_bytes(position, 0, out.view(np.uint8))
         else:
-            raw = np.empty(size * ITEM_BYTES[self.rows.dtypes[position]], np.uint8)
+            raw = np.empty(size * ITEM_BYTES[self.rows.dtype(position)], np.uint8)
             self._read_bytes(position, 0, raw)
-            widen(raw, self.rows.dtypes[position], out)
+            widen(raw, self.rows.dtype(position), out)
         self._check(position, out, verify)
 
     def read_parts(self, position: int, parts: Sequence[slice], out: np.ndarray, *, verify: bool = True) -> None:
@@ -152,7 +216,7 @@ class WeightReader:
         if first or self.places.offset[position] < 0:
             # a hash covers the whole vector, so a part cannot be verified alone
             whole = self.read(position, verify=verify)
-        item = ITEM_BYTES[self.rows.dtypes[position]]
+        item = ITEM_BYTES[self.rows.dtype(position)]
         filled = 0
         for part in parts:
             target = out[filled : filled + part.stop - part.start]
@@ -164,14 +228,14 @@ class WeightReader:
             else:
                 raw = np.empty(target.size * item, np.uint8)
                 self._read_bytes(position, part.start * item, raw)
-                widen(raw, self.rows.dtypes[position], target)
+                widen(raw, self.rows.dtype(position), target)
 
     def _check(self, position: int, vector: np.ndarray, verify: bool) -> None:
         if not verify or self._verified[position]:
             return
-        if schema.weights_sha256(vector) != self.rows.sha256[position]:
+        if schema.weights_sha256(vector) != self.rows.sha256[position].as_py():
             repair = self.files.repair(self._file(position))
-            raise ZooError(f"the weights of {self.rows.model_ids[position]} do not match their hash: {repair}")
+            raise ZooError(f"the weights of {self.rows.model_id(position)} do not match their hash: {repair}")
         # only after the comparison: a row that failed is compared, and refused, again
         self._verified[position] = True
 
@@ -182,9 +246,10 @@ class WeightReader:
         """The shard of a row on this machine, fetched if it is small; None where only ranges of it are read."""
         name = self._file(position)
         if name not in self._local_files:
-            local = self.files.local(name, self._shard_sha256[name])
+            num_bytes, sha256 = self._shards[name]
+            local = self.files.local(name, sha256)
             # one download of a small shard is cheaper than a request a row
-            small = self.keep and self._shard_bytes[name] <= FETCHED_WHOLE_BYTES
+            small = self.keep and num_bytes <= FETCHED_WHOLE_BYTES
             if local is None and (small or not self.files.is_remote):
                 local = self.files.path(name)
             if local is None:
@@ -244,9 +309,9 @@ class WeightReader:
                 self._decoded.popitem(last=False)
         return vector_of(
             held.slice(int(self.places.row[position]), 1),
-            name=self.rows.model_ids[position],
+            name=self.rows.model_id(position),
             num_parameters=int(self.rows.num_parameters[position]),
-            dtype=self.rows.dtypes[position],
+            dtype=self.rows.dtype(position),
         )
 
     def _row_group(self, position: int, name: str, group: int) -> pa.Array:
@@ -258,7 +323,7 @@ class WeightReader:
             weights.validate(full=False)
             row = int(self.places.row[position])
             # without offsets the order of rows is an assumption: the id proves it
-            if table["model_id"][row].as_py() != self.rows.model_ids[position]:
+            if table["model_id"][row].as_py() != self.rows.model_id(position):
                 raise ZooError(f"{name}, row group {group}, does not hold the rows the index says; {REPAIR}")
             return weights
         except (OSError, pa.ArrowException, IndexError) as error:
@@ -270,25 +335,27 @@ class WeightReader:
 
 
 def _places(files: FolderFiles | HubFiles, shards: Mapping[str, Mapping[str, Any]], rows: RowTable) -> Places:
-    sizes = rows.num_parameters * np.array([ITEM_BYTES[dtype] for dtype in rows.dtypes], dtype=np.int64)
-    file, group, row, offset = [], [], [], []
-    start = 0
-    for number, (name, entry) in enumerate(shards.items()):
-        for position, (count, end) in enumerate(entry.get("groups") or _groups_of(files, name)):
-            part = sizes[start : start + count]
-            file.append(np.full(count, number))
-            group.append(np.full(count, position))
-            row.append(np.arange(count))
-            # a count beyond the index is refused below, with a message, not by an index error here
-            known = end > 0 and len(part) == count
-            # counted from the end: headers before the first vector vary in length, the end does not
-            behind = (part[::-1] + entry.get("gap", 0)).cumsum()[::-1] - entry.get("gap", 0)
-            offset.append(end - behind if known else np.full(count, -1))
-            start += count
-    if start != len(rows.model_ids):
-        raise ZooError(f"{files.name}: {start} rows of weights for {len(rows.model_ids)} of the index; {REPAIR}")
-    joined = [np.concatenate(part).astype(np.int64) for part in (file, group, row, offset)]
-    return Places(list(shards), *joined)
+    pairs = [
+        np.array(entry.get("groups") or _groups_of(files, name), np.int64).reshape(-1, 2)
+        for name, entry in shards.items()
+    ]
+    counts, ends = np.concatenate([np.empty((0, 2), np.int64), *pairs]).T
+    if (counts < 0).any() or counts.sum() != len(rows):
+        raise ZooError(f"{files.name}: {counts.sum()} rows of weights for {len(rows)} of the index; {REPAIR}")
+    groups = [len(part) for part in pairs]
+    # of each group, then of each row
+    file, gap = (
+        np.repeat(np.arange(len(pairs)), groups),
+        np.repeat([e.get("gap", 0) for e in shards.values()], groups),
+    )
+    number = np.concatenate([np.empty(0, np.int64), *(np.arange(count) for count in groups)])
+    start = np.cumsum(counts) - counts
+    of_row = np.repeat(np.arange(len(counts)), counts)
+    # counted from the end: headers before the first vector vary in length, the end does not
+    reach = np.cumsum(rows.row_bytes + gap[of_row])
+    behind = reach[(start + counts - 1)[of_row]] - reach + rows.row_bytes
+    offset = np.where(ends[of_row] > 0, ends[of_row] - behind, -1)
+    return Places(list(shards), file[of_row], number[of_row], np.arange(len(rows)) - start[of_row], offset)
 
 
 def _groups_of(files: FolderFiles | HubFiles, name: str) -> list[tuple[int, int]]:

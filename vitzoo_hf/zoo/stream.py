@@ -1,86 +1,43 @@
 """Batches of weights in a fixed or shuffled order, resumable to the batch, shared between ranks and workers.
 
-The whole order of an epoch follows from the seed, the epoch and the index, before anything is read. So the state of
-a stream is two numbers, and continuing neither loses nor repeats a row. Batches are read ahead by threads.
-
-Cost: `num_workers + 1` batches `[B, D]` of host memory, pinned where they go to CUDA.
+All batches of an epoch are planned from the seed, the epoch and the index. Ranks take every `world_size`-th of them,
+and workers of a `DataLoader` take turns, so the loop of a rank sees the same batches whatever reads them.
 """
 
-import fnmatch
-import itertools
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
 from numbers import Integral
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
-from vitzoo_hf.format.layout import Layout, unflatten
 from vitzoo_hf.format.messages import did_you_mean
-from vitzoo_hf.format.schema import ZooError, fingerprint
-from vitzoo_hf.format.weight_reader import WeightReader
+from vitzoo_hf.format.schema import ZooError
 from vitzoo_hf.models.rebuild import usable_device
-from vitzoo_hf.read_ahead import mapped_ahead
+from vitzoo_hf.zoo.batch_reader import Batch, BatchReader, Job, Loaded
+from vitzoo_hf.zoo.index import plain
+from vitzoo_hf.zoo.plan import Plan, PlannedRows
+from vitzoo_hf.zoo.row_source import RowSource, check_names, handed_out
+from vitzoo_hf.zoo.stream_position import Cursor, SharedPosition, checked_state
 
-ALIGNMENT = 256  # of memory of a device
-WINDOW_BYTES = 256_000_000
-"""Weights among which rows are shuffled: row groups of a window are read in one go, wherever its rows end up."""
+if TYPE_CHECKING:
+    import datasets
 
-Batch = dict[str, Any]
-"""`weights`, float32 `[B, D]`; a tensor or list for each column; `tensors` where tensors were asked for by name."""
-
-
-@dataclass(frozen=True)
-class RowSource:
-    """The selected rows of a zoo, their light columns, and the reader of their weights.
-
-    Attributes:
-        positions: the positions of the selected rows in the index, ascending.
-        layout_ids: position -> layout fingerprint.
-        layouts: fingerprint -> layout.
-        columns: light column -> the values of all positions, as a list or a tensor.
-        reader: the reader of the weights, by position.
-    """
-
-    positions: np.ndarray
-    layout_ids: Sequence[str]
-    layouts: Mapping[str, Layout]
-    columns: Mapping[str, list[object] | Tensor]
-    reader: WeightReader
-
-
-@dataclass(frozen=True)
-class Selection:
-    """The tensors of one layout that a stream hands out."""
-
-    parts: list[slice]
-    layout: Layout
-
-
-@dataclass
-class _Slot:
-    """Host memory for one batch, and the event of the copy that must end before the memory is filled again."""
-
-    buffer: Tensor | None = None
-    copy_event: torch.cuda.Event | None = None
-
-
-@dataclass(frozen=True)
-class _Loaded:
-    batch: Batch
-    copy_event: torch.cuda.Event | None
+ADDED = ("weights", "tensors", "lengths")
+"""Entries of a batch beside light columns, where they are asked for."""
 
 
 class Stream(IterableDataset[Batch]):
-    """Batches of one layout each; made by `Zoo.stream`.
+    """Batches of rows for a training loop; made by `Zoo.stream`.
 
-    Iterating gives one epoch; the next iteration gives the next one, in another order if shuffled. An iteration that
-    was left early is continued by the next one; `set_epoch` starts at the beginning. In a
-    `torch.utils.data.DataLoader(stream, batch_size=None, num_workers=…)` each worker reads rows of its own; there,
-    call `set_epoch` before every epoch, as workers count epochs for themselves.
+    Iterating gives one epoch; the next iteration in this process gives the next one, in another order if shuffled. An
+    iteration that is left early is begun anew by the next one, and continued by `state_dict` and `load_state_dict`.
+
+    A `torch.utils.data.DataLoader(stream, batch_size=None, num_workers=…)` gives the same batches in the same order.
+    There, call `set_epoch` before every epoch, as for `datasets`: persistent workers see it too. Where other ranks
+    share the batches, all have equally many: `repeated` marks rows that fill up the last round.
     """
 
     def __init__(
@@ -89,14 +46,17 @@ class Stream(IterableDataset[Batch]):
         *,
         batch_size: int,
         device: str | torch.device = "cpu",
-        tensors: Sequence[str] | None = None,
+        tensors: str | Sequence[str] | None = None,
+        pad: bool = False,
         shuffle: bool = False,
         seed: int = 0,
+        drop_last: bool = False,
         num_workers: int = 1,
         rank: int = 0,
         world_size: int = 1,
         verify: bool = True,
         reuse: bool = False,
+        dtype: torch.dtype = torch.float64,
     ) -> None:
         for name, value, least in (
             ("batch_size", batch_size, 1),
@@ -105,268 +65,331 @@ class Stream(IterableDataset[Batch]):
             ("world_size", world_size, 1),
             ("rank", rank, 0),
         ):
-            if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
-                raise ZooError(f"{name} is {value!r}; it must be a whole number of at least {least}")
+            _check_whole(name, value, least)
         if not rank < world_size:
             raise ZooError(f"rank {rank} of {world_size}: ranks count from 0 to world_size - 1")
-        self.source, self.batch_size, self.device = source, batch_size, usable_device(device)
-        check_names("tensors", tensors)
-        self.tensors = None if tensors is None else list(tensors)
-        self.selections = {} if tensors is None else _selections(source, list(tensors))
-        self.shuffle, self.seed = shuffle, seed
+        if dtype not in (torch.float32, torch.float64):
+            raise ZooError(f"dtype is {dtype}; columns of numbers are torch.float64 or torch.float32")
+        self.source, self.batch_size, self.device = source, int(batch_size), usable_device(device)
+        self.tensors = tensors if tensors is None or isinstance(tensors, str) else list(tensors)
+        self.pad, self.dtype = pad, dtype
+        self._parts = handed_out(source, tensors)
+        self.shuffle, self.seed, self.drop_last = shuffle, int(seed), drop_last
         self.num_workers, self.verify, self.reuse = num_workers, verify, reuse
-        self.rank, self.world_size = rank, world_size
-        self.epoch = 0
-        self.batches_done = 0
+        self.rank, self.world_size = int(rank), int(world_size)
+        self._with_weights = True
+        self._steps: tuple[slice, ...] = ()
+        self._functions: tuple[tuple[str, Callable[[Batch], Any]], ...] = ()
+        self._position = SharedPosition()
+        self._cursor: Cursor | None = None
+        self._worker_state: Mapping[str, int] | None = None
         self._copy_stream: torch.cuda.Stream | None = None
 
     def __getstate__(self) -> dict[str, object]:
-        return self.__dict__ | {"_copy_stream": None}  # a stream of the device belongs to its process
+        hidden = ("_copy_stream", "_planned")  # a stream of the device belongs to its process
+        return {name: value for name, value in self.__dict__.items() if name not in hidden} | {"_copy_stream": None}
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __len__(self) -> int:
+        """Batches of a whole epoch for this rank, equally many for every rank.
+
+        Raises:
+            TypeError: after `filter`, as nobody knows before reading.
+        """
+        if any(kind == "filter" for kind, _ in self._functions):
+            raise TypeError("a filtered stream has no length")
+        return self._share(self.num_shards)
+
+    def __iter__(self) -> "StreamIterator":
+        return StreamIterator(self)
+
+    @property
+    def epoch(self) -> int:
+        """Epoch of the next iteration."""
+        return self._position.epoch
+
+    @property
+    def column_names(self) -> list[str]:
+        """Entries of a batch, as `datasets` names them."""
+        return list(self.features)
+
+    @property
+    def features(self) -> "datasets.Features":
+        """Type of each entry of a row, as `datasets` has them; `split` is made when rows are read."""
+        import datasets
+
+        columns = plain(self.source.table.select(list(self.source.columns)).slice(0, 0))
+        features = datasets.Features.from_arrow_schema(columns.schema)
+        weights = {"weights": datasets.List(datasets.Value("float32"))} if self._with_weights else {}
+        return datasets.Features(weights | dict(features))
+
+    @property
+    def num_shards(self) -> int:
+        """Number of batches in the plan of an epoch: as many readers can share the stream with work for each."""
+        count = self._planned.num_batches(self.batch_size, only_full=self.drop_last)
+        return len(_stepped(count, self._steps))
+
+    def take(self, n: int) -> "Stream":
+        """The first `n` batches of every epoch."""
+        return self._with_step(slice(0, _check_whole("n", n, 0)))
+
+    def skip(self, n: int) -> "Stream":
+        """All but the first `n` batches of every epoch."""
+        return self._with_step(slice(_check_whole("n", n, 0), None))
+
+    def shard(self, num_shards: int, index: int) -> "Stream":
+        """Every `num_shards`-th batch of the plan, from number `index` on.
+
+        Raises:
+            ZooError: for an index outside the shards, or more shards than batches.
+        """
+        _check_whole("num_shards", num_shards, 1)
+        if not _check_whole("index", index, 0) < num_shards <= max(1, self.num_shards):
+            raise ZooError(
+                f"shard {index} of {num_shards}: shards count from 0, and {self.num_shards} batches are to be shared"
+            )
+        return self._with_step(slice(index, None, num_shards))
+
+    def map(self, function: Callable[[Batch], Mapping[str, Any]]) -> "Stream":
+        """Update every batch with what `function` makes of it, in the process that reads."""
+        return self._derived(_functions=(*self._functions, ("map", function)))
+
+    def filter(self, function: Callable[[Batch], bool]) -> "Stream":
+        """Batches for which `function` is true; `Zoo.filter` chooses rows, without reading the others.
+
+        Raises:
+            ZooError: where other ranks share the batches, as their numbers would differ.
+        """
+        if self.world_size > 1:
+            raise ZooError("filter of a stream leaves ranks with unequal numbers of batches: use Zoo.filter for rows")
+        return self._derived(_functions=(*self._functions, ("filter", function)))
+
+    def select_columns(self, column_names: str | Sequence[str]) -> "Stream":
+        """Only these entries of a batch; without `weights` none are read.
+
+        Raises:
+            ZooError: for an unknown one.
+        """
+        names = [column_names] if isinstance(column_names, str) else column_names
+        check_names("column_names", names)
+        known = [*self.source.columns, *ADDED]
+        for name in names:
+            if name not in known:
+                raise ZooError(f"unknown column {name!r}: {did_you_mean(name, known)}")
+        columns = tuple(name for name in self.source.columns if name in names)
+        source = RowSource(self.source.positions, self.source.table, columns, self.source.layouts, self.source.reader)
+        return self._derived(source=source, _with_weights=self._with_weights and not {*names}.isdisjoint(ADDED))
+
+    def set_epoch(self, epoch: int) -> None:
+        """Make this the epoch of the next iteration, counted from 0.
+
+        Where it is the epoch already, nothing changes: a loaded state is continued.
+        """
+        _check_whole("epoch", epoch, 0)
+        self._cursor = self._worker_state = None
+        self._position.set(int(epoch), self._position.batches if epoch == self._position.epoch else 0)
+
+    def state_dict(self, *, after: Mapping[str, Any] | None = None) -> dict[str, int | str]:
+        """The place of the newest iteration in the plan, which any number of ranks and workers can continue.
+
+        Args:
+            after: the last batch that was used; needed where workers of a `DataLoader` read, as they are ahead.
+
+        Raises:
+            ZooError: if workers read and no batch is given, or it is no batch of a stream.
+        """
+        if after is not None:
+            place = after.get("place") if isinstance(after, Mapping) else None
+            if not isinstance(place, Mapping) or not {"epoch", "batches"} <= place.keys():
+                raise ZooError(
+                    f"after is of type {type(after).__name__} without 'place'; expected a batch as it came"
+                )
+            cursor = Cursor(int(place["epoch"]), int(place["batches"]), self.world_size)
+        elif self._cursor is not None:
+            cursor = self._cursor
+        elif get_worker_info() is None and self._position.workers_read:
+            raise ZooError(
+                "workers of a DataLoader read this stream ahead of the loop: give the last batch that was used,"
+                " stream.state_dict(after=batch), or use torchdata's StatefulDataLoader"
+            )
+        else:
+            cursor = Cursor(self._position.epoch, self._position.batches, self.world_size)
+        return cursor.state(self._plan_fingerprint, self.num_shards)
+
+    def load_state_dict(self, state: Mapping[str, object]) -> None:
+        """Continue from `state_dict`; rank, world size, workers and loader may be others.
+
+        Raises:
+            ZooError: if the state is of a stream with other rows or another order, or of an earlier version.
+        """
+        numbers = checked_state(state, self._plan_fingerprint, self.num_shards)
+        self._cursor = None
+        self._worker_state = self._checked_worker(numbers) if "workers" in numbers else None
+        if get_worker_info() is None:
+            self._position.set(numbers["epoch"], numbers["batches"])
+        else:
+            self._position.move(numbers["epoch"], numbers["batches"])
+
+    def _checked_worker(self, numbers: Mapping[str, int]) -> Mapping[str, int]:
+        info = get_worker_info()
+        workers = info.num_workers if info is not None else 0
+        if numbers["workers"] != workers or numbers["world_size"] != self.world_size:
+            raise ZooError(
+                f"this state is of a loader with {numbers['workers']} workers in a world of {numbers['world_size']},"
+                f" here are {workers} in {self.world_size}: to change that, save stream.state_dict(after=batch)"
+            )
+        return numbers
+
+    @cached_property
+    def _planned(self) -> PlannedRows:
+        if self.pad:
+            return self.source.planned([0] * len(self._parts))
+        shapes: dict[str, int] = {}
+        return self.source.planned([shapes.setdefault(part.layout.fingerprint, len(shapes)) for part in self._parts])
+
+    @cached_property
+    def _plan_fingerprint(self) -> str:
+        steps = [[step.start, step.stop, step.step] for step in self._steps]
+        settings = [self.batch_size, self.shuffle, self.seed, self.drop_last, steps]
+        return self._planned.fingerprint(self.source.id_bytes(), settings)
+
+    def _share(self, batches: int) -> int:
+        """How many batches each rank gets of these."""
+        return batches // self.world_size if self.drop_last else -(-batches // self.world_size)
+
+    def _with_step(self, step: slice) -> "Stream":
+        return self._derived(_steps=(*self._steps, step))
+
+    def _derived(self, **changes: object) -> "Stream":
+        """A stream that differs in these attributes, at the beginning of the same epoch."""
+        stream = copy.copy(self)
+        for name in ("_planned", "_plan_fingerprint"):
+            stream.__dict__.pop(name, None)
+        stream.__dict__ |= changes | {"_position": SharedPosition(self.epoch), "_cursor": None, "_worker_state": None}
+        return stream
+
+    def _new_cursor(self) -> Cursor:
+        """The cursor of an iteration that begins now, which the stream remembers as its newest."""
+        info = get_worker_info()
+        held = self._worker_state
+        position = self._position
+        if info is None:
+            cursor = Cursor(position.epoch, position.batches, self.world_size)
+        else:
+            if held is None:
+                position.begin(info.id)
+            cursor = Cursor(position.epoch, position.batches, self.world_size, info.id, info.num_workers)
+        if held is not None:
+            cursor.done, self._worker_state = held["done"], None
+        self._cursor = cursor
+        return cursor
+
+    def _end(self, cursor: Cursor) -> None:
+        """Go to the next epoch, unless somebody has; workers leave that to the loop."""
+        if get_worker_info() is None:
+            if self._position.epoch == cursor.epoch:
+                self._position.set(cursor.epoch + 1, 0)
+            if self._cursor is cursor:
+                self._cursor = None
+
+    def _read(self, cursor: Cursor) -> Iterator[Loaded]:
+        """The batches of this rank and worker from the place of a cursor on, read ahead."""
         if self.device.type == "cuda" and self._copy_stream is None:
             # one for all batches, as each stream of the device has a pool of memory
             self._copy_stream = torch.cuda.Stream(self.device)
-        for loaded in self._read_ahead(self._batches()[self.batches_done :]):
+        reader = BatchReader(
+            self.source,
+            self._parts,
+            named=self.tensors is not None and not self.pad,
+            pad=self.pad,
+            dtype=self.dtype,
+            verify=self.verify,
+            reuse=self.reuse,
+            threads=self.num_workers,
+            with_weights=self._with_weights,
+            copy_stream=self._copy_stream,
+        )
+        return reader.read_ahead(self._jobs(cursor))
+
+    def _jobs(self, cursor: Cursor) -> Iterator[Job]:
+        plan = Plan.of(
+            self._planned,
+            self.batch_size,
+            only_full=self.drop_last,
+            shuffle=self.shuffle,
+            seed=self.seed,
+            epoch=cursor.epoch,
+        )
+        numbers = _stepped(len(plan), self._steps)
+        own = self._share(len(numbers) - cursor.first)
+        done = cursor.done
+        while cursor.number(done) < own:
+            number = cursor.first + cursor.number(done) * self.world_size + self.rank
+            done += 1
+            place = {"epoch": cursor.epoch, "batches": min(cursor.after(done), len(numbers))}
+            # beyond the end only where ranks would have unequal numbers: from the beginning again
+            yield Job(plan.batch(numbers[number % len(numbers)]), number >= len(numbers), place)
+
+
+class StreamIterator(Iterator[Batch]):
+    """One iteration of a stream, with a cursor of its own; torchdata's `StatefulDataLoader` saves and loads it."""
+
+    def __init__(self, stream: Stream) -> None:
+        self._stream = stream
+        self._cursor = stream._new_cursor()
+        self._batches: Iterator[Loaded] | None = None
+
+    def __next__(self) -> Batch:
+        # begun at the first batch: a state may be loaded before
+        if self._batches is None:
+            self._batches = self._stream._read(self._cursor)
+        for loaded in self._batches:
             if loaded.copy_event is not None:
-                cuda_stream = torch.cuda.current_stream(self.device)
+                cuda_stream = torch.cuda.current_stream(self._stream.device)
                 cuda_stream.wait_event(loaded.copy_event)
                 # without this the allocator may hand the memory out while kernels of the caller still read it
                 loaded.batch["weights"].record_stream(cuda_stream)
             # counted before the batch is handed out: a state taken while the caller uses it must not repeat it
-            self.batches_done += 1
-            yield loaded.batch
-        self.epoch += 1
-        self.batches_done = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Start at the beginning of this epoch, counted from 0."""
-        self.epoch, self.batches_done = epoch, 0
+            self._cursor.done += 1
+            batch = self._with_functions(loaded.batch)
+            if batch is not None:
+                return batch
+        self._stream._end(self._cursor)
+        raise StopIteration
 
     def state_dict(self) -> dict[str, int | str]:
-        """The place of the stream: the epoch, the number of batches handed out, and a fingerprint of the order."""
-        return {"epoch": self.epoch, "batches_done": self.batches_done, "order": self._order_fingerprint()}
+        """The place of this iteration."""
+        return self._cursor.state(self._stream._plan_fingerprint, self._stream.num_shards)
 
     def load_state_dict(self, state: Mapping[str, object]) -> None:
         """Continue from `state_dict`.
 
         Raises:
-            ZooError: if the state is of a stream with other rows or another order.
+            ZooError: see `Stream.load_state_dict`.
         """
-        complete = isinstance(state, Mapping) and {"epoch", "batches_done", "order"} <= state.keys()
-        epoch, batches_done = (state["epoch"], state["batches_done"]) if complete else (None, None)
-        if not (isinstance(epoch, int) and isinstance(batches_done, int) and epoch >= 0 and batches_done >= 0):
-            raise ZooError(f"this is no state of a stream: expected what `state_dict()` gives, got {str(state)[:80]}")
-        if state["order"] != self._order_fingerprint():
-            raise ZooError(
-                "this state is of another stream: its zoo, filter, batch size, shuffle, seed, rank and world size"
-                " must be equal"
-            )
-        self.epoch, self.batches_done = epoch, batches_done
+        self._stream.load_state_dict(state)
+        self._cursor, self._batches = self._stream._new_cursor(), None
 
-    def _order_fingerprint(self) -> str:
-        ids = self.source.reader.rows.model_ids
-        rows = [ids[position] for position in self.source.positions.tolist()]
-        return fingerprint([rows, self.batch_size, self.shuffle, self.seed, self.rank, self.world_size])
-
-    def _batches(self) -> list[list[int]]:
-        """The positions of the rows of every batch of this epoch, for this rank and loader worker."""
-        numbers = self.source.reader.places.groups()[self.source.positions]
-        starts = np.flatnonzero(np.diff(numbers, prepend=-1))
-        groups = [part.tolist() for part in np.split(self.source.positions, starts[1:])] if len(numbers) else []
-        generator = np.random.default_rng([self.seed, self.epoch])
-        if self.shuffle:
-            groups = [groups[index] for index in generator.permutation(len(groups))]
-        worker = get_worker_info()
-        part, parts = self.rank, self.world_size
-        if worker is not None:
-            part, parts = self.rank * worker.num_workers + worker.id, self.world_size * worker.num_workers
-        windows = self._windows(_share(groups, part, parts))
-        if self.shuffle:
-            windows = [[window[index] for index in generator.permutation(len(window))] for window in windows]
-        return self._in_batches(windows)
-
-    def _windows(self, groups: Sequence[Sequence[int]]) -> list[list[int]]:
-        """Neighbouring row groups joined up to `WINDOW_BYTES`: rows are shuffled within a window."""
-        windows: list[list[int]] = []
-        size = WINDOW_BYTES
-        for group in groups:
-            group_bytes = sum(self.source.reader.row_bytes(position) for position in group)
-            if size + group_bytes > WINDOW_BYTES:
-                windows.append([])
-                size = 0
-            windows[-1] += group
-            size += group_bytes
-        return windows
-
-    def _in_batches(self, windows: Sequence[Sequence[int]]) -> list[list[int]]:
-        unfilled: dict[str, list[int]] = {}
-        batches = []
-        for window in windows:
-            for position in window:
-                layout = self.source.layout_ids[position]
-                rows = unfilled.setdefault(layout, [])
-                rows.append(position)
-                if len(rows) == self.batch_size:
-                    batches.append(unfilled.pop(layout))
-        return batches + list(unfilled.values())
-
-    def _read_ahead(self, batches: Sequence[list[int]]) -> Iterator[_Loaded]:
-        """Load batches in their order, `num_workers` of them at a time while earlier ones are used."""
-        # a slot more than batches read ahead, for the one in use: a slot comes round when its batch was given back
-        slots = itertools.cycle([_Slot() for _ in range(self.num_workers + 1)])
-        jobs = zip(batches, slots, strict=False)
-        if self.num_workers == 0:
-            return map(self._load, jobs)
-        return mapped_ahead(self._load, jobs, threads=self.num_workers, ahead=self.num_workers)
-
-    def _load(self, job: tuple[list[int], _Slot]) -> _Loaded:
-        batch, slot = job
-        layout_id = self.source.layout_ids[batch[0]]
-        selection = self.selections.get(layout_id)
-        layout = self.source.layouts[layout_id] if selection is None else selection.layout
-        numbers = {name: values[batch] for name, values in self.source.columns.items() if isinstance(values, Tensor)}
-        weights = self._host_memory(len(batch), layout.num_parameters, slot, numbers)
-        rows, reader = weights.numpy(), self.source.reader
-        for row, position in zip(rows, batch, strict=True):
-            if selection is None:
-                reader.read_into(position, row, verify=self.verify)
-            else:
-                reader.read_parts(position, selection.parts, row, verify=self.verify)
-        if self._copy_stream is not None:
-            weights, numbers = self._sent(slot, weights, numbers)
-        columns: Batch = {
-            name: numbers[name] if name in numbers else [values[position] for position in batch]
-            for name, values in self.source.columns.items()
-        }
-        columns["weights"] = weights
-        if selection is not None:
-            columns["tensors"] = unflatten(weights, selection.layout)
-        return _Loaded(columns, slot.copy_event)
-
-    def _host_memory(self, rows: int, width: int, slot: _Slot, numbers: Mapping[str, Tensor]) -> Tensor:
-        """Memory for weights `[B, D]`: fresh, or that of the slot where it is reused or only staged for a device.
-
-        Staged memory begins with the numeric columns, so that one copy takes all of a batch.
-        """
-        staged = self._copy_stream is not None
-        if not (staged or self.reuse):
-            return torch.from_numpy(np.empty((rows, width), np.float32))  # numpy asks for huge pages, torch does not
-        if slot.copy_event is not None:
-            slot.copy_event.synchronize()
-        start = sum(map(_padded_bytes, numbers.values())) if staged else 0
-        size = start + 4 * rows * width
-        if slot.buffer is None or slot.buffer.numel() < size:
-            slot.buffer = torch.empty(size, dtype=torch.uint8, pin_memory=staged)
-        return slot.buffer[start:size].view(torch.float32).view(rows, width)
-
-    def _sent(self, slot: _Slot, weights: Tensor, numbers: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """The batch on the device, by one copy that nothing waits for; the slot has the event of its end."""
-        assert slot.buffer is not None
-        start = 0
-        for values in numbers.values():
-            slot.buffer[start : start + values.nbytes].copy_(values.view(torch.uint8))
-            start += _padded_bytes(values)
-        # a stream of its own: on the caller's stream the copy would wait for the kernels that use the batch before
-        with torch.cuda.stream(self._copy_stream):
-            sent = slot.buffer[: start + weights.nbytes].to(self.device, non_blocking=True)
-            slot.copy_event = torch.cuda.Event()
-            slot.copy_event.record(self._copy_stream)
-        columns, position = {}, 0
-        for name, values in numbers.items():
-            columns[name] = sent[position : position + values.nbytes].view(values.dtype)
-            position += _padded_bytes(values)
-        return sent[start:].view(torch.float32).view_as(weights), columns
+    def _with_functions(self, batch: Batch) -> Batch | None:
+        for kind, function in self._stream._functions:
+            result = function(batch)
+            if kind == "filter" and not result:
+                return None
+            if kind == "map":
+                if not isinstance(result, Mapping):
+                    raise ZooError(f"map: the function gave {type(result).__name__}; expected a mapping of entries")
+                batch = batch | dict(result)
+        return batch
 
 
-def _padded_bytes(values: Tensor) -> int:
-    """Bytes of a column with its padding: what comes next starts where any dtype may."""
-    return -(-values.nbytes // ALIGNMENT) * ALIGNMENT
+def _stepped(count: int, steps: Sequence[slice]) -> range:
+    """The numbers below `count` that all steps leave."""
+    numbers = range(count)
+    for step in steps:
+        numbers = numbers[step]
+    return numbers
 
 
-def check_names(what: str, names: object) -> None:
-    """Refuse names that are not a list of texts, and an empty list of tensors.
-
-    Raises:
-        ZooError: quoting the argument.
-    """
-    fits = names is None or (
-        not isinstance(names, str) and isinstance(names, Sequence) and all(isinstance(name, str) for name in names)
-    )
-    if not fits or (names is not None and not names and what == "tensors"):
-        raise ZooError(f"{what}={names!r}: expected a list of names")
-
-
-def _share(groups: Sequence[list[int]], part: int, parts: int) -> list[list[int]]:
-    """The row groups of one of several readers, in their order, cut so that all readers have as many rows."""
-    total = sum(len(group) for group in groups)
-    first, last = total * part // parts, total * (part + 1) // parts
-    share, start = [], 0
-    for group in groups:
-        piece = group[max(0, first - start) : max(0, last - start)]
-        start += len(group)
-        if piece:
-            share.append(piece)
-    return share
-
-
-def _selections(source: RowSource, patterns: list[str]) -> dict[str, Selection]:
-    """Layout -> the tensors whose names match a pattern, neighbours read as one."""
-    selections = {}
-    for layout_id in {source.layout_ids[position] for position in source.positions.tolist()}:
-        layout = source.layouts[layout_id]
-        unmatched = [pattern for pattern in patterns if not fnmatch.filter(layout.names, pattern)]
-        if unmatched:
-            raise ZooError(
-                f"tensors={unmatched[0]!r} matches no tensor of layout {layout_id}:"
-                f" {did_you_mean(unmatched[0], layout.names)}"
-            )
-        names = [name for name in layout.names if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
-        shapes = dict(zip(layout.names, layout.shapes, strict=True))
-        selections[layout_id] = Selection(
-            _merged([layout.place(name) for name in names]),
-            Layout(tuple(names), tuple(shapes[name] for name in names)),
-        )
-    return selections
-
-
-def _merged(parts: Sequence[slice]) -> list[slice]:
-    merged: list[slice] = []
-    for part in parts:
-        if merged and merged[-1].stop == part.start:
-            merged[-1] = slice(merged[-1].start, part.stop)
-        else:
-            merged.append(part)
-    return merged
-
-
-def light_columns(
-    records: Mapping[str, list[Any]], kinds: Mapping[str, type], selection: Sequence[str] | None
-) -> dict[str, list[object] | Tensor]:
-    """Columns of the index as a stream hands them out; what becomes a tensor depends on the type alone.
-
-    Args:
-        records: column -> values of all rows.
-        kinds: column -> Python type of its values.
-        selection: names of the columns to hand out; None for all.
-
-    Raises:
-        ZooError: for an unknown column.
-    """
-    check_names("columns", selection)
-    for name in selection or ():
-        if name not in records:
-            raise ZooError(f"unknown column {name!r}: {did_you_mean(name, records)}")
-    columns: dict[str, list[object] | Tensor] = {}
-    for name in records if selection is None else selection:
-        values = records[name]
-        if kinds[name] is bool:
-            columns[name] = torch.tensor([bool(value) for value in values])
-        elif kinds[name] is int and name in ("epoch", "num_parameters"):
-            columns[name] = torch.tensor(values, dtype=torch.int64)
-        elif kinds[name] in (int, float):
-            numbers = [float("nan") if value is None else value for value in values]
-            columns[name] = torch.tensor(numbers, dtype=torch.float64)
-        else:
-            columns[name] = values
-    return columns
+def _check_whole(name: str, value: object, least: int) -> int:
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
+        raise ZooError(f"{name} is {value!r}; it must be a whole number of at least {least}")
+    return int(value)

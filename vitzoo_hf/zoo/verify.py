@@ -120,16 +120,15 @@ def _lost_rows(files: FolderFiles | HubFiles, manifest: Manifest, damaged: Itera
     names = [f"index/{split}-" for split in schema.SPLITS]
     index = [name for start in names for name in sorted(manifest["files"]) if name.startswith(start)]
     columns = ["model_id", "num_parameters", "dtype", "weights_sha256"]
-    table = pa.concat_tables([pq.read_table(files.path(name), columns=columns) for name in index])
-    ids, sizes, dtypes, hashes = (table[name].to_pylist() for name in columns)
+    rows = RowTable.of(pa.concat_tables([pq.read_table(files.path(name), columns=columns) for name in index]))
     try:
-        reader = WeightReader(files, shards, RowTable(ids, np.array(sizes), dtypes, hashes), keep=False)
+        reader = WeightReader(files, shards, rows, keep=False)
     except ZooError:
         return {}
     numbers = {name: number for number, name in enumerate(shards)}
     return {
         name: [
-            ids[position]
+            rows.model_id(position)
             for position in np.flatnonzero(reader.places.file == numbers[name]).tolist()
             if not _is_readable(reader, position)
         ]

@@ -19,7 +19,7 @@ from vitzoo_hf.format.layout import Layout, trunk_layout
 from vitzoo_hf.format.schema import ZooError
 from vitzoo_hf.models.rebuild import usable_device
 from vitzoo_hf.read_ahead import mapped_ahead
-from vitzoo_hf.zoo.stream import RowSource
+from vitzoo_hf.zoo.row_source import RowSource
 
 BLOCK_BYTES = 64_000_000
 COLUMNS_UNIT = 4096  # blocks wider than this are a multiple of it: what weights are multiplied in
@@ -63,10 +63,12 @@ class WeightColumns:
         self.positions = source.positions.tolist()
         if not self.positions:
             raise ZooError("there are no weights to read: the filter matches no row")
-        self.model_ids = [source.reader.rows.model_ids[position] for position in self.positions]
-        used = {source.layout_ids[position]: None for position in self.positions}
-        self.layout = common_layout({layout_id: source.layouts[layout_id] for layout_id in used})
-        self._runs = {layout_id: _runs(self.layout, source.layouts[layout_id]) for layout_id in used}
+        self.model_ids = source.model_ids
+        self.layout = common_layout({layout_id: source.layouts[layout_id] for layout_id in source.used_layouts})
+        runs = [_runs(self.layout, source.layouts[layout_id]) for layout_id in source.used_layouts]
+        self._runs = {
+            position: runs[code] for position, code in zip(self.positions, source.layout_codes.tolist(), strict=True)
+        }
         width = max(1, block_bytes // (4 * len(self.positions)))
         if width > COLUMNS_UNIT:
             width -= width % COLUMNS_UNIT
@@ -136,7 +138,7 @@ class WeightColumns:
         if self._decoded is not None and position in self._decoded.rows:
             self._decoded.read_into(position, columns.start, out)
         else:
-            parts = list(_overlaps(self._runs[self.source.layout_ids[position]], columns))
+            parts = list(_overlaps(self._runs[position], columns))
             self.source.reader.read_parts(position, parts, out, verify=self._verify)
 
     def _decode_where_needed(self) -> None:

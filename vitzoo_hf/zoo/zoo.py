@@ -24,9 +24,12 @@ from vitzoo_hf.format.row import Row
 from vitzoo_hf.format.schema import ZooError
 from vitzoo_hf.format.tables import LightTables, check_classes, features_of, matches, with_class_names
 from vitzoo_hf.format.weight_reader import RowTable, WeightReader
-from vitzoo_hf.images.preparation import normalize
 from vitzoo_hf.models.rebuild import reconstruct
-from vitzoo_hf.zoo.stream import RowSource, Stream, light_columns
+from vitzoo_hf.zoo.index import Index, plain
+from vitzoo_hf.zoo.probes import load_probes
+from vitzoo_hf.zoo.row_dataset import RowDataset
+from vitzoo_hf.zoo.row_source import RowSource, chosen_columns
+from vitzoo_hf.zoo.stream import Stream
 from vitzoo_hf.zoo.weight_columns import BLOCK_BYTES, WeightColumns
 
 if TYPE_CHECKING:
@@ -63,11 +66,9 @@ class Zoo:
         self.layouts = read_layouts(self._at_hand.path(schema.LAYOUTS))
         self._tables = LightTables(self._at_hand, self.manifest)
         self.source: tuple[str, str | None] = self._at_hand.source
-        self._index = self._tables.index()
-        self._named_index = with_class_names(self._index, schema.row_features(self.manifest["factors"], weights=None))
-        self._positions = np.arange(self._index.num_rows)
+        self._index = Index(self._tables.index(), self.manifest["factors"])
+        self._positions = np.arange(len(self._index))
         self._readers: list[WeightReader] = []
-        self._lists: dict[str, list[Any]] = {}
 
     @classmethod
     def sample(cls) -> "Zoo":
@@ -78,7 +79,7 @@ class Zoo:
         return len(self._positions)
 
     def __repr__(self) -> str:
-        runs, factors = len(set(self._column("run_id"))), ", ".join(self.factors)
+        runs, factors = pc.count_distinct(self._chosen("run_id")).as_py(), ", ".join(self.factors)
         return f"Zoo({self.name!r}: {len(self)} rows of {runs} runs, factors {factors})"
 
     @property
@@ -90,7 +91,7 @@ class Zoo:
     def column_types(self) -> dict[str, type]:
         """Columns that `filter` takes -> the Python type of their values."""
         kinds: dict[str, type] = {}
-        for column in self._named_index.schema:
+        for column in self._index.table.schema:
             if pa.types.is_floating(column.type):
                 kinds[column.name] = float
             elif pa.types.is_integer(column.type):
@@ -114,20 +115,17 @@ class Zoo:
     @property
     def model_ids(self) -> list[str]:
         """Ids of the rows, in order."""
-        return self._column("model_id")
+        return self._chosen("model_id").to_pylist()
 
     def splits_of(self, model_ids: Sequence[str]) -> list[str]:
         """The split of each of these models."""
-        splits = dict(zip(self.model_ids, self._column("split"), strict=True))
+        splits = dict(zip(self.model_ids, self._chosen("split").to_pylist(), strict=True))
         return [splits[model_id] for model_id in model_ids]
 
     @property
     def index(self) -> "datasets.Dataset":
-        """The rows without their weights."""
-        import datasets
-
-        table = self._index.drop_columns(["split"]).take(self._positions)
-        return datasets.Dataset(pa.table(table.columns, schema=table.schema))
+        """The rows without their weights, and the split of each."""
+        return self._index.dataset(self._positions)
 
     def to_pandas(self, config: str = "index") -> "pandas.DataFrame":
         """A light config as a data frame, with names instead of class numbers; `index` follows the filter.
@@ -136,7 +134,8 @@ class Zoo:
             ZooError: if the zoo has no such config.
         """
         if config == "index":
-            return self._named_index.take(self._positions).to_pandas(integer_object_nulls=True)
+            table = plain(self._index.table.take(pa.array(self._positions)))
+            return table.to_pandas(integer_object_nulls=True)
         configs = [name for name in self.configs if name != "weights"]
         if config not in configs:
             hint = "; `vitzoo evaluate` writes it" if config in ("evaluations", "pairs") else ""
@@ -159,14 +158,14 @@ class Zoo:
             >>> all(row["test_accuracy"] >= 0.75 for row in zoo.index)
             True
         """
-        table = self._named_index
-        mask = np.ones(table.num_rows, dtype=bool)
+        names = self._index.table.column_names
+        mask = np.ones(len(self._index), dtype=bool)
         for column, condition in conditions.items():
-            if column not in table.column_names:
-                raise ZooError(f"unknown column {column!r}: {did_you_mean(column, table.column_names)}")
+            if column not in names:
+                raise ZooError(f"unknown column {column!r}: {did_you_mean(column, names)}")
             if column in ("stage", "head"):
                 check_classes(column, condition)
-            mask &= matches(table[column], column, condition)
+            mask &= matches(self._index.column(column), column, condition)
         return self._select_rows(self._positions[mask[self._positions]])
 
     def rows(self, *, verify: bool = True) -> Iterator[Row]:
@@ -178,9 +177,8 @@ class Zoo:
         Raises:
             ZooError: naming the damaged row, when its weights are asked for.
         """
-        for position in self._positions.tolist():
-            self._check_layout(position)
-            columns = {name: values[position] for name, values in self._records.items()}
+        for position, columns in self._index.records(self._positions):
+            self._check_layout(columns["model_id"], columns["layout"], columns["num_parameters"])
             yield Row(columns, partial(self._reader.read, position, verify=verify), verified=verify)
 
     def row(self, model_id: str) -> Row:
@@ -189,12 +187,8 @@ class Zoo:
         Raises:
             ZooError: for an unknown id, with the closest known one.
         """
-        ids = self.model_ids
-        if not isinstance(model_id, str):
-            raise ZooError(f"model_id is {model_id!r}; expected the text in column `model_id`")
-        if model_id not in ids:
-            raise ZooError(f"{self.name} has no model {model_id!r}: {did_you_mean(model_id, ids)}")
-        return next(self._select_rows(self._positions[[ids.index(model_id)]]).rows())
+        position = self._index.position_of(model_id, self._positions, self.name)
+        return next(self._select_rows(np.array([position])).rows())
 
     def model(self, model_id: str, *, device: str | torch.device = "cpu") -> nn.Module:
         """A live timm ViT in eval mode, with exactly the stored weights.
@@ -213,37 +207,47 @@ class Zoo:
         batch_size: int = 16,
         device: str | torch.device = "cpu",
         columns: Sequence[str] | None = None,
-        tensors: Sequence[str] | None = None,
+        tensors: str | Sequence[str] | None = None,
+        pad: bool = False,
         shuffle: bool = False,
         seed: int = 0,
+        drop_last: bool = False,
         num_workers: int = 1,
         rank: int = 0,
         world_size: int = 1,
         verify: bool = True,
         reuse: bool = False,
+        dtype: torch.dtype = torch.float64,
     ) -> Stream:
-        """Batches of rows of one layout each, for a training loop.
+        """Batches of rows for a training loop.
+
+        Models of different architectures or heads have weights of different lengths, so a batch holds rows of one
+        layout. `tensors="trunk"` gives models that differ in their heads one shape, `pad=True` gives all one shape.
 
         Args:
             batch_size: rows a batch; the last batch of a layout may be smaller.
             device: where `weights` go; for CUDA they are copied from pinned memory while an earlier batch is used.
             columns: columns of the index to hand out beside `weights`; all by default.
-            tensors: names or patterns such as `blocks.*.attn.qkv.weight`: `weights` then holds only these, in the
-                order of the layout, and `tensors` maps their names to views `[B, *shape]`. Other tensors are read
-                only to hash a row the first time; `verify=False` avoids that too.
+            tensors: `trunk` (all but the head), `head`, or names and patterns such as `blocks.*.attn.qkv.weight`:
+                `weights` then holds only these, in the order of the layout, and `tensors` maps their names to views
+                `[B, *shape]`. Other tensors are read only to hash a row the first time, or not with `verify=False`.
+            pad: fill batches with rows of any layout; zeros stand behind the shorter, and `lengths` says where.
             shuffle: another order every epoch: row groups are permuted, and rows within windows of 256 MB. That is a
                 permutation of all rows where a zoo is smaller than that, or a model has a row group of its own.
             seed: seed of the order.
+            drop_last: leave out batches that are not full, and those that ranks cannot share evenly. Otherwise ranks
+                that would have a batch less hand out one of another rank, whose rows say `repeated`.
             num_workers: threads that read ahead, a batch each; 0 reads when a batch is asked for.
-            rank: number of this process among `world_size`. Ranks share the rows, as evenly as possible.
+            rank: number of this process among `world_size`, which share the batches.
             world_size: number of processes.
             verify: compare every row with its hash when it is first read.
             reuse: hand out the same memory again, so that a batch's `weights` hold only until the next is asked for.
+            dtype: of columns of numbers that may be null, such as results: float64 or float32.
 
         Returns:
             A `Stream`, to iterate once an epoch, with `state_dict` and `load_state_dict`. A batch maps columns to
             values: `weights` is float32 `[B, D]`; `epoch` and `num_parameters` are int64 `[B]`; other numbers, which
-            may be null, are float64 `[B]` with NaN for null; the rest are lists.
+            may be null, are of `dtype` `[B]` with NaN for null; the rest are lists. `place` is for `state_dict`.
 
         Raises:
             ZooError: for a batch size below 1, a rank outside the world, an unknown column or tensor.
@@ -258,14 +262,45 @@ class Zoo:
             batch_size=batch_size,
             device=device,
             tensors=tensors,
+            pad=pad,
             shuffle=shuffle,
             seed=seed,
+            drop_last=drop_last,
             num_workers=num_workers,
             rank=rank,
             world_size=world_size,
             verify=verify,
             reuse=reuse,
+            dtype=dtype,
         )
+
+    def torch_dataset(
+        self,
+        *,
+        columns: Sequence[str] | None = None,
+        tensors: str | Sequence[str] | None = None,
+        pad: bool = False,
+        verify: bool = True,
+        dtype: torch.dtype = torch.float32,
+    ) -> RowDataset:
+        """The rows as a map-style `torch.utils.data.Dataset`, for `transformers.Trainer`, `accelerate` and samplers.
+
+        Args:
+            columns: see `stream`; in a row numbers are tensors without axes, and texts that are null are empty.
+            tensors: see `stream`.
+            pad: see `stream`.
+            verify: see `stream`.
+            dtype: see `stream`.
+
+        Raises:
+            ZooError: for an unknown column or tensor, and for rows of different lengths without `pad`.
+
+        Example:
+            >>> rows = Zoo.sample().torch_dataset(columns=["test_accuracy"], tensors="trunk")
+            >>> len(rows), rows[0]["weights"].shape, rows[0]["test_accuracy"].dtype
+            (8, torch.Size([26592]), torch.float32)
+        """
+        return RowDataset(self._row_source(columns), tensors=tensors, pad=pad, verify=verify, dtype=dtype)
 
     def weight_columns(
         self, *, device: str | torch.device = "cpu", num_workers: int = 1, block_bytes: int = BLOCK_BYTES
@@ -295,19 +330,7 @@ class Zoo:
         Raises:
             ZooError: if the zoo does not carry them.
         """
-        import datasets
-
-        every_dataset = self._tables.read("probes", role)
-        names = [] if every_dataset is None else sorted(set(every_dataset["dataset"].to_pylist()))
-        if every_dataset is None or dataset not in names:
-            raise ZooError(f"{self.name} carries no {role} images of {dataset!r}; it has them of: {names or 'none'}")
-        table = every_dataset.filter(pc.equal(every_dataset["dataset"], dataset))
-        record = self.manifest["images"].get(dataset)
-        if record is None:
-            raise ZooError(f"zoo.json of {self.name} does not say how images of {dataset!r} are prepared; {REPAIR}")
-        images = datasets.Dataset(table).with_format("numpy")["image"][:]
-        pixels = torch.from_numpy(np.stack([np.atleast_3d(image) for image in images])).permute(0, 3, 1, 2)
-        return normalize(pixels, record["mean"], record["std"]), torch.tensor(table["label"].to_pylist())
+        return load_probes(self._tables, self.manifest["images"], dataset, role)
 
     def probe_rows(self, role: str) -> list[dict[str, Any]]:
         """Rows of the `probes` config as they are stored, images still encoded."""
@@ -332,9 +355,9 @@ class Zoo:
 
         if self._at_hand.is_remote:
             raise ZooError(f"{self.name} is on the Hub: push takes a zoo's folder")
-        if len(self) != self._index.num_rows:
+        if len(self) != len(self._index):
             raise ZooError(
-                f"{len(self)} of {self._index.num_rows} rows are chosen: write them as a zoo of their own by"
+                f"{len(self)} of {len(self._index)} rows are chosen: write them as a zoo of their own by"
                 " `vitzoo_hf.convert.export.export_subset`, and push that"
             )
         return push(self.name, repository, private=private, tag=tag, dry_run=dry_run)
@@ -342,7 +365,7 @@ class Zoo:
     @property
     def unfiltered(self) -> "Zoo":
         """All rows of the zoo, whatever was filtered."""
-        return self._select_rows(np.arange(self._index.num_rows))
+        return self._select_rows(np.arange(len(self._index)))
 
     @property
     def blueprint_text(self) -> str:
@@ -356,39 +379,36 @@ class Zoo:
         return zoo
 
     def _row_source(self, columns: Sequence[str] | None) -> RowSource:
-        for position in self._positions.tolist():
-            self._check_layout(position)
-        light = light_columns(self._records, self.column_types, columns)
-        return RowSource(self._positions, self._records["layout"], self.layouts, light, self._reader)
+        self._check_layouts()
+        table = self._index.table
+        return RowSource(
+            self._positions, table, chosen_columns(table.column_names, columns), self.layouts, self._reader
+        )
 
-    def _check_layout(self, position: int) -> None:
-        layout_id, size = self._records["layout"][position], self._records["num_parameters"][position]
+    def _check_layouts(self) -> None:
+        rows = plain(
+            self._index.table.select(["model_id", "layout", "num_parameters"]).take(pa.array(self._positions))
+        )
+        first = rows.group_by(["layout", "num_parameters"], use_threads=False).aggregate([("model_id", "first")])
+        for pair in first.to_pylist():
+            self._check_layout(pair["model_id_first"], pair["layout"], pair["num_parameters"])
+
+    def _check_layout(self, model_id: str, layout_id: str, size: int) -> None:
         layout = self.layouts.get(layout_id)
         if layout is None or layout.num_parameters != size:
             expected = "lacks" if layout is None else f"gives {layout.num_parameters} weights"
             raise ZooError(
-                f"{self._records['model_id'][position]} has {size} weights of layout {layout_id}, which layouts.json"
-                f" {expected}: the index is damaged; {REPAIR}"
+                f"{model_id} has {size} weights of layout {layout_id}, which layouts.json {expected}: the index is"
+                f" damaged; {REPAIR}"
             )
 
     @property
     def _reader(self) -> WeightReader:
         """The reader of the weights, shared by every zoo over the same files."""
         if not self._readers:
-            records = self._records
-            rows = RowTable(
-                records["model_id"], np.array(records["num_parameters"]), records["dtype"], records["weights_sha256"]
-            )
-            self._readers.append(WeightReader(self._at_hand, read_shards(self._at_hand, self.manifest), rows))
+            shards = read_shards(self._at_hand, self.manifest)
+            self._readers.append(WeightReader(self._at_hand, shards, RowTable.of(self._index.table)))
         return self._readers[0]
 
-    @property
-    def _records(self) -> dict[str, list[Any]]:
-        """Column -> the values of all rows, with names instead of class numbers."""
-        if not self._lists:
-            table = self._named_index.drop_columns(["split"])
-            self._lists |= {name: table[name].to_pylist() for name in table.column_names}
-        return self._lists
-
-    def _column(self, name: str) -> list[Any]:
-        return self._index[name].take(self._positions).to_pylist()
+    def _chosen(self, name: str) -> pa.ChunkedArray:
+        return self._index.column(name).take(pa.array(self._positions))
