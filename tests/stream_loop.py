@@ -65,7 +65,7 @@ class Loop:
 def play(loop, rank, epochs, log, *, state=None, stop_at=None, kill=False, save=None, elastic=False):
     """One rank's loop, which logs `[epoch, ids, repeated]` a line and saves after each batch.
 
-    It leaves its first epoch after `stop_at` batches and goes on with the next by the same loader, or is killed there.
+    It leaves its first epoch after `stop_at` batches and goes on with the next by the same loader, or is killed.
     """
     stream, loader = loop.rank(rank)
     if state is not None:

@@ -1,6 +1,7 @@
 """A row as a value: a read-only mapping whose weights are read when they are first asked for."""
 
 import copy
+import dataclasses
 import json
 import pickle
 import re
@@ -14,6 +15,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from jaxtyping import config
 
 from vitzoo_hf.format import schema
@@ -23,6 +25,7 @@ from vitzoo_hf.format.weight_reader import WeightReader
 from vitzoo_hf.models.population import Population
 from vitzoo_hf.models.rebuild import reconstruct, weights_of
 from vitzoo_hf.zoo import Zoo
+from vitzoo_hf.zoo.zoo import SAMPLE
 
 COLUMNS = {"model_id": "a@3", "run_id": "a", "epoch": 3, "is_final": True, "factor_lr": 0.1, "weights": [0.5, 1.0]}
 
@@ -124,10 +127,15 @@ def test_weights_are_read_once(zoo, reads):
     assert reads == [5]
 
 
+def expect_another_hash(zoo, position):
+    hashes = zoo._reader.rows.sha256.to_pylist()
+    hashes[position] = "0" * 64
+    zoo._reader.rows = dataclasses.replace(zoo._reader.rows, sha256=pa.array(hashes))
+
+
 def test_a_damaged_row_raises_when_its_weights_are_asked_for_and_names_the_model(zoo, monkeypatch):
     bad = zoo.model_ids[2]
-    position = zoo._reader.rows.model_ids.index(bad)
-    zoo._reader.rows.sha256[position] = "0" * 64
+    expect_another_hash(zoo, 2)
     rows = {row.model_id: row for row in zoo.rows()}
     for model_id, row in rows.items():
         if model_id != bad:
@@ -140,7 +148,7 @@ def test_a_damaged_row_raises_when_its_weights_are_asked_for_and_names_the_model
 
 
 def test_rows_without_verification_are_verified_when_they_are_rebuilt(zoo):
-    zoo._reader.rows.sha256[0] = "0" * 64
+    expect_another_hash(zoo, 0)
     row = next(zoo.rows(verify=False))
     assert len(row.weights) == row.num_parameters
     assert not row.verified
@@ -304,9 +312,7 @@ def test_threads_that_ask_at_once_get_one_array():
         sys.setswitchinterval(switch)
 
 
-@pytest.mark.parametrize(
-    "given", ["a", None, 3, ["model_id"], pd.DataFrame({"model_id": ["a"]}), pd.Series({"a": 1})]
-)
+@pytest.mark.parametrize("given", ["a", None, 3, ["model_id"], np.zeros(3), pd.Index(["a"])])
 def test_what_is_no_row_is_one_line(given, unchecked):
     for use in (Row.of, reconstruct, lambda row: Population.from_rows([row])):
         with pytest.raises(ZooError, match=f"a row is of type {type(given).__name__}; expected") as error:
@@ -318,3 +324,20 @@ def test_a_record_batch_of_one_row_is_a_row():
     row = next(Zoo.sample().rows())
     batch = pa.RecordBatch.from_pylist([{"model_id": row.model_id, "weights": row.weights.tolist()}])
     assert np.array_equal(Row.of(batch).weights, row.weights)
+
+
+def test_rows_of_pandas_are_rows(tmp_path):
+    sample = Zoo.sample()
+    frame = datasets.load_dataset(str(SAMPLE), "weights", split="train", cache_dir=str(tmp_path)).with_format(
+        "pandas"
+    )
+    for number in (0, len(frame) - 1):
+        row = frame[number]
+        for given in (row, row.iloc[0], row.iloc[0].to_dict()):
+            found = reconstruct(given).state_dict()
+            expected = sample.model(row["model_id"].iloc[0]).state_dict()
+            assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert Row.of(frame[0]).parent_id is None
+    assert type(Row.of(frame[0])["factor_lr"]) is float
+    with pytest.raises(ZooError, match="a table of 2 rows was given; expected one row"):
+        Row.of(frame[:2])

@@ -5,14 +5,15 @@ from threading import Lock
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 
 from vitzoo_hf.format import schema
 from vitzoo_hf.format.encoding import vector_of
 from vitzoo_hf.format.schema import ZooError
 
-RowLike = Mapping[str, object] | pa.Table | pa.RecordBatch
-"""What users bring: a row of `Zoo.rows()`, of `load_dataset(…)` in any format, or a table of one row."""
+RowLike = Mapping[str, object] | pa.Table | pa.RecordBatch | pd.DataFrame | pd.Series
+"""What users bring: a row of `Zoo.rows()` or of `load_dataset(…)` in any format, or a table or frame of one row."""
 
 Factor = str | float | int | bool | None
 
@@ -62,15 +63,19 @@ class Row(Mapping[str, Any]):
             return row
         if isinstance(row, pa.RecordBatch):
             row = pa.Table.from_batches([row])
+        if isinstance(row, pd.Series):
+            row = row.to_frame().T
         if isinstance(row, Mapping):
             return cls(row)
-        if not isinstance(row, pa.Table):
+        if not isinstance(row, pa.Table | pd.DataFrame):
             raise ZooError(
                 f"a row is of type {type(row).__name__}; expected one of `Zoo.rows()` or `load_dataset(…)`, or a"
-                " mapping of its columns (of pandas: `series.to_dict()`)"
+                " mapping of its columns"
             )
-        if row.num_rows != 1:
-            raise ZooError(f"a table of {row.num_rows} rows was given; expected one row, such as `rows[0]`")
+        if len(row) != 1:
+            raise ZooError(f"a table of {len(row)} rows was given; expected one row, such as `rows[0]`")
+        if isinstance(row, pd.DataFrame):
+            return cls({str(name): _plain(row[name].iloc[0]) for name in row.columns})
         # weights stay an Arrow column: as_py would make a list of Python floats
         return cls({name: row[name] if name == "weights" else row[name][0].as_py() for name in row.column_names})
 
@@ -255,3 +260,10 @@ class Row(Mapping[str, Any]):
             meaning = " and ".join(f"{number} ({name})" for number, name in enumerate(names))
             raise ZooError(f"unknown {column} {value}: its class labels are {meaning}")
         return names[int(value)]
+
+
+def _plain(value: object) -> object:
+    """A cell of a data frame as Python has it, with None for its missing values."""
+    if pd.api.types.is_scalar(value) and pd.isna(value):
+        return None
+    return value.item() if isinstance(value, np.generic) else value

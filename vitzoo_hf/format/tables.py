@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     import datasets
 
 
+UNREPEATED = ("model_id", "run_id", "parent_id", "weights_sha256")
+"""Texts of the index that hardly repeat; others are held as dictionaries, as a million rows would take 1 GB."""
+
+
 class LightTables:
     """Reads light configs of a zoo.
 
@@ -39,13 +43,18 @@ class LightTables:
         start = f"{config}/{split}-" if split else f"{config}/"
         return sorted(name for name in self.manifest["files"] if name.startswith(start))
 
-    def read(self, config: str, split: str | None = None) -> pa.Table | None:
+    def read(self, config: str, split: str | None = None, *, coded: bool = False) -> pa.Table | None:
         """A config, or one split of it; None where the zoo has no such files.
+
+        Args:
+            config: name of the config.
+            split: name of the split; all of them by default.
+            coded: hold columns of texts that repeat as Arrow dictionaries.
 
         Raises:
             ZooError: if a file cannot be read or does not match its hash.
         """
-        tables = [self._read(name) for name in self.names(config, split)]
+        tables = [self._read(name, coded=coded) for name in self.names(config, split)]
         return pa.concat_tables(tables) if tables else None
 
     def index(self) -> pa.Table:
@@ -56,22 +65,29 @@ class LightTables:
         """
         tables = []
         for split in schema.SPLITS:
-            table = self.read("index", split)
+            table = self.read("index", split, coded=True)
             if table is not None:
-                tables.append(table.append_column("split", pa.array([split] * table.num_rows)))
+                # as text, one for each row would take as long as reading the index
+                splits = pa.DictionaryArray.from_arrays(np.zeros(table.num_rows, np.int32), [split])
+                tables.append(table.append_column("split", splits))
         if not tables:
             raise ZooError(f"{self.files.name} has no rows: its index is missing; {REPAIR}")
         return pa.concat_tables(tables)
 
-    def _read(self, name: str) -> pa.Table:
+    def _read(self, name: str, *, coded: bool) -> pa.Table:
         try:
             data = self.files.path(name).read_bytes()
         except OSError as error:
             raise ZooError(f"{name} of {self.files.name} cannot be read ({one_line(error)}); {REPAIR}") from None
         if hashlib.sha256(data).hexdigest() != self.manifest["files"][name].get("sha256"):
             raise ZooError(f"{name} of {self.files.name} does not match its hash: it is damaged; {REPAIR}")
+        opened = pq.ParquetFile(pa.BufferReader(data))
+        if coded:
+            texts = [column.name for column in opened.schema_arrow if pa.types.is_string(column.type)]
+            repeated = [name for name in texts if name not in UNREPEATED]
+            opened = pq.ParquetFile(pa.BufferReader(data), read_dictionary=repeated)
         # small tables: starting threads costs more than it saves
-        return pq.ParquetFile(pa.BufferReader(data)).read(use_threads=False)
+        return opened.read(use_threads=False)
 
 
 def records(frame: pd.DataFrame) -> list[dict[str, Any]]:

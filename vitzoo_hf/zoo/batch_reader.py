@@ -99,7 +99,8 @@ class BatchReader:
         if self.pad:
             numbers["lengths"] = torch.tensor(sizes)
         numbers["repeated"] = torch.full((len(codes),), job.repeated)
-        width = max(sizes) if self.with_weights else 0
+        sharing = [part.layout.num_parameters for part in self.parts] if self.pad else sizes
+        width = max(sharing) if self.with_weights else 0
         weights = self._host_memory(len(codes), width, slot, numbers)
         if self.with_weights:
             self._fill(weights.numpy(), source.positions[job.rows].tolist(), codes, sizes)

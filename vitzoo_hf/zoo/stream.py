@@ -275,9 +275,8 @@ class Stream(IterableDataset[Batch]):
         if info is None:
             cursor = Cursor(position.epoch, position.batches, self.world_size)
         else:
-            if held is None:
-                position.begin(info.id)
             cursor = Cursor(position.epoch, position.batches, self.world_size, info.id, info.num_workers)
+            cursor.is_spent = held is None and not position.begin(info.id)
         if held is not None:
             cursor.done, self._worker_state = held["done"], None
         self._cursor = cursor
@@ -339,6 +338,12 @@ class StreamIterator(Iterator[Batch]):
         self._batches: Iterator[Loaded] | None = None
 
     def __next__(self) -> Batch:
+        # said here: an error in `__iter__` would end a persistent worker without a word
+        if self._cursor.is_spent:
+            raise ZooError(
+                f"the rest of epoch {self._cursor.epoch} was read by this DataLoader: call"
+                f" stream.set_epoch({self._cursor.epoch + 1}) before its next iteration"
+            )
         # begun at the first batch: a state may be loaded before
         if self._batches is None:
             self._batches = self._stream._read(self._cursor)

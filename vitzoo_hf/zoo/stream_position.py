@@ -56,20 +56,13 @@ class SharedPosition:
         """Start here, said by a worker process: what others have begun stays noted."""
         self._shared[0], self._shared[1] = epoch, batches
 
-    def begin(self, worker: int) -> None:
-        """Note that a worker process begins an iteration.
-
-        Raises:
-            ZooError: if it began the rest of this epoch before, of which nothing is left.
-        """
+    def begin(self, worker: int) -> bool:
+        """Note that a worker process begins an iteration; false if it began this rest of an epoch before."""
         mine = self._shared[3 + 2 * worker : 5 + 2 * worker]
-        if self.batches and mine.tolist() == [self.epoch, self.batches]:
-            raise ZooError(
-                f"the rest of epoch {self.epoch} was read by this DataLoader: call"
-                f" stream.set_epoch({self.epoch + 1}) before its next iteration"
-            )
+        is_new = not self.batches or mine.tolist() != [self.epoch, self.batches]
         mine[0], mine[1] = self.epoch, self.batches
         self._shared[2] = 1
+        return is_new
 
 
 @dataclass
@@ -91,6 +84,7 @@ class Cursor:
     worker: int = 0
     workers: int = 1
     done: int = 0
+    is_spent: bool = False
 
     def number(self, done: int) -> int:
         """Which batch of its rank comes after `done` batches of this worker, counted from `first`."""
