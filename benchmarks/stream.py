@@ -1,4 +1,7 @@
-"""Streaming weights: ours beside pyarrow, `datasets` and safetensors, for rows of 88 MB and of 108 kB.
+"""Streaming weights: ours beside pyarrow, `datasets`, LitData and safetensors, for rows of 88 MB and of 108 kB.
+
+LitData reads the same Parquet files, where it is installed (`pip install --no-deps litdata==0.2.76
+lightning-utilities boto3 botocore s3transfer jmespath tifffile obstore polars polars-runtime-32`).
 
 python benchmarks/stream.py [--smoke] [--json FILE]
 """
@@ -95,6 +98,7 @@ def large(folder: Path) -> list[dict]:
         "load_dataset(streaming=True).with_format('torch'), list column": by_datasets,
         "map-style from the Arrow cache, weights_of": map_style,
         "safetensors.load_file": by_safetensors,
+        **litdata_ways(shards, folder / "litdata-large"),
     }
     counts = dict.fromkeys(ways, LARGE_ROWS) | {"load_dataset(streaming=True).with_format('torch'), list column": 3}
     return figures("88 MB", ways, counts, target.nbytes)
@@ -124,8 +128,38 @@ def small(folder: Path) -> list[dict]:
         "load_dataset(...).with_format('torch').iter(50), map-style": lambda: drain(
             cached.with_format("torch").iter(50)
         ),
+        "zoo.stream(batch_size=1), rows verified before": lambda: drain(checked.stream(batch_size=1)),
+        "zoo.stream(batch_size=1), hashing every row": lambda: drain(Zoo(place).stream(batch_size=1)),
+        **litdata_ways([Path(file) for file in files], folder / "litdata-small"),
     }
     return figures("108 kB", ways, dict.fromkeys(ways, SMALL_ROWS), 4 * 26_922)
+
+
+def litdata_ways(shards: list[Path], folder: Path) -> dict[str, Callable[[], object]]:
+    """LitData over the same shards, row by row; nothing if it is not there."""
+    try:
+        from litdata import StreamingDataset, index_parquet_dataset
+        from litdata.streaming.item_loader import ParquetLoader
+    except ImportError:
+        return {}
+    folder.mkdir()
+    for shard in shards:  # its index lies beside them
+        (folder / shard.name).symlink_to(shard)
+    index_parquet_dataset(str(folder))
+
+    def rows(columns: list[str] | None) -> StreamingDataset:
+        return StreamingDataset(str(folder), item_loader=ParquetLoader(columns=columns))
+
+    def tensors(items: object) -> None:
+        for item in items:
+            held = item["weights"]
+            values = torch.frombuffer(bytearray(held), dtype=torch.float32) if isinstance(held, bytes) else held
+            torch.as_tensor(values)[:4].sum()
+
+    return {
+        "litdata.StreamingDataset": lambda: tensors(rows(None)),
+        "litdata.StreamingDataset, weights alone": lambda: tensors(rows(["weights"])),
+    }
 
 
 def drain(rows: object) -> None:
