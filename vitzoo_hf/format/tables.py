@@ -15,12 +15,13 @@ import pyarrow.parquet as pq
 
 from vitzoo_hf.format import schema
 from vitzoo_hf.format.files import FolderFiles, HubFiles
-from vitzoo_hf.format.manifest import Manifest
 from vitzoo_hf.format.messages import REPAIR, did_you_mean, one_line
 from vitzoo_hf.format.schema import ZooError
 
 if TYPE_CHECKING:
     import datasets
+
+    from vitzoo_hf.format.manifest import Manifest
 
 
 class LightTables:
@@ -31,7 +32,7 @@ class LightTables:
         manifest: what `zoo.json` says.
     """
 
-    def __init__(self, files: FolderFiles | HubFiles, manifest: Manifest) -> None:
+    def __init__(self, files: FolderFiles | HubFiles, manifest: "Manifest") -> None:
         self.files, self.manifest = files, manifest
 
     def names(self, config: str, split: str | None = None) -> list[str]:

@@ -271,22 +271,29 @@ class WeightReader:
 
 def _places(files: FolderFiles | HubFiles, shards: Mapping[str, Mapping[str, Any]], rows: RowTable) -> Places:
     sizes = rows.num_parameters * np.array([ITEM_BYTES[dtype] for dtype in rows.dtypes], dtype=np.int64)
-    file, group, row, offset = [], [], [], []
+    groups = {name: entry.get("groups") or _groups_of(files, name) for name, entry in shards.items()}
+    # before any array is made: counts are a stranger's, and may ask for terabytes
+    total = sum(count for pairs in groups.values() for count, _ in pairs)
+    if total != len(rows.model_ids):
+        raise ZooError(f"{files.name}: {total} rows of weights for {len(rows.model_ids)} of the index; {REPAIR}")
+    file, group, row, offset = ([np.empty(0, np.int64)] for _ in range(4))
     start = 0
     for number, (name, entry) in enumerate(shards.items()):
-        for position, (count, end) in enumerate(entry.get("groups") or _groups_of(files, name)):
+        gap = entry.get("gap", 0)
+        for position, (count, end) in enumerate(groups[name]):
             part = sizes[start : start + count]
             file.append(np.full(count, number))
             group.append(np.full(count, position))
             row.append(np.arange(count))
-            # a count beyond the index is refused below, with a message, not by an index error here
-            known = end > 0 and len(part) == count
             # counted from the end: headers before the first vector vary in length, the end does not
-            behind = (part[::-1] + entry.get("gap", 0)).cumsum()[::-1] - entry.get("gap", 0)
-            offset.append(end - behind if known else np.full(count, -1))
+            behind = (part[::-1] + gap).cumsum()[::-1] - gap
+            if end and not 0 < behind[0] <= end:
+                raise ZooError(
+                    f"{files.name}: row group {position} of {name} ends at byte {end}, before its {behind[0]} bytes of"
+                    f" weights; {REPAIR}"
+                )
+            offset.append(end - behind if end else np.full(count, -1))
             start += count
-    if start != len(rows.model_ids):
-        raise ZooError(f"{files.name}: {start} rows of weights for {len(rows.model_ids)} of the index; {REPAIR}")
     joined = [np.concatenate(part).astype(np.int64) for part in (file, group, row, offset)]
     return Places(list(shards), *joined)
 

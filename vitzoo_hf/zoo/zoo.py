@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from vitzoo_hf.format import schema
-from vitzoo_hf.format.manifest import check_sizes, open_files, read_layouts, read_manifest, read_shards
+from vitzoo_hf.format.manifest import open_zoo
 from vitzoo_hf.format.messages import REPAIR, did_you_mean
 from vitzoo_hf.format.row import Row
 from vitzoo_hf.format.schema import ZooError
-from vitzoo_hf.format.tables import LightTables, check_classes, features_of, matches, with_class_names
+from vitzoo_hf.format.tables import check_classes, features_of, matches, with_class_names
 from vitzoo_hf.format.weight_reader import RowTable, WeightReader
 from vitzoo_hf.images.preparation import normalize
 from vitzoo_hf.models.rebuild import reconstruct
@@ -56,14 +56,12 @@ class Zoo:
 
     def __init__(self, path: str | Path, *, revision: str | None = None) -> None:
         self.name = str(path)
-        self._at_hand = open_files(path, revision)
-        self.manifest = read_manifest(self._at_hand.path(schema.MANIFEST))
-        if not self._at_hand.is_remote:
-            check_sizes(self._at_hand, self.manifest)
-        self.layouts = read_layouts(self._at_hand.path(schema.LAYOUTS))
-        self._tables = LightTables(self._at_hand, self.manifest)
+        # everything that a stranger's files say is checked here, once
+        self._opened = open_zoo(path, revision)
+        self._at_hand, self.manifest = self._opened.files, self._opened.manifest
+        self.layouts, self._tables = self._opened.layouts, self._opened.tables
         self.source: tuple[str, str | None] = self._at_hand.source
-        self._index = self._tables.index()
+        self._index = self._opened.index
         self._named_index = with_class_names(self._index, schema.row_features(self.manifest["factors"], weights=None))
         self._positions = np.arange(self._index.num_rows)
         self._readers: list[WeightReader] = []
@@ -179,7 +177,6 @@ class Zoo:
             ZooError: naming the damaged row, when its weights are asked for.
         """
         for position in self._positions.tolist():
-            self._check_layout(position)
             columns = {name: values[position] for name, values in self._records.items()}
             yield Row(columns, partial(self._reader.read, position, verify=verify), verified=verify)
 
@@ -356,20 +353,8 @@ class Zoo:
         return zoo
 
     def _row_source(self, columns: Sequence[str] | None) -> RowSource:
-        for position in self._positions.tolist():
-            self._check_layout(position)
         light = light_columns(self._records, self.column_types, columns)
         return RowSource(self._positions, self._records["layout"], self.layouts, light, self._reader)
-
-    def _check_layout(self, position: int) -> None:
-        layout_id, size = self._records["layout"][position], self._records["num_parameters"][position]
-        layout = self.layouts.get(layout_id)
-        if layout is None or layout.num_parameters != size:
-            expected = "lacks" if layout is None else f"gives {layout.num_parameters} weights"
-            raise ZooError(
-                f"{self._records['model_id'][position]} has {size} weights of layout {layout_id}, which layouts.json"
-                f" {expected}: the index is damaged; {REPAIR}"
-            )
 
     @property
     def _reader(self) -> WeightReader:
@@ -379,7 +364,7 @@ class Zoo:
             rows = RowTable(
                 records["model_id"], np.array(records["num_parameters"]), records["dtype"], records["weights_sha256"]
             )
-            self._readers.append(WeightReader(self._at_hand, read_shards(self._at_hand, self.manifest), rows))
+            self._readers.append(WeightReader(self._at_hand, self._opened.shards, rows))
         return self._readers[0]
 
     @property
