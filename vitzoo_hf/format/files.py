@@ -80,16 +80,17 @@ class HubFiles:
     Args:
         repository: a dataset id such as `ModelZoos/vit-zoo`.
         revision: branch, tag or commit; the head of `main` if None.
+        pinned: `revision` is a whole commit hash, known to be there.
     """
 
     is_remote = True
     attempts = ATTEMPTS
     """How often a request without any progress is made before it counts as failed."""
 
-    def __init__(self, repository: str, revision: str | None = None) -> None:
+    def __init__(self, repository: str, revision: str | None = None, *, pinned: bool = False) -> None:
         self.name = self.repository = repository
         self.revision = revision
-        self._commit: str | None = None
+        self._commit: str | None = revision if pinned else None
         self._links: dict[str, str] = {}
         self._lock = threading.Lock()
 

@@ -43,14 +43,14 @@ class OpenedZoo:
         shards: path of a file of weights -> bytes, sha256 and, where known, rows, gap and row groups, in the order
             of the rows.
         layouts: fingerprint -> layout.
-        missing: what the zoo lacks, in words, where it was opened without `zoo.json`.
+        rows: the index, where it is no config of its own; for zoos without `zoo.json`.
     """
 
     files: FolderFiles | HubFiles
     manifest: Manifest
     shards: Mapping[str, Mapping[str, Any]]
     layouts: Mapping[str, Layout]
-    missing: tuple[str, ...] = ()
+    rows: pa.Table | None = None
 
     @cached_property
     def tables(self) -> LightTables:
@@ -64,7 +64,7 @@ class OpenedZoo:
         Raises:
             ZooError: if there is none, or a column holds what no zoo holds.
         """
-        table = self.tables.index()
+        table = self.tables.index() if self.rows is None else self.rows
         check_index(table, self.manifest["factors"], self.layouts, f"the index of {self.files.name}")
         return table
 

@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from vitzoo_hf.format.manifest import Manifest
 
 
+EXPANSION = 1_000
+"""Compressed files whose content is more times their size are refused; text that repeats comes to about 100."""
+
+
 class LightTables:
     """Reads light configs of a zoo.
 
@@ -47,7 +51,7 @@ class LightTables:
             ZooError: if a file cannot be read or does not match its hash.
         """
         tables = [self._read(name) for name in self.names(config, split)]
-        return pa.concat_tables(tables) if tables else None
+        return joined(tables, f"{config} of {self.files.name}") if tables else None
 
     def index(self) -> pa.Table:
         """The index of all splits, one behind the other, with a column `split`.
@@ -58,21 +62,63 @@ class LightTables:
         tables = []
         for split in schema.SPLITS:
             table = self.read("index", split)
+            if table is not None and "split" in table.column_names:
+                raise ZooError(f"the index of {self.files.name} is damaged: it has a column 'split'; {REPAIR}")
             if table is not None:
                 tables.append(table.append_column("split", pa.array([split] * table.num_rows)))
         if not tables:
             raise ZooError(f"{self.files.name} has no rows: its index is missing; {REPAIR}")
-        return pa.concat_tables(tables)
+        return joined(tables, f"the index of {self.files.name}")
 
     def _read(self, name: str) -> pa.Table:
         try:
             data = self.files.path(name).read_bytes()
         except OSError as error:
             raise ZooError(f"{name} of {self.files.name} cannot be read ({one_line(error)}); {REPAIR}") from None
-        if hashlib.sha256(data).hexdigest() != self.manifest["files"][name].get("sha256"):
+        entry = self.manifest["files"][name]
+        # a zoo without `zoo.json` has no hashes; where there is one, `parse_manifest` refuses an entry without a hash
+        if "sha256" in entry and hashlib.sha256(data).hexdigest() != entry["sha256"]:
             raise ZooError(f"{name} of {self.files.name} does not match its hash: it is damaged; {REPAIR}")
+        return read_table(data, f"{name} of {self.files.name}")
+
+
+def joined(tables: list[pa.Table], what: str) -> pa.Table:
+    """One table of several that have equal columns.
+
+    Raises:
+        ZooError: if their columns differ.
+    """
+    try:
+        return pa.concat_tables(tables)
+    except pa.ArrowException as error:
+        raise ZooError(f"{what} is damaged: its files differ in their columns ({one_line(error)}); {REPAIR}") from None
+
+
+def read_table(data: bytes, what: str) -> pa.Table:
+    """Read a light Parquet file within limits.
+
+    Args:
+        data: content of the file.
+        what: its name, for messages.
+
+    Raises:
+        ZooError: if it is no Parquet, or a few bytes stand for very many.
+    """
+    try:
+        file = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True)
+        groups = [file.metadata.row_group(number) for number in range(file.metadata.num_row_groups)]
+        size = sum(group.column(number).total_uncompressed_size for group in groups for number in range(group.num_columns))
+        if max(file.metadata.num_rows, size // EXPANSION) > len(data):
+            raise ZooError(f"{what} is damaged: its {len(data)} bytes stand for {size}; {REPAIR}")
         # small tables: starting threads costs more than it saves
-        return pq.ParquetFile(pa.BufferReader(data)).read(use_threads=False)
+        table = file.read(use_threads=False)
+        # values that do not fit their type, such as text that is not UTF-8, would fail where they are used
+        table.validate(full=True)
+    except (OSError, pa.ArrowException, ValueError, OverflowError) as error:
+        if isinstance(error, ZooError):
+            raise
+        raise ZooError(f"{what} cannot be read ({one_line(error)}); {REPAIR}") from None
+    return table
 
 
 def records(frame: pd.DataFrame) -> list[dict[str, Any]]:

@@ -113,7 +113,7 @@ def _build(architecture: str, args: Mapping[str, object], head: str, head_hidden
         AssertionError,
         AttributeError,
     ) as error:
-        raise ZooError(f"timm cannot build {architecture!r} with {shown(dict(args))}: {one_line(error)}") from None
+        raise ZooError(f"timm cannot build {architecture!r} with {shown(dict(args), 2_000)}: {one_line(error)}") from None
     if not isinstance(getattr(model, "head", None), nn.Linear):
         raise ZooError(f"{architecture!r} has no linear `head` to train: a zoo needs num_classes above 0")
     if init == "kaiming":  # before the MLP head, which keeps torch's initialisation

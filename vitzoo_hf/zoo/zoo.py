@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 from vitzoo_hf.format import schema
-from vitzoo_hf.format.manifest import open_zoo
 from vitzoo_hf.format.messages import REPAIR, did_you_mean
 from vitzoo_hf.format.row import Row
 from vitzoo_hf.format.schema import ZooError
@@ -26,6 +25,7 @@ from vitzoo_hf.format.tables import check_classes, features_of, matches, with_cl
 from vitzoo_hf.format.weight_reader import RowTable, WeightReader
 from vitzoo_hf.images.preparation import normalize
 from vitzoo_hf.models.rebuild import reconstruct
+from vitzoo_hf.zoo.pushed_copy import open_any
 from vitzoo_hf.zoo.stream import RowSource, Stream, light_columns
 from vitzoo_hf.zoo.weight_columns import BLOCK_BYTES, WeightColumns
 
@@ -42,11 +42,12 @@ class Zoo:
     """A published population of models.
 
     Args:
-        path: a folder written by `vitzoo pack`, or a dataset id such as `ModelZoos/vit-zoo`.
+        path: a folder written by `vitzoo pack`, or a dataset id such as `ModelZoos/vit-zoo`, also as `ORG/NAME@REVISION`.
         revision: branch, tag or commit of a dataset on the Hub.
 
     Raises:
-        ZooError: if there is no zoo, it has a newer format, or a file is missing or has the wrong length.
+        ZooError: if there is no zoo, it has a newer format, a file is missing or has the wrong length, or a field of
+            its files holds what no zoo holds.
 
     Example:
         >>> zoo = Zoo.sample()
@@ -57,7 +58,7 @@ class Zoo:
     def __init__(self, path: str | Path, *, revision: str | None = None) -> None:
         self.name = str(path)
         # everything that a stranger's files say is checked here, once
-        self._opened = open_zoo(path, revision)
+        self._opened = open_any(path, revision)
         self._at_hand, self.manifest = self._opened.files, self._opened.manifest
         self.layouts, self._tables = self._opened.layouts, self._opened.tables
         self.source: tuple[str, str | None] = self._at_hand.source

@@ -19,8 +19,8 @@ LARGEST_INTEGER = 2**53
 HEX_SHA256 = re.compile("[0-9a-f]{64}")
 
 
-def shown(value: object) -> str:
-    """A value as one line of a message, cut to 80 characters.
+def shown(value: object, most: int = 80) -> str:
+    """A value as one line of a message, cut to `most` characters.
 
     >>> shown("a" * 100)[-3:]
     'a…'
@@ -31,10 +31,10 @@ def shown(value: object) -> str:
     if isinstance(value, list | dict) and len(value) > 20:
         return f"{'a list' if isinstance(value, list) else 'an object'} of {len(value)} values"
     try:
-        text = ascii(value[:100] if isinstance(value, str) else value)
+        text = ascii(value[:most] if isinstance(value, str) else value)
     except RecursionError:
         return "values nested too deeply"
-    return text if len(text) <= 80 else f"{text[:79].rstrip(chr(39))}…"
+    return text if len(text) <= most else f"{text[: most - 1].rstrip(chr(39))}…"
 
 
 def damaged(file: str, reason: str) -> ZooError:
