@@ -13,9 +13,9 @@ import pytest
 from local_hub import STRANGER, LocalHub
 from run_folders import wait_for
 
+from vitzoo_hf.format.manifest import open_zoo
 from vitzoo_hf.format.schema import ZooError
 from vitzoo_hf.publish.push import push
-from vitzoo_hf.publish.push_contents import listed_files
 
 NAME = "ModelZoos/vit-zoo"
 SHARD = "weights/train-00000-of-00001.parquet"
@@ -24,6 +24,7 @@ START = """
 import dataclasses, json, sys, time
 import vitzoo_hf.publish.push
 from vitzoo_hf.publish.push import push
+from vitzoo_hf.format.manifest import open_zoo
 from vitzoo_hf.format.schema import ZooError
 waits = []
 time.sleep = waits.append
@@ -218,14 +219,14 @@ def test_many_changes_take_several_commits_with_card_and_manifest_last(hub, zoo_
 
 def test_shards_are_listed_in_a_file_of_their_own_or_in_the_manifest(zoo_copy):
     manifest, shards = (json.loads((zoo_copy / name).read_text()) for name in ("zoo.json", "shards.json"))
-    listed = listed_files(zoo_copy)
-    assert listed[SHARD] == {name: shards[SHARD][name] for name in ("bytes", "sha256")}
+    listed = open_zoo(zoo_copy).listed
+    assert listed[SHARD] == shards[SHARD]
     assert listed.keys() - shards.keys() == manifest["files"].keys() >= {"shards.json"}
     del manifest["files"]["shards.json"]
     manifest["files"] |= {path: listed[path] for path in shards}
     (zoo_copy / "zoo.json").write_text(json.dumps(manifest))
     (zoo_copy / "shards.json").unlink()
-    assert listed_files(zoo_copy) == {path: entry for path, entry in listed.items() if path != "shards.json"}
+    assert open_zoo(zoo_copy).listed == {path: entry for path, entry in listed.items() if path != "shards.json"}
     (zoo_copy / SHARD).write_bytes(b"short")
     with pytest.raises(ZooError, match=r"train-00000-of-00001.parquet of .* has 5 bytes, not \d+: it was cut"):
         push(zoo_copy, NAME)

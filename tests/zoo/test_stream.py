@@ -142,7 +142,6 @@ def test_ranks_have_equally_many_batches_and_share_the_rows(zoo, shuffle, drop_l
         {"epoch": 0},
         {"version": 2, "epoch": -1, "batches": 0},
         {"version": 2, "epoch": 0, "batches": "1"},
-        3,
     ],
 )
 def test_what_is_no_state_is_refused(zoo, state):

@@ -191,7 +191,7 @@ def test_what_is_no_zoo_is_said_to_be_none(tmp_path):
     [
         (lambda manifest: [], "zoo.json is damaged: it lacks 'format'"),
         (lambda manifest: {key: manifest[key] for key in manifest if key != "files"}, "it lacks 'files'"),
-        (lambda manifest: manifest | {"format": "1"}, "it lacks 'format'"),
+        (lambda manifest: manifest | {"format": "1"}, "`format` is '1'; expected an integer from 1 to"),
     ],
 )
 def test_a_damaged_manifest_is_named(zoo_copy, change, message):

@@ -313,6 +313,8 @@ def verify(zoo: str, *, revision: Revision = None, json: Json = False, quiet: Qu
             print(f"damaged: {name}: {reason}")
             for model_id in result.rows.get(name, ()):
                 print(f"    lost: {model_id}")
+        for note in result.notes:
+            print(f"note: {note}")
     # after the report, so that damage sets the exit status with --json too
     if not result.intact:
         raise ZooError(

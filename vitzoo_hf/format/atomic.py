@@ -92,8 +92,13 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 def write_json(path: Path, value: object, *, indent: int | None = 1) -> None:
     """Write `value` as JSON, atomically; with `indent=None` on one line."""
-    text = json.dumps(value, indent=indent, ensure_ascii=False)
-    write_atomically(path, lambda file: file.write_text(text + "\n", encoding="utf-8"))
+    text = json_text(value, indent=indent)
+    write_atomically(path, lambda file: file.write_text(text, encoding="utf-8"))
+
+
+def json_text(value: object, *, indent: int | None = 1) -> str:
+    """What `write_json` writes, line break included."""
+    return json.dumps(value, indent=indent, ensure_ascii=False) + "\n"
 
 
 def read_json(path: Path) -> Any:
@@ -104,5 +109,5 @@ def read_json(path: Path) -> Any:
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ZooError(f"cannot read {path}: {error}") from None

@@ -13,6 +13,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from vitzoo_hf.format import schema
+from vitzoo_hf.format.gate.paths import inside
 from vitzoo_hf.format.hub_errors import ATTEMPTS, hub_failure, is_transient, pause, retried
 from vitzoo_hf.format.hub_http import moved_to, streamed
 from vitzoo_hf.format.messages import REPAIR
@@ -55,7 +56,7 @@ class FolderFiles:
 
     def local(self, name: str, sha256: str | None = None) -> Path | None:
         """The file; None if it is missing. Whether its content has this hash is for the reader to see."""
-        file = self.folder / name
+        file = inside(self.folder, name)
         return file if file.is_file() else None
 
     def exists(self, name: str) -> bool:
@@ -79,16 +80,17 @@ class HubFiles:
     Args:
         repository: a dataset id such as `ModelZoos/vit-zoo`.
         revision: branch, tag or commit; the head of `main` if None.
+        pinned: `revision` is a whole commit hash, known to be there.
     """
 
     is_remote = True
     attempts = ATTEMPTS
     """How often a request without any progress is made before it counts as failed."""
 
-    def __init__(self, repository: str, revision: str | None = None) -> None:
+    def __init__(self, repository: str, revision: str | None = None, *, pinned: bool = False) -> None:
         self.name = self.repository = repository
         self.revision = revision
-        self._commit: str | None = None
+        self._commit: str | None = revision if pinned else None
         self._links: dict[str, str] = {}
         self._lock = threading.Lock()
 

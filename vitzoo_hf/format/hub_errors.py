@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from vitzoo_hf.format.hub_http import connection_errors, refused_repository, status_code
 from vitzoo_hf.format.messages import REPAIR, one_line
-from vitzoo_hf.format.schema import ZooError
+from vitzoo_hf.format.schema import MissingFileError, ZooError
 
 Answer = TypeVar("Answer")
 ATTEMPTS = 6
@@ -106,9 +106,8 @@ def hub_failure(error: BaseException, what: str, revision: str | None = None) ->
     elif isinstance(error, hub.RevisionNotFoundError):
         reason = f"it has no branch, tag or commit {revision!r}: check `revision`"
     elif isinstance(error, hub.EntryNotFoundError):
-        reason = (
-            f"the dataset has no such file{f' at {revision!r}' if revision else ''}: it is no zoo, or not all of one"
-        )
+        where = f" at {revision!r}" if revision else ""
+        return MissingFileError(f"{what}: the dataset has no such file{where}: it is no zoo, or not all of one")
     elif status == 416:
         reason = f"the file ends before what was asked for: it is not what the zoo says; {REPAIR}"
     elif status == 401:

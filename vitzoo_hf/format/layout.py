@@ -4,6 +4,8 @@ The order is the `state_dict` order of timm and each tensor is row-major, so a t
 vector and rebuilding a model copies nothing. Only float32 tensors are accepted: a round trip is exact to the bit.
 """
 
+import math
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,6 +18,12 @@ from torch import Tensor
 from vitzoo_hf.format.schema import ZooError, fingerprint
 
 EMBEDDING = ("cls_token", "reg_token", "dist_token", "pos_embed", "patch_embed")
+
+
+MOST_TENSORS, MOST_AXES = 100_000, 16
+MOST_VALUES = 2**30
+"""A model has at most 2 GB of weights, of at least two bytes each."""
+TENSOR_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,299}", re.ASCII)
 
 
 class TensorEntry(TypedDict):
@@ -59,12 +67,27 @@ class Layout:
         Raises:
             ZooError: if an entry is incomplete, or offsets are not those of tensors lying one behind the other.
         """
-        if any({"name", "shape", "offset"} - set(entry) for entry in entries):
-            raise ZooError("a layout lacks a name, shape or offset: layouts.json is damaged")
+        if not isinstance(entries, list) or len(entries) > MOST_TENSORS:
+            raise ZooError(f"a layout is no list of at most {MOST_TENSORS} tensors: layouts.json is damaged")
+        for entry in entries:
+            if not isinstance(entry, dict) or {"name", "shape", "offset"} - set(entry):
+                raise ZooError("a layout lacks a name, shape or offset: layouts.json is damaged")
+            name, shape = entry["name"], entry["shape"]
+            if not isinstance(name, str) or TENSOR_NAME.fullmatch(name) is None:
+                raise ZooError(f"a layout has the tensor name {ascii(name)[:80]}: layouts.json is damaged")
+            # type, not isinstance: True is an int in Python, and equal to 1
+            if not isinstance(shape, list) or any(type(n) is not int or not 0 <= n <= MOST_VALUES for n in shape):
+                raise ZooError(f"tensor {name!r} of a layout has no shape of sizes: layouts.json is damaged")
+            if len(shape) > MOST_AXES or math.prod(shape) > MOST_VALUES or type(entry["offset"]) is not int:
+                raise ZooError(f"tensor {name!r} of a layout has too large a shape, or no offset: it is damaged")
+        if len({entry["name"] for entry in entries}) != len(entries):
+            raise ZooError("a layout has two tensors of one name: layouts.json is damaged")
         layout = cls(tuple(entry["name"] for entry in entries), tuple(tuple(entry["shape"]) for entry in entries))
         # offsets are redundant: a reader in another language uses them, so both must agree
         if [entry["offset"] for entry in entries] != list(layout.offsets):
             raise ZooError("a layout's offsets do not follow from its shapes: layouts.json is damaged")
+        if layout.num_parameters > MOST_VALUES:
+            raise ZooError(f"a layout has {layout.num_parameters} weights; format 1 holds models of up to 2 GB")
         return layout
 
     def to_json(self) -> list[TensorEntry]:
@@ -77,7 +100,7 @@ class Layout:
     @cached_property
     def sizes(self) -> tuple[int, ...]:
         """Number of values of each tensor."""
-        return tuple(torch.Size(shape).numel() for shape in self.shapes)
+        return tuple(math.prod(shape) for shape in self.shapes)
 
     @cached_property
     def offsets(self) -> tuple[int, ...]:

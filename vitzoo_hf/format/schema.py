@@ -23,6 +23,7 @@ CONFIGS = ("weights", "index", "evaluations", "pairs", "probes")
 MANIFEST = "zoo.json"
 LAYOUTS = "layouts.json"
 SHARDS = "shards.json"
+CARD = "README.md"
 LIST_LIMIT = 250_000
 """Up to this many parameters `weights` is a list of float32; above, raw little-endian bytes."""
 FACTOR_TYPES = {"string": "string", "float": "float64", "int": "int64", "bool": "bool"}
@@ -34,6 +35,10 @@ MODEL_ID = re.compile(f"{RUN_ID.pattern}@[0-9]+")
 
 class ZooError(ValueError):
     """A mistake or damage the user can act on: what was given, what was expected, what to do, in one line."""
+
+
+class MissingFileError(ZooError):
+    """A file that every zoo has is not there, while the folder or dataset is."""
 
 
 def model_id(run_id: str, epoch: int) -> str:

@@ -15,12 +15,17 @@ import pyarrow.parquet as pq
 
 from vitzoo_hf.format import schema
 from vitzoo_hf.format.files import FolderFiles, HubFiles
-from vitzoo_hf.format.manifest import Manifest
 from vitzoo_hf.format.messages import REPAIR, did_you_mean, one_line
 from vitzoo_hf.format.schema import ZooError
 
 if TYPE_CHECKING:
     import datasets
+
+    from vitzoo_hf.format.manifest import Manifest
+
+
+EXPANSION = 1_000
+"""Compressed files whose content is more times their size are refused; text that repeats comes to about 100."""
 
 
 UNREPEATED = ("model_id", "run_id", "parent_id", "weights_sha256")
@@ -35,7 +40,7 @@ class LightTables:
         manifest: what `zoo.json` says.
     """
 
-    def __init__(self, files: FolderFiles | HubFiles, manifest: Manifest) -> None:
+    def __init__(self, files: FolderFiles | HubFiles, manifest: "Manifest") -> None:
         self.files, self.manifest = files, manifest
 
     def names(self, config: str, split: str | None = None) -> list[str]:
@@ -55,7 +60,7 @@ class LightTables:
             ZooError: if a file cannot be read or does not match its hash.
         """
         tables = [self._read(name, coded=coded) for name in self.names(config, split)]
-        return pa.concat_tables(tables) if tables else None
+        return joined(tables, f"{config} of {self.files.name}") if tables else None
 
     def index(self) -> pa.Table:
         """The index of all splits, one behind the other, with a column `split`.
@@ -66,28 +71,74 @@ class LightTables:
         tables = []
         for split in schema.SPLITS:
             table = self.read("index", split, coded=True)
+            if table is not None and "split" in table.column_names:
+                raise ZooError(f"the index of {self.files.name} is damaged: it has a column 'split'; {REPAIR}")
             if table is not None:
                 # as text, one for each row would take as long as reading the index
                 splits = pa.DictionaryArray.from_arrays(np.zeros(table.num_rows, np.int32), [split])
                 tables.append(table.append_column("split", splits))
         if not tables:
             raise ZooError(f"{self.files.name} has no rows: its index is missing; {REPAIR}")
-        return pa.concat_tables(tables)
+        return joined(tables, f"the index of {self.files.name}")
 
     def _read(self, name: str, *, coded: bool) -> pa.Table:
         try:
             data = self.files.path(name).read_bytes()
         except OSError as error:
             raise ZooError(f"{name} of {self.files.name} cannot be read ({one_line(error)}); {REPAIR}") from None
-        if hashlib.sha256(data).hexdigest() != self.manifest["files"][name].get("sha256"):
+        entry = self.manifest["files"][name]
+        # a zoo without `zoo.json` has no hashes; where there is one, `parse_manifest` refuses an entry without a hash
+        if "sha256" in entry and hashlib.sha256(data).hexdigest() != entry["sha256"]:
             raise ZooError(f"{name} of {self.files.name} does not match its hash: it is damaged; {REPAIR}")
-        opened = pq.ParquetFile(pa.BufferReader(data))
+        return read_table(data, f"{name} of {self.files.name}", coded=coded)
+
+
+def joined(tables: list[pa.Table], what: str) -> pa.Table:
+    """One table of several that have equal columns.
+
+    Raises:
+        ZooError: if their columns differ.
+    """
+    try:
+        return pa.concat_tables(tables)
+    except pa.ArrowException as error:
+        raise ZooError(
+            f"{what} is damaged: its files differ in their columns ({one_line(error)}); {REPAIR}"
+        ) from None
+
+
+def read_table(data: bytes, what: str, *, coded: bool = False) -> pa.Table:
+    """Read a light Parquet file within limits.
+
+    Args:
+        data: content of the file.
+        what: its name, for messages.
+        coded: hold columns of texts that repeat as Arrow dictionaries.
+
+    Raises:
+        ZooError: if it is no Parquet, or a few bytes stand for very many.
+    """
+    try:
+        file = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True)
+        groups = [file.metadata.row_group(number) for number in range(file.metadata.num_row_groups)]
+        size = sum(
+            group.column(number).total_uncompressed_size for group in groups for number in range(group.num_columns)
+        )
+        if max(file.metadata.num_rows, size // EXPANSION) > len(data):
+            raise ZooError(f"{what} is damaged: its {len(data)} bytes stand for {size}; {REPAIR}")
         if coded:
-            texts = [column.name for column in opened.schema_arrow if pa.types.is_string(column.type)]
+            texts = [column.name for column in file.schema_arrow if pa.types.is_string(column.type)]
             repeated = [name for name in texts if name not in UNREPEATED]
-            opened = pq.ParquetFile(pa.BufferReader(data), read_dictionary=repeated)
-        # small tables: starting threads costs more than it saves
-        return opened.read(use_threads=False)
+            file = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True, read_dictionary=repeated)
+        # of small tables, starting threads costs more than it saves
+        table = file.read(use_threads=file.metadata.num_rows > 100_000)
+        # values that do not fit their type, such as text that is not UTF-8, would fail where they are used
+        table.validate(full=True)
+    except (OSError, pa.ArrowException, ValueError, OverflowError) as error:
+        if isinstance(error, ZooError):
+            raise
+        raise ZooError(f"{what} cannot be read ({one_line(error)}); {REPAIR}") from None
+    return table
 
 
 def records(frame: pd.DataFrame) -> list[dict[str, Any]]:
@@ -107,7 +158,7 @@ def with_class_names(table: pa.Table, features: Mapping[str, object]) -> pa.Tabl
     """The table with class numbers replaced by their names."""
     for position, column in enumerate(table.column_names):
         names = getattr(features.get(column), "names", None)
-        if names and not pa.types.is_string(table[column].type):
+        if names and pa.types.is_integer(table[column].type):
             table = table.set_column(position, column, pa.array(names).take(table[column].combine_chunks()))
     return table.replace_schema_metadata(None)
 

@@ -340,22 +340,28 @@ def _places(files: FolderFiles | HubFiles, shards: Mapping[str, Mapping[str, Any
         for name, entry in shards.items()
     ]
     counts, ends = np.concatenate([np.empty((0, 2), np.int64), *pairs]).T
-    if (counts < 0).any() or counts.sum() != len(rows):
+    # before any array is made: counts are a stranger's, and may ask for terabytes
+    if counts.sum() != len(rows):
         raise ZooError(f"{files.name}: {counts.sum()} rows of weights for {len(rows)} of the index; {REPAIR}")
-    groups = [len(part) for part in pairs]
     # of each group, then of each row
-    file, gap = (
-        np.repeat(np.arange(len(pairs)), groups),
-        np.repeat([e.get("gap", 0) for e in shards.values()], groups),
-    )
-    number = np.concatenate([np.empty(0, np.int64), *(np.arange(count) for count in groups)])
+    groups = [len(part) for part in pairs]
+    file = np.repeat(np.arange(len(pairs)), groups)
+    gap = np.repeat(np.array([entry.get("gap", 0) for entry in shards.values()], np.int64), groups)
+    group = np.concatenate([np.empty(0, np.int64), *(np.arange(count) for count in groups)])
     start = np.cumsum(counts) - counts
     of_row = np.repeat(np.arange(len(counts)), counts)
     # counted from the end: headers before the first vector vary in length, the end does not
     reach = np.cumsum(rows.row_bytes + gap[of_row])
     behind = reach[(start + counts - 1)[of_row]] - reach + rows.row_bytes
+    short = np.flatnonzero((ends[of_row] > 0) & (behind > ends[of_row]))
+    if len(short):
+        row, at = short[0], of_row[short[0]]
+        raise ZooError(
+            f"{files.name}: row group {group[at]} of {list(shards)[file[at]]} ends at byte {ends[at]}, before its"
+            f" {behind[row]} bytes of weights; {REPAIR}"
+        )
     offset = np.where(ends[of_row] > 0, ends[of_row] - behind, -1)
-    return Places(list(shards), file[of_row], number[of_row], np.arange(len(rows)) - start[of_row], offset)
+    return Places(list(shards), file[of_row], group[of_row], np.arange(len(rows)) - start[of_row], offset)
 
 
 def _groups_of(files: FolderFiles | HubFiles, name: str) -> list[tuple[int, int]]:

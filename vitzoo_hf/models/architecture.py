@@ -1,8 +1,7 @@
 """An architecture as a value: the timm name, its arguments and the head; it builds modules and has a layout."""
 
-import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -10,11 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vitzoo_hf.format.layout import Layout
+from vitzoo_hf.format.gate.architecture_args import check_size, parse_args
+from vitzoo_hf.format.gate.values import shown
+from vitzoo_hf.format.layout import MOST_VALUES, Layout
 from vitzoo_hf.format.row import Row, RowLike
 from vitzoo_hf.format.schema import ZooError, canonical_json, weights_sha256
 from vitzoo_hf.models.batched import BatchedViT
-from vitzoo_hf.models.vit import create, module_with, skeleton_and_layout
+from vitzoo_hf.models.vit import bounded, create, module_with, skeleton_and_layout
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class Architecture:
         args: keyword arguments of `timm.create_model`, `num_classes` among them.
         head: `linear`, or `mlp` for Linear–ReLU–Linear.
         head_hidden: width of the MLP head's hidden layer; None with a linear head.
+        most_parameters: number of weights beyond which building is refused; None for no limit.
 
     Example:
         >>> args = dict(img_size=8, patch_size=4, in_chans=1, embed_dim=16, depth=1, num_heads=2, num_classes=3)
@@ -38,6 +40,7 @@ class Architecture:
     args: Mapping[str, Any]
     head: str = "linear"
     head_hidden: int | None = None
+    most_parameters: int | None = field(default=None, compare=False, repr=False)
 
     @classmethod
     def of(cls, row: RowLike) -> "Architecture":
@@ -48,11 +51,13 @@ class Architecture:
         """
         row = Row.of(row)
         name, args_json = row.required("architecture"), row.required("architecture_args")
-        try:
-            args = json.loads(args_json)
-        except (TypeError, json.JSONDecodeError):
-            raise ZooError(f"architecture_args is {args_json!r}; expected a JSON object") from None
-        return cls(name, args, row.head, row.head_hidden)
+        if not isinstance(name, str):
+            raise ZooError(f"architecture is {shown(name)}; expected a name of timm")
+        args = parse_args(args_json)
+        most = MOST_VALUES if row.num_parameters is None else row.num_parameters
+        # before anything is built: a stranger's depth of 100 million would build until memory ends
+        check_size(args, "architecture_args", num_parameters=most)
+        return cls(name, args, row.head, row.head_hidden, most)
 
     def __hash__(self) -> int:
         # args are a dict, which has no hash
@@ -84,7 +89,13 @@ class Architecture:
 
     @property
     def num_outputs(self) -> int:
-        """Number of outputs of the head."""
+        """Number of outputs of the head.
+
+        Raises:
+            ZooError: if the arguments do not say it.
+        """
+        if "num_classes" not in self.args:
+            raise ZooError("architecture_args lacks `num_classes`, the number of outputs of the head")
         return int(self.args["num_classes"])
 
     def build(self, *, init: str = "timm", seed: int | None = None) -> nn.Module:
@@ -128,7 +139,8 @@ class Architecture:
 
     @property
     def _shared(self) -> tuple[nn.Module, Layout]:
-        return skeleton_and_layout(self.name, canonical_json(dict(self.args)), self.head, self.head_hidden)
+        with bounded(self.most_parameters):
+            return skeleton_and_layout(self.name, canonical_json(dict(self.args)), self.head, self.head_hidden)
 
 
 def _verify(vector: Tensor, sha256: str | None, name: str) -> None:

@@ -8,16 +8,21 @@ architecture.
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import lru_cache
+from threading import get_ident
 from typing import TypeGuard, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.overrides import TorchFunctionMode
 
+from vitzoo_hf.format.gate.values import shown
 from vitzoo_hf.format.layout import Layout
-from vitzoo_hf.format.messages import did_you_mean
+from vitzoo_hf.format.messages import did_you_mean, one_line
 from vitzoo_hf.format.schema import HEADS, ZooError
 from vitzoo_hf.timm_import import import_timm
 
@@ -108,7 +113,9 @@ def _build(architecture: str, args: Mapping[str, object], head: str, head_hidden
         AssertionError,
         AttributeError,
     ) as error:
-        raise ZooError(f"timm cannot build {architecture!r} with {dict(args)}: {error}") from None
+        raise ZooError(
+            f"timm cannot build {architecture!r} with {shown(dict(args), 2_000)}: {one_line(error)}"
+        ) from None
     if not isinstance(getattr(model, "head", None), nn.Linear):
         raise ZooError(f"{architecture!r} has no linear `head` to train: a zoo needs num_classes above 0")
     if init == "kaiming":  # before the MLP head, which keeps torch's initialisation
@@ -197,6 +204,47 @@ class _WithoutValues(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+_most_parameters: ContextVar[int | None] = ContextVar("most_parameters", default=None)
+
+
+@contextmanager
+def bounded(most_parameters: int | None) -> Iterator[None]:
+    """Refuse to build a skeleton of more parameters than this; None for no limit.
+
+    The limit is no argument of `skeleton_and_layout`: a skeleton that is there already costs nothing.
+    """
+    token = _most_parameters.set(most_parameters)
+    try:
+        yield
+    finally:
+        _most_parameters.reset(token)
+
+
+@contextmanager
+def _counting_parameters(num_classes: object) -> Iterator[None]:
+    """Stop building once there are twice the allowed parameters, whichever argument asks for them."""
+    most, thread, count = _most_parameters.get(), get_ident(), 0
+    if most is None:
+        yield
+        return
+
+    def add(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        nonlocal count
+        # the linear head is replaced where a row has an MLP head, and may be larger than that
+        if parameter is None or get_ident() != thread or getattr(module, "out_features", None) == num_classes:
+            return
+        count += parameter.numel()
+        # twice: some models of timm replace a part after they made it
+        if count > 2 * most:
+            raise ZooError(f"it has more than the {most} weights of its row")
+
+    handle = register_module_parameter_registration_hook(add)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
 # a zoo has few architectures, so 16 skeletons keep rebuilding from making them anew
 @lru_cache(maxsize=16)
 def skeleton_and_layout(
@@ -206,7 +254,7 @@ def skeleton_and_layout(
 
     It is built once an architecture, on the meta device: it holds no weights of its own.
     """
-    with torch.device("meta"), _WithoutValues():
+    with torch.device("meta"), _WithoutValues(), _counting_parameters(json.loads(args_json).get("num_classes")):
         model = create(architecture, json.loads(args_json), head=head, head_hidden=head_hidden).eval()
     # a flat vector holds the state dict alone: a buffer outside would stay on the meta device
     unsaved = {name for name, _ in model.named_buffers()} - set(model.state_dict())

@@ -3,11 +3,14 @@
 The text is the template `cards/zoo_card.md.jinja`, filled with counts of the folder and entries of the manifest.
 """
 
+import hashlib
 import re
 from pathlib import Path
 from typing import Any
 
 from vitzoo_hf.format import schema
+from vitzoo_hf.format.atomic import json_text
+from vitzoo_hf.format.gate.card import ROOT_HASH
 from vitzoo_hf.format.manifest import Manifest
 from vitzoo_hf.format.messages import did_you_mean
 from vitzoo_hf.format.schema import ZooError
@@ -29,7 +32,14 @@ LICENCES = (
 SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))
 
 
-def card_text(folder: Path, manifest: Manifest, *, repository: str | None = None, default: str | None = None) -> str:
+def card_text(
+    folder: Path,
+    manifest: Manifest,
+    *,
+    repository: str | None = None,
+    default: str | None = None,
+    root: str | None = None,
+) -> str:
     """Write the README.md of a zoo; equal files give equal text.
 
     Args:
@@ -38,6 +48,7 @@ def card_text(folder: Path, manifest: Manifest, *, repository: str | None = None
         repository: dataset id for the examples; by default `ORG/` and the zoo's name.
         default: config that `load_dataset` and the viewer open; by default the manifest's `default_config`, or
             `weights` if the viewer can show a page of whole rows, else `index`.
+        root: SHA-256 of `zoo.json`; by default that of the file in the folder, or of what `manifest` would be written as.
 
     Raises:
         ZooError: if the folder has no readable index, `repository` is no dataset id, or `default` is not in the zoo.
@@ -48,10 +59,13 @@ def card_text(folder: Path, manifest: Manifest, *, repository: str | None = None
     if repository is not None and not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", repository, re.ASCII):
         raise ZooError(f"{repository!r} is no dataset id: expected ORG/NAME")
     facts = Facts.read(folder)
+    if root is None:
+        file = folder / schema.MANIFEST
+        root = hashlib.sha256(file.read_bytes() if file.is_file() else json_text(manifest).encode()).hexdigest()
     opened = _default(facts, manifest, default)
     name = one_line(manifest["name"]) or "zoo"
     card = DatasetCard.from_template(
-        card_data=DatasetCardData(**_header(facts, manifest, name, opened)),
+        card_data=DatasetCardData(**_header(facts, manifest, name, opened), **{ROOT_HASH: root}),
         template_str=template(),
         **_sections(facts, manifest, opened),
         title=plain(name),

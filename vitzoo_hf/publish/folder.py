@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING
 from tqdm import tqdm
 
 from vitzoo_hf.format import schema
-from vitzoo_hf.format.atomic import read_json, write_json
+from vitzoo_hf.format.atomic import json_text, write_json
 from vitzoo_hf.format.encoding import ITEM_BYTES, encoding_of
+from vitzoo_hf.format.gate.card import with_root_hash
 from vitzoo_hf.format.layout import Layout
-from vitzoo_hf.format.manifest import Manifest
+from vitzoo_hf.format.manifest import Manifest, open_zoo
 from vitzoo_hf.format.schema import ZooError
 from vitzoo_hf.format.shards import ROW_GROUP_BYTES, write_parquet
 from vitzoo_hf.models.architecture import Architecture
@@ -288,7 +289,8 @@ def write_config(
     Raises:
         ZooError: if the folder cannot be written.
     """
-    manifest = read_json(folder / schema.MANIFEST)
+    # its index is not read: rows stay as they are
+    manifest = dict(open_zoo(folder).manifest)
     about = {name: entry for name, entry in manifest.pop("measured", {}).items() if name != config}
     about |= {config: measured} if measured is not None else {}
     manifest |= {"measured": about} if about else {}
@@ -303,7 +305,7 @@ def write_config(
                 name: entry for name, entry in manifest["files"].items() if not name.startswith(f"{config}/")
             }
             # before the exchange: a manifest never lists files that may be half gone
-            write_json(folder / schema.MANIFEST, manifest | {"files": unchanged})
+            _write_unchanged(folder, manifest | {"files": unchanged})
             swap(fresh, folder / config)
         finally:
             shutil.rmtree(fresh, ignore_errors=True)
@@ -333,14 +335,24 @@ def swap(fresh: Path, place: Path) -> None:
 def _finish(folder: Path, manifest: dict[str, object]) -> None:
     """Write the card, then the manifest with size and hash of every file but weight shards and the card.
 
-    The manifest comes last: a folder without it does not open as a zoo.
+    The card's header has the hash of the manifest. The manifest comes last: a folder without it does not open as a zoo.
     """
     files = sorted(file for file in folder.glob("*/*.parquet") if not file.parent.name.startswith("."))
-    (folder / "README.md").write_text(card_text(folder, manifest), encoding="utf-8")
     # hashes of shards stand in `shards.json`, and the card may be edited by hand
     listed = [file for file in files if file.parent.name != "weights" or not (folder / schema.SHARDS).is_file()]
     listed += [folder / name for name in (schema.LAYOUTS, schema.SHARDS, "blueprint.yaml")]
     manifest["files"] = {file.relative_to(folder).as_posix(): _file_entry(file) for file in listed if file.is_file()}
+    card = card_text(folder, manifest, root=hashlib.sha256(json_text(manifest).encode()).hexdigest())
+    (folder / schema.CARD).write_text(card, encoding="utf-8")
+    write_json(folder / schema.MANIFEST, manifest)
+
+
+def _write_unchanged(folder: Path, manifest: Mapping[str, object]) -> None:
+    """Write a manifest beside a card that stays as it is but for the manifest's hash in its header."""
+    card = folder / schema.CARD
+    if card.is_file():
+        root = hashlib.sha256(json_text(manifest).encode()).hexdigest()
+        card.write_text(with_root_hash(card.read_text(encoding="utf-8"), root), encoding="utf-8")
     write_json(folder / schema.MANIFEST, manifest)
 
 

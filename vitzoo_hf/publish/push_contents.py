@@ -9,26 +9,19 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypedDict
 
 import yaml
 
 from vitzoo_hf.format import schema
-from vitzoo_hf.format.atomic import read_json
-from vitzoo_hf.format.manifest import REPAIR, read_manifest
+from vitzoo_hf.format.gate.card import ROOT_HASH
+from vitzoo_hf.format.manifest import open_zoo, root_hash
+from vitzoo_hf.format.messages import REPAIR
 from vitzoo_hf.format.schema import ZooError
 from vitzoo_hf.publish.card_sections import repository_name
 
-CARD = "README.md"
+CARD = schema.CARD
 UNLISTED = (schema.MANIFEST, CARD, ".gitattributes")
 """Files that are pushed without a listed hash: the manifest cannot list itself; the others may be edited by hand."""
-
-
-class Listed(TypedDict):
-    """Size and hash of a file, as the manifest lists them."""
-
-    bytes: int
-    sha256: str
 
 
 @dataclass(frozen=True)
@@ -82,16 +75,13 @@ def read_contents(folder: Path, repository: str) -> Contents:
         ZooError: if the folder is no zoo, a file is missing or has another size, the card lacks `configs`, or a file
             would keep everybody from loading the dataset.
     """
-    if not (folder / schema.MANIFEST).is_file():
-        raise ZooError(f"{folder} is not a zoo: it has no {schema.MANIFEST}; `vitzoo pack` writes zoos")
-    manifest = read_manifest(folder / schema.MANIFEST)
+    opened = open_zoo(folder)
+    manifest = opened.manifest
     files: dict[str, LocalFile] = {}
-    for path, entry in listed_files(folder).items():
-        source = folder / path
+    for path, entry in opened.listed.items():
         if path in UNLISTED:
             continue
-        if not source.is_file():
-            raise ZooError(f"{path} of {folder} is missing; {REPAIR}")
+        source = opened.files.path(path)
         size = source.stat().st_size
         # the cheap half of the check; the hash is compared at the upload
         if size != entry["bytes"]:
@@ -106,6 +96,10 @@ def read_contents(folder: Path, repository: str) -> Contents:
                 content = _with_id(content, repository_name(manifest["name"]), repository)
             files[path] = LocalFile(len(content), hashlib.sha256(content).hexdigest(), folder / path, content)
     _check_card(folder, files)
+    if root_hash(opened.files) not in (None, files[schema.MANIFEST].sha256):
+        raise ZooError(
+            f"{folder / schema.MANIFEST} does not match {ROOT_HASH} in the card's header: it was changed; {REPAIR}"
+        )
     visible = _visible_files(folder)
     script = f"{repository.split('/')[1]}.py"
     if script in visible:
@@ -118,27 +112,6 @@ def read_contents(folder: Path, repository: str) -> Contents:
 def _with_id(card: bytes, placeholder: str, repository: str) -> bytes:
     # whole ids only: a placeholder may be the beginning of a longer name
     return re.sub(rb"(?<![\w-])" + re.escape(placeholder.encode()) + rb"(?![\w-])", repository.encode(), card)
-
-
-def listed_files(folder: Path) -> dict[str, Listed]:
-    """Read the list of a zoo's files from `zoo.json` and, if that lists it, `shards.json`.
-
-    Raises:
-        ZooError: if either is damaged, or names what cannot be a file of a zoo.
-    """
-    listed = dict(read_manifest(folder / schema.MANIFEST)["files"])
-    if schema.SHARDS in listed:
-        shards = read_json(folder / schema.SHARDS)
-        if not isinstance(shards, dict):
-            raise ZooError(f"{folder / schema.SHARDS} is damaged: expected an object of files; {REPAIR}")
-        listed |= shards
-    for path, entry in listed.items():
-        if not isinstance(entry, dict) or not {"bytes", "sha256"} <= entry.keys():
-            raise ZooError(f"{folder} is damaged: size or hash of {path} is not listed; {REPAIR}")
-        # a damaged or hostile manifest must not name files outside the folder, or hidden ones
-        if not re.fullmatch(r"(?!\.)[^/\\]+(/(?!\.)[^/\\]+)*", path):
-            raise ZooError(f"{folder} is damaged: it lists {path!r}, which is no file of a zoo; {REPAIR}")
-    return {path: {"bytes": entry["bytes"], "sha256": entry["sha256"]} for path, entry in listed.items()}
 
 
 def _check_card(folder: Path, files: Mapping[str, LocalFile]) -> None:

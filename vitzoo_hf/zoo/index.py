@@ -33,7 +33,7 @@ class Index:
     def __init__(self, table: pa.Table, factors: dict[str, str]) -> None:
         self._coded = table
         features = schema.row_features(factors, weights=None)
-        self.table = with_class_names(table, features).unify_dictionaries().combine_chunks()
+        self.table = with_class_names(table, features).combine_chunks()
 
     def __len__(self) -> int:
         return int(self.table.num_rows)

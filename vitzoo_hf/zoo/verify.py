@@ -11,7 +11,17 @@ from tqdm import tqdm
 
 from vitzoo_hf.format import schema
 from vitzoo_hf.format.files import FolderFiles, HubFiles
-from vitzoo_hf.format.manifest import Manifest, open_files, read_manifest, read_shards
+from vitzoo_hf.format.gate.card import ROOT_HASH
+from vitzoo_hf.format.manifest import (
+    Manifest,
+    OpenedZoo,
+    open_files,
+    read_bytes,
+    read_layouts,
+    read_manifest,
+    read_shards,
+    root_hash,
+)
 from vitzoo_hf.format.schema import ZooError
 from vitzoo_hf.format.weight_reader import RowTable, WeightReader
 from vitzoo_hf.progress import progress_bar
@@ -28,12 +38,14 @@ class Verification:
         size: bytes hashed.
         damaged: file -> description of the damage.
         rows: damaged file of weights -> the lost models in it, if the index is intact; all other rows can be read.
+        notes: sentences on what could not be compared.
     """
 
     files: int = 0
     size: int = 0
     damaged: dict[str, str] = field(default_factory=dict)
     rows: dict[str, list[str]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
     @property
     def intact(self) -> bool:
@@ -55,8 +67,9 @@ def verify(path: str | Path, *, revision: str | None = None, progress: bool = Tr
         ZooError: if there is no zoo, or its manifest or its list of shards cannot be read.
     """
     files = open_files(path, revision)
-    manifest = read_manifest(files.path(schema.MANIFEST))
-    listed = manifest["files"] | read_shards(files, manifest)
+    manifest = read_manifest(files)
+    shards = read_shards(files, manifest)
+    listed = manifest["files"] | shards
     listed = {name: entry for name, entry in listed.items() if name != "README.md"}  # cards are there to be edited
     verification = Verification()
     with progress_bar(
@@ -69,10 +82,27 @@ def verify(path: str | Path, *, revision: str | None = None, progress: bool = Tr
             if reason is not None:
                 verification.damaged[name] = reason
     verification.damaged |= _odd_files(files, listed)
-    shards = [name for name in verification.damaged if name.startswith("weights/") and name in listed]
-    if shards and not any(name.startswith("index/") for name in verification.damaged):
-        verification.rows = _lost_rows(files, manifest, shards)
+    _compare_root(files, verification)
+    lost = [name for name in verification.damaged if name in shards]
+    if lost and not any(name.startswith("index/") for name in verification.damaged):
+        verification.rows = _lost_rows(files, manifest, shards, lost)
     return verification
+
+
+def _compare_root(files: FolderFiles | HubFiles, verification: Verification) -> None:
+    """Compare `zoo.json`, which no other file lists, with the hash in the card's header."""
+    try:
+        expected = root_hash(files)
+    except ZooError as error:
+        verification.damaged.setdefault(schema.CARD, str(error))
+        return
+    if expected is None:
+        verification.notes.append(
+            f"{schema.MANIFEST} is covered by no hash: the card's header has no {ROOT_HASH}, as in zoos of earlier"
+            " versions"
+        )
+    elif hashlib.sha256(read_bytes(files, schema.MANIFEST)).hexdigest() != expected:
+        verification.damaged[schema.MANIFEST] = f"its content does not match {ROOT_HASH} in the card's header"
 
 
 def _odd_files(files: FolderFiles | HubFiles, listed: Collection[str]) -> dict[str, str]:
@@ -111,17 +141,12 @@ def _damage(files: FolderFiles | HubFiles, name: str, entry: Mapping[str, Any], 
     return None if digest.hexdigest() == entry["sha256"] else "its content does not match its hash"
 
 
-def _lost_rows(files: FolderFiles | HubFiles, manifest: Manifest, damaged: Iterable[str]) -> dict[str, list[str]]:
+def _lost_rows(
+    files: FolderFiles | HubFiles, manifest: Manifest, shards: Mapping[str, Mapping[str, Any]], damaged: Iterable[str]
+) -> dict[str, list[str]]:
     """Damaged file of weights -> the models in it that do not match their hash or cannot be read."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    shards = read_shards(files, manifest)
-    names = [f"index/{split}-" for split in schema.SPLITS]
-    index = [name for start in names for name in sorted(manifest["files"]) if name.startswith(start)]
-    columns = ["model_id", "num_parameters", "dtype", "weights_sha256"]
-    rows = RowTable.of(pa.concat_tables([pq.read_table(files.path(name), columns=columns) for name in index]))
     try:
+        rows = RowTable.of(OpenedZoo(files, manifest, shards, read_layouts(files)).index)
         reader = WeightReader(files, shards, rows, keep=False)
     except ZooError:
         return {}

@@ -18,15 +18,15 @@ import torch
 from torch import Tensor, nn
 
 from vitzoo_hf.format import schema
-from vitzoo_hf.format.manifest import check_sizes, open_files, read_layouts, read_manifest, read_shards
-from vitzoo_hf.format.messages import REPAIR, did_you_mean
+from vitzoo_hf.format.messages import did_you_mean
 from vitzoo_hf.format.row import Row
 from vitzoo_hf.format.schema import ZooError
-from vitzoo_hf.format.tables import LightTables, check_classes, features_of, matches, with_class_names
+from vitzoo_hf.format.tables import check_classes, features_of, matches, with_class_names
 from vitzoo_hf.format.weight_reader import RowTable, WeightReader
 from vitzoo_hf.models.rebuild import reconstruct
 from vitzoo_hf.zoo.index import Index, plain
 from vitzoo_hf.zoo.probes import load_probes
+from vitzoo_hf.zoo.pushed_copy import open_any
 from vitzoo_hf.zoo.row_dataset import RowDataset
 from vitzoo_hf.zoo.row_source import RowSource, chosen_columns
 from vitzoo_hf.zoo.stream import Stream
@@ -45,11 +45,12 @@ class Zoo:
     """A published population of models.
 
     Args:
-        path: a folder written by `vitzoo pack`, or a dataset id such as `ModelZoos/vit-zoo`.
+        path: a folder written by `vitzoo pack`, or a dataset id such as `ModelZoos/vit-zoo`, also as `ORG/NAME@REVISION`.
         revision: branch, tag or commit of a dataset on the Hub.
 
     Raises:
-        ZooError: if there is no zoo, it has a newer format, or a file is missing or has the wrong length.
+        ZooError: if there is no zoo, it has a newer format, a file is missing or has the wrong length, or a field of
+            its files holds what no zoo holds.
 
     Example:
         >>> zoo = Zoo.sample()
@@ -59,14 +60,12 @@ class Zoo:
 
     def __init__(self, path: str | Path, *, revision: str | None = None) -> None:
         self.name = str(path)
-        self._at_hand = open_files(path, revision)
-        self.manifest = read_manifest(self._at_hand.path(schema.MANIFEST))
-        if not self._at_hand.is_remote:
-            check_sizes(self._at_hand, self.manifest)
-        self.layouts = read_layouts(self._at_hand.path(schema.LAYOUTS))
-        self._tables = LightTables(self._at_hand, self.manifest)
+        # everything that a stranger's files say is checked here, once
+        self._opened = open_any(path, revision)
+        self._at_hand, self.manifest = self._opened.files, self._opened.manifest
+        self.layouts, self._tables = self._opened.layouts, self._opened.tables
         self.source: tuple[str, str | None] = self._at_hand.source
-        self._index = Index(self._tables.index(), self.manifest["factors"])
+        self._index = Index(self._opened.index, self.manifest["factors"])
         self._positions = np.arange(len(self._index))
         self._readers: list[WeightReader] = []
 
@@ -178,7 +177,6 @@ class Zoo:
             ZooError: naming the damaged row, when its weights are asked for.
         """
         for position, columns in self._index.records(self._positions):
-            self._check_layout(columns["model_id"], columns["layout"], columns["num_parameters"])
             yield Row(columns, partial(self._reader.read, position, verify=verify), verified=verify)
 
     def row(self, model_id: str) -> Row:
@@ -379,35 +377,17 @@ class Zoo:
         return zoo
 
     def _row_source(self, columns: Sequence[str] | None) -> RowSource:
-        self._check_layouts()
         table = self._index.table
         return RowSource(
             self._positions, table, chosen_columns(table.column_names, columns), self.layouts, self._reader
         )
 
-    def _check_layouts(self) -> None:
-        rows = plain(
-            self._index.table.select(["model_id", "layout", "num_parameters"]).take(pa.array(self._positions))
-        )
-        first = rows.group_by(["layout", "num_parameters"], use_threads=False).aggregate([("model_id", "first")])
-        for pair in first.to_pylist():
-            self._check_layout(pair["model_id_first"], pair["layout"], pair["num_parameters"])
-
-    def _check_layout(self, model_id: str, layout_id: str, size: int) -> None:
-        layout = self.layouts.get(layout_id)
-        if layout is None or layout.num_parameters != size:
-            expected = "lacks" if layout is None else f"gives {layout.num_parameters} weights"
-            raise ZooError(
-                f"{model_id} has {size} weights of layout {layout_id}, which layouts.json {expected}: the index is"
-                f" damaged; {REPAIR}"
-            )
-
     @property
     def _reader(self) -> WeightReader:
         """The reader of the weights, shared by every zoo over the same files."""
         if not self._readers:
-            shards = read_shards(self._at_hand, self.manifest)
-            self._readers.append(WeightReader(self._at_hand, shards, RowTable.of(self._index.table)))
+            rows = RowTable.of(self._index.table)
+            self._readers.append(WeightReader(self._at_hand, self._opened.shards, rows))
         return self._readers[0]
 
     def _chosen(self, name: str) -> pa.ChunkedArray:
