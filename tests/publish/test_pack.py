@@ -131,7 +131,7 @@ def test_a_damaged_checkpoint_is_refused_and_leaves_the_old_zoo(tiny_blueprint, 
     with pytest.raises(ZooError, match="does not match its hash"):
         pack(tiny_blueprint, runs, zoo, progress=False)
     assert (zoo / "zoo.json").read_bytes() == before
-    assert [entry.name for entry in tmp_path.iterdir() if entry.name.startswith(".")] == []
+    assert [entry.name for entry in tmp_path.iterdir() if entry.name.startswith(".")] == [".zoo.lock"]
 
 
 def test_nan_weights_are_refused_by_row(tiny_blueprint, tiny_runs, tmp_path):
@@ -164,7 +164,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tiny_blueprint, tiny_runs, t
     monkeypatch.setattr("vitzoo_hf.publish.folder.write_parquet", full)
     with pytest.raises(ZooError, match=r"cannot write the zoo .*: No space left on device"):
         pack(tiny_blueprint, tiny_runs, tmp_path / "zoo", progress=False)
-    assert list(tmp_path.iterdir()) == []
+    assert [entry.name for entry in tmp_path.iterdir()] == [".zoo.lock"]
 
 
 def test_is_packed_sees_another_blueprint_and_a_cut_file(tiny_blueprint, zoo_copy, tmp_path):

@@ -15,8 +15,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 from vitzoo_hf.convert.rows import PlannedRow, SourcePlan, unless_refused
 from vitzoo_hf.format import schema
 from vitzoo_hf.format.atomic import absolute, read_json, write_json
@@ -26,7 +24,8 @@ from vitzoo_hf.format.messages import one_line
 from vitzoo_hf.format.schema import FORMAT_VERSION, ZooError
 from vitzoo_hf.models.architecture import Architecture
 from vitzoo_hf.progress import progress_bar
-from vitzoo_hf.publish.folder import Shard, Storage, assemble, refuse_to_replace, shard_name, swap, write_shard
+from vitzoo_hf.publish.folder import Shard, Storage, assemble, refuse_to_replace, shard_name, write_shard
+from vitzoo_hf.publish.place import held, swap
 from vitzoo_hf.read_ahead import mapped_ahead
 
 LICENCE = r"[a-z0-9][a-z0-9._-]{1,60}"
@@ -119,12 +118,9 @@ def convert(
         raise NothingTakenError(plan.name, plan.refused)
     staging = folder.parent / f".{folder.name}.converting"
     try:
-        staging.mkdir(parents=True, exist_ok=True)
-        # the lock lies beside the staging folder, which is removed before the lock is released
-        with FileLock(staging.with_suffix(".lock"), timeout=0):
+        with held(folder):
+            staging.mkdir(exist_ok=True)
             return _run(job, staging, folder, workers, progress)
-    except Timeout:
-        raise ZooError(f"another process converts into {folder}: wait for it, or choose another folder") from None
     except OSError as error:
         reason = error.strerror or error
         raise ZooError(f"cannot write the zoo {folder} ({reason}); the same command continues later") from None
@@ -226,11 +222,11 @@ def _begin(job: _Job, staging: Path) -> Storage:
             )
         else:
             # not `_largest` again: all shards of a zoo need the encoding that the first was written with
-            return Storage(job.dtype, begun_job["largest"])
+            return Storage(job.dtype, begun_job["largest"], len(job.plan.rows))
     (staging / "shards").mkdir(parents=True, exist_ok=True)
     largest = _largest(job.plan)
     write_json(record, {"fingerprint": job.fingerprint, "largest": largest})
-    return Storage(job.dtype, largest)
+    return Storage(job.dtype, largest, len(job.plan.rows))
 
 
 def _largest(plan: SourcePlan) -> int:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from vitzoo_hf.convert.names import to_transformers
 from vitzoo_hf.format.schema import ZooError
 from vitzoo_hf.models.architecture import Architecture
-from vitzoo_hf.publish.folder import swap
+from vitzoo_hf.publish.place import swap
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"

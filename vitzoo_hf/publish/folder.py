@@ -6,8 +6,6 @@ at the end; `write_config` adds tables to a finished zoo. Every written byte is 
 
 import hashlib
 import itertools
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,22 +14,26 @@ from typing import TYPE_CHECKING
 from tqdm import tqdm
 
 from vitzoo_hf.format import schema
-from vitzoo_hf.format.atomic import json_text, write_json
+from vitzoo_hf.format.atomic import exclusive, json_text, write_json
 from vitzoo_hf.format.encoding import ITEM_BYTES, encoding_of
 from vitzoo_hf.format.gate.card import with_root_hash
 from vitzoo_hf.format.layout import Layout
-from vitzoo_hf.format.manifest import Manifest, open_zoo
+from vitzoo_hf.format.manifest import Manifest, open_files, open_zoo
 from vitzoo_hf.format.schema import ZooError
 from vitzoo_hf.format.shards import ROW_GROUP_BYTES, write_parquet
 from vitzoo_hf.models.architecture import Architecture
 from vitzoo_hf.progress import progress_bar
 from vitzoo_hf.publish.card import card_text
+from vitzoo_hf.publish.place import fresh_folder, held, swap
 
 if TYPE_CHECKING:
     import datasets
 
 # in bytes of weights, before compression
-SHARD_BYTES = 500_000_000
+SHARD_BYTES, MOST_SHARD_BYTES = 500_000_000, 10_000_000_000
+MOST_SHARDS = 150
+"""Files of weights that a zoo grows to before its files grow, as the Hub advises against many: a terabyte has files of
+7 GB, of which single rows are read as ranges."""
 
 
 @dataclass(frozen=True)
@@ -56,10 +58,12 @@ class Storage:
     Attributes:
         dtype: `float32`, `float16` or `bfloat16`.
         largest: number of parameters of the largest row.
+        count: number of rows.
     """
 
     dtype: str
     largest: int
+    count: int = 0
 
     @property
     def encoding(self) -> str:
@@ -84,9 +88,10 @@ class Storage:
 
     @property
     def shard_rows(self) -> int:
-        """Number of rows in a file of about `SHARD_BYTES`."""
+        """Number of rows in a file of weights: about 0.5 GB, and more in zoos above 75 GB."""
+        size = min(max(SHARD_BYTES, self.count * self.row_bytes // MOST_SHARDS), MOST_SHARD_BYTES)
         # whole row groups, so that only the last group of a split is short
-        return max(1, SHARD_BYTES // self.row_bytes // self.group_rows) * self.group_rows
+        return max(1, size // self.row_bytes // self.group_rows) * self.group_rows
 
 
 @dataclass(frozen=True)
@@ -126,34 +131,25 @@ def write_zoo(
         progress: show a bar.
 
     Raises:
-        ZooError: if the folder cannot be written, or what stands there is not a zoo.
+        ZooError: if the folder cannot be written, another process writes it, or what stands there is not a zoo.
     """
     refuse_to_replace(folder)
-    storage = Storage(dtype, max(part.largest for part in splits.values()))
+    count = sum(part.count for part in splits.values())
+    storage = Storage(dtype, max(part.largest for part in splits.values()), count)
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        # a killed process left its temporary folder, as large as the zoo
-        _sweep(folder)
-        # beside the zoo: a rename across file systems would not be atomic
-        temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-", suffix=".tmp"))
-    except OSError as error:
-        raise ZooError(f"cannot write into {folder.parent}: {error.strerror}") from None
-    try:
-        temporary.chmod(0o755)
-        shards: dict[str, Shard] = {}
-        with progress_bar("packing", "row", shown=progress, total=sum(part.count for part in splits.values())) as bar:
-            for split, part in splits.items():
-                # rounded up; file names carry the number of shards, which is needed before the first is written
-                num_shards = -(-part.count // storage.shard_rows)
-                for name in [shard_name(split, number, num_shards) for number in range(num_shards)]:
-                    file, count = temporary / name, storage.shard_rows
-                    shards[name] = write_shard(file, part.rows, count, manifest["factors"], storage, bar)
-        assemble(temporary, manifest, shards, probes, blueprint_text)
-        swap(temporary, folder)
+        with held(folder), fresh_folder(folder) as fresh:
+            shards: dict[str, Shard] = {}
+            with progress_bar("packing", "row", shown=progress, total=count) as bar:
+                for split, part in splits.items():
+                    # rounded up; file names carry the number of shards, which is needed before the first is written
+                    num_shards = -(-part.count // storage.shard_rows)
+                    for name in [shard_name(split, number, num_shards) for number in range(num_shards)]:
+                        rows, most = part.rows, storage.shard_rows
+                        shards[name] = write_shard(fresh / name, rows, most, manifest["factors"], storage, bar)
+            assemble(fresh, manifest, shards, probes, blueprint_text)
+            swap(fresh, folder)
     except OSError as error:
         raise ZooError(f"cannot write the zoo {folder}: {error.strerror or error}") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def assemble(
@@ -289,47 +285,26 @@ def write_config(
     Raises:
         ZooError: if the folder cannot be written.
     """
-    # its index is not read: rows stay as they are
-    manifest = dict(open_zoo(folder).manifest)
-    about = {name: entry for name, entry in manifest.pop("measured", {}).items() if name != config}
-    about |= {config: measured} if measured is not None else {}
-    manifest |= {"measured": about} if about else {}
-    try:
-        _sweep(folder / config)
-        fresh = Path(tempfile.mkdtemp(dir=folder, prefix=f".{config}-", suffix=".tmp"))
+    open_files(folder, None)  # what is no folder is refused, not made
+    with exclusive(folder):
+        # its index is not read: rows stay as they are
+        manifest = dict(open_zoo(folder).manifest)
+        about = {name: entry for name, entry in manifest.pop("measured", {}).items() if name != config}
+        about |= {config: measured} if measured is not None else {}
+        manifest |= {"measured": about} if about else {}
         try:
-            fresh.chmod(0o755)
-            for split, rows in tables.items():
-                write_parquet(_only_shard(fresh.parent, fresh.name, split), features, [rows], {})
-            unchanged = {
-                name: entry for name, entry in manifest["files"].items() if not name.startswith(f"{config}/")
-            }
-            # before the exchange: a manifest never lists files that may be half gone
-            _write_unchanged(folder, manifest | {"files": unchanged})
-            swap(fresh, folder / config)
-        finally:
-            shutil.rmtree(fresh, ignore_errors=True)
-        _finish(folder, manifest)
-    except OSError as error:
-        raise ZooError(f"cannot write into {folder}: {error.strerror or error}") from None
-
-
-def _sweep(place: Path) -> None:
-    """Remove temporary folders that a killed process left beside `place`."""
-    for stale in place.parent.glob(f".{place.name}-*.tmp"):
-        shutil.rmtree(stale, ignore_errors=True)
-
-
-def swap(fresh: Path, place: Path) -> None:
-    """Put `fresh` in the place of `place`, which is removed."""
-    # two renames rather than a deletion first: `place` is missing for an instant only
-    old = Path(tempfile.mkdtemp(dir=place.parent, prefix=f".{place.name}-old-", suffix=".tmp"))
-    try:
-        if place.exists():
-            place.replace(old / "it")
-        fresh.replace(place)
-    finally:
-        shutil.rmtree(old, ignore_errors=True)
+            with fresh_folder(folder / config) as fresh:
+                for split, rows in tables.items():
+                    write_parquet(_only_shard(fresh.parent, fresh.name, split), features, [rows], {})
+                unchanged = {
+                    name: entry for name, entry in manifest["files"].items() if not name.startswith(f"{config}/")
+                }
+                # before the exchange: a manifest never lists files that may be half gone
+                _write_unchanged(folder, manifest | {"files": unchanged})
+                swap(fresh, folder / config)
+            _finish(folder, manifest)
+        except OSError as error:
+            raise ZooError(f"cannot write into {folder}: {error.strerror or error}") from None
 
 
 def _finish(folder: Path, manifest: dict[str, object]) -> None:

@@ -25,8 +25,9 @@ if TYPE_CHECKING:
 Item = TypeVar("Item")
 Operation = Union["huggingface_hub.CommitOperationAdd", "huggingface_hub.CommitOperationDelete"]
 
-COMMIT_OPERATIONS = 1000
-"""Largest number of changes in a commit. With more there are several: shards first; card and manifest last."""
+COMMIT_OPERATIONS = 100
+"""Largest number of changes in a commit, as the Hub advises. With more there are several: shards first; card and
+manifest last."""
 # a group is hashed, then uploaded: hashing every shard first would delay the first byte
 UPLOAD_FILES = 50
 # readers open a zoo by these two: until they are replaced, the earlier zoo stays the visible one
