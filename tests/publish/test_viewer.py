@@ -1,5 +1,6 @@
 """Every zoo we write against the limits of the Hub's dataset viewer, as `viewer_rules.py` implements them."""
 
+import base64
 import json
 from pathlib import Path
 
@@ -11,12 +12,15 @@ import pytest
 import viewer_rules as rules
 from places import SAMPLE
 
+from vitzoo_hf.evaluation.evaluate import evaluate
 from vitzoo_hf.format import schema
 from vitzoo_hf.format.schema import ZooError
 from vitzoo_hf.format.shards import write_parquet
 from vitzoo_hf.publish import viewer
 from vitzoo_hf.publish.card import card_text
+from vitzoo_hf.publish.pack import pack
 from vitzoo_hf.publish.viewer import default_config
+from vitzoo_hf.zoo import Zoo
 
 VIT_S = 22_050_664
 FACTORS = {"lr": "float", "optimizer": "string"}
@@ -77,11 +81,14 @@ def default_of(folder: Path) -> str:
     ("parameters", "encoding", "dtype", "expected"),
     [
         (27_000, "list", "float32", "weights"),
-        (250_000, "list", "float32", "weights"),
-        (750_000, "binary", "float32", "weights"),
-        (750_001, "binary", "float32", "index"),
-        (1_500_000, "binary", "bfloat16", "weights"),
-        (1_500_001, "binary", "float16", "index"),
+        (29_767, "list", "float32", "weights"),
+        (29_768, "list", "float32", "index"),
+        (250_000, "list", "float32", "index"),
+        (120_000, "binary", "float32", "weights"),
+        (120_001, "binary", "float32", "index"),
+        (240_000, "binary", "bfloat16", "weights"),
+        (240_001, "binary", "float16", "index"),
+        (750_000, "binary", "float32", "index"),
         (5_717_416, "binary", "float32", "index"),
         (VIT_S, "binary", "float32", "index"),
         (VIT_S, "binary", "bfloat16", "index"),
@@ -139,9 +146,59 @@ def test_a_zoo_of_large_models_opens_with_its_index(tmp_path):
     assert (shown["stage"], shown["model_id"]) == ("classes", "lengths")
 
 
-def test_models_of_half_a_million_parameters_still_open_with_their_weights(tmp_path):
+def test_a_page_of_whole_rows_stays_below_its_json(tiny_zoo):
+    """As the viewer sends it: lists as numbers, bytes as base64."""
+    for folder in (SAMPLE, tiny_zoo):
+        for file in (folder / "weights").glob("*.parquet"):
+            for row in pq.read_table(file, columns=["weights"]).to_pylist():
+                sent = len(json.dumps(row["weights"], separators=(",", ":")))
+                assert sent <= viewer.LIST_JSON_BYTES * len(row["weights"])
+    assert len(base64.b64encode(bytes(3_000))) == 4_000
+
+
+def test_a_zoo_keeps_its_default_config_when_its_card_is_written_again(zoo_copy):
+    card = zoo_copy / "README.md"
+    text = card.read_text()
+    assert default_of(zoo_copy) == "weights"
+    card.write_text(
+        text.replace("  default: true\n", "").replace("config_name: index\n", "config_name: index\n  default: true\n")
+    )
+    assert default_of(zoo_copy) == "index"
+    evaluate(Zoo(zoo_copy), progress=False).write(zoo_copy)
+    assert default_of(zoo_copy) == "index"
+
+
+def test_the_default_config_can_be_chosen(tiny_blueprint, tiny_runs, tmp_path):
+    folder = pack(tiny_blueprint, tiny_runs, tmp_path / "zoo", default_config="index", progress=False)
+    assert default_of(folder) == "index"
+    assert rules.problems(folder) == []
+    with pytest.raises(ZooError, match="default config 'pairs': expected weights or index"):
+        pack(tiny_blueprint, tiny_runs, tmp_path / "other", default_config="pairs", progress=False)
+
+
+def test_columns_without_statistics_are_named(tmp_path):
+    def stated(rows):
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        features = schema.row_features(FACTORS, weights=None)
+        write_parquet(folder / "index" / "train-00000-of-00001.parquet", features, [rows], {})
+        return viewer.columns_without_statistics(folder)
+
+    rows = [row_of(number, 10, "float32") for number in range(3)]
+    assert stated(rows) == []
+    assert stated(rows[:1]) == ["The viewer has no statistics of `index` (train) and `weights`: it has one row."]
+    rows[0]["test_loss"], rows[1]["head_hidden"] = float("inf"), 8
+    for row in rows[:2]:
+        row["train_loss"] = None
+    (sentence,) = stated(rows)
+    assert sentence == (
+        "The viewer has no statistics of `index` (train) and `weights`: `head_hidden` has one value that is not null;"
+        " `train_loss` has one value that is not null; `test_loss` has infinite values."
+    )
+
+
+def test_models_of_half_a_million_parameters_open_with_their_index(tmp_path):
     folder = write_zoo(tmp_path / "zoo", parameters=500_000, rows=12)
-    assert default_of(folder) == "weights"
+    assert default_of(folder) == "index"
     assert rules.problems(folder) == []
     assert (
         rules.statistics(pq.read_table(folder / "weights" / "train-00000-of-00001.parquet"))["weights"] == "skipped"

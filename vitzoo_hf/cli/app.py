@@ -30,6 +30,7 @@ from vitzoo_hf.cli.options import (
     open_zoo,
     print_json,
     print_table,
+    say_without_statistics,
 )
 from vitzoo_hf.cli.properties import properties
 from vitzoo_hf.cli.rebasin import rebasin
@@ -253,7 +254,14 @@ def train(
 
 @app.command
 def pack(
-    blueprint: str, runs: Path, *, out: Path, dtype: str = "float32", json: Json = False, quiet: Quiet = False
+    blueprint: str,
+    runs: Path,
+    *,
+    out: Path,
+    dtype: str = "float32",
+    default_config: str | None = None,
+    json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Publish trained runs as a zoo, in a dataset folder.
 
@@ -262,19 +270,22 @@ def pack(
         runs: Folder of the runs, as `vitzoo train` leaves it.
         out: Folder for the zoo. A zoo that is already there is replaced.
         dtype: Storage type of the weights: float32, or float16 or bfloat16 for half the size with rounded weights.
+        default_config: What load_dataset and the Hub's viewer open, weights or index; by default by the models' size.
     """
     from vitzoo_hf.blueprint.blueprint import Blueprint
     from vitzoo_hf.publish.pack import pack as write
     from vitzoo_hf.zoo.zoo import Zoo
 
     design = Blueprint.load(blueprint)
-    zoo = Zoo(write(design, runs, out, dtype=dtype, progress=not (json or quiet)))
+    shown = not (json or quiet)
+    zoo = Zoo(write(design, runs, out, dtype=dtype, default_config=default_config, progress=shown))
     if json:
         print_json({"zoo": str(out), "rows": len(zoo), "missing_runs": zoo.manifest["missing_runs"]})
         return
     print(f"{len(zoo)} rows in {out}")
     for run_id, reason in zoo.manifest["missing_runs"].items():
         print(f"left out: {run_id}: {reason}")
+    say_without_statistics(out)
     if not quiet:
         # an attack needs both a secret and the column that tells targets from shadows
         secret = design.secrets[0] if design.secrets and "role" in design.factor_types else None

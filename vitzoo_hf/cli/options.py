@@ -74,6 +74,13 @@ def format_duration(seconds: int | float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:,.1f} h"
 
 
+def say_without_statistics(zoo: Path) -> None:
+    """Print which columns the Hub's viewer will show no statistics of."""
+    from vitzoo_hf.publish.viewer import columns_without_statistics
+
+    print(*(f"note: {sentence}\n" for sentence in columns_without_statistics(zoo)), sep="", end="")
+
+
 def hint(text: str) -> None:
     """Print a suggestion for the next step after an empty line."""
     print(f"\n{text}")

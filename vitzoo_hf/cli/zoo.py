@@ -20,6 +20,7 @@ from vitzoo_hf.cli.options import (
     open_zoo,
     print_json,
     print_table,
+    say_without_statistics,
 )
 from vitzoo_hf.format.schema import ZooError
 
@@ -161,6 +162,7 @@ def convert(
     validation: float = 0.0,
     test: float = 0.0,
     licence: str = "unknown",
+    default_config: str | None = None,
     workers: int = 2,
     replace: bool = False,
     json: Json = False,
@@ -181,6 +183,7 @@ def convert(
         validation: Share of the lineages or runs in the validation split.
         test: Share of the lineages or runs in the test split.
         licence: Licence of the weights, as the Hub names it, such as cc-by-4.0.
+        default_config: What load_dataset and the Hub's viewer open, weights or index; by default by the models' size.
         workers: Number of checkpoints loaded at the same time.
         replace: Replace another zoo that is in the folder.
     """
@@ -203,6 +206,7 @@ def convert(
             dtype=dtype,
             splits=splits,
             licence=licence,
+            default_config=default_config,
             workers=workers,
             replace=replace,
             progress=not (json or quiet),
@@ -223,6 +227,7 @@ def _tell_conversion(conversion: "Conversion", out: Path, *, json: bool, quiet: 
     print(f"{conversion.rows} rows in {out}")
     print(*(f"refused: {path}: {reason}\n" for path, reason in conversion.refused.items()), sep="", end="")
     print(*(f"note: {note}\n" for note in conversion.notes), sep="", end="")
+    say_without_statistics(out)
     if not quiet:
         hint(f"Next: vitzoo verify {quote(str(out))}, then vitzoo push {quote(str(out))} ORG/NAME")
 

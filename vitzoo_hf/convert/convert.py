@@ -26,6 +26,7 @@ from vitzoo_hf.models.architecture import Architecture
 from vitzoo_hf.progress import progress_bar
 from vitzoo_hf.publish.folder import Shard, Storage, assemble, refuse_to_replace, shard_name, write_shard
 from vitzoo_hf.publish.place import held, swap
+from vitzoo_hf.publish.viewer import chosen_default
 from vitzoo_hf.read_ahead import mapped_ahead
 
 LICENCE = r"[a-z0-9][a-z0-9._-]{1,60}"
@@ -77,6 +78,7 @@ def convert(
     dtype: str = "float32",
     splits: Mapping[str, str | int | float] | None = None,
     licence: str = "unknown",
+    default_config: str | None = None,
     workers: int = 2,
     replace: bool = False,
     progress: bool = True,
@@ -92,6 +94,7 @@ def convert(
         splits: `by` (`lineage` or `run`), `seed` and the shares of `train`, `validation`, `test`; all in train by
             default.
         licence: licence of the weights by its name on the Hub, such as `cc-by-4.0`.
+        default_config: config that `load_dataset` and the viewer open, `weights` or `index`; by default by size.
         workers: number of checkpoints that are loaded at the same time.
         replace: replace another zoo in `folder`, once the new one is complete.
         progress: show a bar.
@@ -106,7 +109,8 @@ def convert(
     """
     check_dtype(dtype)
     _check_options(workers, licence)
-    job = _Job(plan, dtype, dict(DEFAULT_SPLITS if splits is None else splits), licence)
+    shares = dict(DEFAULT_SPLITS if splits is None else splits)
+    job = _Job(plan, dtype, shares, licence, chosen_default(default_config))
     _check_splits(job)
     folder = absolute(Path(folder))
     refuse_to_replace(folder)
@@ -150,6 +154,7 @@ class _Job:
     dtype: str
     splits: dict[str, str | int | float]
     licence: str
+    opened: dict[str, str]
 
     @property
     def shares(self) -> dict[str, float]:
@@ -160,7 +165,7 @@ class _Job:
     def fingerprint(self) -> str:
         """Hash of the source's plan, the storage type, the splits and the licence."""
         rows = [[row.source, row.columns] for row in self.plan.rows]
-        options = [self.dtype, self.splits, self.licence, FORMAT_VERSION]
+        options = [self.dtype, self.splits, self.licence, FORMAT_VERSION, *self.opened.values()]
         return schema.fingerprint([self.plan.name, rows, self.plan.refused, options])
 
 
@@ -369,4 +374,5 @@ def _manifest(job: _Job, refused: Mapping[str, str], notes: list[str]) -> dict[s
         "missing_runs": {},
         "refused": dict(refused),
         "notes": notes,
+        **job.opened,
     }

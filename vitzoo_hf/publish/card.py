@@ -10,7 +10,7 @@ from typing import Any
 
 from vitzoo_hf.format import schema
 from vitzoo_hf.format.atomic import json_text
-from vitzoo_hf.format.gate.card import ROOT_HASH
+from vitzoo_hf.format.gate.card import ROOT_HASH, card_header
 from vitzoo_hf.format.manifest import Manifest
 from vitzoo_hf.format.messages import did_you_mean
 from vitzoo_hf.format.schema import ZooError
@@ -47,8 +47,9 @@ def card_text(
         manifest: content of `zoo.json`; `default_config` and `licence` are optional.
         repository: dataset id for the examples; by default `ORG/` and the zoo's name.
         default: config that `load_dataset` and the viewer open; by default the manifest's `default_config`, or
-            `weights` if the viewer can show a page of whole rows, else `index`.
-        root: SHA-256 of `zoo.json`; by default that of the file in the folder, or of what `manifest` would be written as.
+            `weights` if the viewer can show a page of whole rows, else `index`; a card that is written again keeps
+            the one that it has.
+        root: SHA-256 of `zoo.json`; by default that of the file in the folder, or of `manifest` as it is written.
 
     Raises:
         ZooError: if the folder has no readable index, `repository` is no dataset id, or `default` is not in the zoo.
@@ -90,7 +91,7 @@ def template(name: str = TEMPLATE) -> str:
 
 
 def _default(facts: Facts, manifest: Manifest, default: str | None) -> str:
-    config = default or manifest.get("default_config")
+    config = default or manifest.get("default_config") or _opened_before(facts)
     if config is None:
         # rows of several number formats: whole rows open only if a page of each fits the viewer
         fitting = {default_config(facts.largest, facts.encoding, dtype) for dtype in facts.dtypes}
@@ -98,6 +99,18 @@ def _default(facts: Facts, manifest: Manifest, default: str | None) -> str:
     if config not in facts.configs:
         raise ZooError(f"the default config {config!r} is not in the zoo: {did_you_mean(str(config), facts.configs)}")
     return str(config)
+
+
+def _opened_before(facts: Facts) -> str | None:
+    """The default config of the card that is in the folder, if the zoo has that config."""
+    file = facts.folder / schema.CARD
+    entries = card_header(file.read_bytes(), str(file)).get("configs") if file.is_file() else None
+    names = [
+        entry.get("config_name")
+        for entry in (entries if isinstance(entries, list) else [])
+        if isinstance(entry, dict) and entry.get("default") is True
+    ]
+    return names[0] if len(names) == 1 and names[0] in facts.configs else None
 
 
 def _header(facts: Facts, manifest: Manifest, name: str, opened: str) -> dict[str, Any]:

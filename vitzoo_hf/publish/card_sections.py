@@ -8,6 +8,7 @@ from vitzoo_hf.format import schema
 from vitzoo_hf.format.manifest import Manifest
 from vitzoo_hf.publish.card_facts import Columns, Facts, value_counts
 from vitzoo_hf.publish.markdown import block, code, listing, number, plain, shown, size, table
+from vitzoo_hf.publish.viewer import columns_without_statistics
 
 MOST_VALUES = 12
 MOST_NAMED = 20
@@ -261,6 +262,7 @@ def traps(facts: Facts, manifest: Manifest) -> list[str]:
         sentences.append(
             "Heads differ in size: compare weights of different heads over the trunk only (see `layouts.json`)."
         )
+    sentences += columns_without_statistics(facts.folder)
     sentences += _named("runs of the blueprint are missing", manifest.get("missing_runs"))
     sentences += _named("checkpoints of the source were refused", manifest.get("refused"))
     notes = manifest.get("notes") or []

@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 # in bytes of weights, before compression
 SHARD_BYTES, MOST_SHARD_BYTES = 500_000_000, 10_000_000_000
 MOST_SHARDS = 150
-"""Files of weights that a zoo grows to before its files grow, as the Hub advises against many: a terabyte has files of
-7 GB, of which single rows are read as ranges."""
+"""Files of weights that a zoo grows to before its files grow, as the Hub advises against many: a terabyte has files
+of 7 GB, of which single rows are read as ranges."""
 
 
 @dataclass(frozen=True)
@@ -310,7 +310,7 @@ def write_config(
 def _finish(folder: Path, manifest: dict[str, object]) -> None:
     """Write the card, then the manifest with size and hash of every file but weight shards and the card.
 
-    The card's header has the hash of the manifest. The manifest comes last: a folder without it does not open as a zoo.
+    The card's header has the hash of the manifest, which comes last: without it a folder does not open as a zoo.
     """
     files = sorted(file for file in folder.glob("*/*.parquet") if not file.parent.name.startswith("."))
     # hashes of shards stand in `shards.json`, and the card may be edited by hand

@@ -20,6 +20,7 @@ from vitzoo_hf.images.prepared import PreparedBlueprint
 from vitzoo_hf.images.sources import ImageSet, load_images
 from vitzoo_hf.images.world_pool import flipped
 from vitzoo_hf.publish.folder import Rows, write_zoo
+from vitzoo_hf.publish.viewer import chosen_default
 from vitzoo_hf.training.checkpoint import RunFolder
 from vitzoo_hf.training.run import architecture_of, is_finished
 
@@ -39,7 +40,15 @@ TRAINED_ON = {
 images by environment, and a hash of the images."""
 
 
-def pack(blueprint: Blueprint, runs: Path, folder: Path, *, dtype: str = "float32", progress: bool = True) -> Path:
+def pack(
+    blueprint: Blueprint,
+    runs: Path,
+    folder: Path,
+    *,
+    dtype: str = "float32",
+    default_config: str | None = None,
+    progress: bool = True,
+) -> Path:
     """Write the finished runs of a blueprint as a zoo.
 
     Args:
@@ -47,6 +56,7 @@ def pack(blueprint: Blueprint, runs: Path, folder: Path, *, dtype: str = "float3
         runs: the folder that `launch` filled.
         folder: the zoo; an earlier zoo in it is replaced once the new one is complete.
         dtype: number format of the stored weights: float32 is exact, float16 and bfloat16 take half the size.
+        default_config: config that `load_dataset` and the viewer open, `weights` or `index`; by default by size.
         progress: show a bar.
 
     Returns:
@@ -57,6 +67,7 @@ def pack(blueprint: Blueprint, runs: Path, folder: Path, *, dtype: str = "float3
             folder cannot be written.
     """
     check_dtype(dtype)
+    opened = chosen_default(default_config)
     packable, missing = _runs_to_pack(blueprint, runs)
     prepared = PreparedBlueprint(blueprint)
     for run in packable:
@@ -66,7 +77,7 @@ def pack(blueprint: Blueprint, runs: Path, folder: Path, *, dtype: str = "float3
     image_sets = _image_sets(prepared)
     write_zoo(
         folder,
-        _manifest(blueprint, image_sets, missing),
+        _manifest(blueprint, image_sets, missing) | opened,
         {
             split: Rows(
                 sum(len(run.keep_epochs) for run in part),

@@ -1,8 +1,15 @@
-"""Choose the config of a zoo that the Hub's dataset viewer opens first, by what the viewer can read.
+"""What the Hub's dataset viewer can show of a zoo: the config that it opens first, and columns without statistics.
 
 The limits are the production settings of the dataset viewer, as published in 2026.
 """
 
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from vitzoo_hf.format import schema
 from vitzoo_hf.format.encoding import ITEM_BYTES, check_dtype
 from vitzoo_hf.format.messages import did_you_mean
 from vitzoo_hf.format.schema import ZooError
@@ -13,9 +20,15 @@ PAGE_ROWS = 100
 MOST_BYTES_IN_MEMORY = 300_000_000
 """Bytes of Parquet that the viewer reads at once, over all columns; with a page index only the pages it needs."""
 
+MOST_JSON_BYTES = 64_000_000
+"""JSON that a page may come to: the viewer cuts no cell of it, and a browser has to take it in."""
+
+LIST_JSON_BYTES = 21.5
+"""JSON of a float32 weight, which is written with the digits of a float64: 20.6 to 21.2 were counted."""
+
 
 def default_config(row_parameters: int, encoding: str, dtype: str) -> str:
-    """Name the config that `load_dataset(id)` and the viewer open: whole rows while a page of them can be read.
+    """Name the config that `load_dataset(id)` and the viewer open: whole rows while a page of them can be shown.
 
     Args:
         row_parameters: parameters of the largest row.
@@ -23,7 +36,7 @@ def default_config(row_parameters: int, encoding: str, dtype: str) -> str:
         dtype: number format of the stored weights: `float32`, `float16` or `bfloat16`.
 
     Returns:
-        `weights`, or `index` if 100 rows of that size are more than the viewer reads.
+        `weights`, or `index` if 100 rows of that size are more than the viewer reads, or more than 64 MB of JSON.
 
     Raises:
         ZooError: for an unknown encoding or dtype, or a list of something else than float32.
@@ -39,4 +52,48 @@ def default_config(row_parameters: int, encoding: str, dtype: str) -> str:
         raise ZooError(f"a list of {dtype} was given: lists hold float32, store {dtype} as binary")
     # counted without compression, by which float weights hardly shrink
     page = PAGE_ROWS * row_parameters * ITEM_BYTES[dtype]
-    return "weights" if page <= MOST_BYTES_IN_MEMORY else "index"
+    # bytes are sent as base64
+    text = PAGE_ROWS * row_parameters * LIST_JSON_BYTES if encoding == "list" else page * 4 / 3
+    return "weights" if page <= MOST_BYTES_IN_MEMORY and text <= MOST_JSON_BYTES else "index"
+
+
+def chosen_default(config: str | None) -> dict[str, str]:
+    """The entry of `zoo.json` for a default config that a user chose; none for None.
+
+    Raises:
+        ZooError: if it is neither `weights` nor `index`.
+    """
+    if config not in (None, "weights", "index"):
+        raise ZooError(f"default config {config!r}: expected weights or index")
+    return {} if config is None else {"default_config": config}
+
+
+def columns_without_statistics(folder: Path) -> list[str]:
+    """Sentences on columns of a zoo's light tables that the viewer computes no statistics of; none if all have some.
+
+    Args:
+        folder: the zoo.
+    """
+    sentences = []
+    for config in (name for name in schema.CONFIGS if name not in ("weights", "probes")):
+        for file in sorted((folder / config).glob("*.parquet")):
+            reasons = _reasons(pq.read_table(file))
+            if reasons:
+                where = f"`{config}` ({file.name.split('-')[0]})"
+                also = " and `weights`" if config == "index" else ""
+                sentences.append(f"The viewer has no statistics of {where}{also}: {'; '.join(reasons)}.")
+    return sentences
+
+
+def _reasons(table: pa.Table) -> list[str]:
+    """Why a split has no statistics."""
+    if table.num_rows == 1:
+        return ["it has one row"]
+    reasons = []
+    for name, column in zip(table.column_names, table.columns, strict=True):
+        is_float = pa.types.is_floating(column.type)
+        if (is_float or pa.types.is_integer(column.type)) and table.num_rows - column.null_count == 1:
+            reasons.append(f"`{name}` has one value that is not null")
+        if is_float and pc.any(pc.is_inf(column)).as_py():
+            reasons.append(f"`{name}` has infinite values")
+    return reasons

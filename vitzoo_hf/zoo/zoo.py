@@ -45,7 +45,7 @@ class Zoo:
     """A published population of models.
 
     Args:
-        path: a folder written by `vitzoo pack`, or a dataset id such as `ModelZoos/vit-zoo`, also as `ORG/NAME@REVISION`.
+        path: a folder written by `vitzoo pack`, or a dataset id: `ORG/NAME`, or `ORG/NAME@REVISION`.
         revision: branch, tag or commit of a dataset on the Hub.
 
     Raises:
