@@ -36,8 +36,11 @@ queries: 8
 pool: 40
 sizes: {width: 16, latent: 4, heads: 2, blocks: 1, projection: 5}
 """
-SLOW = ("vitzoo attack", "--autoencoder", "vitzoo rebasin", "--ray")
-"""Parts of commands whose blocks take more than about 20 s of a core."""
+SLOW = (
+    *("vitzoo attack", "--autoencoder", "vitzoo rebasin", "--ray", "vitzoo soup", "vitzoo convert http"),
+    *("experiments/publish.py ZOO desk", "distribution_inference/replicate.py"),
+)
+"""Parts of commands whose blocks take more than about 20 s of a core; tests of the verb or script run it in small."""
 IN_SMALL = "tests/experiments/test_smoke.py runs the script in its smallest size"
 
 

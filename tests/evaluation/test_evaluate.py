@@ -302,6 +302,7 @@ def test_clean_images_give_the_same_as_the_evaluation(zoo, report):
     assert set(table["images"]) == {"digits", "digits, gaussian_noise 5"}
 
 
+@pytest.mark.slow
 def test_ray_gives_the_same_also_where_a_worker_is_killed(zoo, report, tmp_path):
     pytest.importorskip("ray")
     code = f"""

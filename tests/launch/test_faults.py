@@ -36,6 +36,7 @@ def test_training_goes_on_once_a_full_disk_has_room(tiny_blueprint, tiny_runs, s
     assert hashes(small_disk / "runs") == hashes(tiny_runs)
 
 
+@pytest.mark.slow
 def test_a_rotten_parent_is_named_and_trained_again(tiny_blueprint, tiny_runs, tmp_path):
     parent = next(run for run in tiny_blueprint.runs if run.stage == "pretrain")
     shutil.copytree(tiny_runs / parent.run_id, tmp_path / parent.run_id)

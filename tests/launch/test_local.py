@@ -70,6 +70,7 @@ def test_a_diverged_run_of_a_stack_leaves_the_others(tmp_path):
     assert (len(summary.finished), len(summary.orphaned)) == (10, 4)
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_it_continues_to_the_same_zoo(tiny_runs, tmp_path):
     for delay in (0.5, 3.0, 4.5):
         process = start(tmp_path)

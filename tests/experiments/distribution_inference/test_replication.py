@@ -153,6 +153,7 @@ def command(*more):
     return subprocess.run([sys.executable, script, *more], capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_the_smoke_tier_runs_by_its_command_and_continues(tmp_path):
     def told(*more):
         done = command("--tier", "smoke", "--runs", tmp_path / "runs", "--out", tmp_path / "out", *more)
