@@ -107,9 +107,9 @@ def vector_of(
     Args:
         value: bytes, a list, an array, a tensor, an Arrow scalar, or an Arrow array of one row. float32 in an Arrow
             buffer, in bytes or in an array is not copied.
-        name: of the row, for messages.
+        name: id of the row, for messages.
         num_parameters: D, compared with the length; None where the row does not say.
-        dtype: of raw bytes.
+        dtype: number format of raw bytes.
         sha256: of the vector. With it, trailing zero bytes that a format of `datasets` cut off are put back, and the
             result is compared with the hash.
 

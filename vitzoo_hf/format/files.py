@@ -144,7 +144,7 @@ class HubFiles:
 
         Args:
             name: path in the dataset.
-            sha256: of the content, by which the cache names large files.
+            sha256: hash of the content, by which the cache names large files.
         """
         from huggingface_hub import try_to_load_from_cache
 

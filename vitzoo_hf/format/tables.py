@@ -36,7 +36,7 @@ class LightTables:
     """Reads light configs of a zoo.
 
     Args:
-        files: of the zoo.
+        files: files of the zoo.
         manifest: what `zoo.json` says.
     """
 
@@ -112,7 +112,7 @@ def read_table(data: bytes, what: str, *, coded: bool = False) -> pa.Table:
 
     Args:
         data: content of the file.
-        what: its name, for messages.
+        what: name of the file, for messages.
         coded: hold columns of texts that repeat as Arrow dictionaries.
 
     Raises:
@@ -180,7 +180,7 @@ def matches(values: pa.ChunkedArray, column: str, condition: object) -> np.ndarr
 
     Args:
         values: a column.
-        column: its name, for the error.
+        column: name of the column, for the error.
         condition: a value, a list of values, or a pair `(low, high)`.
 
     Raises:

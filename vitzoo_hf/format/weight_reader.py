@@ -130,9 +130,9 @@ class WeightReader:
     """Reads weights of rows by their position in the index; safe to use from many threads, and to pickle.
 
     Args:
-        files: of the zoo.
+        files: files of the zoo.
         shards: from `read_shards`.
-        rows: of the index.
+        rows: what the index says of each row.
         keep: whether small shards of a dataset go into the Hub's cache.
     """
 

@@ -21,7 +21,7 @@ ALIGNMENT = 256  # of memory of a device
 LIGHT_ROWS = 512  # whose light columns are made ready at once
 
 Columns = tuple[dict[str, Tensor], dict[str, list[object]]]
-"""Numeric light columns of a batch, and the others."""
+"""Numeric light columns of a batch, and the texts."""
 
 Batch = dict[str, Any]
 """`weights`, float32 `[B, D]`; a tensor or list for each column; `tensors`, `lengths`, `repeated` and `place`."""
@@ -67,10 +67,10 @@ class BatchReader:
         parts: what rows of each layout hand out.
         named: whether `tensors` maps names to views.
         pad: whether rows of any length share a batch, with zeros behind the shorter.
-        dtype: of numeric columns that may be null.
+        dtype: number format of numeric columns that may be null.
         verify: compare every row with its hash when it is first read.
         reuse: hand out the same memory again.
-        threads: that read ahead, a batch each.
+        threads: number of threads that read ahead, a batch each.
         with_weights: whether weights are handed out at all.
         copy_stream: the CUDA stream that batches are copied on; None to leave them in host memory.
     """
@@ -99,7 +99,7 @@ class BatchReader:
         """Jobs with light columns, taken from Arrow for many rows at once: those of one row take a millisecond."""
         for job in jobs:
             block = [job, *itertools.islice(jobs, LIGHT_ROWS // len(job.rows))]
-            numbers, others = self.source.light(np.concatenate([part.rows for part in block]), self.dtype)
+            numbers, texts = self.source.light(np.concatenate([part.rows for part in block]), self.dtype)
             start = 0
             for part in block:
                 of_job = slice(start, start + len(part.rows))
@@ -108,12 +108,12 @@ class BatchReader:
                     part,
                     (
                         {name: values[of_job] for name, values in numbers.items()},
-                        {name: values[of_job] for name, values in others.items()},
+                        {name: values[of_job] for name, values in texts.items()},
                     ),
                 )
 
     def _load(self, pair: tuple[tuple[Job, Columns], _Slot]) -> Loaded:
-        (job, (numbers, others)), slot = pair
+        (job, (numbers, texts)), slot = pair
         source = self.source
         codes = source.layout_codes[job.rows].tolist()
         sizes = [self.parts[code].layout.num_parameters for code in codes]
@@ -129,7 +129,7 @@ class BatchReader:
             weights, numbers = self._sent(slot, weights, numbers, self.copy_stream)
         # first: accelerate takes the size of a batch from its first entry
         batch: Batch = {"weights": weights} if self.with_weights else {}
-        batch |= {name: numbers[name] if name in numbers else others[name] for name in source.columns}
+        batch |= {name: numbers[name] if name in numbers else texts[name] for name in source.columns}
         batch |= {name: values for name, values in numbers.items() if name not in batch}
         if self.named and self.with_weights:
             batch["tensors"] = unflatten(weights, self.parts[codes[0]].layout)

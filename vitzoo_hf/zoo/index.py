@@ -66,8 +66,8 @@ class Index:
         if not isinstance(model_id, str):
             raise ZooError(f"model_id is {model_id!r}; expected the text in column `model_id`")
         position = self._positions.get(model_id, -1)
-        found = int(np.searchsorted(positions, position))
-        if position < 0 or found == len(positions) or positions[found] != position:
+        place = int(np.searchsorted(positions, position))
+        if position < 0 or place == len(positions) or positions[place] != position:
             ids = self.table["model_id"].take(pa.array(positions)).to_pylist()
             raise ZooError(f"{zoo} has no model {model_id!r}: {did_you_mean(model_id, ids)}")
         return position

@@ -67,7 +67,7 @@ class Plan:
             batch_size: rows a batch; the last of a shape may have fewer.
             only_full: leave batches out that have fewer.
             shuffle: permute row groups, then rows within windows of `WINDOW_BYTES`.
-            seed: of the order.
+            seed: seed of the order.
             epoch: counted from 0.
         """
         order = np.arange(len(rows.groups))

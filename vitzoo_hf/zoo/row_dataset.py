@@ -46,7 +46,7 @@ class RowDataset(Dataset[dict[str, Any]]):
     def __getitems__(self, numbers: Sequence[int]) -> list[dict[str, Any]]:
         """Rows by their numbers, as a `DataLoader` asks for those of a batch."""
         rows = np.asarray(numbers, np.int64)
-        tensors, others = self.source.light(rows, self.dtype)
+        tensors, texts = self.source.light(rows, self.dtype)
         codes = self.source.layout_codes[rows].tolist()
         items = []
         for place, (position, code) in enumerate(zip(self.source.positions[rows].tolist(), codes, strict=True)):
@@ -61,7 +61,7 @@ class RowDataset(Dataset[dict[str, Any]]):
             item: dict[str, Any] = {"weights": torch.from_numpy(vector)}
             item |= {name: values[place] for name, values in tensors.items()}
             # collate functions of torch refuse None
-            item |= {name: "" if values[place] is None else values[place] for name, values in others.items()}
+            item |= {name: "" if values[place] is None else values[place] for name, values in texts.items()}
             if self.pad:
                 item["lengths"] = torch.tensor(size)
             if self.named:

@@ -110,17 +110,17 @@ class RowSource:
 
         Args:
             rows: places in `positions`.
-            dtype: of numbers that may be null, with NaN for null.
+            dtype: number format of columns that may be null, with NaN for null.
         """
-        numbers, others = {}, {}
-        taken = self.table.select(list(self.columns)).take(pa.array(self.positions[rows]))
-        for name, column in zip(self.columns, taken.columns, strict=True):
+        numbers, texts = {}, {}
+        table = self.table.select(list(self.columns)).take(pa.array(self.positions[rows]))
+        for name, column in zip(self.columns, table.columns, strict=True):
             values = _as_tensor(name, column, dtype)
             if values is None:
-                others[name] = column.to_pylist()
+                texts[name] = column.to_pylist()
             else:
                 numbers[name] = values
-        return numbers, others
+        return numbers, texts
 
 
 def _as_tensor(name: str, column: pa.ChunkedArray, dtype: torch.dtype) -> Tensor | None:
@@ -204,8 +204,8 @@ def handed_out(source: RowSource, tensors: str | Sequence[str] | None) -> list[H
                 f" {did_you_mean(unmatched[0], layout.names)}"
             )
         shapes = dict(zip(layout.names, layout.shapes, strict=True))
-        held = Layout(tuple(names), tuple(shapes[name] for name in names))
-        parts.append(HandedOut(_merged([layout.place(name) for name in names]), held))
+        chosen = Layout(tuple(names), tuple(shapes[name] for name in names))
+        parts.append(HandedOut(_merged([layout.place(name) for name in names]), chosen))
     return parts
 
 

@@ -171,10 +171,10 @@ class Stream(IterableDataset[Batch]):
         """
         names = [column_names] if isinstance(column_names, str) else column_names
         check_names("column_names", names)
-        known = [*self.source.columns, *ADDED]
+        names_of_batch = [*self.source.columns, *ADDED]
         for name in names:
-            if name not in known:
-                raise ZooError(f"unknown column {name!r}: {did_you_mean(name, known)}")
+            if name not in names_of_batch:
+                raise ZooError(f"unknown column {name!r}: {did_you_mean(name, names_of_batch)}")
         columns = tuple(name for name in self.source.columns if name in names)
         source = RowSource(self.source.positions, self.source.table, columns, self.source.layouts, self.source.reader)
         return self._derived(source=source, _with_weights=self._with_weights and not {*names}.isdisjoint(ADDED))
@@ -270,15 +270,15 @@ class Stream(IterableDataset[Batch]):
     def _new_cursor(self) -> Cursor:
         """The cursor of an iteration that begins now, which the stream remembers as its newest."""
         info = get_worker_info()
-        held = self._worker_state
+        worker_state = self._worker_state
         position = self._position
         if info is None:
             cursor = Cursor(position.epoch, position.batches, self.world_size)
         else:
             cursor = Cursor(position.epoch, position.batches, self.world_size, info.id, info.num_workers)
-            cursor.is_spent = held is None and not position.begin(info.id)
-        if held is not None:
-            cursor.done, self._worker_state = held["done"], None
+            cursor.is_spent = worker_state is None and not position.begin(info.id)
+        if worker_state is not None:
+            cursor.done, self._worker_state = worker_state["done"], None
         self._cursor = cursor
         return cursor
 
@@ -319,9 +319,9 @@ class Stream(IterableDataset[Batch]):
             epoch=cursor.epoch,
         )
         numbers = _stepped(len(plan), self._steps)
-        own = self._share(len(numbers) - cursor.first)
+        count = self._share(len(numbers) - cursor.first)
         done = cursor.done
-        while cursor.number(done) < own:
+        while cursor.number(done) < count:
             number = cursor.first + cursor.number(done) * self.world_size + self.rank
             done += 1
             place = {"epoch": cursor.epoch, "batches": min(cursor.after(done), len(numbers))}

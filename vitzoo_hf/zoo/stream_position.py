@@ -70,7 +70,7 @@ class Cursor:
     """The place of one iteration.
 
     Attributes:
-        epoch: its epoch.
+        epoch: the epoch that it iterates over.
         first: batch of the plan that it started from.
         done: batches that it handed out.
         world_size: ranks that share the plan.

@@ -240,7 +240,7 @@ class Zoo:
             world_size: number of processes.
             verify: compare every row with its hash when it is first read.
             reuse: hand out the same memory again, so that a batch's `weights` hold only until the next is asked for.
-            dtype: of columns of numbers that may be null, such as results: float64 or float32.
+            dtype: float64 or float32, for columns of numbers that may be null, such as results.
 
         Returns:
             A `Stream`, to iterate once an epoch, with `state_dict` and `load_state_dict`. A batch maps columns to

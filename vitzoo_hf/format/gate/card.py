@@ -18,7 +18,7 @@ def card_header(card: bytes, file: str) -> dict[str, Any]:
 
     Args:
         card: content of the file.
-        file: its name, for messages.
+        file: name of the card, for messages.
 
     Raises:
         ZooError: if the header is no YAML object, is too large, or uses aliases.

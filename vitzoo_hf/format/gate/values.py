@@ -47,7 +47,7 @@ def parse_json(data: bytes | str, file: str, *, most_values: int = MOST_VALUES) 
 
     Args:
         data: the content of the file.
-        file: its name, for messages.
+        file: name of the file, for messages.
         most_values: largest number of values, which bounds the memory.
 
     Raises:
