@@ -66,7 +66,7 @@ def card_text(
     opened = _default(facts, manifest, default)
     name = one_line(manifest["name"]) or "zoo"
     card = DatasetCard.from_template(
-        card_data=DatasetCardData(**_header(facts, manifest, name, opened), **{ROOT_HASH: root}),
+        card_data=DatasetCardData(**(_header(facts, manifest, name, opened) | {ROOT_HASH: root})),
         template_str=template(),
         **_sections(facts, manifest, opened),
         title=plain(name),
