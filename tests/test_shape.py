@@ -95,7 +95,7 @@ TOPICS = {
     "publish": ["hub"],
     "report": ["plot_modes"],
     "training": ["cuda_budgets"],
-    "zoo": ["cuda_budgets", "memory", "olah", "remote", "stream_conventions", "stream_drivers"],
+    "zoo": ["cuda_budgets", "hostile", "memory", "olah", "remote", "stream_conventions", "stream_drivers"],
 }
 """Folder of tests -> what its files are about that are named after no module or folder of the package."""
 

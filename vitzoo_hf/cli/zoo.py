@@ -75,7 +75,7 @@ def info(zoo: str, *, revision: Revision = None, json: Json = False, quiet: Quie
         "factors": {name: sorted(set(opened.index[name]) - {None}) for name in opened.factors},
         "splits": {split: opened.splits_of(opened.model_ids).count(split) for split in opened.splits},
         "configs": opened.configs,
-        "images": {name: record["licence"] for name, record in opened.manifest["images"].items()},
+        "images": {name: record.get("licence") for name, record in opened.manifest["images"].items()},
         "missing_runs": opened.manifest["missing_runs"],
     }
     if json:

@@ -7,7 +7,6 @@ Cost: every row is read once for its outputs, which a cache keeps, and once more
 between weights.
 """
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -24,6 +23,7 @@ from vitzoo_hf.evaluation.outputs_cache import ImageBatch, OutputsCache
 from vitzoo_hf.evaluation.pairs import measure_pairs
 from vitzoo_hf.evaluation.precision import precision_effect
 from vitzoo_hf.format import schema
+from vitzoo_hf.format.gate.values import parse_provenance
 from vitzoo_hf.format.manifest import Manifest
 from vitzoo_hf.format.messages import did_you_mean
 from vitzoo_hf.format.row import Row, RowLike
@@ -248,7 +248,8 @@ def _held_out(zoo: Zoo, dataset: str) -> dict[str, tuple[Tensor, Tensor]]:
 def is_classifier(row: RowLike, manifest: Manifest) -> bool:
     """Whether the outputs of a row's head are classes; the head of a contrastive model is a projection."""
     row = Row.of(row)
-    recipe = json.loads(row["provenance"] or "{}").get("recipe", {})
+    recipe = parse_provenance(row.get("provenance"), row.name).get("recipe")
+    recipe = recipe if isinstance(recipe, dict) else {}
     record = manifest["images"].get(row["dataset"], {})
     outputs = Architecture.of(row).args.get("num_classes")
     classes = len(record.get("class_names", [])) or outputs

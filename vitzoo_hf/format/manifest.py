@@ -330,7 +330,7 @@ def open_files(path: str | Path, revision: str | None) -> FolderFiles | HubFiles
         ZooError: if `path` is neither a zoo's folder nor looks like a dataset id; later, if a file cannot be fetched.
     """
     # `~` of a user without a home stays as it is, and is then no folder
-    folder = Path(os.path.expanduser(path))
+    folder = Path(os.path.expanduser(path))  # noqa: PTH111 - Path.expanduser raises where there is no home
     if folder.is_dir():
         if revision is not None:
             raise ZooError(f"revision {revision!r} of a folder: only datasets on the Hub have revisions")

@@ -10,10 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
-
 from vitzoo_hf.format import schema
-from vitzoo_hf.format.gate.card import ROOT_HASH
+from vitzoo_hf.format.gate.card import ROOT_HASH, card_header
 from vitzoo_hf.format.manifest import open_zoo, root_hash
 from vitzoo_hf.format.messages import REPAIR
 from vitzoo_hf.format.schema import ZooError
@@ -118,12 +116,11 @@ def _check_card(folder: Path, files: Mapping[str, LocalFile]) -> None:
     """Refuse a card without `configs`: `load_dataset` would guess the layout of the folder."""
     # the card with the dataset's id in it, which is what readers get
     content = files[CARD].content or b"" if CARD in files else b""
-    header = re.match(rb"---\r?\n(.*?)\n---", content, re.DOTALL)
     try:
-        fields = yaml.safe_load(header[1]) if header else None
-    except yaml.YAMLError:
-        fields = None
-    if not isinstance(fields, dict) or not fields.get("configs"):
+        has_configs = bool(card_header(content, CARD).get("configs"))
+    except ZooError:
+        has_configs = False
+    if not has_configs:
         raise ZooError(f"{folder / CARD} must begin with a YAML header that has `configs`; {REPAIR}")
 
 

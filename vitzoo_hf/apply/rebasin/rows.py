@@ -13,6 +13,7 @@ import torch
 from vitzoo_hf.apply.made_zoos import check_folder, made_manifest
 from vitzoo_hf.apply.rebasin.rebasin import matching_images, rebasin
 from vitzoo_hf.apply.rebasin.symmetries import FAMILIES, check_families
+from vitzoo_hf.format.gate.values import parse_provenance
 from vitzoo_hf.format.row import Row, RowLike
 from vitzoo_hf.format.schema import ZooError, weights_sha256
 from vitzoo_hf.publish.folder import Rows, write_zoo
@@ -43,7 +44,7 @@ def aligned_row(target_row: RowLike, row: RowLike, **options: Any) -> dict[str, 
     # images are too large for a provenance, and the device is no property of the result
     settings = {name: value for name, value in options.items() if name not in ("images", "device")}
     note = {"reference": target_row.model_id, **settings}
-    provenance = json.dumps({**json.loads(row["provenance"] or "{}"), "rebasin": note})
+    provenance = json.dumps({**parse_provenance(row["provenance"], row["model_id"]), "rebasin": note})
     # the weights differ from those of the source, so its hash would fail at the next reading
     columns = {"weights": weights, "weights_sha256": weights_sha256(weights), "dtype": "float32"}
     return {**row, **columns, "provenance": provenance}

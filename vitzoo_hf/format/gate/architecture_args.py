@@ -9,6 +9,7 @@ from vitzoo_hf.format.schema import ZooError
 
 LONGEST_ARGS = 20_000
 INTEGERS = ("depth", "embed_dim", "num_heads", "num_classes", "in_chans", "reg_tokens", "pre_patch_size")
+POSITIVE = ("depth", "embed_dim", "num_heads", "num_classes", "in_chans")
 SIZES = ("img_size", "patch_size")
 NUMBERS = ("mlp_ratio", "drop_rate", "attn_drop_rate", "drop_path_rate", "proj_drop_rate", "pos_drop_rate")
 LAYERS = re.compile("depth|layer|block|stage")
@@ -77,20 +78,21 @@ def check_size(args: Mapping[str, Any], what: str, *, num_parameters: int, tenso
         tensors: number of tensors in the layout, where it is known.
 
     Raises:
-        ZooError: if an integer is negative, or larger than the weights can have of it.
+        ZooError: if an integer is too small, or larger than the weights can have of it.
     """
     for name, value in args.items():
         for number in value if isinstance(value, list) else [value]:
             if type(number) is not int:
                 continue
+            low = 1 if name in (*POSITIVE, *SIZES) else -1
             most = LARGEST_IMAGE if name in SIZES else max(num_parameters, 0)
             if LAYERS.search(name):
                 most = min(num_parameters, MOST_LAYERS if tensors is None else tensors)
             elif name not in (*INTEGERS, *SIZES):
                 # other settings, such as a seed or an offset, are bounded only in kind
                 most = max(most, LARGEST_IMAGE)
-            if not -1 <= number <= most:
+            if not low <= number <= most:
                 raise ZooError(
                     f"{what}: `{name}` is {shown(number)}; a network of {num_parameters} weights"
-                    f"{'' if tensors is None else f' in {tensors} tensors'} has at most {most}"
+                    f"{'' if tensors is None else f' in {tensors} tensors'} has {low} to {most}"
                 )

@@ -11,6 +11,9 @@ ROOT_HASH = "zoo_json_sha256"
 """Entry of the card's header: the SHA-256 of `zoo.json`, which lists the hashes of all other files."""
 HEADER = re.compile(rb"---[ \t]*\r?\n(.*?)\r?\n---", re.DOTALL)
 LARGEST_HEADER = 1_000_000
+DEEPEST = 32
+NESTED_BLOCKS = re.compile(rb"(?:[-?:][ \t]+){%d}" % DEEPEST)
+"""Marks of blocks inside blocks on one line."""
 
 
 def card_header(card: bytes, file: str) -> dict[str, Any]:
@@ -28,6 +31,9 @@ def card_header(card: bytes, file: str) -> dict[str, Any]:
         return {}
     if len(match[1]) > LARGEST_HEADER:
         raise damaged(file, f"its header has {len(match[1])} bytes; expected at most {LARGEST_HEADER}")
+    # the parser takes time in the square of the depth: 50,000 brackets took minutes
+    if _depth(match[1]) > DEEPEST or NESTED_BLOCKS.search(match[1]):
+        raise damaged(file, f"its header has more than {DEEPEST} lists and objects inside each other")
     try:
         has_alias = any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(match[1], yaml.SafeLoader))
         header = None if has_alias else yaml.safe_load(match[1])
@@ -39,6 +45,15 @@ def card_header(card: bytes, file: str) -> dict[str, Any]:
     if not isinstance(header, dict):
         raise damaged(file, "its header is no YAML object")
     return header
+
+
+def _depth(header: bytes) -> int:
+    """Largest number of brackets that are open at once."""
+    opened = deepest = 0
+    for bracket in re.findall(rb"[\[\]{}]", header):
+        opened += 1 if bracket in b"[{" else -1
+        deepest = max(deepest, opened)
+    return deepest
 
 
 def with_root_hash(card: str, sha256: str) -> str:

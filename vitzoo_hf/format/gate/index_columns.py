@@ -22,7 +22,7 @@ REQUIRED = (
     *("model_id", "run_id", "epoch", "dataset", "architecture", "architecture_args", "head"),
     *("num_parameters", "layout", "weights_sha256", "dtype"),
 )
-"""Columns without which no row can be read, none of them null."""
+"""Columns that are never null."""
 ARCHITECTURE = ("architecture", "architecture_args", "head", "head_hidden", "layout")
 MOST_ARCHITECTURES = 100_000
 
@@ -63,9 +63,8 @@ def _check_types(table: pa.Table, factors: Mapping[str, str], file: str) -> None
     expected = schema.row_features(factors, weights=None).arrow_schema
     for field in expected:
         if field.name not in table.column_names:
-            if field.name in REQUIRED or field.name.startswith("factor_"):
-                raise ZooError(f"{file} is damaged: it lacks the column {field.name!r}; {REPAIR}")
-            continue
+            # all of them are columns of format 1; one that is added later must be let through here
+            raise ZooError(f"{file} is damaged: it lacks the column {field.name!r}; {REPAIR}")
         column = table[field.name]
         # names instead of class numbers, as other writers store them
         kind = value_type(column)

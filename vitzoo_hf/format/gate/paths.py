@@ -42,8 +42,8 @@ def inside(folder: Path, name: str) -> Path:
     root = os.path.realpath(folder)
     roots = [root]
     # .../snapshots/COMMIT/NAME is a link to .../blobs/SHA256
-    if os.path.basename(os.path.dirname(root)) == "snapshots":
-        roots.append(os.path.realpath(os.path.join(root, "..", "..", "blobs")))
+    if Path(root).parent.name == "snapshots":
+        roots.append(os.path.realpath(Path(root).parents[1] / "blobs"))
     target = os.path.realpath(file)
     if not any(target.startswith(allowed.rstrip(os.sep) + os.sep) for allowed in roots):
         raise ZooError(f"{name} of {folder} is a link that leaves the folder: put the file itself there")

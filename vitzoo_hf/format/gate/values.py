@@ -74,6 +74,22 @@ def parse_json(data: bytes | str, file: str, *, most_values: int = MOST_VALUES) 
     return value
 
 
+def parse_provenance(text: object, row: str) -> dict[str, Any]:
+    """Parse the column `provenance` of a row; null is an empty object.
+
+    Raises:
+        ZooError: for anything but a JSON object.
+    """
+    if text is None or text == "":
+        return {}
+    if not isinstance(text, str):
+        raise ZooError(f"provenance of {row} is {shown(text)}; expected a JSON object")
+    value = parse_json(text, f"provenance of {row}")
+    if not isinstance(value, dict):
+        raise ZooError(f"provenance of {row} is {shown(text)}; expected a JSON object")
+    return value
+
+
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     entries = dict(pairs)
     if len(entries) != len(pairs):
