@@ -28,6 +28,7 @@ MOST_SPLITS = 30
 MOST_CONFIGS = 4_000
 CATEGORY_SHARE = 0.2  # a string column with at most this share of unique values has a histogram of categories
 MOST_CATEGORIES = 1_000
+ALWAYS_CATEGORIES = 10
 
 
 def read_struct(data: bytes, at: int = 0) -> tuple[dict[int, Any], int]:
@@ -194,8 +195,8 @@ def statistics(table: pa.Table) -> dict[str, str]:
         elif pa.types.is_list(kind):
             shown[name] = "lengths"
         elif pa.types.is_string(kind):
-            unique = len(set(table[name].to_pylist()) - {None})
-            few = unique <= min(MOST_CATEGORIES, CATEGORY_SHARE * table.num_rows)
+            unique = len(set(table[name].to_pylist()))
+            few = unique <= max(ALWAYS_CATEGORIES, min(MOST_CATEGORIES, CATEGORY_SHARE * table.num_rows))
             shown[name] = "categories" if few else "lengths"
         elif pa.types.is_boolean(kind):
             shown[name] = "bool"

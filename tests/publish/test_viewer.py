@@ -186,12 +186,12 @@ def test_columns_without_statistics_are_named(tmp_path):
     rows = [row_of(number, 10, "float32") for number in range(3)]
     assert stated(rows) == []
     assert stated(rows[:1]) == ["The viewer has no statistics of `index` (train) and `weights`: it has one row."]
-    rows[0]["test_loss"], rows[1]["head_hidden"] = float("inf"), 8
-    for row in rows[:2]:
-        row["train_loss"] = None
+    rows[0]["test_loss"], rows[1]["head_hidden"], rows[2]["epoch"] = float("inf"), 8, 91
+    rows[0]["train_loss"], rows[1]["train_loss"] = None, float("nan")
     (sentence,) = stated(rows)
     assert sentence == (
-        "The viewer has no statistics of `index` (train) and `weights`: `head_hidden` has one value that is not null;"
+        "The viewer has no statistics of `index` (train) and `weights`: `epoch` is 90 or 91;"
+        " `head_hidden` has one value that is not null;"
         " `train_loss` has one value that is not null; `test_loss` has infinite values."
     )
 

@@ -1,6 +1,7 @@
 """What the Hub's dataset viewer can show of a zoo: the config that it opens first, and columns without statistics.
 
-The limits are the production settings of the dataset viewer, as published in 2026.
+The limits are the production settings of the dataset viewer, as published in 2026; what has no statistics was seen
+by running its functions (`libcommon.statistics_utils`, commit f62009e). One such column costs a split all of them.
 """
 
 from pathlib import Path
@@ -13,6 +14,9 @@ from vitzoo_hf.format import schema
 from vitzoo_hf.format.encoding import ITEM_BYTES, check_dtype
 from vitzoo_hf.format.messages import did_you_mean
 from vitzoo_hf.format.schema import ZooError
+
+CLASSES = ("stage", "head")
+"""Columns of whole numbers that are classes, of which the viewer counts each."""
 
 PAGE_ROWS = 100
 """Rows the viewer shows at once."""
@@ -91,9 +95,16 @@ def _reasons(table: pa.Table) -> list[str]:
         return ["it has one row"]
     reasons = []
     for name, column in zip(table.column_names, table.columns, strict=True):
-        is_float = pa.types.is_floating(column.type)
-        if (is_float or pa.types.is_integer(column.type)) and table.num_rows - column.null_count == 1:
+        is_float, is_integer = pa.types.is_floating(column.type), pa.types.is_integer(column.type)
+        # the viewer counts NaN as null
+        missing = pc.sum(pc.is_null(column, nan_is_null=is_float)).as_py() or 0
+        if (is_float or is_integer) and table.num_rows - missing == 1:
             reasons.append(f"`{name}` has one value that is not null")
+        elif is_integer and name not in CLASSES:
+            low, high = pc.min_max(column).as_py().values()
+            # its histogram of whole numbers has no bin between them
+            if low is not None and high - low == 1:
+                reasons.append(f"`{name}` is {low} or {high}")
         if is_float and pc.any(pc.is_inf(column)).as_py():
             reasons.append(f"`{name}` has infinite values")
     return reasons
