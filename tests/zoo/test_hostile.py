@@ -23,7 +23,7 @@ INDEX = "index/train-00000-of-00001.parquet"
 WEIGHTS = "weights/train-00000-of-00001.parquet"
 FILES = {name: json.loads((SAMPLE / name).read_text()) for name in ("zoo.json", "shards.json", "layouts.json")}
 PLACES = {name: sorted(hostile.places(value), key=str) for name, value in FILES.items()}
-COLUMNS = [*Zoo.sample().index.column_names]
+COLUMNS = [name for name in Zoo.sample().index.column_names if name != "split"]
 ALIASES = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "\n".join(
     f"{chr(98 + n)}: &{chr(98 + n)} [{', '.join([f'*{chr(97 + n)}'] * 9)}]" for n in range(9)
 )
