@@ -113,11 +113,8 @@ def test_what_is_pushed_is_the_folder_and_only_changes_go_again(hub, zoo_copy, t
     hub.put(NAME, "figures/mine.png", b"a user's own")
     before = len(hub.requests)
     second = publish(hub, zoo_copy, home)
-    assert [path for path, _ in second["uploaded"]] == [
-        "evaluations/train-00000-of-00001.parquet",
-        "README.md",
-        "zoo.json",
-    ]
+    names = [path for path, _ in second["uploaded"]]
+    assert names == ["evaluations/train-00000-of-00001.parquet", "zoo.json", "README.md"]
     assert second["unchanged"] == len(there) - 3
     assert sum(request.method == "PUT" for request in hub.requests[before:]) == 1
     assert hub.files(NAME) == in_published(zoo_copy) | {
