@@ -201,16 +201,9 @@ def convert(
     splits = _splits(split_by, validation, test)
     with _naming_all_refused():
         conversion = write(
-            plan,
-            out,
-            dtype=dtype,
-            splits=splits,
-            licence=licence,
-            default_config=default_config,
-            workers=workers,
-            replace=replace,
-            progress=not (json or quiet),
-        )
+            plan, out, dtype=dtype, splits=splits, licence=licence, default_config=default_config,
+            workers=workers, replace=replace, progress=not (json or quiet),
+        )  # fmt: skip
     _tell_conversion(conversion, out, json=json, quiet=quiet)
 
 

@@ -236,8 +236,8 @@ class Zoo:
             drop_last: leave out batches that are not full, and those that ranks cannot share evenly. Otherwise ranks
                 that would have a batch less hand out one of another rank, whose rows say `repeated`.
             num_workers: threads that read ahead, a batch each; 0 reads when a batch is asked for.
-            rank: number of this process among `world_size`, which share the batches.
-            world_size: number of processes.
+            rank: number of this process, from 0.
+            world_size: number of processes that share the batches.
             verify: compare every row with its hash when it is first read.
             reuse: hand out the same memory again, so that a batch's `weights` hold only until the next is asked for.
             dtype: float64 or float32, for columns of numbers that may be null, such as results.
@@ -256,21 +256,10 @@ class Zoo:
             (torch.Size([2, 26922]), torch.float64)
         """
         return Stream(
-            self._row_source(columns),
-            batch_size=batch_size,
-            device=device,
-            tensors=tensors,
-            pad=pad,
-            shuffle=shuffle,
-            seed=seed,
-            drop_last=drop_last,
-            num_workers=num_workers,
-            rank=rank,
-            world_size=world_size,
-            verify=verify,
-            reuse=reuse,
-            dtype=dtype,
-        )
+            self._row_source(columns), batch_size=batch_size, device=device, tensors=tensors, pad=pad, dtype=dtype,
+            shuffle=shuffle, seed=seed, drop_last=drop_last, rank=rank, world_size=world_size,
+            num_workers=num_workers, verify=verify, reuse=reuse,
+        )  # fmt: skip
 
     def torch_dataset(
         self,
