@@ -256,3 +256,71 @@ def test_a_revision_is_given_once(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     fresh_copy(tmp_path)
     assert len(Zoo("~/zoo")) == 8
+
+
+def with_args(folder: Path, change: dict[str, object] | str) -> None:
+    """Give every row of the index other architecture arguments."""
+
+    def values(old: pa.ChunkedArray) -> pa.Array:
+        texts = old.to_pylist()
+        return pa.array(
+            [change if isinstance(change, str) else json.dumps(json.loads(text) | change) for text in texts]
+        )
+
+    hostile.change_column(folder / INDEX, "architecture_args", values)
+    hostile.agree(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"depth": 10**8}, "`depth` is 100000000; a network of"),
+        ({"depth": 20_000}, "`depth` is 20000; a network of"),
+        ({"num_classes": 10**12}, "`num_classes` is 1000000000000; a network of"),
+        ({"embed_dim": -1}, "`embed_dim` is -1; a network of"),
+        ({"embed_dim": "48"}, "`embed_dim` is '48'; expected an integer"),
+        ({"img_size": {"a": 1}}, "`img_size` is .*; expected an integer, or two"),
+        ("[1]", r"architecture_args` of .* is '\[1\]'; expected a JSON object"),
+        ("[" * 5_000, "architecture_args` of .*; expected a JSON object"),
+    ],
+)
+def test_architectures_are_refused_before_anything_is_built(tmp_path, change, message):
+    folder = fresh_copy(tmp_path)
+    with_args(folder, change)
+    with hostile.at_most(500_000_000), pytest.raises(ZooError, match=message) as refused:
+        Zoo(folder)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"groups": [[2**40, 100]]}, "`.*groups` is .*; expected pairs of at most"),
+        ({"groups": [[-1, 100]]}, "`.*groups` is .*; expected pairs of at most"),
+        ({"groups": [["8", 100]]}, "`.*groups` is .*; expected a list of pairs"),
+        ({"groups": [[8, 10**30]]}, "shards.json is damaged"),
+        ({"rows": 1.5}, "`.*rows` is 1.5; expected an integer"),
+        ({"bytes": -1}, "`.*bytes` is -1; expected an integer"),
+        ({"gap": 2**62}, "shards.json is damaged"),
+    ],
+)
+def test_numbers_of_shards_are_bounded_by_their_files(tmp_path, change, message):
+    folder = fresh_copy(tmp_path)
+    shards = json.loads((folder / "shards.json").read_text())
+    (folder / "shards.json").write_text(json.dumps({WEIGHTS: shards[WEIGHTS] | change}))
+    hostile.agree(folder)
+    with hostile.at_most(500_000_000), pytest.raises(ZooError, match=message) as refused:
+        next(Zoo(folder).rows()).weights  # noqa: B018
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("shape", [[1.5], "ab", [-3], [2**40, 2**40], None, [[1]]])
+def test_shapes_of_layouts_are_whole_numbers(tmp_path, shape):
+    folder = fresh_copy(tmp_path)
+    layouts = json.loads((folder / "layouts.json").read_text())
+    next(iter(layouts.values()))[0]["shape"] = shape
+    (folder / "layouts.json").write_text(json.dumps(layouts))
+    hostile.agree(folder)
+    with hostile.at_most(500_000_000), pytest.raises(ZooError, match=r"layouts\.json is damaged") as refused:
+        Zoo(folder)
+    assert "\n" not in str(refused.value)
