@@ -298,3 +298,41 @@ def test_ranks_that_wait_for_each_other_finish(zoo, tmp_path):
         for rank in range(2)
     ]
     assert [rank.communicate(timeout=120)[0].strip() for rank in ranks] == [str(3 * len(zoo))] * 2
+
+
+@pytest.mark.filterwarnings("ignore:'set_vital' is deprecated:UserWarning")
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("persistent", [False, True])
+def test_a_stateful_loader_goes_on_with_the_next_epoch_after_one_that_ended(zoo, workers, persistent):
+    from torchdata.stateful_dataloader import StatefulDataLoader
+
+    def fresh():
+        stream = zoo.stream(batch_size=2, shuffle=True, num_workers=0)
+        kept = {"persistent_workers": persistent} if workers else {}
+        return stream, StatefulDataLoader(stream, batch_size=None, num_workers=workers, **kept)
+
+    stream, loader = fresh()
+    orders = []
+    for epoch in range(3):
+        stream.set_epoch(epoch)
+        orders.append(ids(loader))
+        if epoch == 0:
+            state = loader.state_dict()
+    assert orders[0] != orders[1] != orders[2]
+    stream, loader = fresh()
+    loader.load_state_dict(state)
+    for epoch in (1, 2):
+        stream.set_epoch(epoch)
+        assert ids(loader) == orders[epoch]
+
+
+def test_an_iterator_that_loads_a_state_leaves_the_stream_alone(stream):
+    whole = ids(at_start(stream))
+    stream.set_epoch(0)
+    one = iter(stream)
+    next(one)
+    state = one.state_dict()
+    other = iter(stream)
+    other.load_state_dict(state)
+    assert next(other)["model_id"] == whole[1]
+    assert ids(stream) == whole

@@ -18,7 +18,7 @@ from vitzoo_hf.format.schema import ZooError
 from vitzoo_hf.models.rebuild import usable_device
 from vitzoo_hf.zoo.batch_reader import Batch, BatchReader, Job, Loaded
 from vitzoo_hf.zoo.index import plain
-from vitzoo_hf.zoo.plan import Plan, PlannedRows
+from vitzoo_hf.zoo.plan import Plan, PlannedRows, stepped
 from vitzoo_hf.zoo.row_source import RowSource, check_names, handed_out
 from vitzoo_hf.zoo.stream_position import Cursor, SharedPosition, checked_state
 
@@ -126,7 +126,7 @@ class Stream(IterableDataset[Batch]):
     def num_shards(self) -> int:
         """Number of batches in the plan of an epoch: as many readers can share the stream with work for each."""
         count = self._planned.num_batches(self.batch_size, only_full=self.drop_last)
-        return len(_stepped(count, self._steps))
+        return len(stepped(count, self._steps))
 
     def take(self, n: int) -> "Stream":
         """The first `n` batches of every epoch."""
@@ -221,18 +221,19 @@ class Stream(IterableDataset[Batch]):
         Raises:
             ZooError: if the state is of a stream with other rows or another order, or of an earlier version.
         """
-        numbers = checked_state(state, self._plan_fingerprint, self.num_shards)
+        numbers = self._checked(state)
         self._cursor = None
-        self._worker_state = self._checked_worker(numbers) if "workers" in numbers else None
         if get_worker_info() is None:
             self._position.set(numbers["epoch"], numbers["batches"])
         else:
-            self._position.move(numbers["epoch"], numbers["batches"])
+            # for the next iteration of this worker alone: the loop may have set another epoch meanwhile
+            self._worker_state = numbers
 
-    def _checked_worker(self, numbers: Mapping[str, int]) -> Mapping[str, int]:
+    def _checked(self, state: Mapping[str, object]) -> Mapping[str, int]:
+        numbers = checked_state(state, self._plan_fingerprint, self.num_shards)
         info = get_worker_info()
         workers = info.num_workers if info is not None else 0
-        if numbers["workers"] != workers or numbers["world_size"] != self.world_size:
+        if "workers" in numbers and (numbers["workers"], numbers["world_size"]) != (workers, self.world_size):
             raise ZooError(
                 f"this state is of a loader with {numbers['workers']} workers in a world of {numbers['world_size']},"
                 f" here are {workers} in {self.world_size}: to change that, save stream.state_dict(after=batch)"
@@ -267,18 +268,21 @@ class Stream(IterableDataset[Batch]):
         stream.__dict__ |= changes | {"_position": SharedPosition(self.epoch), "_cursor": None, "_worker_state": None}
         return stream
 
-    def _new_cursor(self) -> Cursor:
-        """The cursor of an iteration that begins now, which the stream remembers as its newest."""
-        info = get_worker_info()
-        worker_state = self._worker_state
-        position = self._position
-        if info is None:
-            cursor = Cursor(position.epoch, position.batches, self.world_size)
-        else:
-            cursor = Cursor(position.epoch, position.batches, self.world_size, info.id, info.num_workers)
-            cursor.is_spent = worker_state is None and not position.begin(info.id)
-        if worker_state is not None:
-            cursor.done, self._worker_state = worker_state["done"], None
+    def _new_cursor(self, numbers: Mapping[str, int] | None = None) -> Cursor:
+        """The cursor of an iteration that begins now, which the stream remembers as its newest.
+
+        Args:
+            numbers: of a checked state; by default the place where the next iteration starts.
+        """
+        info, position = get_worker_info(), self._position
+        if numbers is None:
+            numbers, self._worker_state = self._worker_state, None
+        cursor = Cursor(position.epoch, position.batches, self.world_size)
+        if info is not None:
+            cursor.worker, cursor.workers = info.id, info.num_workers
+            cursor.is_spent = numbers is None and not position.begin(info.id)
+        if numbers is not None:
+            cursor.epoch, cursor.first, cursor.done = numbers["epoch"], numbers["batches"], numbers.get("done", 0)
         self._cursor = cursor
         return cursor
 
@@ -318,7 +322,7 @@ class Stream(IterableDataset[Batch]):
             seed=self.seed,
             epoch=cursor.epoch,
         )
-        numbers = _stepped(len(plan), self._steps)
+        numbers = stepped(len(plan), self._steps)
         count = self._share(len(numbers) - cursor.first)
         done = cursor.done
         while cursor.number(done) < count:
@@ -371,8 +375,7 @@ class StreamIterator(Iterator[Batch]):
         Raises:
             ZooError: see `Stream.load_state_dict`.
         """
-        self._stream.load_state_dict(state)
-        self._cursor, self._batches = self._stream._new_cursor(), None
+        self._cursor, self._batches = self._stream._new_cursor(self._stream._checked(state)), None
 
     def _with_functions(self, batch: Batch) -> Batch | None:
         for kind, function in self._stream._functions:
@@ -384,14 +387,6 @@ class StreamIterator(Iterator[Batch]):
                     raise ZooError(f"map: the function gave {type(result).__name__}; expected a mapping of entries")
                 batch = batch | dict(result)
         return batch
-
-
-def _stepped(count: int, steps: Sequence[slice]) -> range:
-    """The numbers below `count` that all steps leave."""
-    numbers = range(count)
-    for step in steps:
-        numbers = numbers[step]
-    return numbers
 
 
 def _check_whole(name: str, value: object, least: int) -> int:

@@ -52,10 +52,6 @@ class SharedPosition:
         self._shared.fill_(-1)
         self._shared[0], self._shared[1], self._shared[2] = epoch, batches, 0
 
-    def move(self, epoch: int, batches: int) -> None:
-        """Start here, said by a worker process: what others have begun stays noted."""
-        self._shared[0], self._shared[1] = epoch, batches
-
     def begin(self, worker: int) -> bool:
         """Note that a worker process begins an iteration; false if it began this rest of an epoch before."""
         mine = self._shared[3 + 2 * worker : 5 + 2 * worker]
