@@ -1,4 +1,6 @@
-"""Two of eight models of 88 MB from a Hub on this machine, and the index of a zoo of 1.1 TB: bytes and seconds.
+"""From a Hub on this machine: two of eight models of 88 MB, the index of a zoo of 1.1 TB, all rows of two zoos.
+
+LitData takes part where it is installed; see `stream.py`.
 
 python benchmarks/remote.py [--smoke] [--json FILE]
 """
@@ -6,6 +8,7 @@ python benchmarks/remote.py [--smoke] [--json FILE]
 import statistics
 import sys
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 
 import side_by_side
@@ -19,8 +22,9 @@ MODELS = 8
 CHOSEN = [1, 6]  # in two shards
 ROUNDS = 3
 STORED = side_by_side.VIT_S
-SMOKE = {"ROUNDS": 1, "STORED": side_by_side.MICRO}
-NAME, LARGE = "ModelZoos/eight", "ModelZoos/paper"
+SMALL_ROWS = 500
+SMOKE = {"ROUNDS": 1, "STORED": side_by_side.MICRO, "SMALL_ROWS": 40}
+NAME, LARGE, SMALL = "ModelZoos/eight", "ModelZoos/paper", "ModelZoos/small"
 
 TIMED = """
 import json, time
@@ -75,6 +79,25 @@ INDEX = {
         f"result = sum(len(rows.to_pandas()) for rows in load_dataset({LARGE!r}, 'index').values())",
     ),
 }
+STREAMED = {
+    "vz.Zoo(id).stream(batch_size=1)": (
+        "import datasets\nimport vitzoo_hf as vz; vz.Zoo",
+        "result = sum(len(batch['weights']) for batch in vz.Zoo(ID).stream(batch_size=1))",
+    ),
+    "load_dataset(id, 'weights', streaming=True), weights_of": (
+        "from datasets import load_dataset\nfrom vitzoo_hf.models.rebuild import weights_of",
+        "rows = load_dataset(ID, 'weights', split='train', streaming=True).with_format('arrow')\n"
+        "result = sum(weights_of(row).ndim for row in rows)",
+    ),
+    "litdata.StreamingDataset('hf://…'), weights alone": (
+        "from litdata import StreamingDataset, index_parquet_dataset\n"
+        "from litdata.streaming.item_loader import ParquetLoader\nimport os, torch",
+        "place = f'hf://datasets/{ID}/weights'\nindex = os.path.join(os.environ['HOME'], 'index')\n"
+        "os.makedirs(index)\nindex_parquet_dataset(place, index)\n"
+        "rows = StreamingDataset(place, item_loader=ParquetLoader(columns=['weights']), index_path=index)\n"
+        "result = sum(len(row['weights']) > 0 for row in rows)",
+    ),
+}
 
 
 def main() -> None:
@@ -89,6 +112,15 @@ def main() -> None:
         ways = {way: (imports, work.replace("SHARDS", repr(shards))) for way, (imports, work) in WAYS.items()}
         rows = figures(hub, Path(folder), f"2 of {MODELS} models of 88 MB", ways)
         rows += figures(hub, Path(folder), "index of 12,900 models, 1.1 TB", INDEX)
+        hub.publish(SMALL, side_by_side.random_zoo(Path(folder) / "small", side_by_side.NANO, SMALL_ROWS))
+        for what, name in (
+            (f"all of {SMALL_ROWS} models of 108 kB", SMALL),
+            (f"all of {MODELS} models of 88 MB", NAME),
+        ):
+            ways = {way: (imports, f"ID = {name!r}\n{work}") for way, (imports, work) in STREAMED.items()}
+            if find_spec("litdata") is None:
+                ways.popitem()
+            rows += figures(hub, Path(folder), what, ways)
     side_by_side.report("remote", rows, given)
 
 
