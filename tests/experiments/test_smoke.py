@@ -57,6 +57,7 @@ SMOKES = {
     f"{BENCHMARKS}/reconstruct.py": Smoke(prints="times_faster="),
     f"{BENCHMARKS}/remote.py": Smoke(prints="times_ours=", slow=True),
     f"{BENCHMARKS}/stacked_training.py": Smoke(prints="ratio="),
+    f"{BENCHMARKS}/many_rows.py": Smoke(prints="pickled stream of 100 rows, kB"),
     f"{BENCHMARKS}/storage.py": Smoke(prints="times_to_parquet_on_list="),
     f"{BENCHMARKS}/stream.py": Smoke(prints="ours_over_it_wall="),
     f"{BENCHMARKS}/world_training.py": Smoke(prints="over_together=", slow=True, fashion_mnist=True),

@@ -11,6 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 from local_hub import STRANGER, LocalHub
 
+from vitzoo_hf.format.gate.card import with_root_hash
+
 NAME = "ModelZoos/vit-zoo"
 CONFIGS = ["weights", "index", "evaluations", "pairs", "probes"]
 
@@ -42,7 +44,10 @@ def drop_a_row(folder, path):
     manifest = json.loads((folder / "zoo.json").read_text())
     content = (folder / path).read_bytes()
     manifest["files"][path] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    (folder / "zoo.json").write_text(json.dumps(manifest))
+    text = json.dumps(manifest)
+    (folder / "zoo.json").write_text(text)
+    card = folder / "README.md"
+    card.write_text(with_root_hash(card.read_text(), hashlib.sha256(text.encode()).hexdigest()))
 
 
 def test_load_dataset_gives_each_config_as_it_is_in_the_folder(hub, tmp_path):

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, TypedDict
+from typing import Any, Literal, TypedDict
 
 import torch
 from jaxtyping import Float
@@ -61,8 +61,11 @@ class Layout:
         return cls(tuple(state_dict), tuple(tuple(tensor.shape) for tensor in state_dict.values()))
 
     @classmethod
-    def from_json(cls, entries: list[TensorEntry]) -> "Layout":
+    def from_json(cls, entries: Any) -> "Layout":
         """The layout read from `layouts.json`, with its offsets checked.
+
+        Args:
+            entries: what a stranger's file says; expected are `TensorEntry`s.
 
         Raises:
             ZooError: if an entry is incomplete, or offsets are not those of tensors lying one behind the other.

@@ -40,17 +40,26 @@ class OpenedZoo:
     Attributes:
         files: the files of the zoo.
         manifest: content of `zoo.json`.
-        shards: path of a file of weights -> bytes, sha256 and, where known, rows, gap and row groups, in the order
-            of the rows.
         layouts: fingerprint -> layout.
+        known_shards: what `shards` is, where it is known already.
         rows: the index, where it is no config of its own; for zoos without `zoo.json`.
     """
 
     files: FolderFiles | HubFiles
     manifest: Manifest
-    shards: Mapping[str, Mapping[str, Any]]
     layouts: Mapping[str, Layout]
+    known_shards: Mapping[str, Mapping[str, Any]] | None = None
     rows: pa.Table | None = None
+
+    @cached_property
+    def shards(self) -> Mapping[str, Mapping[str, Any]]:
+        """Path of a file of weights -> bytes, sha256 and, where known, rows, gap and row groups, in the rows' order.
+
+        Raises:
+            ZooError: if the list is damaged.
+        """
+        # only when it is asked for: of a terabyte on the Hub it is as large as the index
+        return read_shards(self.files, self.manifest) if self.known_shards is None else self.known_shards
 
     @cached_property
     def tables(self) -> LightTables:
@@ -86,9 +95,7 @@ def open_zoo(path: str | Path, revision: str | None = None) -> OpenedZoo:
             no zoo says.
     """
     files = open_files(path, revision)
-    manifest = read_manifest(files)
-    shards = read_shards(files, manifest)
-    opened = OpenedZoo(files, manifest, shards, read_layouts(files))
+    opened = OpenedZoo(files, read_manifest(files), read_layouts(files))
     if isinstance(files, FolderFiles):
         _check_sizes(files, opened.listed)
     return opened

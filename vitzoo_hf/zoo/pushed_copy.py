@@ -84,7 +84,7 @@ def _rebuilt(
     layouts, made = _layouts(files, shards, rows)
     missing += ["layouts, which were made again from architectures"] if made else []
     entries = {name: {"bytes": sizes[name], "sha256": ""} for name in shards}
-    opened = OpenedZoo(files, manifest, entries, layouts, rows)
+    opened = OpenedZoo(files, manifest, layouts, entries, rows)
     warnings.warn(f"{files.name} has no {schema.MANIFEST} and opens without {'; '.join(missing)}", stacklevel=4)
     return opened
 

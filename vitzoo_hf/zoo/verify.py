@@ -146,7 +146,7 @@ def _lost_rows(
 ) -> dict[str, list[str]]:
     """Damaged file of weights -> the models in it that do not match their hash or cannot be read."""
     try:
-        rows = RowTable.of(OpenedZoo(files, manifest, shards, read_layouts(files)).index)
+        rows = RowTable.of(OpenedZoo(files, manifest, read_layouts(files), shards).index)
         reader = WeightReader(files, shards, rows, keep=False)
     except ZooError:
         return {}

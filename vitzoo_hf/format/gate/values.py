@@ -23,7 +23,7 @@ def shown(value: object, most: int = 80) -> str:
     """A value as one line of a message, cut to `most` characters.
 
     >>> shown("a" * 100)[-3:]
-    'a…'
+    'aa…'
     """
     # before repr: the text of a large number or list would cost more than the message is worth
     if isinstance(value, int) and abs(value) > 10**40:
