@@ -1,8 +1,8 @@
 """A zoo opened by its id from a Hub on this machine: what is fetched, and what happens when that goes wrong."""
 
 import hashlib
-import json
 import itertools
+import json
 import subprocess
 import sys
 from pathlib import Path
