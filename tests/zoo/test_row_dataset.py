@@ -29,6 +29,9 @@ def test_a_row_has_its_weights_and_columns(zoo):
     assert rows[-1]["model_id"] == rows[len(rows) - 1]["model_id"]
     with pytest.raises(IndexError):
         rows[len(rows)]
+    for number in (slice(2), "a", 1.5):
+        with pytest.raises(ZooError, match=r"expected a number; `torch.utils.data.Subset` takes several"):
+            rows[number]
 
 
 @pytest.mark.parametrize("workers", [0, 2])

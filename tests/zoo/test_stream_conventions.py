@@ -84,6 +84,12 @@ def test_map_filter_and_select_columns(zoo, stream):
     assert list(first) == ["test_accuracy", "repeated", "place"]
     with pytest.raises(ZooError, match="unknown column 'model': did you mean 'model_id'"):
         stream.select_columns(["model"])
+    with pytest.raises(ZooError, match="unknown column 'tensors'"):
+        stream.select_columns(["tensors"])
+    (first, *_) = zoo.stream(tensors=["norm.*"]).select_columns(["tensors"])
+    assert list(first) == ["repeated", "tensors", "place"]
+    (first, *_) = zoo.stream(pad=True).select_columns(["lengths", "weights"])
+    assert list(first) == ["weights", "lengths", "repeated", "place"]
 
 
 def test_features_name_what_a_batch_has(zoo, stream):
@@ -180,8 +186,10 @@ def test_workers_are_ahead_so_the_state_needs_a_batch(zoo):
     *_, batch = itertools.islice(loader, 3)
     with pytest.raises(ZooError, match=r"give the last batch that was used, stream.state_dict\(after=batch\)"):
         stream.state_dict()
-    with pytest.raises(ZooError, match="after is of type dict without 'place'; expected a batch as it came"):
+    with pytest.raises(ZooError, match="after is a dict without a place; expected a batch as it came"):
         stream.state_dict(after={"weights": batch["weights"]})
+    with pytest.raises(ZooError, match="without a place"):
+        stream.state_dict(after={"place": {"epoch": "x", "batches": 1}})
     state = stream.state_dict(after=batch)
     stream.load_state_dict(state)
     assert ids(loader) == whole[3:]

@@ -1,6 +1,7 @@
 """The rows of a zoo as a map-style dataset of torch: a length, and a row by its number."""
 
 from collections.abc import Sequence
+from operator import index
 from typing import Any
 
 import numpy as np
@@ -38,7 +39,11 @@ class RowDataset(Dataset[dict[str, Any]]):
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, number: int) -> dict[str, Any]:
+    def __getitem__(self, number: Any) -> dict[str, Any]:
+        try:
+            number = index(number)
+        except TypeError:
+            raise ZooError(f"row {number!r}: expected a number; `torch.utils.data.Subset` takes several") from None
         if not -len(self) <= number < len(self):
             raise IndexError(f"row {number} of {len(self)}")
         return self.__getitems__([number % len(self)])[0]

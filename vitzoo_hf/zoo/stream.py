@@ -20,13 +20,10 @@ from vitzoo_hf.zoo.batch_reader import Batch, BatchReader, Job, Loaded
 from vitzoo_hf.zoo.index import plain
 from vitzoo_hf.zoo.plan import Plan, PlannedRows, stepped
 from vitzoo_hf.zoo.row_source import RowSource, check_names, handed_out
-from vitzoo_hf.zoo.stream_position import Cursor, SharedPosition, checked_state
+from vitzoo_hf.zoo.stream_position import Cursor, SharedPosition, checked_state, is_count
 
 if TYPE_CHECKING:
     import datasets
-
-ADDED = ("weights", "tensors", "lengths")
-"""Entries of a batch beside light columns, where they are asked for."""
 
 
 class Stream(IterableDataset[Batch]):
@@ -71,13 +68,13 @@ class Stream(IterableDataset[Batch]):
         if dtype not in (torch.float32, torch.float64):
             raise ZooError(f"dtype is {dtype}; columns of numbers are torch.float64 or torch.float32")
         self.source, self.batch_size, self.device = source, int(batch_size), usable_device(device)
+        self._parts = handed_out(source, tensors)
         self.tensors = tensors if tensors is None or isinstance(tensors, str) else list(tensors)
         self.pad, self.dtype = pad, dtype
-        self._parts = handed_out(source, tensors)
         self.shuffle, self.seed, self.drop_last = shuffle, int(seed), drop_last
         self.num_workers, self.verify, self.reuse = num_workers, verify, reuse
         self.rank, self.world_size = int(rank), int(world_size)
-        self._with_weights = True
+        self._with_weights, self._left_out = True, frozenset[str]()
         self._steps: tuple[slice, ...] = ()
         self._functions: tuple[tuple[str, Callable[[Batch], Any]], ...] = ()
         self._position = SharedPosition()
@@ -171,13 +168,19 @@ class Stream(IterableDataset[Batch]):
         """
         names = [column_names] if isinstance(column_names, str) else column_names
         check_names("column_names", names)
-        names_of_batch = [*self.source.columns, *ADDED]
+        # beside light columns
+        added = {"weights", *(["lengths"] if self.pad else ["tensors"] if self.tensors is not None else [])}
+        names_of_batch = [*self.source.columns, *sorted(added)]
         for name in names:
             if name not in names_of_batch:
                 raise ZooError(f"unknown column {name!r}: {did_you_mean(name, names_of_batch)}")
         columns = tuple(name for name in self.source.columns if name in names)
         source = RowSource(self.source.positions, self.source.table, columns, self.source.layouts, self.source.reader)
-        return self._derived(source=source, _with_weights=self._with_weights and not {*names}.isdisjoint(ADDED))
+        return self._derived(
+            source=source,
+            _with_weights=self._with_weights and not added.isdisjoint(names),
+            _left_out=self._left_out | added.difference(names),
+        )
 
     def set_epoch(self, epoch: int) -> None:
         """Make this the epoch of the next iteration, counted from 0.
@@ -199,10 +202,8 @@ class Stream(IterableDataset[Batch]):
         """
         if after is not None:
             place = after.get("place") if isinstance(after, Mapping) else None
-            if not isinstance(place, Mapping) or not {"epoch", "batches"} <= place.keys():
-                raise ZooError(
-                    f"after is of type {type(after).__name__} without 'place'; expected a batch as it came"
-                )
+            if not isinstance(place, Mapping) or not all(is_count(place.get(key)) for key in ("epoch", "batches")):
+                raise ZooError(f"after is a {type(after).__name__} without a place; expected a batch as it came")
             cursor = Cursor(int(place["epoch"]), int(place["batches"]), self.world_size)
         elif self._cursor is not None:
             cursor = self._cursor
@@ -378,6 +379,7 @@ class StreamIterator(Iterator[Batch]):
         self._cursor, self._batches = self._stream._new_cursor(self._stream._checked(state)), None
 
     def _with_functions(self, batch: Batch) -> Batch | None:
+        batch = {name: entry for name, entry in batch.items() if name not in self._stream._left_out}
         for kind, function in self._stream._functions:
             result = function(batch)
             if kind == "filter" and not result:

@@ -105,6 +105,13 @@ class Cursor:
         }
 
 
+def is_count(value: object) -> bool:
+    """Whether this is a whole number from 0 on, which a tensor of one may be."""
+    if isinstance(value, Tensor) and value.numel() == 1 and not value.is_floating_point():
+        value = value.item()
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 0
+
+
 def checked_state(state: object, plan: str, num_batches: int) -> Mapping[str, int]:
     """The numbers of a state of a stream.
 
@@ -122,7 +129,7 @@ def checked_state(state: object, plan: str, num_batches: int) -> Mapping[str, in
     if (
         not isinstance(state, Mapping)
         or not numbers <= state.keys()
-        or any(not isinstance(state[name], Integral) or int(state[name]) < 0 for name in numbers)
+        or not all(is_count(state[name]) for name in numbers)
     ):
         raise ZooError(f"this is no state of a stream: expected what `state_dict()` gives, got {str(state)[:80]}")
     if int(state["version"]) != STATE_VERSION:
