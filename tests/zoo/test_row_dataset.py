@@ -85,7 +85,9 @@ def test_the_trainer_of_transformers_counts_epochs(zoo, tmp_path):
 def test_accelerate_takes_rows_and_streams(zoo):
     accelerate = pytest.importorskip("accelerate")
 
-    accelerator = accelerate.Accelerator(cpu=True)
+    # else older ones join batches of a stream themselves, and know no texts
+    options = accelerate.utils.DataLoaderConfiguration(dispatch_batches=False)
+    accelerator = accelerate.Accelerator(cpu=True, dataloader_config=options)
     loader = accelerator.prepare(DataLoader(zoo.torch_dataset(tensors="trunk"), batch_size=3))
     assert sum(len(batch["weights"]) for batch in loader) == len(zoo)
     # columns of text first in the index: the size of a batch is read off its first entry
