@@ -89,6 +89,7 @@ def test_a_zoo_is_not_replaced_while_tables_are_written(zoo_copy, tiny_blueprint
     monkeypatch.setattr(zoo_folder, "_write_unchanged", pack_meanwhile)
     report.write(zoo_copy)
     assert len(Zoo(zoo_copy).to_pandas("evaluations")) == len(report.evaluations)
+    assert [path.name for path in zoo_copy.iterdir() if path.name.startswith(".")] == []
 
 
 def test_tables_that_come_between_the_renames_of_a_zoo_make_no_folder(

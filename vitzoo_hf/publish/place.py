@@ -11,7 +11,6 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from vitzoo_hf.format import schema
 from vitzoo_hf.format.atomic import absolute, exclusive
 from vitzoo_hf.format.schema import ZooError
 
@@ -30,18 +29,17 @@ def held(folder: Path) -> Iterator[None]:
     with ExitStack() as entered:
         try:
             place.parent.mkdir(parents=True, exist_ok=True)
-            # a zoo in a folder that cannot be written cannot be replaced, so that its own lock is enough
             if os.access(place.parent, os.W_OK):
                 # beside the zoo, which is replaced as a whole; timeout 0: the second writer must say so at once
                 entered.enter_context(FileLock(beside(place, "lock"), timeout=0))
                 restore(place)
+            else:
+                # a zoo cannot be replaced there, only get tables
+                entered.enter_context(exclusive(place))
         except Timeout:
             raise ZooError(f"another process writes {folder}: wait for it, or choose another folder") from None
         except OSError as error:
             raise ZooError(f"cannot write into {folder.parent}: {error.strerror or error}") from None
-        # only now: between the renames of another writer it would make the folder that is missing there
-        if (place / schema.MANIFEST).is_file():
-            entered.enter_context(exclusive(place))
         yield
 
 
