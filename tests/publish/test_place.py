@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 
 from vitzoo_hf.evaluation.evaluate import evaluate
+from vitzoo_hf.format import schema
+from vitzoo_hf.format.atomic import exclusive
 from vitzoo_hf.format.schema import ZooError
 from vitzoo_hf.publish import folder as zoo_folder
-from vitzoo_hf.publish.folder import Storage
+from vitzoo_hf.publish.folder import Storage, write_config
 from vitzoo_hf.publish.pack import pack
 from vitzoo_hf.publish.place import beside, fresh_folder, held, swap
 from vitzoo_hf.zoo import Zoo
@@ -74,19 +76,55 @@ def test_writing_leaves_writers_of_other_folders_alone(other, holder, tiny_bluep
 def test_tables_are_not_written_into_a_zoo_that_is_replaced(holder, zoo_copy):
     report = evaluate(Zoo(zoo_copy), progress=False)
     holder(zoo_copy)
-    with pytest.raises(ZooError, match="another process is working in"):
+    with pytest.raises(ZooError, match="another process writes"):
         report.write(zoo_copy)
 
 
 def test_a_zoo_is_not_replaced_while_tables_are_written(zoo_copy, tiny_blueprint, tiny_runs, monkeypatch):
     def pack_meanwhile(*arguments):
-        with pytest.raises(ZooError, match="another process is working in"), held(zoo_copy):
+        with pytest.raises(ZooError, match="another process writes"), held(zoo_copy):
             pass
 
     report = evaluate(Zoo(zoo_copy), progress=False)
     monkeypatch.setattr(zoo_folder, "_write_unchanged", pack_meanwhile)
     report.write(zoo_copy)
     assert len(Zoo(zoo_copy).to_pandas("evaluations")) == len(report.evaluations)
+    assert [path.name for path in zoo_copy.iterdir() if path.name.startswith(".")] == []
+
+
+def test_tables_that_come_between_the_renames_of_a_zoo_make_no_folder(
+    zoo_copy, tiny_blueprint, tiny_runs, monkeypatch
+):
+    """The folder is missing there: a folder for a lock would keep the new zoo out, and the old one would be lost."""
+    ids, refusals = Zoo(zoo_copy).model_ids, []
+    features = schema.evaluation_features(Zoo(zoo_copy).manifest["factors"])
+    original = Path.replace
+
+    def replace(self, target):
+        if self == beside(zoo_copy, "writing"):
+            with pytest.raises(ZooError) as refusal:
+                write_config(zoo_copy, "evaluations", {"train": []}, features)
+            refusals.append(str(refusal.value))
+        return original(self, target)
+
+    monkeypatch.setattr(Path, "replace", replace)
+    # a writer that had looked at the zoo before it was moved away
+    monkeypatch.setattr(zoo_folder, "open_files", lambda *arguments: None)
+    pack(tiny_blueprint, tiny_runs, zoo_copy, progress=False)
+    assert len(refusals) == 1
+    assert "another process writes" in refusals[0]
+    assert Zoo(zoo_copy).model_ids == ids
+    assert not beside(zoo_copy, "replaced").exists()
+
+
+def test_tables_are_written_into_a_zoo_whose_place_cannot_be_locked(zoo_copy, monkeypatch):
+    report, access = evaluate(Zoo(zoo_copy), progress=False), os.access
+    # as on a mount: root, who may run these tests, could write everywhere else
+    monkeypatch.setattr(os, "access", lambda path, mode: path != zoo_copy.parent and access(path, mode))
+    report.write(zoo_copy)
+    assert not beside(zoo_copy, "lock").exists()
+    with exclusive(zoo_copy), pytest.raises(ZooError, match="another process is working in"):
+        report.write(zoo_copy)
 
 
 def replace_and_die(fresh, place):
@@ -102,7 +140,8 @@ def replace_and_die(fresh, place):
     swap(fresh, place)
 
 
-def test_a_zoo_that_was_moved_away_comes_back(zoo_copy):
+@pytest.mark.parametrize("made_since", [False, True])
+def test_a_zoo_that_was_moved_away_comes_back(made_since, zoo_copy):
     ids = Zoo(zoo_copy).model_ids
     fresh = zoo_copy.with_name("fresh")
     fresh.mkdir()
@@ -111,6 +150,8 @@ def test_a_zoo_that_was_moved_away_comes_back(zoo_copy):
     child.join()
     assert child.exitcode == -signal.SIGKILL
     assert not zoo_copy.exists()
+    if made_since:
+        zoo_copy.mkdir()
     with held(zoo_copy):
         assert Zoo(zoo_copy).model_ids == ids
     assert not beside(zoo_copy, "replaced").exists()

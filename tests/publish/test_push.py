@@ -73,8 +73,7 @@ def write_manifest(folder, manifest):
 
 
 def in_folder(folder):
-    files = [file for file in folder.rglob("*") if file.is_file() and file.name != ".lock"]
-    return {file.relative_to(folder).as_posix(): file.read_bytes() for file in files}
+    return {file.relative_to(folder).as_posix(): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
 def test_what_is_pushed_is_the_folder_and_only_changes_go_again(hub, zoo_copy, tmp_path):

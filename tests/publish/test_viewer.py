@@ -196,6 +196,29 @@ def test_columns_without_statistics_are_named(tmp_path):
     )
 
 
+@pytest.mark.parametrize(
+    ("texts", "reasons"),
+    [
+        ([f"run@{epoch}" for epoch in range(20)], ["texts of `model_id` have 5 or 6 letters"]),
+        ([f"rün@{epoch}" for epoch in range(20)], ["texts of `model_id` have 5 or 6 letters"]),
+        ([f"run@{epoch}" for epoch in range(101)], []),
+        ([f"run@{epoch:02}" for epoch in range(20)], []),
+        ([f"run@{epoch}" for epoch in range(2, 12)], []),
+        ([f"run@{epoch}" for epoch in range(2, 12)] + [None], ["texts of `model_id` have 5 or 6 letters"]),
+        ([f"run@{epoch}" for epoch in range(20)] * 5, []),
+        ([f"run@{epoch}" for epoch in range(1, 1_002)] * 5, []),
+        (
+            ["a" * (9 + epoch % 2) + str(epoch) for epoch in range(1_000, 2_001)] * 5,
+            ["texts of `model_id` have 13 or 14 letters"],
+        ),
+        ([None] * 20, []),
+    ],
+)
+def test_texts_of_neighbouring_lengths_have_no_statistics(texts, reasons):
+    """As the viewer's own functions answered for each of these columns."""
+    assert viewer._reasons(pa.table({"model_id": pa.array(texts, pa.string())})) == reasons
+
+
 def test_models_of_half_a_million_parameters_open_with_their_index(tmp_path):
     folder = write_zoo(tmp_path / "zoo", parameters=500_000, rows=12)
     assert default_of(folder) == "index"

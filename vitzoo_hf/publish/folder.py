@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from tqdm import tqdm
 
 from vitzoo_hf.format import schema
-from vitzoo_hf.format.atomic import exclusive, json_text, write_json
+from vitzoo_hf.format.atomic import json_text, write_json
 from vitzoo_hf.format.encoding import ITEM_BYTES, encoding_of
 from vitzoo_hf.format.gate.card import with_root_hash
 from vitzoo_hf.format.layout import Layout
@@ -283,10 +283,10 @@ def write_config(
         measured: how the rows were measured, for `measured` of the manifest; None for float32.
 
     Raises:
-        ZooError: if the folder cannot be written.
+        ZooError: if the folder cannot be written, or another process writes this zoo.
     """
     open_files(folder, None)  # what is no folder is refused, not made
-    with exclusive(folder):
+    with held(folder):
         # its index is not read: rows stay as they are
         manifest = dict(open_zoo(folder).manifest)
         about = {name: entry for name, entry in manifest.pop("measured", {}).items() if name != config}

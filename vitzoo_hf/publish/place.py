@@ -3,6 +3,7 @@
 What lies beside a place under these names belongs to whoever holds it, so whoever holds it next may remove it.
 """
 
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -10,7 +11,6 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from vitzoo_hf.format import schema
 from vitzoo_hf.format.atomic import absolute, exclusive
 from vitzoo_hf.format.schema import ZooError
 
@@ -20,29 +20,27 @@ def held(folder: Path) -> Iterator[None]:
     """Hold the place of a zoo for this process alone; the lock goes with the process, however that ends.
 
     Args:
-        folder: the zoo, which need not exist. A zoo that is there is held, too, against writers of its tables.
+        folder: the zoo, which need not exist; whoever writes tables into a zoo holds its place, too.
 
     Raises:
         ZooError: if another process writes this zoo, or the folder that it lies in cannot be written.
     """
     place = absolute(folder)
-    try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        # beside the zoo, which is replaced as a whole; timeout 0: the second writer must say so at once
-        lock = FileLock(beside(place, "lock"), timeout=0)
-        lock.acquire()
-    except Timeout:
-        raise ZooError(f"another process writes {folder}: wait for it, or choose another folder") from None
-    except OSError as error:
-        raise ZooError(f"cannot write into {folder.parent}: {error.strerror or error}") from None
-    try:
-        with ExitStack() as entered:
-            restore(place)
-            if (place / schema.MANIFEST).is_file():
+    with ExitStack() as entered:
+        try:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            if os.access(place.parent, os.W_OK):
+                # beside the zoo, which is replaced as a whole; timeout 0: the second writer must say so at once
+                entered.enter_context(FileLock(beside(place, "lock"), timeout=0))
+                restore(place)
+            else:
+                # a zoo cannot be replaced there, only get tables
                 entered.enter_context(exclusive(place))
-            yield
-    finally:
-        lock.release()
+        except Timeout:
+            raise ZooError(f"another process writes {folder}: wait for it, or choose another folder") from None
+        except OSError as error:
+            raise ZooError(f"cannot write into {folder.parent}: {error.strerror or error}") from None
+        yield
 
 
 def beside(place: Path, purpose: str) -> Path:
@@ -79,6 +77,7 @@ def swap(fresh: Path, place: Path) -> None:
 def restore(place: Path) -> None:
     """Put back what a process that was killed between the renames of `swap` had moved away."""
     old = beside(place, "replaced")
-    if old.exists() and not place.exists():
+    # a rename replaces an empty folder: somebody may have made one since
+    if old.exists() and not (place.exists() and any(place.iterdir())):
         old.replace(place)
     shutil.rmtree(old, ignore_errors=True)

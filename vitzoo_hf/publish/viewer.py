@@ -18,6 +18,9 @@ from vitzoo_hf.format.schema import ZooError
 CLASSES = ("stage", "head")
 """Columns of whole numbers that are classes, of which the viewer counts each."""
 
+MOST_CATEGORIES, CATEGORY_SHARE, ALWAYS_CATEGORIES = 1_000, 0.2, 10
+"""Distinct texts that the viewer counts one by one: so many at most, this share of the rows, and so many always."""
+
 PAGE_ROWS = 100
 """Rows the viewer shows at once."""
 
@@ -101,10 +104,22 @@ def _reasons(table: pa.Table) -> list[str]:
         if (is_float or is_integer) and table.num_rows - missing == 1:
             reasons.append(f"`{name}` has one value that is not null")
         elif is_integer and name not in CLASSES:
-            low, high = pc.min_max(column).as_py().values()
-            # its histogram of whole numbers has no bin between them
-            if low is not None and high - low == 1:
-                reasons.append(f"`{name}` is {low} or {high}")
+            reasons += [f"`{name}` is {low} or {high}" for low, high in _neighbours(column)]
+        elif pa.types.is_string(column.type) and not _are_categories(column):
+            lengths = pc.utf8_length(column)
+            reasons += [f"texts of `{name}` have {low} or {high} letters" for low, high in _neighbours(lengths)]
         if is_float and pc.any(pc.is_inf(column)).as_py():
             reasons.append(f"`{name}` has infinite values")
     return reasons
+
+
+def _neighbours(numbers: pa.ChunkedArray) -> list[tuple[int, int]]:
+    """The least and the largest of whole numbers where they differ by one: the viewer's histogram has no bin then."""
+    low, high = pc.min_max(numbers).as_py().values()
+    return [(low, high)] if low is not None and high - low == 1 else []
+
+
+def _are_categories(texts: pa.ChunkedArray) -> bool:
+    """Whether the viewer counts each text; of others it draws a histogram of their lengths."""
+    distinct = pc.count_distinct(texts, mode="all").as_py()
+    return distinct <= max(ALWAYS_CATEGORIES, min(MOST_CATEGORIES, CATEGORY_SHARE * len(texts)))
