@@ -3,6 +3,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from vitzoo_hf.format.schema import ZooError
+from vitzoo_hf.timm_import import import_timm
 from vitzoo_hf.zoo import Zoo
 
 
@@ -69,6 +70,7 @@ class Regression(torch.nn.Module):
 
 def test_the_trainer_of_transformers_counts_epochs(zoo, tmp_path):
     pytest.importorskip("accelerate")
+    import_timm()  # transformers loads torchvision, which beside a CPU build of torch needs what this declares
     transformers = pytest.importorskip("transformers")
 
     rows = zoo.torch_dataset(columns=["test_accuracy", "model_id"], tensors="trunk")
